@@ -1,0 +1,149 @@
+//! Each kernel alone, in GB/s or GOP/s (criterion's "elem/s": a multiply-add is two operations).
+//!
+//! `BINDERY_ISA` picks the instruction set, `BINDERY_BENCH_THREADS` the threads (2). Shapes are SmolLM2-135M's. Products
+//! of one row are counted in bytes of weights, since memory is their roof; larger ones in operations.
+
+use std::hint::black_box;
+
+use bindery_kernels::{
+    Activations, AttentionArgs, AttentionSequence, Cpu, Isa, KvCache, KvDtype, KvShape, Matrix, PackedW4, PackedW8,
+};
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use half::{bf16, f16};
+
+fn cpu() -> Cpu {
+    let threads = std::env::var("BINDERY_BENCH_THREADS").ok().and_then(|threads| threads.parse().ok()).unwrap_or(2);
+    match Isa::from_env() {
+        Ok(isa) => Cpu::new(isa, threads),
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// Numbers in [-1, 1) without a pattern that a kernel could profit from.
+fn noise(index: usize) -> f32 {
+    (index.wrapping_mul(2_654_435_761) >> 7 & 0xffff) as f32 / 32768.0 - 1.0
+}
+
+fn matrix(cpu: &Cpu, family: &str, rows: usize, cols: usize) -> Matrix {
+    let isa = cpu.isa();
+    let w4 = |with_mins| {
+        Matrix::W4(PackedW4::pack(isa, rows, cols, with_mins, |row, out| {
+            out.codes
+                .iter_mut()
+                .enumerate()
+                .for_each(|(i, c)| *c = ((row * cols + i).wrapping_mul(40503) >> 3 & 15) as u8);
+            out.scales.fill(f16::from_f32(0.01));
+            out.mins.fill(f16::from_f32(-0.08));
+        }))
+    };
+    match family {
+        "w4" => w4(false),
+        "w4+min" => w4(true),
+        "w8" => Matrix::W8(PackedW8::pack(isa, rows, cols, false, |row, out| {
+            out.codes.iter_mut().enumerate().for_each(|(i, c)| *c = ((row * cols + i).wrapping_mul(40503) >> 3) as i8);
+            out.scales.fill(f16::from_f32(0.001));
+        })),
+        "f32" => Matrix::pack_f32(isa, rows, cols, |row, out| {
+            out.iter_mut().enumerate().for_each(|(i, x)| *x = noise(row * cols + i));
+        }),
+        "f16" => Matrix::pack_f16(isa, rows, cols, |row, out| {
+            out.iter_mut().enumerate().for_each(|(i, x)| *x = f16::from_f32(noise(row * cols + i)));
+        }),
+        _ => Matrix::pack_bf16(isa, rows, cols, |row, out| {
+            out.iter_mut().enumerate().for_each(|(i, x)| *x = bf16::from_f32(noise(row * cols + i)));
+        }),
+    }
+}
+
+const FAMILIES: [&str; 6] = ["w4", "w4+min", "w8", "f16", "bf16", "f32"];
+
+fn products(c: &mut Criterion) {
+    let cpu = cpu();
+    for family in FAMILIES {
+        let mut group = c.benchmark_group(format!("{}/{family}", cpu.isa()));
+        for (rows, cols) in [(1536, 576), (576, 1536), (49_152, 576)] {
+            let w = matrix(&cpu, family, rows, cols);
+            for m in [1, 4, 8, 32, 512] {
+                if m == 512 && rows == 49_152 {
+                    continue;
+                }
+                let x: Vec<f32> = (0..m * cols).map(noise).collect();
+                let mut activations = Activations::default();
+                cpu.prepare(&x, m, cols, w.is_quantized(), &mut activations);
+                let mut out = vec![0.0; m * rows];
+                group.throughput(if m == 1 {
+                    Throughput::Bytes(w.size_bytes() as u64)
+                } else {
+                    Throughput::Elements(2 * (m * rows * cols) as u64)
+                });
+                group.bench_function(BenchmarkId::new(format!("{rows}x{cols}"), m), |b| {
+                    b.iter(|| cpu.matmul(&activations, &w, None, black_box(&mut out)));
+                });
+            }
+        }
+        group.finish();
+    }
+}
+
+fn rows(c: &mut Criterion) {
+    let cpu = cpu();
+    let mut group = c.benchmark_group(format!("{}/rows", cpu.isa()));
+    for m in [1, 512] {
+        let (x, weight) = ((0..m * 576).map(noise).collect::<Vec<_>>(), vec![1.0; 576]);
+        let mut activations = Activations::default();
+        group.throughput(Throughput::Bytes(4 * (m * 576) as u64));
+        group.bench_function(BenchmarkId::new("rms_norm+quantize", m), |b| {
+            b.iter(|| cpu.rms_norm(&x, m, &weight, 1e-5, true, black_box(&mut activations)));
+        });
+        let gate: Vec<f32> = (0..m * 1536).map(noise).collect();
+        group.throughput(Throughput::Bytes(8 * (m * 1536) as u64));
+        group.bench_function(BenchmarkId::new("silu_mul+quantize", m), |b| {
+            b.iter(|| cpu.silu_mul_into(&gate, &gate, m, 1536, true, black_box(&mut activations)));
+        });
+    }
+    let mut logits: Vec<f32> = (0..49_152).map(noise).collect();
+    group.throughput(Throughput::Bytes(4 * 49_152));
+    group.bench_function("argmax", |b| b.iter(|| cpu.argmax(black_box(&logits))));
+    group.bench_function("log_sum_exp", |b| b.iter(|| cpu.log_sum_exp(black_box(&logits))));
+    group.bench_function("top_k 40", |b| {
+        let mut top = Vec::new();
+        b.iter(|| cpu.top_k(black_box(&logits), 40, &mut top));
+    });
+    group.bench_function("softmax", |b| b.iter(|| cpu.softmax(black_box(&mut logits))));
+    group.finish();
+}
+
+fn attention(c: &mut Criterion) {
+    let cpu = cpu();
+    for dtype in [KvDtype::F16, KvDtype::F32] {
+        let mut group = c.benchmark_group(format!("{}/attention {dtype:?}", cpu.isa()));
+        for (context, m) in [(128, 1), (1024, 1), (8192, 1), (512, 512)] {
+            let shape = KvShape { num_layers: 1, num_kv_heads: 3, head_dim: 64, block_size: 16, dtype };
+            let mut cache = match KvCache::new(shape, context / 16) {
+                Ok(cache) => cache,
+                Err(error) => panic!("{error}"),
+            };
+            let k: Vec<f32> = (0..context * 192).map(noise).collect();
+            let slots: Vec<u32> = (0..context as u32).collect();
+            cpu.write_kv(&mut cache, 0, &k, &k, &slots);
+            let table: Vec<u32> = (0..(context / 16) as u32).collect();
+            let q: Vec<f32> = (0..m * 576).map(noise).collect();
+            let mut out = vec![0.0; m * 576];
+            let args = AttentionArgs { num_heads: 9, scale: 0.125, window: None, soft_cap: None, alibi_slopes: None };
+            let visits = if m == 1 { context } else { context * (context + 1) / 2 };
+            group.throughput(Throughput::Elements((visits * 9 * 64 * 4) as u64));
+            group.bench_function(BenchmarkId::new(format!("context {context}"), m), |b| {
+                let sequence = AttentionSequence { rows: 0..m, context_len: context, block_table: &table };
+                b.iter(|| cpu.attention(&q, &cache, 0, std::slice::from_ref(&sequence), &args, black_box(&mut out)));
+            });
+            group.bench_function(BenchmarkId::new(format!("write {m} of {context}"), m), |b| {
+                let first = context - m;
+                b.iter(|| cpu.write_kv(&mut cache, 0, &k[first * 192..], &k[first * 192..], &slots[first..]));
+            });
+        }
+        group.finish();
+    }
+}
+
+criterion_group!(benches, products, rows, attention);
+criterion_main!(benches);

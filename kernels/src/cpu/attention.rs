@@ -1,0 +1,366 @@
+//! Attention over pages: splits rows and heads over threads, and long contexts into spans.
+//!
+//! A query's keys are walked in spans of [`SPAN_KEYS`] absolute positions, each span in tiles of [`TILE_KEYS`]; spans
+//! are computed each for itself and joined in ascending order. So a long context can be computed by many threads, and
+//! chunking, batching and threads change nothing: the pieces depend on the position alone. Within a span the softmax is
+//! online (Milakov and Gimelshein 2018): a running maximum, a running sum, values rescaled when the maximum grows.
+//! Invariant: a query reads the keys `max(0, p + 1 - window)..=p` and no others.
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use half::{bf16, f16};
+
+use super::Cpu;
+use super::pool::SharedMut;
+use super::scalar::exp::exp;
+use super::task::{Partial, SpanTask};
+use crate::kv::{KvCache, KvDtype, KvShape};
+
+/// Keys of a tile: scores are made, then weighed, a tile at a time.
+pub(crate) const TILE_KEYS: usize = 64;
+/// Keys of a span: the unit in which a long context is split over threads.
+pub(crate) const SPAN_KEYS: usize = 512;
+/// Rows of one piece: their queries meet a tile while it is in the first-level cache.
+const PIECE_ROWS: usize = 16;
+/// Key visits (queries times keys) that are worth waking another thread for.
+const MIN_REGION_VISITS: usize = 1024;
+
+/// One sequence's rows in an attention call.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AttentionSequence<'a> {
+    /// Its rows in `q` and `out`: the last tokens of its context, in order.
+    pub rows: Range<usize>,
+    /// Tokens in the cache, these rows included: row `rows.start + i` stands at position
+    /// `context_len - rows.len() + i`.
+    pub context_len: usize,
+    /// Blocks of the sequence; those a window has left behind are never read and may name any block.
+    pub block_table: &'a [u32],
+}
+
+/// How scores are made; one value serves all sequences of a layer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionArgs<'a> {
+    /// Query heads; a multiple of the cache's key/value heads.
+    pub num_heads: usize,
+    /// Factor of the dot products.
+    pub scale: f32,
+    /// Keys visible to a row at position p: p - window < key <= p.
+    pub window: Option<usize>,
+    /// Scores become `cap * tanh(score / cap)`.
+    pub soft_cap: Option<f32>,
+    /// One slope a query head; adds `slope * (key - p)`.
+    pub alibi_slopes: Option<&'a [f32]>,
+}
+
+/// Rows of a sequence that are computed together, for one key/value head.
+struct Piece {
+    sequence: usize,
+    rows: Range<usize>,
+    first_position: usize,
+    kv_head: usize,
+    /// Spans from this one to the one that holds the last row.
+    first_span: usize,
+    num_spans: usize,
+    /// Where its first span's partial lies, in queries, when spans are computed apart.
+    partial_query: usize,
+}
+
+/// Memory a thread keeps between calls.
+#[derive(Default)]
+struct Scratch {
+    /// Joined state and one span's: maximum, sum and values of every query of a piece, twice.
+    partials: Vec<f32>,
+    /// Pages laid out anew.
+    pages: Vec<f32>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+impl Cpu {
+    /// Causal attention over pages: `q, out: [m, num_heads * head_dim]`; rows that no sequence names are left alone.
+    /// A sequence's own keys and values are written before.
+    pub fn attention(
+        &self,
+        q: &[f32],
+        cache: &KvCache,
+        layer: usize,
+        sequences: &[AttentionSequence<'_>],
+        args: &AttentionArgs<'_>,
+        out: &mut [f32],
+    ) {
+        check(q, cache, sequences, args, out);
+        let (keys, values) = cache.planes(layer);
+        let kernels = self.kernels;
+        match cache.shape().dtype {
+            KvDtype::F32 => {
+                let call = Call { q, args, sequences, shape: cache.shape(), keys: cast(keys), values: cast(values) };
+                self.attend::<f32>(kernels.attention_f32, &call, out);
+            }
+            KvDtype::F16 => {
+                let call = Call { q, args, sequences, shape: cache.shape(), keys: cast(keys), values: cast(values) };
+                self.attend::<f16>(kernels.attention_f16, &call, out);
+            }
+            KvDtype::Bf16 => {
+                let call = Call { q, args, sequences, shape: cache.shape(), keys: cast(keys), values: cast(values) };
+                self.attend::<bf16>(kernels.attention_bf16, &call, out);
+            }
+        }
+    }
+
+    fn attend<E: Sync>(&self, kernel: unsafe fn(&mut SpanTask<'_, E>), call: &Call<'_, E>, out: &mut [f32]) {
+        let mut pieces = Vec::new();
+        let mut visits = 0;
+        for (index, sequence) in call.sequences.iter().enumerate() {
+            visits += sequence.rows.len() * sequence.context_len * call.args.num_heads;
+            call.pieces_of(index, sequence, &mut pieces);
+        }
+        let out = &SharedMut::new(out);
+        if visits < MIN_REGION_VISITS || self.threads() == 1 {
+            for piece in &pieces {
+                call.run_piece(kernel, piece, out);
+            }
+        } else if pieces.len() >= self.threads() * super::PIECES_PER_THREAD || pieces.iter().all(|p| p.num_spans == 1) {
+            put_longest_first(&mut pieces);
+            self.pool.run(pieces.len(), |index| call.run_piece(kernel, &pieces[index], out));
+        } else {
+            self.attend_by_spans(kernel, call, &mut pieces, out);
+        }
+    }
+
+    /// Few pieces with long contexts: every span is a task of its own, and a second region joins them.
+    fn attend_by_spans<E: Sync>(
+        &self,
+        kernel: unsafe fn(&mut SpanTask<'_, E>),
+        call: &Call<'_, E>,
+        pieces: &mut [Piece],
+        out: &SharedMut<f32>,
+    ) {
+        let mut num_queries = 0;
+        let mut tasks = Vec::new();
+        for (index, piece) in pieces.iter_mut().enumerate() {
+            piece.partial_query = num_queries;
+            num_queries += piece.num_spans * call.queries_of(piece);
+            tasks.extend((0..piece.num_spans).map(|span| (index, span)));
+        }
+        let pieces = &*pieces;
+        let stride = call.state_len();
+        let mut states = vec![0.0; num_queries * stride];
+        let shared = &SharedMut::new(&mut states);
+        self.pool.run(tasks.len(), |task| {
+            let (piece, span) = (&pieces[tasks[task].0], tasks[task].1);
+            let queries = call.queries_of(piece);
+            let first = piece.partial_query + span * queries;
+            // SAFETY: every task has queries of its own.
+            let state = unsafe { shared.slice(first * stride..(first + queries) * stride) };
+            SCRATCH.with_borrow_mut(|scratch| call.run_span(kernel, piece, span, state, &mut scratch.pages));
+        });
+        self.pool.run(pieces.len(), |index| {
+            let piece = &pieces[index];
+            let queries = call.queries_of(piece);
+            let first = piece.partial_query * stride;
+            // SAFETY: the region that wrote the states is over; every piece has states of its own.
+            let states = unsafe { shared.slice(first..first + piece.num_spans * queries * stride) };
+            let (joined, others) = states.split_at_mut(queries * stride);
+            for span in others.chunks_exact(queries * stride) {
+                call.join(queries, joined, span);
+            }
+            call.finish(piece, joined, out);
+        });
+    }
+}
+
+/// What is drawn last should be short.
+fn put_longest_first(pieces: &mut [Piece]) {
+    pieces.sort_by_key(|piece| std::cmp::Reverse(piece.num_spans));
+}
+
+fn cast<E: bytemuck::Pod>(plane: &[u8]) -> &[E] {
+    bytemuck::cast_slice(plane)
+}
+
+fn check(q: &[f32], cache: &KvCache, sequences: &[AttentionSequence<'_>], args: &AttentionArgs<'_>, out: &[f32]) {
+    let shape = cache.shape();
+    let width = args.num_heads * shape.head_dim;
+    assert!(
+        args.num_heads > 0 && args.num_heads.is_multiple_of(shape.num_kv_heads),
+        "{} query heads cannot share {} key/value heads",
+        args.num_heads,
+        shape.num_kv_heads
+    );
+    assert!(q.len() == out.len() && q.len().is_multiple_of(width), "q of {}, out of {}", q.len(), out.len());
+    assert!(args.window != Some(0), "a window of 0 sees nothing");
+    if let Some(slopes) = args.alibi_slopes {
+        assert_eq!(slopes.len(), args.num_heads, "{} slopes for {} heads", slopes.len(), args.num_heads);
+    }
+    let mut named = vec![false; q.len() / width];
+    for AttentionSequence { rows, context_len, block_table } in sequences {
+        assert!(rows.start <= rows.end && rows.end <= named.len(), "rows {rows:?} of {}", named.len());
+        for row in rows.clone() {
+            assert!(!std::mem::replace(&mut named[row], true), "row {row} belongs to two sequences");
+        }
+        assert!(rows.len() <= *context_len, "{} rows in a context of {context_len}", rows.len());
+        let blocks = context_len.div_ceil(shape.block_size);
+        assert!(blocks <= block_table.len(), "{context_len} tokens need {blocks} blocks, got {}", block_table.len());
+        for &block in *block_table {
+            assert!((block as usize) < cache.num_blocks(), "block {block} of a cache of {}", cache.num_blocks());
+        }
+    }
+}
+
+/// The arguments of one attention call, checked.
+struct Call<'a, E> {
+    q: &'a [f32],
+    args: &'a AttentionArgs<'a>,
+    sequences: &'a [AttentionSequence<'a>],
+    shape: &'a KvShape,
+    keys: &'a [E],
+    values: &'a [E],
+}
+
+impl<E> Call<'_, E> {
+    fn heads_per_kv(&self) -> usize {
+        self.args.num_heads / self.shape.num_kv_heads
+    }
+
+    fn queries_of(&self, piece: &Piece) -> usize {
+        piece.rows.len() * self.heads_per_kv()
+    }
+
+    fn padded_head_dim(&self) -> usize {
+        self.shape.head_dim.next_multiple_of(16)
+    }
+
+    /// Floats of one query's state: values, maximum, sum.
+    fn state_len(&self) -> usize {
+        self.padded_head_dim() + 2
+    }
+
+    fn pieces_of(&self, index: usize, sequence: &AttentionSequence<'_>, pieces: &mut Vec<Piece>) {
+        let first_position = sequence.context_len - sequence.rows.len();
+        let mut start = sequence.rows.start;
+        while start < sequence.rows.end {
+            let rows = start..(start + PIECE_ROWS).min(sequence.rows.end);
+            let first_position = first_position + (start - sequence.rows.start);
+            let last_position = first_position + rows.len() - 1;
+            let first_key = self.args.window.map_or(0, |window| (first_position + 1).saturating_sub(window));
+            let first_span = first_key / SPAN_KEYS;
+            for kv_head in 0..self.shape.num_kv_heads {
+                pieces.push(Piece {
+                    sequence: index,
+                    rows: rows.clone(),
+                    first_position,
+                    kv_head,
+                    first_span,
+                    num_spans: last_position / SPAN_KEYS + 1 - first_span,
+                    partial_query: 0,
+                });
+            }
+            start = rows.end;
+        }
+    }
+
+    /// All spans of a piece, one after the other.
+    fn run_piece(&self, kernel: unsafe fn(&mut SpanTask<'_, E>), piece: &Piece, out: &SharedMut<f32>) {
+        let queries = self.queries_of(piece);
+        let len = queries * self.state_len();
+        SCRATCH.with_borrow_mut(|Scratch { partials, pages }| {
+            partials.resize(partials.len().max(2 * len), 0.0);
+            let (joined, other) = partials[..2 * len].split_at_mut(len);
+            self.run_span(kernel, piece, 0, joined, pages);
+            for span in 1..piece.num_spans {
+                self.run_span(kernel, piece, span, other, pages);
+                self.join(queries, joined, other);
+            }
+            self.finish(piece, joined, out);
+        });
+    }
+
+    fn run_span(
+        &self,
+        kernel: unsafe fn(&mut SpanTask<'_, E>),
+        piece: &Piece,
+        span: usize,
+        state: &mut [f32],
+        pages: &mut Vec<f32>,
+    ) {
+        let sequence = &self.sequences[piece.sequence];
+        let queries = self.queries_of(piece);
+        let (values, rest) = state.split_at_mut(queries * self.padded_head_dim());
+        let (max, sum) = rest.split_at_mut(queries);
+        let start = (piece.first_span + span) * SPAN_KEYS;
+        let mut task = SpanTask {
+            args: self.args,
+            q: self.q,
+            rows: piece.rows.clone(),
+            first_position: piece.first_position,
+            heads_per_kv: self.heads_per_kv(),
+            kv_head: piece.kv_head,
+            num_kv_heads: self.shape.num_kv_heads,
+            head_dim: self.shape.head_dim,
+            block_size: self.shape.block_size,
+            keys: self.keys,
+            values: self.values,
+            block_table: sequence.block_table,
+            span: start..(start + SPAN_KEYS).min(piece.first_position + piece.rows.len()),
+            partial: Partial { max, sum, values },
+            scratch: pages,
+        };
+        // SAFETY: the table fits the machine; `check` has measured rows, heads, block tables and blocks.
+        unsafe { kernel(&mut task) };
+    }
+
+    /// Joins a later span's state into an earlier one's. A span in which a query saw nothing leaves it as it was, and
+    /// the first in which it saw something replaces it, so that where a piece began does not show.
+    fn join(&self, queries: usize, joined: &mut [f32], other: &[f32]) {
+        let width = self.padded_head_dim();
+        let (values, rest) = joined.split_at_mut(queries * width);
+        let (max, sum) = rest.split_at_mut(queries);
+        let (other_values, rest) = other.split_at(queries * width);
+        let (other_max, other_sum) = rest.split_at(queries);
+        for query in 0..queries {
+            let elements = query * width..(query + 1) * width;
+            if is_empty(other_max[query], other_sum[query]) {
+                continue;
+            }
+            if is_empty(max[query], sum[query]) {
+                values[elements.clone()].copy_from_slice(&other_values[elements]);
+                (max[query], sum[query]) = (other_max[query], other_sum[query]);
+                continue;
+            }
+            let new_max = if other_max[query] > max[query] { other_max[query] } else { max[query] };
+            let (ours, theirs) = (exp(max[query] - new_max), exp(other_max[query] - new_max));
+            for (value, &other) in values[elements.clone()].iter_mut().zip(&other_values[elements]) {
+                *value = *value * ours + other * theirs;
+            }
+            sum[query] = sum[query] * ours + other_sum[query] * theirs;
+            max[query] = new_max;
+        }
+    }
+
+    /// Divides by the sums and writes the piece's part of the output.
+    fn finish(&self, piece: &Piece, state: &[f32], out: &SharedMut<f32>) {
+        let (head_dim, width) = (self.shape.head_dim, self.padded_head_dim());
+        let queries = self.queries_of(piece);
+        let (values, rest) = state.split_at(queries * width);
+        let sums = &rest[queries..2 * queries];
+        for query in 0..queries {
+            let row = piece.rows.start + query / self.heads_per_kv();
+            let head = piece.kv_head * self.heads_per_kv() + query % self.heads_per_kv();
+            let start = (row * self.args.num_heads + head) * head_dim;
+            // SAFETY: rows and heads of a piece are its own.
+            let out = unsafe { out.slice(start..start + head_dim) };
+            let factor = 1.0 / sums[query];
+            for (out, &value) in out.iter_mut().zip(&values[query * width..]) {
+                *out = value * factor;
+            }
+        }
+    }
+}
+
+/// Whether a query has seen no key yet.
+fn is_empty(max: f32, sum: f32) -> bool {
+    max == f32::NEG_INFINITY && sum == 0.0
+}

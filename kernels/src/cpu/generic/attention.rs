@@ -1,0 +1,404 @@
+//! Attention of one span, a tile of keys at a time, four queries at a time.
+//!
+//! ```text
+//! for each tile of 64 positions:
+//!     for four queries (rows and heads that share the key/value head):
+//!         scores[q][key]  = sum over components of q * key       vectors of 16 keys, from the transposed key pages
+//!         scale, cap, slope; -inf where not visible
+//!         maximum, weights = exp(score - maximum), their sum
+//!         values[q][c]    = values * rescale + sum over keys of weight * value    vectors of 16 components
+//! ```
+//!
+//! Both products are the block of `block.rs`, straight from the pages in the cache's own type. Only where a page's rows
+//! do not fill vectors (a block size or head dimension that is no multiple of 16) is a tile first laid out in f32; the
+//! same code then runs on that.
+//! Queries that see the same keys of a tile share the loads of its values; those on the diagonal go one by one, so that
+//! none touches a value it must not see.
+
+use std::ops::Range;
+
+use super::block::multiply_add;
+use super::exp::{exp, tanh};
+use super::{Element, Lanes};
+use crate::cpu::attention::TILE_KEYS;
+use crate::cpu::scalar;
+use crate::cpu::task::SpanTask;
+
+const WIDTH: usize = 16;
+/// Queries that share a key vector's load.
+const BLOCK_QUERIES: usize = 4;
+/// 0, 1, ... 15: positions within a vector.
+const STEPS: [f32; WIDTH] = [0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.];
+
+/// Vectors of keys in a tile.
+const VECTORS: usize = TILE_KEYS / WIDTH;
+
+type Scores = [[f32; TILE_KEYS]; BLOCK_QUERIES];
+
+/// A tile's keys and values as the block takes them: rows of at least 16 elements, by pointer.
+pub(in crate::cpu) struct Tile<E> {
+    /// First position, a multiple of the tile.
+    start: usize,
+    /// Component 0 of each 16 keys; null where no key is held.
+    keys: [*const E; VECTORS],
+    /// From one component to the next.
+    key_stride: usize,
+    /// Runs of values that follow each other in memory: first key of the tile, component 0; the last one ends the list.
+    runs: [(usize, *const E); TILE_KEYS],
+    num_runs: usize,
+    /// From one value to the next.
+    value_stride: usize,
+}
+
+/// Calls `$body` with 1 to 4 queries; one alone takes `$wide` vectors at a time.
+macro_rules! with_queries {
+    ($count:expr, $body:ident::<$l:ty, $e:ty, $v:ident, $wide:ident>($($argument:expr),*)) => {
+        match $count {
+            1 => $body::<$l, $e, 1, $wide>($($argument),*),
+            2 => $body::<$l, $e, 2, $v>($($argument),*),
+            3 => $body::<$l, $e, 3, $v>($($argument),*),
+            _ => $body::<$l, $e, 4, $v>($($argument),*),
+        }
+    };
+}
+
+/// [`walk_queries`] compiled for an element type and an instruction set.
+pub(in crate::cpu) type Walk<E> = unsafe fn(&mut SpanTask<'_, E>, &Tile<E>);
+
+/// The span tile by tile: `walk` where the pages serve, else `walk_laid_out`.
+///
+/// # Safety
+/// - Both functions are compiled for instructions that the machine has.
+/// - The task's ranges lie within its buffers, and its block table names blocks of the cache.
+pub(in crate::cpu) unsafe fn attend<E: Element>(task: &mut SpanTask<'_, E>, walk: Walk<E>, walk_laid_out: Walk<f32>) {
+    let num_queries = task.num_queries();
+    let width = task.head_dim.next_multiple_of(WIDTH);
+    task.partial.max.fill(f32::NEG_INFINITY);
+    task.partial.sum.fill(0.0);
+    task.partial.values.fill(0.0);
+    assert!(
+        task.partial.max.len() == num_queries
+            && task.partial.sum.len() == num_queries
+            && task.partial.values.len() == num_queries * width,
+        "room for another number of queries"
+    );
+    if num_queries == 0 {
+        return;
+    }
+    let span = task.visible(0).start..task.visible(num_queries - 1).end;
+    let pages_serve = task.block_size.is_multiple_of(WIDTH) && task.head_dim.is_multiple_of(WIDTH);
+    let mut start = span.start / TILE_KEYS * TILE_KEYS;
+    while start < span.end {
+        let held = start.max(span.start)..(start + TILE_KEYS).min(span.end);
+        // SAFETY: the caller's duties; the tiles hold the keys `held`, which are those that any query sees.
+        unsafe {
+            if pages_serve {
+                walk(task, &tile_of_pages(task, start, held));
+            } else {
+                let mut room = std::mem::take(task.scratch);
+                let tile = lay_out(task, start, held, &mut room);
+                walk_laid_out(&mut task.without_pages(), &tile);
+                *task.scratch = room;
+            }
+        }
+        start += TILE_KEYS;
+    }
+}
+
+/// A tile straight from the pages, whose rows fill vectors.
+fn tile_of_pages<E: Element>(task: &SpanTask<'_, E>, start: usize, held: Range<usize>) -> Tile<E> {
+    let (block_size, head_dim) = (task.block_size, task.head_dim);
+    let mut tile = Tile {
+        start,
+        keys: [std::ptr::null(); VECTORS],
+        key_stride: block_size,
+        runs: [(0, std::ptr::null()); TILE_KEYS],
+        num_runs: 0,
+        value_stride: head_dim,
+    };
+    for vector in (held.start - start) / WIDTH..(held.end - start).div_ceil(WIDTH) {
+        let at = task.key_index(start + vector * WIDTH);
+        tile.keys[vector] = task.keys[at..at + (head_dim - 1) * block_size + WIDTH].as_ptr();
+    }
+    let mut position = held.start;
+    while position < held.end {
+        let run = (block_size - position % block_size).min(held.end - position);
+        let at = task.value_index(position);
+        tile.runs[tile.num_runs] = (position - start, task.values[at..at + run * head_dim].as_ptr());
+        tile.num_runs += 1;
+        position += run;
+    }
+    tile
+}
+
+/// A tile copied to `room` in f32: keys `[head_dim, 64]`, then values `[64, padded head_dim]`.
+fn lay_out<E: Element>(task: &SpanTask<'_, E>, start: usize, held: Range<usize>, room: &mut Vec<f32>) -> Tile<f32> {
+    let width = task.head_dim.next_multiple_of(WIDTH);
+    room.clear();
+    room.resize((task.head_dim + width) * TILE_KEYS, 0.0);
+    let (keys, values) = room.split_at_mut(task.head_dim * TILE_KEYS);
+    for position in held {
+        let (key_at, value_at) = (task.key_index(position), task.value_index(position));
+        for i in 0..task.head_dim {
+            keys[i * TILE_KEYS + position - start] = task.keys[key_at + i * task.block_size].to_f32();
+            values[(position - start) * width + i] = task.values[value_at + i].to_f32();
+        }
+    }
+    let mut tile = Tile {
+        start,
+        keys: [keys.as_ptr(); VECTORS],
+        key_stride: TILE_KEYS,
+        runs: [(0, values.as_ptr()); TILE_KEYS],
+        num_runs: 1,
+        value_stride: width,
+    };
+    for (vector, pointer) in tile.keys.iter_mut().enumerate() {
+        *pointer = keys[vector * WIDTH..].as_ptr();
+    }
+    tile
+}
+
+/// All queries of the task over one tile: `V` vectors at a time for several queries, `W` for one.
+///
+/// # Safety
+/// As [`Lanes`]; the tile holds every key of its positions that a query sees.
+#[inline(always)]
+pub(in crate::cpu) unsafe fn walk_queries<L: Lanes, T: Element, const V: usize, const W: usize>(
+    task: &mut SpanTask<'_, T>,
+    tile: &Tile<T>,
+) {
+    let num_queries = task.num_queries();
+    let head_dim = task.head_dim;
+    let width = head_dim.next_multiple_of(WIDTH);
+    let mut scores: Scores = [[0.0; TILE_KEYS]; BLOCK_QUERIES];
+    let mut first = 0;
+    while first < num_queries {
+        let count = (num_queries - first).min(BLOCK_QUERIES);
+        let mut visible = [const { 0..0 }; BLOCK_QUERIES];
+        let mut queries = [std::ptr::null(); BLOCK_QUERIES];
+        for q in 0..count {
+            let keys = task.visible(first + q);
+            let start = keys.start.clamp(tile.start, tile.start + TILE_KEYS) - tile.start;
+            let end = keys.end.clamp(tile.start, tile.start + TILE_KEYS) - tile.start;
+            visible[q] = start..end.max(start);
+            queries[q] = task.query(first + q).as_ptr();
+        }
+        // Rows come in order, so the first query sees the earliest key and the last one the latest.
+        let seen = visible[0].start..visible[count - 1].end;
+        if seen.is_empty() {
+            first += count;
+            continue;
+        }
+        let vectors = seen.start / WIDTH..seen.end.div_ceil(WIDTH);
+        // SAFETY: the caller's duties; vectors and keys named lie within the tile and hold keys that a query sees;
+        // queries have head_dim components, values have `width` floats a query.
+        unsafe {
+            with_queries!(count, score::<L, T, V, W>(tile, &queries, head_dim, vectors, &mut scores));
+            for q in 0..count {
+                if !visible[q].is_empty() {
+                    weigh::<L, T>(task, tile.start, first + q, visible[q].clone(), &mut scores[q]);
+                }
+            }
+            let alike = visible[..count].iter().all(|keys| *keys == visible[0]);
+            let step = if alike { count } else { 1 };
+            for q in (0..count).step_by(step) {
+                let to = task.partial.values[(first + q) * width..(first + q + step) * width].as_mut_ptr();
+                let mut weights = [std::ptr::null(); BLOCK_QUERIES];
+                for i in 0..step {
+                    weights[i] = scores[q + i].as_ptr();
+                }
+                with_queries!(step, add_values::<L, T, V, W>(tile, &weights, visible[q].clone(), to, width));
+            }
+        }
+        first += count;
+    }
+}
+
+/// Dot products of `Q` queries with the tile's key vectors.
+///
+/// # Safety
+/// As [`walk_queries`]: the first Q pointers are valid for `head_dim` floats, the vectors are held by the tile.
+#[inline(always)]
+unsafe fn score<L: Lanes, T: Element, const Q: usize, const V: usize>(
+    tile: &Tile<T>,
+    queries: &[*const f32; BLOCK_QUERIES],
+    head_dim: usize,
+    vectors: Range<usize>,
+    scores: &mut Scores,
+) {
+    // SAFETY: the caller's duties; `vector + V` stays within `vectors`.
+    unsafe {
+        let mut vector = vectors.start;
+        while vector + V <= vectors.end {
+            score_vectors::<L, T, Q, V>(tile, queries, head_dim, vector, scores);
+            vector += V;
+        }
+        // With V = 1 nothing is left; the condition keeps the compiler from making the same loop twice.
+        while V > 1 && vector < vectors.end {
+            score_vectors::<L, T, Q, 1>(tile, queries, head_dim, vector, scores);
+            vector += 1;
+        }
+    }
+}
+
+/// # Safety
+/// As [`score`], for the vectors `vector..vector + V`.
+#[inline(always)]
+unsafe fn score_vectors<L: Lanes, T: Element, const Q: usize, const V: usize>(
+    tile: &Tile<T>,
+    queries: &[*const f32; BLOCK_QUERIES],
+    head_dim: usize,
+    vector: usize,
+    scores: &mut Scores,
+) {
+    // SAFETY: the caller's duties; scores have room for a tile.
+    unsafe {
+        let mut acc = [[L::splat(0.0); V]; Q];
+        let mut from = [tile.keys[vector]; V];
+        from.copy_from_slice(&tile.keys[vector..vector + V]);
+        let mut a = [queries[0]; Q];
+        a.copy_from_slice(&queries[..Q]);
+        multiply_add(a, head_dim, from, tile.key_stride, &mut acc);
+        for q in 0..Q {
+            for v in 0..V {
+                acc[q][v].store(scores[q].as_mut_ptr().add((vector + v) * WIDTH));
+            }
+        }
+    }
+}
+
+/// One query's dot products to softmax weights; brings maximum, sum and values to the new maximum.
+///
+/// # Safety
+/// As [`walk_queries`]; `visible` is not empty and lies within the tile that begins at `tile_start`.
+#[inline(always)]
+unsafe fn weigh<L: Lanes, E: Element>(
+    task: &mut SpanTask<'_, E>,
+    tile_start: usize,
+    query: usize,
+    visible: Range<usize>,
+    scores: &mut [f32; TILE_KEYS],
+) {
+    let args = *task.args;
+    let vectors = visible.start / WIDTH..visible.end.div_ceil(WIDTH);
+    let to = scores.as_mut_ptr();
+    // SAFETY: vectors lie within the tile; a query's values are `width` floats, a multiple of 16.
+    unsafe {
+        let scale = L::splat(args.scale);
+        for vector in vectors.clone() {
+            let mut score = L::load(to.add(vector * WIDTH)).mul(scale);
+            if let Some(cap) = args.soft_cap {
+                score = tanh(score.div(L::splat(cap))).mul(L::splat(cap));
+            }
+            if let Some(slopes) = args.alibi_slopes {
+                let position = task.first_position + query / task.heads_per_kv;
+                let distance = (tile_start + vector * WIDTH) as f32 - position as f32;
+                let distances = L::load(STEPS.as_ptr()).add(L::splat(distance));
+                score = L::splat(slopes[task.head(query)]).mul_add(distances, score);
+            }
+            score.store(to.add(vector * WIDTH));
+        }
+        scores[vectors.start * WIDTH..visible.start].fill(f32::NEG_INFINITY);
+        scores[visible.end..vectors.end * WIDTH].fill(f32::NEG_INFINITY);
+
+        let to = scores.as_mut_ptr();
+        let old_max = task.partial.max[query];
+        let mut maxes = L::splat(old_max);
+        for vector in vectors.clone() {
+            maxes = L::load(to.add(vector * WIDTH)).max(maxes);
+        }
+        let new_max = maxes.join_max();
+        let mut sums = L::splat(0.0);
+        for vector in vectors {
+            let weights = exp(L::load(to.add(vector * WIDTH)).sub(L::splat(new_max)));
+            weights.store(to.add(vector * WIDTH));
+            sums = sums.add(weights);
+        }
+        let rescale = scalar::exp::exp(old_max - new_max);
+        task.partial.sum[query] = task.partial.sum[query].mul_add(rescale, sums.join_add());
+        task.partial.max[query] = new_max;
+        if rescale != 1.0 {
+            let width = task.head_dim.next_multiple_of(WIDTH);
+            let values = task.partial.values[query * width..(query + 1) * width].as_mut_ptr();
+            for i in (0..width).step_by(WIDTH) {
+                L::load(values.add(i)).mul(L::splat(rescale)).store(values.add(i));
+            }
+        }
+    }
+}
+
+/// Adds the values of the tile's keys `visible`, weighted, to `Q` queries of `width` floats from `to` on.
+///
+/// # Safety
+/// As [`walk_queries`]: the first Q pointers are valid for a tile's weights, `to` for Q queries; all of them see exactly
+/// the keys `visible`.
+#[inline(always)]
+unsafe fn add_values<L: Lanes, T: Element, const Q: usize, const V: usize>(
+    tile: &Tile<T>,
+    weights: &[*const f32; BLOCK_QUERIES],
+    visible: Range<usize>,
+    to: *mut f32,
+    width: usize,
+) {
+    for run in 0..tile.num_runs {
+        let (begin, from) = tile.runs[run];
+        let end = if run + 1 < tile.num_runs { tile.runs[run + 1].0 } else { TILE_KEYS };
+        let keys = begin.max(visible.start)..end.min(visible.end);
+        if keys.is_empty() {
+            continue;
+        }
+        // SAFETY: the caller's duties; the run holds `keys`, whose first lies `keys.start - begin` values into it;
+        // components stay below `width`.
+        unsafe {
+            let from = from.add((keys.start - begin) * tile.value_stride);
+            let mut a = [weights[0]; Q];
+            for q in 0..Q {
+                a[q] = weights[q].add(keys.start);
+            }
+            let mut component = 0;
+            while component + V * WIDTH <= width {
+                let (from, to) = (from.add(component), to.add(component));
+                add_components::<L, T, Q, V>(a, keys.len(), from, tile.value_stride, to, width);
+                component += V * WIDTH;
+            }
+            while V > 1 && component < width {
+                let (from, to) = (from.add(component), to.add(component));
+                add_components::<L, T, Q, 1>(a, keys.len(), from, tile.value_stride, to, width);
+                component += WIDTH;
+            }
+        }
+    }
+}
+
+/// `to[q] += sum over run of weights[q] * from`, for `16 * V` components.
+///
+/// # Safety
+/// As [`Lanes`]; `weights[q]` is valid for `run` floats, `from` for `run` rows `stride` apart, `to` for Q rows `width`
+/// apart, all of `16 * V` components.
+#[inline(always)]
+unsafe fn add_components<L: Lanes, E: Element, const Q: usize, const V: usize>(
+    weights: [*const f32; Q],
+    run: usize,
+    from: *const E,
+    stride: usize,
+    to: *mut f32,
+    width: usize,
+) {
+    // SAFETY: the caller's duties.
+    unsafe {
+        let mut acc = [[L::splat(0.0); V]; Q];
+        let mut vectors = [from; V];
+        for v in 0..V {
+            vectors[v] = from.add(v * WIDTH);
+            for q in 0..Q {
+                acc[q][v] = L::load(to.add(q * width + v * WIDTH));
+            }
+        }
+        multiply_add(weights, run, vectors, stride, &mut acc);
+        for q in 0..Q {
+            for v in 0..V {
+                acc[q][v].store(to.add(q * width + v * WIDTH));
+            }
+        }
+    }
+}

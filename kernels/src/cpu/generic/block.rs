@@ -1,0 +1,44 @@
+//! The block of fused multiply-adds under dense products and attention.
+//!
+//! ```text
+//! for i in 0..len:                         ascending: the one accumulator of every output
+//!     b[v] = load(b_v + i * stride)        V vectors, widened to f32
+//!     for q, v: acc[q][v] += a_q[i] * b[v] a broadcast meets a vector
+//! ```
+//!
+//! Q broadcasts by V vectors keep Q * V accumulators in registers; each is a chain of its own, and a fused multiply-add
+//! takes 4 cycles where two can begin in one, so at least 8 registers of them are wanted.
+
+use super::{Element, Lanes};
+
+/// Adds to `acc`, see the head.
+///
+/// # Safety
+/// - As [`Lanes`].
+/// - `a[q]` is valid for `len` elements, `b[v] + i * stride` for 16 elements for every i below `len`.
+#[inline(always)]
+pub(super) unsafe fn multiply_add<L: Lanes, E: Element, const Q: usize, const V: usize>(
+    a: [*const f32; Q],
+    len: usize,
+    b: [*const E; V],
+    stride: usize,
+    acc: &mut [[L; V]; Q],
+) {
+    // SAFETY: the caller's duties cover every pointer used here.
+    unsafe {
+        let mut local = *acc;
+        for i in 0..len {
+            let mut vectors = [L::splat(0.0); V];
+            for v in 0..V {
+                vectors[v] = E::lanes::<L>(b[v].add(i * stride));
+            }
+            for q in 0..Q {
+                let x = L::splat(*a[q].add(i));
+                for v in 0..V {
+                    local[q][v] = x.mul_add(vectors[v], local[q][v]);
+                }
+            }
+        }
+        *acc = local;
+    }
+}

@@ -1,0 +1,88 @@
+//! Dense product: sixteen weight rows in a vector, activations broadcast.
+//!
+//! A group of tiles is walked for four activation rows at a time, so that a weight loaded (and widened) once serves
+//! four of them; a lone row meets more tiles at once instead, to have enough chains.
+
+use super::block::multiply_add;
+use super::{Element, Lanes};
+use crate::cpu::task::DenseTask;
+use crate::matrix::DENSE_TILE_ROWS;
+
+/// `V` tiles at a time for several rows, `W` for one.
+///
+/// # Safety
+/// As [`Lanes`]; the task's ranges lie within its buffers.
+#[inline(always)]
+pub(in crate::cpu) unsafe fn multiply<L: Lanes, E: Element, const V: usize, const W: usize>(task: &DenseTask<'_, E>) {
+    // SAFETY: the caller's duties are the same.
+    unsafe {
+        let mut tile = task.tiles.start;
+        if task.m.len() == 1 {
+            while tile + W <= task.tiles.end {
+                rows::<L, E, 1, W>(task, tile, task.m.start);
+                tile += W;
+            }
+        } else {
+            while V > 1 && tile + V <= task.tiles.end {
+                walk_rows::<L, E, V>(task, tile);
+                tile += V;
+            }
+        }
+        // What is left, or all of it where V = 1.
+        while tile < task.tiles.end {
+            walk_rows::<L, E, 1>(task, tile);
+            tile += 1;
+        }
+    }
+}
+
+/// All of the task's rows by the tiles `tile..tile + V`.
+///
+/// # Safety
+/// As [`multiply`]; the tiles are the task's.
+#[inline(always)]
+unsafe fn walk_rows<L: Lanes, E: Element, const V: usize>(task: &DenseTask<'_, E>, tile: usize) {
+    let mut m = task.m.start;
+    // SAFETY: the caller's duties; the rows named lie within the task's.
+    unsafe {
+        while m + 4 <= task.m.end {
+            rows::<L, E, 4, V>(task, tile, m);
+            m += 4;
+        }
+        match task.m.end - m {
+            3 => rows::<L, E, 3, V>(task, tile, m),
+            2 => rows::<L, E, 2, V>(task, tile, m),
+            1 => rows::<L, E, 1, V>(task, tile, m),
+            _ => {}
+        }
+    }
+}
+
+/// # Safety
+/// As [`multiply`]; rows `m..m + Q` and tiles `tile..tile + V` are the task's.
+#[inline(always)]
+unsafe fn rows<L: Lanes, E: Element, const Q: usize, const V: usize>(task: &DenseTask<'_, E>, tile: usize, m: usize) {
+    let cols = task.weights.cols;
+    let x = task.x[m * cols..(m + Q) * cols].as_ptr();
+    let weights = task.weights.elements[tile * cols * DENSE_TILE_ROWS..(tile + V) * cols * DENSE_TILE_ROWS].as_ptr();
+    // SAFETY: the slices above hold Q rows and V tiles, which is all that the pointers reach.
+    unsafe {
+        let mut a = [x; Q];
+        for q in 0..Q {
+            a[q] = x.add(q * cols);
+        }
+        let mut b = [weights; V];
+        for v in 0..V {
+            b[v] = weights.add(v * cols * DENSE_TILE_ROWS);
+        }
+        let mut acc = [[L::splat(0.0); V]; Q];
+        multiply_add(a, cols, b, DENSE_TILE_ROWS, &mut acc);
+        let mut sums = [0.0; DENSE_TILE_ROWS];
+        for q in 0..Q {
+            for v in 0..V {
+                acc[q][v].store(sums.as_mut_ptr());
+                task.out.store(m + q, (tile + v) * DENSE_TILE_ROWS, &sums);
+            }
+        }
+    }
+}

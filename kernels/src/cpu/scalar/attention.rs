@@ -1,0 +1,64 @@
+//! Attention of one span, one query after the other, straight from the pages.
+//!
+//! Tiles start at multiples of 64 absolute positions. A score's one accumulator walks the components in order; a
+//! value's one accumulator walks the keys in order; a tile's sum has sixteen lanes, by position mod 16.
+
+use super::exp::{exp, tanh};
+use super::{LANES, join_lanes};
+use crate::cpu::attention::TILE_KEYS;
+use crate::cpu::task::SpanTask;
+use crate::matrix::DenseElement;
+
+/// # Safety
+/// Safe in fact; unsafe to fit the table.
+pub(super) unsafe fn attend<E: DenseElement>(task: &mut SpanTask<'_, E>) {
+    let width = task.head_dim.next_multiple_of(16);
+    for query in 0..task.num_queries() {
+        let visible = task.visible(query);
+        let mut values = vec![0.0_f32; width];
+        let (mut max, mut sum) = (f32::NEG_INFINITY, 0.0_f32);
+        let mut tile = visible.start / TILE_KEYS * TILE_KEYS;
+        while tile < visible.end && visible.start < visible.end {
+            let keys = tile.max(visible.start)..(tile + TILE_KEYS).min(visible.end);
+            let scores: Vec<f32> = keys.clone().map(|key| score(task, query, key)).collect();
+            let new_max = scores.iter().fold(max, |max, &score| if score > max { score } else { max });
+            let rescale = exp(max - new_max);
+            let weights: Vec<f32> = scores.iter().map(|score| exp(score - new_max)).collect();
+
+            let mut lanes = [0.0_f32; LANES];
+            for (key, weight) in keys.clone().zip(&weights) {
+                lanes[key % LANES] += weight;
+            }
+            sum = sum.mul_add(rescale, join_lanes(lanes));
+            max = new_max;
+            for (i, value) in values[..task.head_dim].iter_mut().enumerate() {
+                *value *= rescale;
+                for (key, &weight) in keys.clone().zip(&weights) {
+                    *value = weight.mul_add(task.values[task.value_index(key) + i].to_f32(), *value);
+                }
+            }
+            tile += TILE_KEYS;
+        }
+        task.partial.max[query] = max;
+        task.partial.sum[query] = sum;
+        task.partial.values[query * width..(query + 1) * width].copy_from_slice(&values);
+    }
+}
+
+fn score<E: DenseElement>(task: &SpanTask<'_, E>, query: usize, key: usize) -> f32 {
+    let at = task.key_index(key);
+    let dot = task
+        .query(query)
+        .iter()
+        .enumerate()
+        .fold(0.0_f32, |dot, (i, &q)| q.mul_add(task.keys[at + i * task.block_size].to_f32(), dot));
+    let mut score = dot * task.args.scale;
+    if let Some(cap) = task.args.soft_cap {
+        score = tanh(score / cap) * cap;
+    }
+    if let Some(slopes) = task.args.alibi_slopes {
+        let position = task.first_position + query / task.heads_per_kv;
+        score = slopes[task.head(query)].mul_add(key as f32 - position as f32, score);
+    }
+    score
+}

@@ -1,0 +1,53 @@
+//! The specification: every kernel once in plain Rust, written to be read and never made fast.
+//!
+//! What these functions compute, bit for bit, is what every instruction set must compute; they also serve machines that
+//! have none of the others. Invariant: the order of every sum is spelled out here.
+
+mod attention;
+mod dense;
+pub(crate) mod exp;
+mod logits;
+mod norm;
+pub(crate) mod quantize;
+pub(crate) mod rope;
+mod silu;
+mod w4;
+mod w8;
+
+use super::dispatch::Kernels;
+
+/// Lanes of every sum over a row. Sixteen partial sums fit one 512-bit, two 256-bit or four 128-bit registers.
+pub(crate) const LANES: usize = 16;
+
+/// Joins the sixteen lanes of a sum: halves are added, then quarters, and so on.
+pub(crate) fn join_lanes(mut lanes: [f32; LANES]) -> f32 {
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] += lanes[i + half];
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
+
+/// All entries: what the other sets lack is this.
+pub(super) const TABLE: Kernels = Kernels {
+    w4: w4::multiply,
+    w8: w8::multiply,
+    dense_f32: dense::multiply,
+    dense_f16: dense::multiply,
+    dense_bf16: dense::multiply,
+    quantize: quantize::quantize,
+    rms_norm: norm::rms_norm,
+    rope: rope::rope,
+    silu_mul: silu::silu_mul,
+    attention_f32: attention::attend,
+    attention_f16: attention::attend,
+    attention_bf16: attention::attend,
+    max: logits::max,
+    exp_sub_sum: logits::exp_sub_sum,
+    sum_exp_sub: logits::sum_exp_sub,
+};
+
+pub(super) static KERNELS: Kernels = TABLE;

@@ -1,0 +1,30 @@
+//! Activations to int8: a group's scale is max|x| / 127, its codes are x * (127 / max|x|), rounded to nearest even.
+
+use crate::cpu::task::QuantGroup;
+use crate::pack::GROUP;
+
+/// Groups whose largest magnitude is below this count as zero: 127 / max|x| must be a number, and nothing so small can
+/// matter beside any weight.
+pub(crate) const SMALLEST_MAGNITUDE: f32 = 1.0 / (1u128 << 100) as f32;
+
+/// # Safety
+/// Safe in fact; unsafe to fit the table.
+pub(super) unsafe fn quantize(x: &[f32], out: &mut [QuantGroup]) {
+    for (x, group) in x.chunks_exact(GROUP).zip(out) {
+        // Magnitudes compare as integers; so NaN counts as larger than infinity and is not lost.
+        let magnitude = x.iter().map(|x| x.abs().to_bits()).max().map_or(0.0, f32::from_bits);
+        let (scale, factor) = if !magnitude.is_finite() {
+            (f32::NAN, 0.0)
+        } else if magnitude < SMALLEST_MAGNITUDE {
+            (0.0, 0.0)
+        } else {
+            (magnitude / 127.0, 127.0 / magnitude)
+        };
+        for (code, &x) in group.codes.iter_mut().zip(x) {
+            *code = if factor == 0.0 { 0 } else { (x * factor).round_ties_even() as i8 };
+        }
+        group.scale = scale;
+        group.sum = group.codes.iter().map(|&code| i32::from(code)).sum();
+        group.scaled_sum = scale * group.sum as f32;
+    }
+}

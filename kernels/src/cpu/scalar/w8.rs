@@ -1,0 +1,33 @@
+//! W8 product; the order is that of W4.
+
+use crate::cpu::task::QuantTask;
+use crate::pack::{GROUP, PackedW8};
+
+/// # Safety
+/// Safe in fact; unsafe to fit the table.
+pub(super) unsafe fn multiply(task: &QuantTask<'_, PackedW8>) {
+    let frame = &task.weights.frame;
+    for tile in task.tiles.clone() {
+        for row in tile * frame.tile_rows..((tile + 1) * frame.tile_rows).min(frame.rows) {
+            for m in task.m.clone() {
+                let mut sum = 0.0_f32;
+                for group in 0..frame.groups() {
+                    let x = &task.x.rows[m * task.x.groups + group];
+                    let dot: i32 = (0..GROUP)
+                        .map(|i| {
+                            let code = i32::from(task.weights.code(row, group * GROUP + i));
+                            code * i32::from(x.codes[i])
+                        })
+                        .sum();
+                    let scale = frame.scale(row, group) * x.scale;
+                    sum = (dot as f32).mul_add(scale, sum);
+                    if let Some(min) = frame.min(row, group) {
+                        sum = min.mul_add(x.scaled_sum, sum);
+                    }
+                }
+                // SAFETY: the task owns its tiles' rows.
+                unsafe { task.out.store(m, row, &[sum]) };
+            }
+        }
+    }
+}

@@ -1,0 +1,192 @@
+//! What the operations hand to the kernels: pieces of work as plain data.
+//!
+//! A task names a part of the output that no other task of the region touches. It knows buffers and shapes, not where
+//! they come from. Invariant: the ranges of a task lie within its buffers; the operations that build tasks check the
+//! buffers' lengths once, kernels rely on it.
+
+use std::ops::Range;
+
+use super::attention::AttentionArgs;
+use super::pool::SharedMut;
+use super::rope::RopeStyle;
+use crate::matrix::{Dense, DenseElement};
+use crate::pack::GROUP;
+
+/// A group of 32 activations in int8: x is about `scale * code`. What a kernel needs of a group lies together, so that
+/// one pointer serves a row.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C, align(16))]
+pub(crate) struct QuantGroup {
+    /// Each -127..=127
+    pub(crate) codes: [i8; GROUP],
+    pub(crate) scale: f32,
+    /// The sum of the codes.
+    pub(crate) sum: i32,
+    /// scale * sum, what a weight group's minimum is multiplied with.
+    pub(crate) scaled_sum: f32,
+}
+
+/// Activation rows in int8 groups.
+#[derive(Clone, Copy)]
+pub(crate) struct QuantRows<'a> {
+    /// Groups of a row.
+    pub(crate) groups: usize,
+    /// `[m, groups]`
+    pub(crate) rows: &'a [QuantGroup],
+}
+
+/// Where a product goes: `[m, rows]`, each element `[out +] (sum [+ bias])`.
+pub(crate) struct Output<'a> {
+    pub(crate) elements: SharedMut<f32>,
+    pub(crate) rows: usize,
+    /// `[rows]`
+    pub(crate) bias: Option<&'a [f32]>,
+    /// Adds to what is there instead of replacing it.
+    pub(crate) accumulate: bool,
+}
+
+impl Output<'_> {
+    /// Finishes output elements `(m, first_row..)` with their sums; as many as there are rows left.
+    ///
+    /// # Safety
+    /// The elements belong to the calling task.
+    #[inline(always)]
+    pub(crate) unsafe fn store(&self, m: usize, first_row: usize, sums: &[f32]) {
+        let len = sums.len().min(self.rows - first_row);
+        let start = m * self.rows + first_row;
+        // SAFETY: passed on to the caller.
+        let out = unsafe { self.elements.slice(start..start + len) };
+        for (r, (out, &sum)) in out.iter_mut().zip(sums).enumerate() {
+            let sum = self.bias.map_or(sum, |bias| sum + bias[first_row + r]);
+            *out = if self.accumulate { *out + sum } else { sum };
+        }
+    }
+}
+
+/// A part of a quantised product: activation rows `m` by weight tiles `tiles`.
+pub(crate) struct QuantTask<'a, W> {
+    pub(crate) weights: &'a W,
+    pub(crate) x: QuantRows<'a>,
+    pub(crate) m: Range<usize>,
+    pub(crate) tiles: Range<usize>,
+    pub(crate) out: &'a Output<'a>,
+}
+
+/// A part of a dense product: activation rows `m` by weight tiles `tiles`.
+pub(crate) struct DenseTask<'a, E: DenseElement> {
+    pub(crate) weights: &'a Dense<E>,
+    /// `[m, cols]`
+    pub(crate) x: &'a [f32],
+    pub(crate) m: Range<usize>,
+    pub(crate) tiles: Range<usize>,
+    pub(crate) out: &'a Output<'a>,
+}
+
+/// One row of heads to rotate.
+pub(crate) struct RopeRow<'a> {
+    /// `[num_heads, head_dim]`
+    pub(crate) x: &'a mut [f32],
+    pub(crate) head_dim: usize,
+    pub(crate) style: RopeStyle,
+    /// `[rotary_dim / 2]` each
+    pub(crate) cos: &'a [f32],
+    pub(crate) sin: &'a [f32],
+}
+
+/// Attention of some rows' query heads that share a key/value head, over one span of absolute positions.
+pub(crate) struct SpanTask<'a, E> {
+    pub(crate) args: &'a AttentionArgs<'a>,
+    /// `[m, num_heads, head_dim]`
+    pub(crate) q: &'a [f32],
+    /// Rows of `q`; consecutive positions of one sequence.
+    pub(crate) rows: Range<usize>,
+    /// Position of the first of them.
+    pub(crate) first_position: usize,
+    /// Query heads that share a key/value head.
+    pub(crate) heads_per_kv: usize,
+    pub(crate) kv_head: usize,
+    pub(crate) num_kv_heads: usize,
+    pub(crate) head_dim: usize,
+    pub(crate) block_size: usize,
+    /// One layer's `[num_blocks, kv_heads, head_dim, block_size]`
+    pub(crate) keys: &'a [E],
+    /// One layer's `[num_blocks, kv_heads, block_size, head_dim]`
+    pub(crate) values: &'a [E],
+    pub(crate) block_table: &'a [u32],
+    /// Absolute positions of keys, from a multiple of the span to its end or the context's.
+    pub(crate) span: Range<usize>,
+    /// What comes out, a query each: `rows.len() * heads_per_kv` queries, row by row.
+    pub(crate) partial: Partial<'a>,
+    /// Room for pages that a kernel must lay out anew; grown on use, contents meaningless.
+    pub(crate) scratch: &'a mut Vec<f32>,
+}
+
+/// Softmax over some keys, before division: for each query the maximum score, the sum of exp(score - maximum), and the
+/// values weighted so.
+pub(crate) struct Partial<'a> {
+    /// `[queries]`, -inf where a query sees no key of the span.
+    pub(crate) max: &'a mut [f32],
+    /// `[queries]`
+    pub(crate) sum: &'a mut [f32],
+    /// `[queries, padded_head_dim]`
+    pub(crate) values: &'a mut [f32],
+}
+
+impl<E> SpanTask<'_, E> {
+    /// The same task for keys and values that lie elsewhere, in f32.
+    pub(crate) fn without_pages(&mut self) -> SpanTask<'_, f32> {
+        let Partial { max, sum, values } = &mut self.partial;
+        SpanTask {
+            args: self.args,
+            q: self.q,
+            rows: self.rows.clone(),
+            first_position: self.first_position,
+            heads_per_kv: self.heads_per_kv,
+            kv_head: self.kv_head,
+            num_kv_heads: self.num_kv_heads,
+            head_dim: self.head_dim,
+            block_size: self.block_size,
+            keys: &[],
+            values: &[],
+            block_table: self.block_table,
+            span: self.span.clone(),
+            partial: Partial { max, sum, values },
+            scratch: self.scratch,
+        }
+    }
+
+    pub(crate) fn num_queries(&self) -> usize {
+        self.rows.len() * self.heads_per_kv
+    }
+
+    /// Keys of the span that a query sees; empty where `start >= end`.
+    pub(crate) fn visible(&self, query: usize) -> Range<usize> {
+        let position = self.first_position + query / self.heads_per_kv;
+        let first = self.args.window.map_or(0, |window| (position + 1).saturating_sub(window));
+        first.max(self.span.start)..(position + 1).min(self.span.end)
+    }
+
+    /// The query head that a query belongs to.
+    pub(crate) fn head(&self, query: usize) -> usize {
+        self.kv_head * self.heads_per_kv + query % self.heads_per_kv
+    }
+
+    /// A query's components, `[head_dim]`.
+    pub(crate) fn query(&self, query: usize) -> &[f32] {
+        let row = self.rows.start + query / self.heads_per_kv;
+        let start = (row * self.args.num_heads + self.head(query)) * self.head_dim;
+        &self.q[start..start + self.head_dim]
+    }
+
+    /// Index of component 0 of the key at a position; component i lies `i * block_size` further.
+    pub(crate) fn key_index(&self, position: usize) -> usize {
+        let block = self.block_table[position / self.block_size] as usize;
+        (block * self.num_kv_heads + self.kv_head) * self.head_dim * self.block_size + position % self.block_size
+    }
+
+    /// Index of component 0 of the value at a position; component i lies `i` further.
+    pub(crate) fn value_index(&self, position: usize) -> usize {
+        let block = self.block_table[position / self.block_size] as usize;
+        ((block * self.num_kv_heads + self.kv_head) * self.block_size + position % self.block_size) * self.head_dim
+    }
+}

@@ -1,0 +1,165 @@
+//! Keys and values of one model, in pages.
+//!
+//! Knows blocks and slots, nothing of sequences. Values lie row after row, `[num_blocks, kv_heads, block_size,
+//! head_dim]` a layer; keys lie transposed inside a block, `[num_blocks, kv_heads, head_dim, block_size]`, so that one
+//! vector holds the same component of 16 keys and a score needs no horizontal sum: its one accumulator walks the
+//! components in order. Invariant: untouched pages cost no memory; a block's bytes move only as a whole.
+
+use crate::KernelError;
+use crate::memory::{Buffer, Use};
+
+/// How keys and values are stored; arithmetic is f32 always.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KvDtype {
+    /// 4 bytes an element.
+    F32,
+    /// 2 bytes an element, 11 significant bits.
+    F16,
+    /// 2 bytes an element, 8 significant bits.
+    Bf16,
+}
+
+impl KvDtype {
+    /// Bytes of an element.
+    pub fn size_bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        }
+    }
+}
+
+/// What a cache is made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvShape {
+    /// Layers that attend.
+    pub num_layers: usize,
+    /// Key/value heads of a layer.
+    pub num_kv_heads: usize,
+    /// Components of a head.
+    pub head_dim: usize,
+    /// Tokens of a block.
+    pub block_size: usize,
+    /// Storage type.
+    pub dtype: KvDtype,
+}
+
+impl KvShape {
+    /// Bytes of one block's keys and values over all layers; none when that does not fit an address.
+    pub fn block_bytes(&self) -> Option<usize> {
+        self.block_elements()?.checked_mul(self.dtype.size_bytes())?.checked_mul(2)?.checked_mul(self.num_layers)
+    }
+
+    /// Elements of one block's keys (or values) in one layer.
+    fn block_elements(&self) -> Option<usize> {
+        self.num_kv_heads.checked_mul(self.head_dim)?.checked_mul(self.block_size)
+    }
+}
+
+/// The paged key/value cache of one model.
+#[derive(Debug)]
+pub struct KvCache {
+    shape: KvShape,
+    num_blocks: usize,
+    /// `[num_layers, 2 (keys, values), num_blocks, block]`
+    bytes: Buffer<u8>,
+}
+
+impl KvCache {
+    /// Reserves address space for `num_blocks` blocks; memory is used as blocks are written.
+    pub fn new(shape: KvShape, num_blocks: usize) -> Result<Self, KernelError> {
+        let refused = || KernelError::KvShape { shape: format!("{shape:?}"), num_blocks };
+        let zero = [shape.num_layers, shape.num_kv_heads, shape.head_dim, shape.block_size].contains(&0);
+        let bytes = shape.block_bytes().and_then(|bytes| bytes.checked_mul(num_blocks)).filter(|_| !zero);
+        // Slots are handed around as u32.
+        let slots = num_blocks.checked_mul(shape.block_size).filter(|&slots| u32::try_from(slots).is_ok());
+        let (Some(bytes), Some(_)) = (bytes, slots) else { return Err(refused()) };
+        Ok(Self { shape, num_blocks, bytes: Buffer::zeroed(bytes, Use::Sparse)? })
+    }
+
+    /// What it was made for.
+    pub fn shape(&self) -> &KvShape {
+        &self.shape
+    }
+
+    /// Blocks it has.
+    pub fn num_blocks(&self) -> usize {
+        self.num_blocks
+    }
+
+    /// Bytes reserved (used are only those of blocks once written).
+    pub fn size_bytes(&self) -> usize {
+        self.bytes.size_bytes()
+    }
+
+    /// Copies a whole block in every layer.
+    pub fn copy_block(&mut self, source: u32, target: u32) {
+        let (source, target) = (source as usize, target as usize);
+        for block in [source, target] {
+            assert!(block < self.num_blocks, "block {block} of a cache of {} blocks", self.num_blocks);
+        }
+        let block_bytes = self.plane_block_bytes();
+        for plane in self.bytes.chunks_exact_mut(block_bytes * self.num_blocks) {
+            plane.copy_within(source * block_bytes..(source + 1) * block_bytes, target * block_bytes);
+        }
+    }
+
+    /// Bytes of one block's keys (or values) in one layer.
+    fn plane_block_bytes(&self) -> usize {
+        self.shape.num_kv_heads * self.shape.head_dim * self.shape.block_size * self.shape.dtype.size_bytes()
+    }
+
+    /// One layer's keys and values, as bytes: `[num_blocks, kv_heads, head_dim, block_size]` and
+    /// `[num_blocks, kv_heads, block_size, head_dim]` elements.
+    pub(crate) fn planes(&self, layer: usize) -> (&[u8], &[u8]) {
+        assert!(layer < self.shape.num_layers, "layer {layer} of a cache of {} layers", self.shape.num_layers);
+        let plane_bytes = self.plane_block_bytes() * self.num_blocks;
+        self.bytes[2 * layer * plane_bytes..2 * (layer + 1) * plane_bytes].split_at(plane_bytes)
+    }
+
+    /// As [`Self::planes`], for writing.
+    pub(crate) fn planes_mut(&mut self, layer: usize) -> (&mut [u8], &mut [u8]) {
+        assert!(layer < self.shape.num_layers, "layer {layer} of a cache of {} layers", self.shape.num_layers);
+        let plane_bytes = self.plane_block_bytes() * self.num_blocks;
+        self.bytes[2 * layer * plane_bytes..2 * (layer + 1) * plane_bytes].split_at_mut(plane_bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHAPE: KvShape = KvShape { num_layers: 3, num_kv_heads: 2, head_dim: 4, block_size: 5, dtype: KvDtype::F16 };
+
+    #[test]
+    fn impossible_caches_are_errors() {
+        for shape in [KvShape { head_dim: 0, ..SHAPE }, KvShape { num_kv_heads: usize::MAX, ..SHAPE }] {
+            assert!(matches!(KvCache::new(shape, 1), Err(KernelError::KvShape { .. })));
+        }
+        assert!(matches!(KvCache::new(SHAPE, usize::MAX), Err(KernelError::KvShape { .. })));
+        let huge = KvShape { num_layers: 1 << 30, num_kv_heads: 1 << 10, head_dim: 1 << 10, ..SHAPE };
+        assert!(matches!(KvCache::new(huge, 256), Err(KernelError::OutOfMemory { .. })));
+    }
+
+    #[test]
+    fn copy_block_copies_every_layer_and_nothing_else() {
+        let mut cache = KvCache::new(SHAPE, 4).unwrap();
+        assert_eq!(cache.size_bytes(), 4 * SHAPE.block_bytes().unwrap());
+        let block_bytes = 2 * 4 * 5 * 2;
+        for (i, byte) in cache.bytes.iter_mut().enumerate() {
+            *byte = (i % 251) as u8;
+        }
+        let before = cache.bytes.to_vec();
+        cache.copy_block(3, 1);
+        for (i, chunk) in cache.bytes.chunks_exact(block_bytes).enumerate() {
+            let source = if i % 4 == 1 { i + 2 } else { i };
+            assert_eq!(
+                chunk,
+                &before[source * block_bytes..(source + 1) * block_bytes],
+                "plane {} block {}",
+                i / 4,
+                i % 4
+            );
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! Zeroed buffers for weights and caches.
+//!
+//! They exist because `Vec` cannot promise three things at once: page alignment, pages that cost nothing until they
+//! are touched, and an error (not an abort) when the system refuses. Knows nothing of what is stored.
+//! Invariant: `ptr` is valid for `len` initialised elements for the buffer's whole life.
+
+use std::marker::PhantomData;
+use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
+
+use bytemuck::Pod;
+
+use crate::KernelError;
+
+/// Buffers of at least this many bytes come from the system directly; smaller ones from the allocator.
+const MAP_FROM_BYTES: usize = 256 * 1024;
+/// Alignment of the small ones: a cache line, the widest vector.
+const SMALL_ALIGN: usize = 64;
+
+/// Whether a buffer is going to be touched whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Use {
+    /// Weights: every page will be read in every step, so large pages are asked for.
+    Whole,
+    /// Caches: pages are touched as requests come, so only small pages keep untouched parts free.
+    Sparse,
+}
+
+enum Origin {
+    Empty,
+    Allocator(std::alloc::Layout),
+    #[cfg(all(unix, not(miri)))]
+    Map(usize),
+}
+
+/// A zeroed slice of plain data at a vector-friendly address.
+pub(crate) struct Buffer<T: Pod> {
+    ptr: NonNull<T>,
+    len: usize,
+    origin: Origin,
+    marker: PhantomData<T>,
+}
+
+// SAFETY: a buffer owns its memory alone, as a `Vec` does, and `T` is plain data.
+unsafe impl<T: Pod> Send for Buffer<T> {}
+// SAFETY: shared access only reads.
+unsafe impl<T: Pod> Sync for Buffer<T> {}
+
+impl<T: Pod> Buffer<T> {
+    /// `len` zeroes. Fails with [`KernelError::OutOfMemory`]; touches no page of a large buffer.
+    pub(crate) fn zeroed(len: usize, usage: Use) -> Result<Self, KernelError> {
+        let refused = |bytes: usize, reason: String| KernelError::OutOfMemory { bytes, reason };
+        let bytes = len
+            .checked_mul(size_of::<T>())
+            .filter(|&bytes| isize::try_from(bytes).is_ok())
+            .ok_or_else(|| refused(usize::MAX, "the size does not fit the address space".to_owned()))?;
+        if bytes == 0 {
+            return Ok(Self { ptr: NonNull::dangling(), len, origin: Origin::Empty, marker: PhantomData });
+        }
+        #[cfg(all(unix, not(miri)))]
+        if bytes >= MAP_FROM_BYTES {
+            return Self::map(len, bytes, usage);
+        }
+        let _ = (usage, MAP_FROM_BYTES);
+        let layout = std::alloc::Layout::from_size_align(bytes, SMALL_ALIGN.max(align_of::<T>()))
+            .map_err(|error| refused(bytes, error.to_string()))?;
+        // SAFETY: the layout has a size above zero, checked just before.
+        let raw = unsafe { std::alloc::alloc_zeroed(layout) };
+        let ptr = NonNull::new(raw.cast::<T>()).ok_or_else(|| refused(bytes, "out of memory".to_owned()))?;
+        Ok(Self { ptr, len, origin: Origin::Allocator(layout), marker: PhantomData })
+    }
+
+    #[cfg(all(unix, not(miri)))]
+    fn map(len: usize, bytes: usize, usage: Use) -> Result<Self, KernelError> {
+        // SAFETY: an anonymous private map at an address of the system's choice touches nothing that exists.
+        let raw = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                bytes,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            )
+        };
+        if raw == libc::MAP_FAILED {
+            let reason = std::io::Error::last_os_error().to_string();
+            return Err(KernelError::OutOfMemory { bytes, reason });
+        }
+        #[cfg(target_os = "linux")]
+        {
+            let advice = match usage {
+                Use::Whole => libc::MADV_HUGEPAGE,
+                Use::Sparse => libc::MADV_NOHUGEPAGE,
+            };
+            // SAFETY: the range is the map made above. The advice may be refused; nothing depends on it.
+            let _ = unsafe { libc::madvise(raw, bytes, advice) };
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = usage;
+        let ptr = NonNull::new(raw.cast::<T>()).expect("a successful map is never at address zero");
+        Ok(Self { ptr, len, origin: Origin::Map(bytes), marker: PhantomData })
+    }
+
+    /// Bytes held.
+    pub(crate) fn size_bytes(&self) -> usize {
+        self.len * size_of::<T>()
+    }
+}
+
+impl<T: Pod> Deref for Buffer<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        // SAFETY: the type's invariant; zeroed memory is a valid `T` because `T: Pod`.
+        unsafe { std::slice::from_raw_parts(self.ptr.as_ptr(), self.len) }
+    }
+}
+
+impl<T: Pod> DerefMut for Buffer<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        // SAFETY: as in `deref`, and `&mut self` makes the access exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr(), self.len) }
+    }
+}
+
+impl<T: Pod> Drop for Buffer<T> {
+    fn drop(&mut self) {
+        match self.origin {
+            Origin::Empty => {}
+            // SAFETY: allocated in `zeroed` with this very layout, freed once.
+            Origin::Allocator(layout) => unsafe { std::alloc::dealloc(self.ptr.as_ptr().cast(), layout) },
+            #[cfg(all(unix, not(miri)))]
+            // SAFETY: mapped in `map` with this very size, unmapped once.
+            Origin::Map(bytes) => unsafe {
+                libc::munmap(self.ptr.as_ptr().cast(), bytes);
+            },
+        }
+    }
+}
+
+impl<T: Pod> std::fmt::Debug for Buffer<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Buffer").field("len", &self.len).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_are_zeroed_aligned_and_writable() {
+        for len in [0, 1, 17, MAP_FROM_BYTES / 4, MAP_FROM_BYTES] {
+            for usage in [Use::Whole, Use::Sparse] {
+                let mut buffer = Buffer::<f32>::zeroed(len, usage).unwrap();
+                assert!(buffer.iter().all(|&x| x == 0.0));
+                assert!(len == 0 || buffer.as_ptr().addr().is_multiple_of(SMALL_ALIGN));
+                buffer.fill(1.0);
+                assert!(buffer.len() == len && buffer.iter().all(|&x| x == 1.0));
+            }
+        }
+    }
+
+    #[test]
+    fn absurd_sizes_are_errors() {
+        for len in [usize::MAX, usize::MAX / 4, 1 << 60] {
+            assert!(matches!(Buffer::<f32>::zeroed(len, Use::Sparse), Err(KernelError::OutOfMemory { .. })));
+        }
+    }
+}

@@ -1,0 +1,194 @@
+//! Inputs for the kernels' tests: seeded numbers, matrices of every family, filled caches.
+//!
+//! Knows the public interface only.
+#![allow(dead_code, reason = "each test file uses its part")]
+
+use bindery_kernels::{
+    Activations, AttentionSequence, Cpu, Isa, KvCache, KvDtype, KvShape, Matrix, PackedW4, PackedW8, RowW4, RowW8,
+};
+use half::{bf16, f16};
+
+/// SplitMix64 (Steele et al. 2014): small, seeded, good enough for test data.
+pub(crate) struct Random(pub(crate) u64);
+
+impl Random {
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// Below `bound`.
+    pub(crate) fn below(&mut self, bound: usize) -> usize {
+        (self.next() % bound as u64) as usize
+    }
+
+    /// In [-1, 1).
+    pub(crate) fn unit(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / (1 << 23) as f32 - 1.0
+    }
+
+    pub(crate) fn vec(&mut self, len: usize) -> Vec<f32> {
+        (0..len).map(|_| self.unit()).collect()
+    }
+}
+
+/// Families of weight matrices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Family {
+    W4,
+    W4WithMins,
+    W8,
+    W8WithMins,
+    F32,
+    F16,
+    Bf16,
+}
+
+impl Family {
+    pub(crate) const ALL: [Self; 7] =
+        [Self::W4, Self::W4WithMins, Self::W8, Self::W8WithMins, Self::F32, Self::F16, Self::Bf16];
+
+    pub(crate) fn is_quantized(self) -> bool {
+        matches!(self, Self::W4 | Self::W4WithMins | Self::W8 | Self::W8WithMins)
+    }
+
+    /// A matrix of random weights; the same numbers for every instruction set.
+    pub(crate) fn matrix(self, isa: Isa, rows: usize, cols: usize, seed: u64) -> Matrix {
+        let mut random = Random(seed);
+        match self {
+            Self::W4 | Self::W4WithMins => {
+                Matrix::W4(PackedW4::pack(isa, rows, cols, self == Self::W4WithMins, |_, row| {
+                    let RowW4 { codes, scales, mins } = row;
+                    codes.fill_with(|| random.below(16) as u8);
+                    scales.fill_with(|| f16::from_f32(random.unit() / 8.0));
+                    mins.fill_with(|| f16::from_f32(random.unit()));
+                }))
+            }
+            Self::W8 | Self::W8WithMins => {
+                Matrix::W8(PackedW8::pack(isa, rows, cols, self == Self::W8WithMins, |_, row| {
+                    let RowW8 { codes, scales, mins } = row;
+                    codes.fill_with(|| random.below(256) as u8 as i8);
+                    scales.fill_with(|| f16::from_f32(random.unit() / 128.0));
+                    mins.fill_with(|| f16::from_f32(random.unit()));
+                }))
+            }
+            Self::F32 => Matrix::pack_f32(isa, rows, cols, |_, row| row.fill_with(|| random.unit())),
+            Self::F16 => Matrix::pack_f16(isa, rows, cols, |_, row| row.fill_with(|| f16::from_f32(random.unit()))),
+            Self::Bf16 => Matrix::pack_bf16(isa, rows, cols, |_, row| row.fill_with(|| bf16::from_f32(random.unit()))),
+        }
+    }
+}
+
+pub(crate) fn rows_of(w: &Matrix) -> Vec<Vec<f32>> {
+    (0..w.rows())
+        .map(|row| {
+            let mut out = vec![0.0; w.cols()];
+            w.row(row, &mut out);
+            out
+        })
+        .collect()
+}
+
+pub(crate) fn product(cpu: &Cpu, x: &[f32], m: usize, w: &Matrix, bias: Option<&[f32]>) -> Vec<f32> {
+    let mut activations = Activations::default();
+    cpu.prepare(x, m, w.cols(), w.is_quantized(), &mut activations);
+    let mut out = vec![f32::NAN; m * w.rows()];
+    cpu.matmul(&activations, w, bias, &mut out);
+    out
+}
+
+/// Bits, with every NaN alike.
+pub(crate) fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|x| if x.is_nan() { f32::NAN.to_bits() } else { x.to_bits() }).collect()
+}
+
+/// Sequences with contexts of their own in one cache, their blocks scattered.
+pub(crate) struct Paged {
+    pub(crate) cache: KvCache,
+    pub(crate) num_heads: usize,
+    pub(crate) tables: Vec<Vec<u32>>,
+    pub(crate) contexts: Vec<usize>,
+    /// Per sequence `[context, kv_heads * head_dim]`, rounded as the cache stores them.
+    pub(crate) keys: Vec<Vec<f32>>,
+    pub(crate) values: Vec<Vec<f32>>,
+    /// Per sequence `[context, num_heads * head_dim]`
+    pub(crate) queries: Vec<Vec<f32>>,
+}
+
+impl Paged {
+    pub(crate) fn new(cpu: &Cpu, shape: KvShape, num_heads: usize, contexts: &[usize], seed: u64) -> Self {
+        let mut random = Random(seed);
+        let blocks: Vec<usize> = contexts.iter().map(|context| context.div_ceil(shape.block_size)).collect();
+        let num_blocks = blocks.iter().sum::<usize>() + 1;
+        let mut free: Vec<u32> = (0..num_blocks as u32).collect();
+        let mut cache = KvCache::new(shape, num_blocks).unwrap();
+        // What lies beyond a context must never matter: stale slots hold NaN.
+        let width = shape.num_kv_heads * shape.head_dim;
+        let slots: Vec<u32> = (0..(num_blocks * shape.block_size) as u32).collect();
+        let stale = vec![f32::NAN; slots.len() * width];
+        for layer in 0..shape.num_layers {
+            cpu.write_kv(&mut cache, layer, &stale, &stale, &slots);
+        }
+        let (mut tables, mut keys, mut values, mut queries) = (vec![], vec![], vec![], vec![]);
+        for (&context, &num_blocks) in contexts.iter().zip(&blocks) {
+            let table: Vec<u32> = (0..num_blocks).map(|_| free.swap_remove(random.below(free.len()))).collect();
+            let k = random.vec(context * width);
+            let v = random.vec(context * width);
+            let slots: Vec<u32> = (0..context)
+                .map(|p| table[p / shape.block_size] * shape.block_size as u32 + (p % shape.block_size) as u32)
+                .collect();
+            cpu.write_kv(&mut cache, 0, &k, &v, &slots);
+            tables.push(table);
+            keys.push(k.into_iter().map(|x| stored(x, shape.dtype)).collect());
+            values.push(v.into_iter().map(|x| stored(x, shape.dtype)).collect());
+            queries.push(random.vec(context * num_heads * shape.head_dim));
+        }
+        Self { cache, num_heads, tables, contexts: contexts.to_vec(), keys, values, queries }
+    }
+
+    /// Attention of the last `rows[i]` tokens of each sequence i, all in one call; one output a sequence.
+    pub(crate) fn attend(&self, cpu: &Cpu, rows: &[usize], args: &bindery_kernels::AttentionArgs<'_>) -> Vec<Vec<f32>> {
+        let width = self.num_heads * self.cache.shape().head_dim;
+        let mut q = Vec::new();
+        let mut sequences = Vec::new();
+        for (i, &rows) in rows.iter().enumerate() {
+            let start = q.len() / width;
+            q.extend_from_slice(&self.queries[i][(self.contexts[i] - rows) * width..]);
+            sequences.push(AttentionSequence {
+                rows: start..start + rows,
+                context_len: self.contexts[i],
+                block_table: &self.tables[i],
+            });
+        }
+        let mut out = vec![f32::NAN; q.len()];
+        cpu.attention(&q, &self.cache, 0, &sequences, args, &mut out);
+        sequences.iter().map(|s| out[s.rows.start * width..s.rows.end * width].to_vec()).collect()
+    }
+
+    /// Attention of positions `range` of sequence `i` alone, as a chunk of a prefill would compute it.
+    pub(crate) fn attend_chunk(
+        &self,
+        cpu: &Cpu,
+        i: usize,
+        range: std::ops::Range<usize>,
+        args: &bindery_kernels::AttentionArgs<'_>,
+    ) -> Vec<f32> {
+        let width = self.num_heads * self.cache.shape().head_dim;
+        let q = &self.queries[i][range.start * width..range.end * width];
+        let mut out = vec![f32::NAN; q.len()];
+        let sequence = AttentionSequence { rows: 0..range.len(), context_len: range.end, block_table: &self.tables[i] };
+        cpu.attention(q, &self.cache, 0, &[sequence], args, &mut out);
+        out
+    }
+}
+
+fn stored(x: f32, dtype: KvDtype) -> f32 {
+    match dtype {
+        KvDtype::F32 => x,
+        KvDtype::F16 => f16::from_f32(x).to_f32(),
+        KvDtype::Bf16 => bf16::from_f32(x).to_f32(),
+    }
+}

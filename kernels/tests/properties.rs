@@ -1,0 +1,320 @@
+//! One family of properties for every instruction set: each is held against the scalar twin, bit for bit.
+//!
+//! Equality is asked for, not closeness: all sets follow the scalar twin's order with the same fused operations, so
+//! there is no tolerance to choose. NaN counts as equal to NaN. What the machine lacks is skipped aloud.
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "tests")]
+
+mod common;
+
+use std::ops::Range;
+
+use bindery_kernels::{Activations, AttentionArgs, Cpu, Isa, KvDtype, KvShape, RopeStyle};
+use common::{Family, Paged, Random, bits, product};
+use proptest::prelude::*;
+
+/// The set's kernels and the scalar twin's, or none with a word on stderr.
+fn pair(isa: Isa) -> Option<(Cpu, Cpu)> {
+    if !isa.is_available() {
+        eprintln!("skipped: this machine has no {isa}");
+        return None;
+    }
+    Some((Cpu::new(isa, 2), Cpu::new(Isa::Scalar, 2)))
+}
+
+fn family() -> impl Strategy<Value = Family> {
+    proptest::sample::select(Family::ALL.to_vec())
+}
+
+/// Rows with now and then something that is no number in them.
+fn rows(random: &mut Random, len: usize, strange: bool) -> Vec<f32> {
+    let mut x = random.vec(len);
+    if strange && len > 0 {
+        let values = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e38, -1e38, 1e-42, -0.0, f32::MIN_POSITIVE];
+        for _ in 0..3 {
+            x[random.below(len)] = values[random.below(values.len())];
+        }
+    }
+    x
+}
+
+fn check_product(isa: Isa, family: Family, m: usize, rows_len: usize, groups: usize, strange: bool, seed: u64) {
+    let Some((cpu, scalar)) = pair(isa) else { return };
+    let mut random = Random(seed);
+    // Dense matrices take any length.
+    let cols = if family.is_quantized() { groups * 32 } else { (groups * 32).saturating_sub(random.below(32)) };
+    let x = rows(&mut random, m * cols, strange);
+    let bias = random.vec(rows_len);
+    let bias = strange.then_some(&bias[..]);
+    let ours = product(&cpu, &x, m, &family.matrix(isa, rows_len, cols, seed), bias);
+    let theirs = product(&scalar, &x, m, &family.matrix(Isa::Scalar, rows_len, cols, seed), bias);
+    assert_eq!(bits(&ours), bits(&theirs));
+}
+
+/// A row alone, in batches, and with other numbers of threads.
+fn check_product_independence(isa: Isa, family: Family, m: usize, rows_len: usize, groups: usize, seed: u64) {
+    let Some((cpu, _)) = pair(isa) else { return };
+    let mut random = Random(seed);
+    let cols = groups * 32;
+    let w = family.matrix(isa, rows_len, cols, seed);
+    let x = random.vec(m * cols);
+    let whole = product(&cpu, &x, m, &w, None);
+    for threads in [1, 3, 4] {
+        assert_eq!(bits(&product(&Cpu::new(isa, threads), &x, m, &w, None)), bits(&whole));
+    }
+    for _ in 0..4 {
+        let start = random.below(m);
+        let end = start + 1 + random.below(m - start);
+        let part = product(&cpu, &x[start * cols..end * cols], end - start, &w, None);
+        assert_eq!(bits(&part), bits(&whole[start * rows_len..end * rows_len]));
+    }
+    let row = random.below(m);
+    let alone = product(&cpu, &x[row * cols..(row + 1) * cols], 1, &w, None);
+    assert_eq!(bits(&alone), bits(&whole[row * rows_len..(row + 1) * rows_len]));
+}
+
+fn check_rows(isa: Isa, m: usize, k: usize, strange: bool, seed: u64) {
+    let Some((cpu, scalar)) = pair(isa) else { return };
+    let mut random = Random(seed);
+    let x = rows(&mut random, m * k, strange);
+    let y = rows(&mut random, m * k, strange);
+    let weight = random.vec(k);
+    let normed = |cpu: &Cpu| {
+        let mut out = Activations::default();
+        cpu.rms_norm(&x, m, &weight, 1e-6, false, &mut out);
+        bits(out.rows())
+    };
+    assert_eq!(normed(&cpu), normed(&scalar));
+    let gated = |cpu: &Cpu| {
+        let mut out = vec![0.0; m * k];
+        cpu.silu_mul(&x, &y, &mut out);
+        let mut activations = Activations::default();
+        cpu.silu_mul_into(&x, &y, m, k, k.is_multiple_of(32), &mut activations);
+        assert_eq!(bits(activations.rows()), bits(&out));
+        bits(&out)
+    };
+    assert_eq!(gated(&cpu), gated(&scalar));
+    // Values in reach of the exponential's whole range.
+    let logits: Vec<f32> = x.iter().map(|x| x * 60.0).collect();
+    assert_eq!(cpu.argmax(&logits), scalar.argmax(&logits));
+    assert_eq!(bits(&[cpu.log_sum_exp(&logits)]), bits(&[scalar.log_sum_exp(&logits)]));
+    let soft = |cpu: &Cpu| {
+        let mut row = logits.clone();
+        cpu.softmax(&mut row);
+        bits(&row)
+    };
+    assert_eq!(soft(&cpu), soft(&scalar));
+}
+
+fn check_rope(isa: Isa, m: usize, heads: usize, head_dim: usize, rotary: usize, seed: u64) {
+    let Some((cpu, scalar)) = pair(isa) else { return };
+    let rotary = rotary.min(head_dim) / 2 * 2;
+    let mut random = Random(seed);
+    let x = random.vec(m * heads * head_dim);
+    let (cos, sin) = (random.vec(m * rotary / 2), random.vec(m * rotary / 2));
+    for style in [RopeStyle::Neox, RopeStyle::Interleaved] {
+        let turned = |cpu: &Cpu| {
+            let mut x = x.clone();
+            cpu.rope(&mut x, m, heads, head_dim, rotary, style, &cos, &sin);
+            bits(&x)
+        };
+        assert_eq!(turned(&cpu), turned(&scalar));
+    }
+}
+
+/// The shape of an attention test.
+#[derive(Clone, Debug)]
+struct AttentionCase {
+    shape: KvShape,
+    group: usize,
+    contexts: Vec<usize>,
+    window: Option<usize>,
+    soft_cap: Option<f32>,
+    alibi: bool,
+    seed: u64,
+}
+
+fn attention_case() -> impl Strategy<Value = AttentionCase> {
+    let shape = (
+        1..=3_usize,
+        prop_oneof![Just(16_usize), Just(32), Just(64), Just(80), 1..=70_usize],
+        prop_oneof![Just(16_usize), Just(32), 1..=40_usize],
+        prop_oneof![Just(KvDtype::F32), Just(KvDtype::F16), Just(KvDtype::Bf16)],
+    );
+    let contexts = prop::collection::vec(prop_oneof![1..=70_usize, 1..=200_usize, 500..=1100_usize], 1..=3);
+    let scores = (prop::option::of(1..=600_usize), prop::option::of(1.0_f32..=30.0), any::<bool>());
+    (shape, 1..=5_usize, contexts, scores, any::<u64>()).prop_map(|(shape, group, contexts, scores, seed)| {
+        let (num_kv_heads, head_dim, block_size, dtype) = shape;
+        let (window, soft_cap, alibi) = scores;
+        let shape = KvShape { num_layers: 1, num_kv_heads, head_dim, block_size, dtype };
+        AttentionCase { shape, group, contexts, window, soft_cap, alibi, seed }
+    })
+}
+
+impl AttentionCase {
+    fn with<R>(&self, cpu: &Cpu, check: impl FnOnce(&Paged, &AttentionArgs<'_>, &mut Random) -> R) -> R {
+        let num_heads = self.shape.num_kv_heads * self.group;
+        let slopes: Vec<f32> = (1..=num_heads).map(|head| 0.5 / head as f32).collect();
+        let args = AttentionArgs {
+            num_heads,
+            scale: 1.0 / (self.shape.head_dim as f32).sqrt(),
+            window: self.window,
+            soft_cap: self.soft_cap,
+            alibi_slopes: self.alibi.then_some(&slopes[..]),
+        };
+        let paged = Paged::new(cpu, self.shape, num_heads, &self.contexts, self.seed);
+        check(&paged, &args, &mut Random(self.seed))
+    }
+}
+
+fn check_attention(isa: Isa, case: &AttentionCase) {
+    let Some((cpu, scalar)) = pair(isa) else { return };
+    case.with(&cpu, |paged, args, random| {
+        let rows: Vec<usize> = case.contexts.iter().map(|&context| 1 + random.below(context.min(40))).collect();
+        let ours = paged.attend(&cpu, &rows, args).concat();
+        assert!(ours.iter().all(|x| x.is_finite()), "a stale slot was read");
+        assert_eq!(bits(&ours), bits(&paged.attend(&scalar, &rows, args).concat()));
+    });
+}
+
+/// A sequence alone, with others, in chunks, row by row, and with other numbers of threads.
+fn check_attention_independence(isa: Isa, case: &AttentionCase) {
+    let Some((cpu, _)) = pair(isa) else { return };
+    case.with(&cpu, |paged, args, random| {
+        let rows: Vec<usize> = case.contexts.iter().map(|&context| context.min(40)).collect();
+        let together = paged.attend(&cpu, &rows, args);
+        for threads in [1, 3, 4] {
+            assert_eq!(bits(&paged.attend(&Cpu::new(isa, threads), &rows, args).concat()), bits(&together.concat()));
+        }
+        for (i, together) in together.iter().enumerate() {
+            let range = case.contexts[i] - rows[i]..case.contexts[i];
+            let chunk = |range: Range<usize>| paged.attend_chunk(&cpu, i, range, args);
+            assert_eq!(bits(&chunk(range.clone())), bits(together));
+            let mut chunks = Vec::new();
+            let mut start = range.start;
+            while start < range.end {
+                let end = start + 1 + random.below(range.end - start);
+                chunks.extend(chunk(start..end));
+                start = end;
+            }
+            assert_eq!(bits(&chunks), bits(together));
+            let singles: Vec<f32> = range.flat_map(|position| chunk(position..position + 1)).collect();
+            assert_eq!(bits(&singles), bits(together));
+        }
+    });
+}
+
+macro_rules! properties {
+    ($($module:ident: $isa:expr;)*) => {
+        $(mod $module {
+            use super::*;
+
+            proptest! {
+                #![proptest_config(ProptestConfig::with_cases(48))]
+
+                #[test]
+                fn products_match_scalar(
+                    family in family(), m in 1..=70_usize, rows in 1..=70_usize, groups in 1..=9_usize,
+                    strange in any::<bool>(), seed in any::<u64>(),
+                ) {
+                    check_product($isa, family, m, rows, groups, strange, seed);
+                }
+
+                #[test]
+                fn a_products_row_does_not_depend_on_its_neighbours(
+                    family in family(), m in 1..=70_usize, rows in 1..=300_usize, groups in 1..=9_usize,
+                    seed in any::<u64>(),
+                ) {
+                    check_product_independence($isa, family, m, rows, groups, seed);
+                }
+
+                #[test]
+                fn row_operations_match_scalar(
+                    m in 0..=5_usize, k in 1..=700_usize, strange in any::<bool>(), seed in any::<u64>(),
+                ) {
+                    check_rows($isa, m, k, strange, seed);
+                }
+
+                #[test]
+                fn rope_matches_scalar(
+                    m in 0..=4_usize, heads in 1..=4_usize, head_dim in 2..=130_usize, rotary in 0..=130_usize,
+                    seed in any::<u64>(),
+                ) {
+                    check_rope($isa, m, heads, head_dim, rotary, seed);
+                }
+
+                #[test]
+                fn attention_matches_scalar(case in attention_case()) {
+                    check_attention($isa, &case);
+                }
+
+                #[test]
+                fn a_sequences_attention_does_not_depend_on_its_neighbours(case in attention_case()) {
+                    check_attention_independence($isa, &case);
+                }
+            }
+
+            /// Every count of rows around the kernels' widths, and every tail of a tile.
+            #[test]
+            fn small_products_match_scalar_completely() {
+                for family in Family::ALL {
+                    for m in 1..=18 {
+                        check_product($isa, family, m, 19, 2, false, m as u64);
+                    }
+                    for rows in 1..=67 {
+                        check_product($isa, family, 1, rows, 1, false, rows as u64);
+                        check_product($isa, family, 5, rows, 1, true, rows as u64);
+                    }
+                }
+            }
+
+            /// Codes and activations of largest magnitude: no integer sum may saturate.
+            #[test]
+            fn extreme_codes_are_exact() {
+                let Some((cpu, _)) = pair($isa) else { return };
+                extreme_codes(&cpu);
+            }
+
+            #[test]
+            fn nothing_in_nothing_out() {
+                let Some((cpu, _)) = pair($isa) else { return };
+                for family in Family::ALL {
+                    assert!(product(&cpu, &[], 0, &family.matrix($isa, 5, 64, 1), None).is_empty());
+                    assert!(product(&cpu, &[0.0; 64], 1, &family.matrix($isa, 0, 64, 1), None).is_empty());
+                    assert_eq!(product(&cpu, &[], 2, &family.matrix($isa, 3, 0, 1), None), [0.0; 6]);
+                }
+                cpu.silu_mul(&[], &[], &mut []);
+                assert_eq!(cpu.max(&[]), f32::NEG_INFINITY);
+            }
+        })*
+    };
+}
+
+fn extreme_codes(cpu: &Cpu) {
+    use bindery_kernels::{Matrix, PackedW4, PackedW8};
+    use half::f16;
+    for sign in [1.0_f32, -1.0] {
+        // One group whose maximum is 127: the codes are the numbers themselves.
+        let x = [127.0 * sign; 32];
+        let w4 = PackedW4::pack(cpu.isa(), 17, 32, true, |_, row| {
+            row.codes.fill(15);
+            row.scales.fill(f16::ONE);
+            row.mins.fill(f16::ZERO);
+        });
+        assert_eq!(product(cpu, &x, 1, &Matrix::W4(w4), None), [sign * (32 * 127 * 15) as f32; 17]);
+        for code in [-128_i8, 127] {
+            let w8 = PackedW8::pack(cpu.isa(), 17, 32, false, |_, row| {
+                row.codes.fill(code);
+                row.scales.fill(f16::ONE);
+            });
+            let sum = sign * (32 * 127 * i32::from(code)) as f32;
+            assert_eq!(product(cpu, &x, 1, &Matrix::W8(w8), None), [sum; 17]);
+        }
+    }
+}
+
+properties! {
+    scalar: Isa::Scalar;
+    avx2: Isa::Avx2;
+    avx512: Isa::Avx512;
+    avx512vnni: Isa::Avx512Vnni;
+}
