@@ -1,0 +1,133 @@
+//! Who carries out the decoder's operations.
+//!
+//! [`Backend`] is a dozen coarse operations, each of which a fused implementation fits behind: a backend may keep any
+//! intermediate value in any form, since nobody reads one between two operations. It must not know how layers follow
+//! each other (the decoder's part) or where weights come from (the loader's).
+//!
+//! Invariant: operations are called with batches that [`crate::batch::BatchChecker`] has passed and with weights of the
+//! configuration's shapes, in the order in which the trait lists them.
+
+pub(crate) mod cpu;
+pub(crate) mod reference;
+
+use std::ops::Range;
+
+use crate::{batch::ForwardBatch, config::LayerConfig, error::ModelError, model::KvCacheDtype, weights::TensorView};
+
+/// One step as every operation sees it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Step<'a> {
+    /// Checked. Each sequence carries its adapter: products with a base weight get their segmented adapter products
+    /// beside them, in the same operation.
+    pub(crate) batch: &'a ForwardBatch,
+    /// Rotary cosines, `[num_tokens, rotary dim / 2]`.
+    pub(crate) cos: &'a [f32],
+    /// Rotary sines, `[num_tokens, rotary dim / 2]`.
+    pub(crate) sin: &'a [f32],
+}
+
+impl Step<'_> {
+    /// Rows of the step.
+    pub(crate) fn num_rows(&self) -> usize {
+        self.batch.num_tokens()
+    }
+}
+
+/// Which layer an operation belongs to, and what that layer does differently.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Layer<'a> {
+    pub(crate) index: usize,
+    pub(crate) config: &'a LayerConfig,
+}
+
+/// A product with a weight and its bias.
+pub(crate) struct Linear<B: Backend> {
+    /// `[outputs, inputs]`
+    pub(crate) weight: B::Matrix,
+    /// `[outputs]`
+    pub(crate) bias: Option<B::Vector>,
+}
+
+/// Attention's weights in one layer.
+pub(crate) struct AttentionWeights<B: Backend> {
+    pub(crate) norm: B::Vector,
+    pub(crate) q: Linear<B>,
+    pub(crate) k: Linear<B>,
+    pub(crate) v: Linear<B>,
+    pub(crate) o: Linear<B>,
+}
+
+/// The MLP's weights in one layer.
+pub(crate) struct MlpWeights<B: Backend> {
+    pub(crate) norm: B::Vector,
+    pub(crate) gate: B::Matrix,
+    pub(crate) up: B::Matrix,
+    pub(crate) down: B::Matrix,
+}
+
+/// Carries out the decoder's operations over its own buffers. Between operations it holds the residual stream
+/// (`[num_rows, hidden_size]`), the step's queries and attended values, and the rows kept for the head.
+pub(crate) trait Backend: Send + Sized {
+    /// A weight matrix as this backend computes with it.
+    type Matrix;
+    /// A norm's weight or a bias.
+    type Vector;
+
+    // --- what it is ---
+
+    /// For people: "cpu (avx2)".
+    fn device(&self) -> String;
+    /// Threads that compute.
+    fn threads(&self) -> usize;
+    /// What keys and values are stored as.
+    fn kv_cache_dtype(&self) -> KvCacheDtype;
+
+    // --- loading ---
+
+    /// Takes a matrix over from the file.
+    fn import_matrix(&self, tensor: &TensorView<'_>) -> Result<Self::Matrix, ModelError>;
+    /// Takes a vector over from the file.
+    fn import_vector(&self, tensor: &TensorView<'_>) -> Result<Self::Vector, ModelError>;
+    /// Memory held by a matrix.
+    fn matrix_bytes(matrix: &Self::Matrix) -> usize;
+    /// Memory held by a vector.
+    fn vector_bytes(vector: &Self::Vector) -> usize;
+    /// Replaces the cache by an empty one of `num_blocks` blocks.
+    fn allocate_kv(&mut self, num_blocks: usize) -> Result<(), ModelError>;
+
+    // --- between steps ---
+
+    /// Copies a block in every layer.
+    fn copy_block(&mut self, source: u32, target: u32) -> Result<(), ModelError>;
+
+    // --- a step, in this order ---
+
+    /// Residual stream = embedding rows of the step's tokens.
+    fn embed(&mut self, table: &Self::Matrix, step: Step<'_>) -> Result<(), ModelError>;
+    /// Norm, queries, keys and values, rotary embedding; keys and values go to their pages.
+    fn attention_inputs(
+        &mut self,
+        layer: Layer<'_>,
+        weights: &AttentionWeights<Self>,
+        step: Step<'_>,
+    ) -> Result<(), ModelError>;
+    /// Attention of the queries over their sequences' pages.
+    fn attention(&mut self, layer: Layer<'_>, step: Step<'_>) -> Result<(), ModelError>;
+    /// Residual stream += output projection of the attended values.
+    fn attention_output(&mut self, weights: &AttentionWeights<Self>, step: Step<'_>) -> Result<(), ModelError>;
+    /// Residual stream += down(activation(gate(x)) * up(x)), x = norm(residual stream).
+    fn mlp(&mut self, weights: &MlpWeights<Self>, step: Step<'_>) -> Result<(), ModelError>;
+    /// Keeps these rows of the residual stream for the head, in place of those kept before.
+    fn keep_rows(&mut self, rows: &[u32]) -> Result<(), ModelError>;
+
+    // --- after a step, any number of times ---
+
+    /// Logits of some of the kept rows: head(norm(row)). `out: [rows.len(), vocab_size]`
+    fn head(
+        &mut self,
+        rows: Range<usize>,
+        norm: &Self::Vector,
+        head: &Self::Matrix,
+        out: &mut [f32],
+    ) -> Result<(), ModelError>;
+}

@@ -1,0 +1,24 @@
+//! WHAT a step computes: weights, one decoder over a few coarse operations, paged KV.
+//!
+//! It must not know a request, a tenant or a clock: a batch of token ids with block tables comes in, logits go out.
+//!
+//! Reading order: [`batch`] what comes in, [`model`] the door, `decoder` the computation written once, `backend` who
+//! carries it out, `rope` rotary angles, [`config`] what a family is, [`weights`] where tensors come from,
+//! [`threads`] and [`memory`] what the machine has.
+
+pub mod batch;
+pub mod model;
+
+mod backend;
+mod decoder;
+mod rope;
+
+pub mod config;
+pub mod error;
+pub mod memory;
+pub mod threads;
+pub mod weights;
+
+pub use batch::{BatchLimits, BatchSequence, ForwardBatch};
+pub use error::ModelError;
+pub use model::{BackendKind, Dtype, KvCacheDtype, LoadOptions, Model, ModelInfo, Quantize, StepModel};

@@ -1,0 +1,123 @@
+//! How a tensor's elements may be stored: names, sizes and where the arithmetic is.
+
+use std::fmt;
+
+use super::gguf::GgmlType;
+
+/// How a tensor's elements are stored. The block formats are ggml's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum WeightFormat {
+    /// IEEE single.
+    F32,
+    /// IEEE half.
+    F16,
+    /// The upper half of a single.
+    Bf16,
+    /// 32 elements: f16 scale, 4-bit codes; scale * (code - 8).
+    Q4_0,
+    /// 32 elements: f16 scale, f16 minimum, 4-bit codes; scale * code + minimum.
+    Q4_1,
+    /// 32 elements: f16 scale, 5-bit codes; scale * (code - 16).
+    Q5_0,
+    /// 32 elements: f16 scale, f16 minimum, 5-bit codes; scale * code + minimum.
+    Q5_1,
+    /// 32 elements: f16 scale, int8 codes; scale * code.
+    Q8_0,
+    /// 256 elements: 2-bit codes, 4-bit scale and minimum a 16.
+    Q2K,
+    /// 256 elements: 3-bit codes, 6-bit scale a 16.
+    Q3K,
+    /// 256 elements: 4-bit codes, 6-bit scale and minimum a 32.
+    Q4K,
+    /// 256 elements: 5-bit codes, 6-bit scale and minimum a 32.
+    Q5K,
+    /// 256 elements: 6-bit codes, 8-bit scale a 16.
+    Q6K,
+}
+
+impl WeightFormat {
+    /// Every format that can be read.
+    pub const ALL: &'static [Self] = &[
+        Self::F32,
+        Self::F16,
+        Self::Bf16,
+        Self::Q4_0,
+        Self::Q4_1,
+        Self::Q5_0,
+        Self::Q5_1,
+        Self::Q8_0,
+        Self::Q2K,
+        Self::Q3K,
+        Self::Q4K,
+        Self::Q5K,
+        Self::Q6K,
+    ];
+
+    /// The id in GGUF files.
+    pub(crate) fn ggml_id(self) -> u32 {
+        match self {
+            Self::F32 => 0,
+            Self::F16 => 1,
+            Self::Q4_0 => 2,
+            Self::Q4_1 => 3,
+            Self::Q5_0 => 6,
+            Self::Q5_1 => 7,
+            Self::Q8_0 => 8,
+            Self::Q2K => 10,
+            Self::Q3K => 11,
+            Self::Q4K => 12,
+            Self::Q5K => 13,
+            Self::Q6K => 14,
+            Self::Bf16 => 30,
+        }
+    }
+
+    /// None where ggml has the type and we do not compute it, or nobody knows it.
+    pub(crate) fn from_ggml_id(id: u32) -> Option<Self> {
+        Self::ALL.iter().copied().find(|format| format.ggml_id() == id)
+    }
+
+    fn ggml(self) -> GgmlType {
+        GgmlType::from_id(self.ggml_id()).expect("every format is in the type table, as its test shows")
+    }
+
+    /// Elements that are stored together.
+    pub fn block_elements(self) -> usize {
+        self.ggml().block_elements as usize
+    }
+
+    /// Bytes of such a block.
+    pub fn block_bytes(self) -> usize {
+        self.ggml().block_bytes as usize
+    }
+
+    /// f32, f16 or bf16: no blocks, no scales.
+    pub fn is_dense(self) -> bool {
+        matches!(self, Self::F32 | Self::F16 | Self::Bf16)
+    }
+
+    /// All names, for messages.
+    pub(crate) fn list(formats: &[Self]) -> String {
+        formats.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+    }
+}
+
+impl fmt::Display for WeightFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.ggml().name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_format_is_in_the_type_table_under_its_own_id() {
+        for &format in WeightFormat::ALL {
+            assert_eq!(WeightFormat::from_ggml_id(format.ggml_id()), Some(format));
+            assert!(GgmlType::from_id(format.ggml_id()).is_some());
+        }
+    }
+}

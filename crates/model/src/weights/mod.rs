@@ -1,0 +1,330 @@
+//! Bytes on disk to named tensors.
+//!
+//! A [`WeightStore`] is an opened model: mapped files, a [`DecoderConfig`], and a table from what a tensor does to where it
+//! lies. One file per container (`gguf`, `safetensors`, `dummy`), one table of names, one file per step from stored
+//! blocks to packed matrices (`blocks`, `quantize`, `import`). It must not know a backend's buffers or the forward pass.
+//! Its invariant: once a store is open, every tensor that the config calls for is there, in a format that can be read,
+//! with the shape the config demands.
+
+mod blocks;
+mod dummy;
+mod format;
+pub mod gguf;
+mod import;
+pub(crate) mod mmap;
+mod names;
+mod quantize;
+mod safetensors;
+mod view;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    ops::Range,
+    path::{Path, PathBuf},
+};
+
+use self::{
+    dummy::Generator,
+    gguf::{GgmlType, GgufFile},
+    mmap::MappedFile,
+    names::{Expected, Naming, TensorKind, expected},
+    safetensors::Checkpoint,
+    view::TensorData,
+};
+pub use self::{format::WeightFormat, view::TensorView};
+use crate::{ModelError, config::DecoderConfig};
+
+/// A tensor by what it does; a table per source maps its names to these.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum TensorRole {
+    /// `[vocabulary, hidden]`; the head too, where embeddings are tied.
+    Embedding,
+    /// Before the head, `[hidden]`.
+    FinalNorm,
+    /// `[vocabulary, hidden]`, where embeddings are not tied.
+    Head,
+    /// In layer number `.0`.
+    Layer(usize, LayerTensor),
+}
+
+/// A tensor of one layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum LayerTensor {
+    /// `[hidden]`.
+    AttentionNorm,
+    /// `[heads * head_dim, hidden]`.
+    Q,
+    /// `[kv_heads * head_dim, hidden]`.
+    K,
+    /// `[kv_heads * head_dim, hidden]`.
+    V,
+    /// `[hidden, heads * head_dim]`.
+    O,
+    /// `[heads * head_dim]`.
+    QBias,
+    /// `[kv_heads * head_dim]`.
+    KBias,
+    /// `[kv_heads * head_dim]`.
+    VBias,
+    /// `[hidden]`.
+    OBias,
+    /// `[hidden]`.
+    MlpNorm,
+    /// `[intermediate, hidden]`.
+    Gate,
+    /// `[intermediate, hidden]`.
+    Up,
+    /// `[hidden, intermediate]`.
+    Down,
+}
+
+/// An opened model: mapped files and the table of their tensors. Nothing is copied until it is imported.
+#[derive(Debug)]
+pub struct WeightStore {
+    path: PathBuf,
+    config: DecoderConfig,
+    source: Source,
+    tensors: HashMap<TensorRole, StoredTensor>,
+}
+
+#[derive(Debug)]
+enum Source {
+    Gguf(GgufFile),
+    Safetensors(Checkpoint),
+    Dummy,
+}
+
+#[derive(Debug)]
+struct StoredTensor {
+    name: String,
+    rows: usize,
+    cols: usize,
+    kind: TensorKind,
+    format: WeightFormat,
+    place: Place,
+}
+
+#[derive(Debug)]
+enum Place {
+    /// `file` counts the source's files (always 0 for GGUF).
+    File {
+        file: usize,
+        range: Range<usize>,
+    },
+    Generated(Generator),
+}
+
+impl WeightStore {
+    /// A `.gguf` file or a directory (config.json + model.safetensors or its sharded index).
+    pub fn open(path: &Path) -> Result<Self, ModelError> {
+        if path.is_dir() { Self::open_directory(path) } else { Self::open_gguf(path) }
+    }
+
+    /// Random weights of the config's shapes (`--load-format dummy`); `path` is a config.json or the directory of one.
+    pub fn dummy(path: &Path) -> Result<Self, ModelError> {
+        let config_path = if path.is_dir() { path.join(CONFIG_FILE) } else { path.to_owned() };
+        let (config, dtype) = crate::config::read_json_file(&config_path)?;
+        let format = dtype.unwrap_or(WeightFormat::Bf16);
+        let naming = Naming::HuggingFace { prefix: "model." };
+        let tensors = expected(&config)
+            .into_iter()
+            .map(|Expected { role, rows, cols, kind }| {
+                let name = naming.name(role);
+                let generator = match (kind, role) {
+                    (TensorKind::Matrix, _) => Generator::matrix(&name, cols),
+                    (TensorKind::Vector, TensorRole::Layer(_, tensor)) if tensor.is_bias() => Generator::bias(&name),
+                    (TensorKind::Vector, _) => Generator::norm(&name),
+                };
+                (role, StoredTensor { name, rows, cols, kind, format, place: Place::Generated(generator) })
+            })
+            .collect();
+        Ok(Self { path: path.to_owned(), config, source: Source::Dummy, tensors })
+    }
+
+    fn open_gguf(path: &Path) -> Result<Self, ModelError> {
+        let file = GgufFile::open(path)?;
+        let config = DecoderConfig::from_gguf(&file)?;
+        let names = file.tensors().map(|(name, _)| name);
+        let lookup = |name: &str| match file.tensor(name) {
+            None => Ok(None),
+            Some(tensor) => {
+                let format = WeightFormat::from_ggml_id(tensor.type_id)
+                    .ok_or_else(|| ModelError::unsupported(path, unreadable_type(name, tensor.type_id)))?;
+                Ok(Some(Found { shape: gguf_shape(tensor), format, file: 0, range: tensor.range.clone() }))
+            }
+        };
+        let tensors = build_table(path, &config, Naming::Gguf, names, lookup)?;
+        Ok(Self { path: path.to_owned(), config, source: Source::Gguf(file), tensors })
+    }
+
+    fn open_directory(path: &Path) -> Result<Self, ModelError> {
+        let config_path = path.join(CONFIG_FILE);
+        if !config_path.exists() {
+            let what = "there is no config.json in this folder; a model is a folder with config.json and safetensors, \
+                        or a .gguf file";
+            return Err(ModelError::bad_file(path, what));
+        }
+        let (config, _) = crate::config::read_json_file(&config_path)?;
+        let checkpoint = Checkpoint::open(path)?;
+        // A base model saved without its head has no prefix.
+        let bare = checkpoint.entries.contains_key("embed_tokens.weight");
+        let naming = Naming::HuggingFace { prefix: if bare { "" } else { "model." } };
+        let names = checkpoint.entries.keys().map(String::as_str);
+        let lookup = |name: &str| match checkpoint.get(name).map_err(|what| ModelError::bad_file(path, what))? {
+            None => Ok(None),
+            Some(entry) => {
+                let format = entry.format().ok_or_else(|| {
+                    let what = format!(
+                        "tensor {name:?} is stored as {:?}, which is not supported; F32, F16 and BF16 are",
+                        entry.dtype
+                    );
+                    ModelError::unsupported(checkpoint.files[entry.file].path(), what)
+                })?;
+                Ok(Some(Found { shape: entry.shape.clone(), format, file: entry.file, range: entry.range.clone() }))
+            }
+        };
+        let tensors = build_table(path, &config, naming, names, lookup)?;
+        Ok(Self { path: path.to_owned(), config, source: Source::Safetensors(checkpoint), tensors })
+    }
+
+    /// What was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The model's structure.
+    pub fn config(&self) -> &DecoderConfig {
+        &self.config
+    }
+
+    /// The GGUF file behind it, if it is one (tokenizer and template live in its metadata).
+    pub fn gguf(&self) -> Option<&GgufFile> {
+        match &self.source {
+            Source::Gguf(file) => Some(file),
+            Source::Safetensors(_) | Source::Dummy => None,
+        }
+    }
+
+    /// None where the model has no such tensor (biases, tied head). What the config calls for was found at open, so an
+    /// error means a role outside the config: a layer that is not there.
+    pub fn tensor(&self, role: TensorRole) -> Result<Option<TensorView<'_>>, ModelError> {
+        if let TensorRole::Layer(layer, _) = role
+            && layer >= self.config.num_layers()
+        {
+            let what = format!("layer {layer} was asked for; the model has {}", self.config.num_layers());
+            return Err(ModelError::Step(what));
+        }
+        Ok(self.tensors.get(&role).map(|tensor| self.view(tensor)))
+    }
+
+    fn view<'a>(&'a self, tensor: &'a StoredTensor) -> TensorView<'a> {
+        let data = match &tensor.place {
+            Place::File { file, range } => TensorData::Mapped { file: self.file(*file), range: range.clone() },
+            Place::Generated(generator) => TensorData::Generated(*generator),
+        };
+        let StoredTensor { name, rows, cols, kind, format, .. } = tensor;
+        TensorView { name, rows: *rows, cols: *cols, format: *format, kind: *kind, data }
+    }
+
+    fn file(&self, index: usize) -> &MappedFile {
+        match &self.source {
+            Source::Gguf(file) => file.map(),
+            Source::Safetensors(checkpoint) => &checkpoint.files[index],
+            Source::Dummy => unreachable!("made-up weights are in no file"),
+        }
+    }
+
+    /// Elements of all tensors that the model uses; a tied head counts once.
+    pub fn num_parameters(&self) -> u64 {
+        self.tensors.values().map(|tensor| tensor.rows as u64 * tensor.cols as u64).sum()
+    }
+
+    /// Bytes of all tensors that the model uses, as stored.
+    pub fn num_bytes(&self) -> u64 {
+        self.tensors.values().map(|tensor| self.view(tensor).num_bytes()).sum()
+    }
+
+    /// "Q4_1 (210), F32 (61)": formats by how many tensors have them, most first.
+    pub fn describe_formats(&self) -> String {
+        let mut counts: BTreeMap<WeightFormat, usize> = BTreeMap::new();
+        for tensor in self.tensors.values() {
+            *counts.entry(tensor.format).or_default() += 1;
+        }
+        let mut counts: Vec<_> = counts.into_iter().collect();
+        counts.sort_by_key(|&(_, count)| std::cmp::Reverse(count));
+        counts.iter().map(|(format, count)| format!("{format} ({count})")).collect::<Vec<_>>().join(", ")
+    }
+}
+
+impl LayerTensor {
+    fn is_bias(self) -> bool {
+        matches!(self, Self::QBias | Self::KBias | Self::VBias | Self::OBias)
+    }
+}
+
+const CONFIG_FILE: &str = "config.json";
+
+/// What a source says of one tensor.
+struct Found {
+    /// Outermost first, as in config terms: `[rows, cols]` or `[cols]`.
+    shape: Vec<usize>,
+    format: WeightFormat,
+    file: usize,
+    range: Range<usize>,
+}
+
+/// Finds every tensor that the config calls for and checks its shape; refuses files with tensors inside a layer that
+/// this decoder would leave out.
+fn build_table<'a>(
+    path: &Path,
+    config: &DecoderConfig,
+    naming: Naming,
+    mut names: impl Iterator<Item = &'a str>,
+    lookup: impl Fn(&str) -> Result<Option<Found>, ModelError>,
+) -> Result<HashMap<TensorRole, StoredTensor>, ModelError> {
+    if let Some(name) = names.find(|name| naming.is_foreign(name, config.num_layers())) {
+        let what = format!(
+            "tensor {name:?} is not part of the {} architecture as this version knows it, so answers would be wrong",
+            config.architecture
+        );
+        return Err(ModelError::unsupported(path, what));
+    }
+    let mut tensors = HashMap::new();
+    for Expected { role, rows, cols, kind } in expected(config) {
+        let name = naming.name(role);
+        let Some(Found { shape, format, file, range }) = lookup(&name)? else {
+            return Err(ModelError::bad_file(path, format!("tensor {name:?} is missing")));
+        };
+        let wanted = match kind {
+            TensorKind::Matrix => vec![rows, cols],
+            TensorKind::Vector => vec![cols],
+        };
+        if significant(&shape) != significant(&wanted) {
+            let what = format!("tensor {name:?} has the shape {shape:?}; the config calls for {wanted:?}");
+            return Err(ModelError::bad_file(path, what));
+        }
+        let place = Place::File { file, range };
+        tensors.insert(role, StoredTensor { name, rows, cols, kind, format, place });
+    }
+    Ok(tensors)
+}
+
+/// Outermost first.
+fn gguf_shape(tensor: &gguf::GgufTensor) -> Vec<usize> {
+    let sizes = tensor.dimensions.iter().rev().map(|&size| usize::try_from(size).unwrap_or(usize::MAX));
+    sizes.skip_while(|&size| size == 1).collect()
+}
+
+/// Without outer sizes of one: GGUF does not tell a vector from a matrix of one row.
+fn significant(shape: &[usize]) -> &[usize] {
+    let ones = shape.iter().take_while(|&&size| size == 1).count();
+    &shape[ones..]
+}
+
+fn unreadable_type(name: &str, type_id: u32) -> String {
+    let stored = match GgmlType::from_id(type_id) {
+        Some(ty) => format!("stored as {}, which is not supported yet", ty.name),
+        None => format!("of type id {type_id}, which is unknown"),
+    };
+    format!("tensor {name:?} is {stored}; supported are {}", WeightFormat::list(WeightFormat::ALL))
+}

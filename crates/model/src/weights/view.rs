@@ -1,0 +1,208 @@
+//! One tensor of an opened model, whatever it is stored in.
+
+use std::ops::Range;
+
+use super::{WeightFormat, blocks, dummy::Generator, mmap::MappedFile, names::TensorKind};
+use crate::ModelError;
+
+/// A matrix (rows = outputs, cols = inputs) or vector (rows = 1) in a mapped file, or a made-up one. Shapes are checked
+/// when the store opens.
+#[derive(Clone, Debug)]
+pub struct TensorView<'a> {
+    /// As the file names it.
+    pub name: &'a str,
+    /// Outputs; 1 for a vector.
+    pub rows: usize,
+    /// Inputs, or the length of a vector; a multiple of the format's block.
+    pub cols: usize,
+    /// How the elements are stored.
+    pub format: WeightFormat,
+    pub(super) kind: TensorKind,
+    pub(super) data: TensorData<'a>,
+}
+
+/// Where the elements come from.
+#[derive(Clone, Debug)]
+pub(super) enum TensorData<'a> {
+    /// `range` of `file`: as many bytes as format and shape need.
+    Mapped { file: &'a MappedFile, range: Range<usize> },
+    /// Made when read, and rounded to the format.
+    Generated(Generator),
+}
+
+impl TensorView<'_> {
+    /// Bytes as stored (for made-up weights: what they would take).
+    pub fn num_bytes(&self) -> u64 {
+        self.rows as u64 * self.row_bytes() as u64
+    }
+
+    /// One row dequantised, `out: [cols]`. An error for a row that is not there or another length of `out`.
+    pub fn dequantize_row(&self, row: usize, out: &mut [f32]) -> Result<(), ModelError> {
+        if row >= self.rows || out.len() != self.cols {
+            return Err(ModelError::Step(format!(
+                "row {row} of tensor {:?} was asked for into {} elements; it has {} rows of {}",
+                self.name,
+                out.len(),
+                self.rows,
+                self.cols
+            )));
+        }
+        self.read_row(row, out);
+        Ok(())
+    }
+
+    /// All of it in f32, `[rows * cols]`: norms, biases, the reference backend. An error where a number is not finite.
+    pub fn to_f32(&self) -> Result<Vec<f32>, ModelError> {
+        let mut values = Vec::new();
+        values
+            .try_reserve_exact(self.rows * self.cols)
+            .map_err(|_| ModelError::OutOfMemory(format!("no memory for tensor {:?} in f32", self.name)))?;
+        values.resize(self.rows * self.cols, 0.0);
+        let mut pages = self.start_reading()?;
+        for (row, out) in values.chunks_exact_mut(self.cols).enumerate() {
+            pages.reach(row);
+            self.read_row(row, out);
+            if let Some(value) = out.iter().find(|value| !value.is_finite()) {
+                return Err(self.bad(format!("row {row} holds {value}")));
+            }
+        }
+        Ok(values)
+    }
+
+    /// `row < rows` and `out: [cols]`.
+    pub(super) fn read_row(&self, row: usize, out: &mut [f32]) {
+        match &self.data {
+            TensorData::Mapped { .. } => blocks::dequantize(self.format, self.stored_row(row), out),
+            TensorData::Generated(generator) => {
+                generator.fill_row(row, out);
+                round_to(self.format, out);
+            }
+        }
+    }
+
+    /// The bytes of a row as stored; empty for made-up weights.
+    pub(super) fn stored_row(&self, row: usize) -> &[u8] {
+        match &self.data {
+            TensorData::Mapped { file, range } => {
+                let row_bytes = self.row_bytes();
+                &file.bytes()[range.clone()][row * row_bytes..][..row_bytes]
+            }
+            TensorData::Generated(_) => &[],
+        }
+    }
+
+    fn row_bytes(&self) -> usize {
+        self.cols / self.format.block_elements() * self.format.block_bytes()
+    }
+
+    /// The whole tensor will be read now, row by row in ascending order.
+    pub(super) fn start_reading(&self) -> Result<Pages<'_>, ModelError> {
+        let TensorData::Mapped { file, range } = &self.data else { return Ok(Pages { source: None }) };
+        file.check_unchanged()?;
+        Ok(Pages { source: Some(MappedPages::new(file, range.clone(), self.row_bytes())) })
+    }
+
+    /// An error about this tensor's content.
+    pub(super) fn bad(&self, what: impl std::fmt::Display) -> ModelError {
+        let what = format!("tensor {:?}: {what}", self.name);
+        match &self.data {
+            TensorData::Mapped { file, .. } => ModelError::bad_file(file.path(), what),
+            TensorData::Generated(_) => ModelError::BadOption(what),
+        }
+    }
+}
+
+/// Walks along a tensor's pages while it is read: asks for those ahead, gives back those behind, so that a large tensor
+/// is never resident whole. The rest is given back when this goes.
+pub(super) struct Pages<'a> {
+    /// None for made-up weights.
+    source: Option<MappedPages<'a>>,
+}
+
+struct MappedPages<'a> {
+    file: &'a MappedFile,
+    row_bytes: usize,
+    /// Where row 0 begins.
+    start: usize,
+    /// Not yet given back.
+    kept: Range<usize>,
+}
+
+/// Bytes between two steps of that walk: large enough for the disk, small beside a model.
+const WINDOW: usize = 8 << 20;
+
+impl Pages<'_> {
+    /// Row `row` is read next.
+    pub(super) fn reach(&mut self, row: usize) {
+        if let Some(pages) = &mut self.source {
+            pages.reach(row);
+        }
+    }
+}
+
+impl<'a> MappedPages<'a> {
+    fn new(file: &'a MappedFile, range: Range<usize>, row_bytes: usize) -> Self {
+        file.prefetch(&(range.start..range.end.min(range.start + 2 * WINDOW)));
+        Self { file, row_bytes, start: range.start, kept: range }
+    }
+
+    fn reach(&mut self, row: usize) {
+        let here = self.start + row * self.row_bytes;
+        if here >= self.kept.start + WINDOW {
+            self.file.release(&(self.kept.start..here));
+            let end = self.kept.end;
+            self.file.prefetch(&((here + WINDOW).min(end)..(here + 2 * WINDOW).min(end)));
+            self.kept.start = here;
+        }
+    }
+}
+
+impl Drop for MappedPages<'_> {
+    fn drop(&mut self) {
+        self.file.release(&self.kept);
+    }
+}
+
+fn round_to(format: WeightFormat, values: &mut [f32]) {
+    match format {
+        WeightFormat::F16 => values.iter_mut().for_each(|x| *x = half::f16::from_f32(*x).to_f32()),
+        WeightFormat::Bf16 => values.iter_mut().for_each(|x| *x = half::bf16::from_f32(*x).to_f32()),
+        _ => {}
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests; clippy only knows a plain cfg(test)")]
+    use super::*;
+
+    /// The kernel's own account of how much of a mapped file is resident.
+    fn resident_bytes(path: &std::path::Path) -> usize {
+        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut lines = maps.lines().skip_while(|line| !line.ends_with(path.to_str().unwrap()));
+        lines.next().unwrap();
+        let resident = lines.find_map(|line| line.strip_prefix("Rss:")).unwrap();
+        resident.trim().trim_end_matches(" kB").trim().parse::<usize>().unwrap() * 1024
+    }
+
+    #[test]
+    fn a_large_tensor_is_never_resident_whole() {
+        const ROW: usize = 1 << 20;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("large");
+        std::fs::write(&path, vec![1; 64 * ROW]).unwrap();
+        let file = MappedFile::open(&path).unwrap();
+        let mut pages = MappedPages::new(&file, ROW..64 * ROW, ROW);
+        let mut largest = 0;
+        for row in 0..63 {
+            pages.reach(row);
+            let bytes = &file.bytes()[ROW + row * ROW..][..ROW];
+            assert_eq!(bytes.iter().map(|&byte| byte as usize).sum::<usize>(), ROW);
+            largest = largest.max(resident_bytes(&path));
+        }
+        // The window in use, a row more, and what the system maps around a fault.
+        assert!((WINDOW..=WINDOW + 3 * ROW).contains(&largest), "{largest}");
+        drop(pages);
+        assert!(resident_bytes(&path) < ROW);
+    }
+}

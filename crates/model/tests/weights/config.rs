@@ -1,0 +1,349 @@
+//! config.json and GGUF metadata to `DecoderConfig`: what is honoured, and what is refused by name.
+
+use bindery_model::{
+    ModelError,
+    config::{Biases, DecoderConfig, RopeScaling, RopeStyle},
+    weights::{TensorRole, WeightStore},
+};
+use serde_json::{Value, json};
+
+use crate::builder::{Gguf, config_json, on_disk, value};
+
+/// `config_json` with keys replaced; a null stays a null.
+fn with(changes: Value) -> Value {
+    let mut config = config_json();
+    for (key, value) in changes.as_object().unwrap() {
+        config[key] = value.clone();
+    }
+    config
+}
+
+fn without(key: &str) -> Value {
+    let mut config = config_json();
+    config.as_object_mut().unwrap().remove(key);
+    config
+}
+
+fn read(config: &Value) -> Result<DecoderConfig, ModelError> {
+    let disk = on_disk("config.json", &serde_json::to_vec(config).unwrap());
+    DecoderConfig::from_json_file(&disk.path)
+}
+
+/// Refused, with every one of `words` in the message.
+fn refused(config: &Value, words: &[&str]) {
+    let error = read(config).expect_err(&config.to_string()).to_string();
+    for word in words.iter().chain(&["config.json"]) {
+        assert!(error.contains(word), "{error:?} lacks {word:?}");
+    }
+}
+
+fn windows(config: &DecoderConfig) -> Vec<Option<usize>> {
+    config.layers.iter().map(|layer| layer.window).collect()
+}
+
+#[test]
+fn a_plain_llama() {
+    let config = read(&config_json()).unwrap();
+    assert_eq!(
+        (config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, config.vocab_size),
+        (32, 2, 1, 16, 8)
+    );
+    assert_eq!((config.mlp.intermediate_size, config.num_layers(), config.max_position_embeddings), (64, 1, 64));
+    assert_eq!((config.norm.eps, config.attention_scale), (1e-5, 0.25));
+    assert_eq!((config.rotary.style, config.rotary.dim, config.rotary.base), (RopeStyle::Neox, 16, 10_000.0));
+    assert_eq!((config.biases, config.tied_embeddings), (Biases::default(), false));
+    assert_eq!((config.bos_token_id, config.eos_token_ids.as_slice()), (Some(1), &[2][..]));
+    assert_eq!(config.architecture, "llama");
+}
+
+#[test]
+fn absent_and_null_keys_take_the_defaults_of_the_family() {
+    assert_eq!(read(&without("num_key_value_heads")).unwrap().num_kv_heads, 2);
+    assert_eq!(read(&with(json!({"num_key_value_heads": null}))).unwrap().num_kv_heads, 2);
+    assert_eq!(read(&with(json!({"head_dim": null}))).unwrap().head_dim, 16);
+    assert_eq!(read(&without("max_position_embeddings")).unwrap().max_position_embeddings, 2048);
+    assert_eq!(read(&without("rms_norm_eps")).unwrap().norm.eps, 1e-6);
+    assert!(!read(&without("tie_word_embeddings")).unwrap().tied_embeddings);
+    let quiet = read(&with(json!({"bos_token_id": null, "eos_token_id": null}))).unwrap();
+    assert_eq!((quiet.bos_token_id, quiet.eos_token_ids.len()), (None, 0));
+    let mistral = read(&with(json!({"model_type": "mistral", "num_attention_heads": 16, "num_key_value_heads": 4})));
+    assert_eq!(windows(&mistral.unwrap()), [Some(4096)]);
+}
+
+#[test]
+fn head_dim_may_differ_from_the_quotient() {
+    let config = read(&with(json!({"head_dim": 64}))).unwrap();
+    assert_eq!((config.head_dim, config.rotary.dim, config.attention_scale), (64, 64, 0.125));
+}
+
+#[test]
+fn older_and_newer_rotary_keys_say_the_same() {
+    let llama3 = RopeScaling::Llama3 {
+        factor: 8.0,
+        low_freq_factor: 1.0,
+        high_freq_factor: 4.0,
+        original_max_position_embeddings: 8192,
+    };
+    let parameters = json!({"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                            "original_max_position_embeddings": 8192});
+    let mut older = parameters.clone();
+    older["rope_type"] = json!("llama3");
+    let mut newer = older.clone();
+    newer["rope_theta"] = json!(500_000.0);
+    for config in [
+        with(json!({"rope_theta": 500_000.0, "rope_scaling": older})),
+        with(json!({"rope_parameters": newer})),
+        // Saved with both: what stands inside wins.
+        with(json!({"rope_theta": 7.0, "rope_parameters": newer})),
+    ] {
+        let rotary = read(&config).unwrap().rotary;
+        assert_eq!((rotary.base, &rotary.scaling), (500_000.0, &llama3));
+    }
+    let linear = RopeScaling::Linear { factor: 2.0 };
+    for scaling in [json!({"type": "linear", "factor": 2}), json!({"rope_type": "linear", "factor": 2.0})] {
+        assert_eq!(read(&with(json!({"rope_scaling": scaling}))).unwrap().rotary.scaling, linear);
+    }
+    for none in [json!(null), json!({"rope_type": "default"}), json!({"type": "default"}), json!({})] {
+        assert_eq!(read(&with(json!({"rope_scaling": none}))).unwrap().rotary.scaling, RopeScaling::None);
+    }
+    let theta = read(&with(json!({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}))).unwrap();
+    assert_eq!((theta.rotary.base, theta.rotary.scaling), (1e6, RopeScaling::None));
+}
+
+#[test]
+fn what_is_not_done_is_refused_by_name() {
+    for kind in ["dynamic", "yarn", "longrope", "su", "mrope"] {
+        refused(&with(json!({"rope_scaling": {"type": kind, "factor": 2.0}})), &[kind, "linear", "llama3"]);
+        refused(&with(json!({"rope_parameters": {"rope_type": kind}})), &[kind, "linear", "llama3"]);
+    }
+    refused(&with(json!({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}})), &["full_attention"]);
+    refused(&with(json!({"hidden_act": "gelu_new"})), &["gelu_new", "silu"]);
+    refused(&with(json!({"mlp_bias": true})), &["mlp_bias"]);
+    refused(&with(json!({"partial_rotary_factor": 0.5})), &["partial_rotary_factor", "0.5"]);
+    refused(&with(json!({"quantization_config": {"quant_method": "gptq"}})), &["gptq"]);
+    refused(&with(json!({"model_type": "gpt_neox"})), &["gpt_neox", "llama, mistral, qwen2, smollm3"]);
+    let mut class = without("model_type");
+    class["architectures"] = json!(["FalconForCausalLM"]);
+    refused(&class, &["FalconForCausalLM", "llama"]);
+    class["architectures"] = json!(["MistralForCausalLM"]);
+    assert_eq!(read(&class).unwrap().architecture, "mistral");
+    for config in [with(json!({"hidden_act": "gelu"})), with(json!({"model_type": "x"}))] {
+        assert!(matches!(read(&config), Err(ModelError::Unsupported(_))));
+    }
+}
+
+#[test]
+fn messages_stay_short_whatever_the_file_holds() {
+    let long = "é".repeat(1_000_000);
+    for config in [with(json!({"model_type": long})), with(json!({"hidden_size": long}))] {
+        let text = read(&config).unwrap_err().to_string();
+        assert!(text.len() < 1_500 && text.contains("éé"), "{}", text.len());
+    }
+}
+
+#[test]
+fn impossible_values_are_refused_with_value_and_limit() {
+    for key in ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"] {
+        refused(&without(key), &[key, "missing"]);
+        refused(&with(json!({key: null})), &[key, "missing"]);
+        for wrong in [json!(0), json!(-1), json!(1e30), json!(u64::MAX), json!("32"), json!([32]), json!(32.5)] {
+            refused(&with(json!({key: wrong})), &[key]);
+        }
+    }
+    refused(&with(json!({"num_hidden_layers": 4000})), &["num_hidden_layers", "4000", "1024"]);
+    refused(&with(json!({"num_attention_heads": 3, "num_key_value_heads": 3})), &["32", "3", "head_dim"]);
+    refused(&with(json!({"num_attention_heads": 4, "num_key_value_heads": 3})), &["4 heads", "3 key/value heads"]);
+    refused(&with(json!({"num_key_value_heads": 4})), &["2 heads", "4 key/value heads"]);
+    refused(&with(json!({"head_dim": 15})), &["15", "even"]);
+    refused(&with(json!({"head_dim": 4096, "num_attention_heads": 16384})), &["width of all heads"]);
+    refused(&with(json!({"rms_norm_eps": 0})), &["epsilon"]);
+    refused(&with(json!({"rms_norm_eps": -1e-5})), &["epsilon"]);
+    refused(&with(json!({"rms_norm_eps": "x"})), &["rms_norm_eps"]);
+    refused(&with(json!({"rope_theta": 1e300})), &["rotary base"]);
+    refused(&with(json!({"rope_theta": 0})), &["rotary base"]);
+    refused(&with(json!({"rope_scaling": {"type": "linear"}})), &["factor", "missing"]);
+    refused(&with(json!({"rope_scaling": {"type": "linear", "factor": -2}})), &["factor", "-2"]);
+    refused(&with(json!({"rope_scaling": "linear"})), &["rope_scaling"]);
+    let llama3 = json!({"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4,
+                        "original_max_position_embeddings": 8192});
+    refused(&with(json!({"rope_scaling": llama3})), &["high_freq_factor", "low_freq_factor"]);
+    refused(&with(json!({"tie_word_embeddings": "yes"})), &["tie_word_embeddings"]);
+    refused(&with(json!({"eos_token_id": "</s>"})), &["eos_token_id"]);
+    refused(&with(json!({"eos_token_id": [1, -2]})), &["eos_token_id"]);
+    refused(&with(json!({"model_type": 5})), &["model_type"]);
+    refused(&json!([1, 2]), &["not a JSON object"]);
+    refused(&json!({}), &["model_type", "architectures"]);
+}
+
+#[test]
+fn what_is_no_json_is_refused() {
+    let deep = "[".repeat(100_000);
+    let deep_object = "{\"a\":".repeat(100_000);
+    for text in ["", "{", "nul", "{\"hidden_size\": 1e999999}", &deep, &deep_object] {
+        let disk = on_disk("config.json", text.as_bytes());
+        let error = DecoderConfig::from_json_file(&disk.path).unwrap_err().to_string();
+        assert!(error.contains("not valid JSON"), "{error}");
+    }
+    let disk = on_disk("config.json", b"{\"a\": \"\xff\"}");
+    assert!(DecoderConfig::from_json_file(&disk.path).unwrap_err().to_string().contains("UTF-8"));
+    let disk = on_disk("config.json", &vec![b' '; (16 << 20) + 1]);
+    assert!(DecoderConfig::from_json_file(&disk.path).unwrap_err().to_string().contains("larger than"));
+}
+
+#[test]
+fn token_ids_may_be_lists_and_those_outside_the_vocabulary_fall_away() {
+    let config = read(&with(json!({"eos_token_id": [2, 5, 128_009], "bos_token_id": 128_000}))).unwrap();
+    assert_eq!((config.eos_token_ids, config.bos_token_id), (vec![2, 5], None));
+}
+
+#[test]
+fn biases_follow_config_and_family() {
+    let both = read(&with(json!({"attention_bias": true}))).unwrap().biases;
+    assert_eq!(both, Biases { qkv: true, output: true });
+    let qwen2 = read(&with(json!({"model_type": "qwen2"}))).unwrap();
+    assert_eq!(qwen2.biases, Biases { qkv: true, output: false });
+    assert_eq!(read(&with(json!({"model_type": "mistral"}))).unwrap().biases, Biases::default());
+}
+
+#[test]
+fn windows_follow_config_and_family() {
+    let mistral =
+        |window: Value| with(json!({"model_type": "mistral", "num_hidden_layers": 2, "sliding_window": window}));
+    assert_eq!(windows(&read(&mistral(json!(7))).unwrap()), [Some(7), Some(7)]);
+    assert_eq!(windows(&read(&mistral(json!(null))).unwrap()), [None, None]);
+    refused(&mistral(json!(0)), &["sliding_window"]);
+    let qwen2 = |changes: Value| {
+        let mut config = with(json!({"model_type": "qwen2", "num_hidden_layers": 3, "sliding_window": 9}));
+        config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+        config
+    };
+    assert_eq!(windows(&read(&qwen2(json!({"max_window_layers": 1}))).unwrap()), [None; 3], "not in use");
+    let used = qwen2(json!({"use_sliding_window": true, "max_window_layers": 1}));
+    assert_eq!(windows(&read(&used).unwrap()), [None, Some(9), Some(9)]);
+    let types = json!(["sliding_attention", "full_attention", "sliding_attention"]);
+    let typed = qwen2(json!({"use_sliding_window": true, "layer_types": types}));
+    assert_eq!(windows(&read(&typed).unwrap()), [Some(9), None, Some(9)]);
+    refused(&qwen2(json!({"layer_types": types})), &["sliding_window"]);
+    refused(&qwen2(json!({"layer_types": ["full_attention"]})), &["layer_types", "1", "3"]);
+    let linear = ["linear_attention"; 3];
+    refused(&qwen2(json!({"layer_types": linear})), &["linear_attention"]);
+    // A llama has no window, whatever stands there: transformers ignores the key, too.
+    assert_eq!(windows(&read(&with(json!({"sliding_window": 9}))).unwrap()), [None]);
+}
+
+#[test]
+fn smollm3_goes_without_rotary_on_some_layers() {
+    let base = json!({"model_type": "smollm3", "num_hidden_layers": 5});
+    let rotary = |changes: Value| -> Vec<bool> {
+        let mut config = with(base.clone());
+        config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+        read(&config).unwrap().layers.iter().map(|layer| layer.rotary).collect()
+    };
+    assert_eq!(rotary(json!({})), [true, true, true, false, true]);
+    assert_eq!(rotary(json!({"no_rope_layer_interval": 2})), [true, false, true, false, true]);
+    assert_eq!(rotary(json!({"no_rope_layers": [0, 1, 1, 1, 0]})), [false, true, true, true, false]);
+    let config = read(&with(base.clone())).unwrap();
+    assert_eq!((config.rotary.base, config.tied_embeddings), (2_000_000.0, false));
+    let mut wrong = with(base);
+    wrong["no_rope_layers"] = json!([1, 0]);
+    refused(&wrong, &["no_rope_layers", "2", "5"]);
+    wrong["no_rope_layers"] = json!([1, 0, 2, 1, 1]);
+    refused(&wrong, &["no_rope_layers", "2"]);
+}
+
+// GGUF metadata.
+
+fn gguf(file: &Gguf) -> Result<DecoderConfig, ModelError> {
+    let disk = on_disk("m.gguf", &file.bytes());
+    Ok(WeightStore::open(&disk.path)?.config().clone())
+}
+
+fn gguf_refused(file: &Gguf, words: &[&str]) {
+    let error = gguf(file).expect_err(&format!("{words:?}")).to_string();
+    for word in words.iter().chain(&["m.gguf"]) {
+        assert!(error.contains(word), "{error:?} lacks {word:?}");
+    }
+}
+
+#[test]
+fn a_gguf_llama() {
+    let config = gguf(&Gguf::llama()).unwrap();
+    assert_eq!(
+        (config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, config.vocab_size),
+        (32, 2, 1, 16, 8)
+    );
+    assert_eq!((config.mlp.intermediate_size, config.num_layers(), config.max_position_embeddings), (64, 1, 64));
+    assert_eq!((config.norm.eps, config.attention_scale), (1e-5, 0.25));
+    assert_eq!((config.rotary.style, config.rotary.dim, config.rotary.base), (RopeStyle::Interleaved, 16, 10_000.0));
+    assert_eq!((config.tied_embeddings, config.eos_token_ids.as_slice(), config.bos_token_id), (true, &[2][..], None));
+    assert_eq!(config.rotary.scaling, RopeScaling::None);
+}
+
+#[test]
+fn gguf_head_and_biases_are_found_by_their_tensors() {
+    let file = Gguf::llama()
+        .f32_tensor("output.weight", &[32, 8])
+        .f32_tensor("blk.0.attn_q.bias", &[32])
+        .f32_tensor("blk.0.attn_k.bias", &[16])
+        .f32_tensor("blk.0.attn_v.bias", &[16]);
+    let config = gguf(&file).unwrap();
+    assert_eq!((config.tied_embeddings, config.biases), (false, Biases { qkv: true, output: false }));
+    let disk = on_disk("m.gguf", &file.bytes());
+    assert!(WeightStore::open(&disk.path).unwrap().tensor(TensorRole::Head).unwrap().is_some());
+    gguf_refused(&file.without_tensor("blk.0.attn_v.bias"), &["blk.0.attn_v.bias", "missing"]);
+}
+
+#[test]
+fn gguf_rotary_scaling_of_every_kind() {
+    let typed = |kind: &[u8]| Gguf::llama().key("llama.rope.scaling.type", value::string(kind));
+    let factor = |file: Gguf| file.key("llama.rope.scaling.factor", value::f32(4.0));
+    assert_eq!(gguf(&factor(typed(b"linear"))).unwrap().rotary.scaling, RopeScaling::Linear { factor: 4.0 });
+    assert_eq!(gguf(&factor(Gguf::llama())).unwrap().rotary.scaling, RopeScaling::Linear { factor: 4.0 });
+    assert_eq!(gguf(&factor(typed(b"none"))).unwrap().rotary.scaling, RopeScaling::None);
+    let older = Gguf::llama().key("llama.rope.scale_linear", value::f32(2.0));
+    assert_eq!(gguf(&older).unwrap().rotary.scaling, RopeScaling::Linear { factor: 2.0 });
+    gguf_refused(&typed(b"linear"), &["llama.rope.scaling.factor", "missing"]);
+    gguf_refused(&typed(b"yarn"), &["yarn"]);
+    gguf_refused(&Gguf::llama().f32_tensor("rope_factors_long.weight", &[8]), &["longrope"]);
+
+    let divisors = [1.0f32, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0, 8.0];
+    let bytes: Vec<u8> = divisors.iter().flat_map(|x| x.to_le_bytes()).collect();
+    let file = Gguf::llama().tensor("rope_freqs.weight", &[8], 0, bytes);
+    assert_eq!(gguf(&file).unwrap().rotary.scaling, RopeScaling::Factors(divisors.to_vec()));
+    let both = divisors.iter().map(|x| x * 4.0).collect();
+    assert_eq!(gguf(&factor(file)).unwrap().rotary.scaling, RopeScaling::Factors(both));
+    gguf_refused(&Gguf::llama().f32_tensor("rope_freqs.weight", &[16]), &["rope_freqs.weight", "8 f32"]);
+    gguf_refused(&Gguf::llama().f32_tensor("rope_freqs.weight", &[8]), &["rotary factor", "-0.25"]);
+}
+
+#[test]
+fn gguf_keys_that_change_the_model_are_honoured_or_refused() {
+    let number = |key: &str, number: u32| Gguf::llama().key(key, value::u32(number));
+    gguf_refused(&Gguf::llama().key("general.architecture", value::string(b"gemma3")), &["gemma3", "llama"]);
+    gguf_refused(&Gguf::llama().without_key("general.architecture"), &["general.architecture"]);
+    gguf_refused(&number("llama.expert_count", 8), &["8 experts"]);
+    gguf_refused(&number("llama.attention.value_length", 8), &["8", "16"]);
+    gguf_refused(&number("llama.rope.dimension_count", 17), &["rotary width"]);
+    gguf_refused(&number("llama.attention.head_count", 3), &["32", "3"]);
+    gguf_refused(&number("llama.attention.head_count", 0), &["llama.attention.head_count", "0"]);
+    gguf_refused(&number("llama.block_count", 100_000), &["llama.block_count", "100000", "1024"]);
+    gguf_refused(&number("llama.block_count", 2), &["blk.1.attn_norm.weight", "missing"]);
+    gguf_refused(&Gguf::llama().key("llama.block_count", value::string(b"1")), &["llama.block_count", "a text"]);
+    gguf_refused(&Gguf::llama().without_key("llama.context_length"), &["llama.context_length", "missing"]);
+    let per_layer = |counts: &[u32]| {
+        let bytes: Vec<u8> = counts.iter().flat_map(|x| x.to_le_bytes()).collect();
+        Gguf::llama().key("llama.attention.head_count_kv", value::array(4, counts.len() as u64, &bytes))
+    };
+    assert_eq!(gguf(&per_layer(&[1, 1])).unwrap().num_kv_heads, 1);
+    gguf_refused(&per_layer(&[1, 2]), &["llama.attention.head_count_kv", "differs between layers"]);
+    gguf_refused(&per_layer(&[]), &["llama.attention.head_count_kv"]);
+    let tokens: Vec<u8> = (0..9).flat_map(|_| [&1u64.to_le_bytes()[..], b"x"].concat()).collect();
+    let too_many = Gguf::llama().key("tokenizer.ggml.tokens", value::array(8, 9, &tokens));
+    gguf_refused(&too_many, &["tokenizer.ggml.tokens", "9", "8 rows"]);
+
+    assert_eq!(gguf(&number("llama.rope.dimension_count", 8)).unwrap().rotary.dim, 8);
+    assert_eq!(gguf(&number("llama.attention.sliding_window", 5)).unwrap().layers[0].window, Some(5));
+    let ends = number("tokenizer.ggml.eot_token_id", 3).key("tokenizer.ggml.eom_token_id", value::u32(2));
+    assert_eq!(gguf(&ends).unwrap().eos_token_ids, [2, 3]);
+    assert_eq!(gguf(&number("tokenizer.ggml.bos_token_id", u32::MAX)).unwrap().bos_token_id, None);
+}

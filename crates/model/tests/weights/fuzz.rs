@@ -1,0 +1,141 @@
+//! Mutated and truncated files: every reader answers Ok or Err and never panics. Whatever opens can be read whole.
+//! `PROPTEST_CASES` sets how many (256).
+
+use bindery_model::{
+    config::DecoderConfig,
+    weights::{LayerTensor, TensorRole, WeightStore},
+};
+use proptest::prelude::*;
+use safetensors::Dtype;
+
+use crate::builder::{Gguf, config_json, model_folder, named_tensors, on_disk, safetensors_bytes};
+
+/// Replace some bytes, cut, or put some in.
+#[derive(Clone, Debug)]
+enum Mutation {
+    Set(prop::sample::Index, u8),
+    Cut(prop::sample::Index),
+    Insert(prop::sample::Index, Vec<u8>),
+    /// A count, length or offset of some width becomes a special value.
+    Number(prop::sample::Index, u64, usize),
+}
+
+fn mutation() -> impl Strategy<Value = Mutation> {
+    let special = prop_oneof![
+        Just(0),
+        Just(1),
+        Just(u64::MAX),
+        Just(i64::MAX as u64),
+        Just(1 << 32),
+        Just((1 << 32) - 1),
+        Just(1 << 40),
+        0u64..4096
+    ];
+    prop_oneof![
+        4 => (any::<prop::sample::Index>(), any::<u8>()).prop_map(|(at, byte)| Mutation::Set(at, byte)),
+        1 => any::<prop::sample::Index>().prop_map(Mutation::Cut),
+        1 => (any::<prop::sample::Index>(), prop::collection::vec(any::<u8>(), 1..9))
+            .prop_map(|(at, bytes)| Mutation::Insert(at, bytes)),
+        3 => (any::<prop::sample::Index>(), special, prop_oneof![Just(1usize), Just(4), Just(8)])
+            .prop_map(|(at, value, width)| Mutation::Number(at, value, width)),
+    ]
+}
+
+/// Headers are where mutations bite: positions fall into the first `head` bytes mostly.
+fn mutate(mut bytes: Vec<u8>, head: usize, mutations: &[Mutation]) -> Vec<u8> {
+    for (i, mutation) in mutations.iter().enumerate() {
+        if bytes.is_empty() {
+            break;
+        }
+        let reach = if i % 4 == 3 { bytes.len() } else { head.min(bytes.len()) };
+        match mutation {
+            Mutation::Set(at, byte) => bytes[at.index(reach)] = *byte,
+            Mutation::Cut(at) => bytes.truncate(at.index(bytes.len())),
+            Mutation::Insert(at, new) => {
+                let at = at.index(reach);
+                bytes.splice(at..at, new.iter().copied());
+            }
+            Mutation::Number(at, value, width) => {
+                let at = at.index(reach);
+                for (byte, new) in bytes[at..].iter_mut().zip(&value.to_le_bytes()[..*width]) {
+                    *byte = *new;
+                }
+            }
+        }
+    }
+    bytes
+}
+
+fn read_everything(store: &WeightStore) {
+    for role in [
+        TensorRole::Embedding,
+        TensorRole::FinalNorm,
+        TensorRole::Layer(0, LayerTensor::Q),
+        TensorRole::Layer(0, LayerTensor::Down),
+    ] {
+        if let Some(view) = store.tensor(role).unwrap() {
+            let mut row = vec![0.0; view.cols];
+            view.dequantize_row(view.rows - 1, &mut row).unwrap();
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn mutated_gguf_files_never_panic(mutations in prop::collection::vec(mutation(), 1..6)) {
+        let file = Gguf::llama();
+        let head = file.bytes().len() - file.tensors.iter().map(|tensor| tensor.bytes.len()).sum::<usize>();
+        let disk = on_disk("m.gguf", &mutate(file.bytes(), head, &mutations));
+        if let Ok(store) = WeightStore::open(&disk.path) {
+            read_everything(&store);
+        }
+    }
+
+    #[test]
+    fn mutated_safetensors_files_never_panic(mutations in prop::collection::vec(mutation(), 1..6)) {
+        let bytes = safetensors_bytes(&named_tensors(), Dtype::F16);
+        let folder = model_folder(&config_json(), &mutate(bytes, 1500, &mutations));
+        if let Ok(store) = WeightStore::open(folder.path()) {
+            read_everything(&store);
+        }
+    }
+
+    #[test]
+    fn mutated_configs_never_panic(mutations in prop::collection::vec(mutation(), 1..6)) {
+        let bytes = serde_json::to_vec(&config_json()).unwrap();
+        let head = bytes.len();
+        let disk = on_disk("config.json", &mutate(bytes, head, &mutations));
+        if let Ok(config) = DecoderConfig::from_json_file(&disk.path) {
+            prop_assert!(config.num_heads.is_multiple_of(config.num_kv_heads));
+        }
+    }
+
+    /// Any key with any kind of value.
+    #[test]
+    fn strange_config_values_never_panic(
+        key in 0usize..40, value in prop_oneof![
+            Just(serde_json::json!(null)), Just(serde_json::json!([])), Just(serde_json::json!({})),
+            Just(serde_json::json!([[1]])), Just(serde_json::json!(true)), Just(serde_json::json!("é\u{0}")),
+            any::<i64>().prop_map(|x| serde_json::json!(x)), any::<u64>().prop_map(|x| serde_json::json!(x)),
+            any::<f64>().prop_map(|x| serde_json::json!(x)),
+        ],
+    ) {
+        let keys = [
+            "model_type", "architectures", "hidden_size", "intermediate_size", "num_hidden_layers",
+            "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings",
+            "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "hidden_act", "tie_word_embeddings",
+            "bos_token_id", "eos_token_id", "attention_bias", "mlp_bias", "sliding_window", "use_sliding_window",
+            "layer_types", "no_rope_layers", "no_rope_layer_interval", "max_window_layers", "torch_dtype",
+            "quantization_config", "partial_rotary_factor", "use_mrope",
+        ];
+        for family in ["llama", "mistral", "qwen2", "smollm3"] {
+            let mut config = config_json();
+            config["model_type"] = serde_json::json!(family);
+            config[keys[key % keys.len()]] = value.clone();
+            let disk = on_disk("config.json", &serde_json::to_vec(&config).unwrap());
+            if let Ok(config) = DecoderConfig::from_json_file(&disk.path) {
+                prop_assert!(config.num_layers() > 0 && config.num_layers() <= 1024);
+            }
+        }
+    }
+}
