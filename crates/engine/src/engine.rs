@@ -1,0 +1,284 @@
+//! The engine's outside: the handle through which everything else talks to the one thread that owns the model.
+//!
+//! Commands go in through a channel: submit, abort, abort a sample, stop. It needs no bound of its own, because each
+//! command in it is paid for: a submission holds one of the places counted by [`admission`], and a submitted request
+//! sends at most one abort and one per sample. Events come out through one bounded [`stream`] a request. Whether a
+//! request is queued or refused is decided on the caller's side, so the answer never waits for a step.
+//!
+//! This module must not know text, nor compute anything itself; [`crate::step`] does.
+
+pub(crate) mod admission;
+pub(crate) mod live;
+pub(crate) mod outcome;
+pub(crate) mod rows;
+pub(crate) mod stats;
+pub(crate) mod stream;
+
+use std::{
+    sync::{Arc, mpsc},
+    thread,
+    time::Instant,
+};
+
+use bindery_model::StepModel;
+use bindery_scheduler::{Limits, Refusal, SequenceSpec, TokenId};
+use tokio::sync::watch;
+
+use self::{
+    admission::{Door, Ticket},
+    stream::Outbox,
+};
+pub use self::{stats::EngineStats, stream::TokenStream};
+use crate::{
+    EngineError, TokenRequest,
+    request::{MAX_SAMPLES, token_in_vocabulary},
+    sample::PreparedSampling,
+    step::{EngineLoop, refusal_error},
+};
+
+/// What the engine is started with.
+#[derive(Clone, Debug)]
+pub struct EngineConfig {
+    /// Of the scheduler.
+    pub limits: Limits,
+    /// The model's own end tokens.
+    pub eos_token_ids: Vec<TokenId>,
+    /// Tokens of one sample that its reader may leave unread before the request is cancelled.
+    pub max_buffered_tokens: usize,
+}
+
+/// Owns the thread; dropping it stops the engine.
+#[derive(Debug)]
+pub struct Engine {
+    commands: mpsc::Sender<Command>,
+    door: Arc<Door>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+/// Cheap to clone; the way in from any thread.
+#[derive(Clone, Debug)]
+pub struct EngineHandle {
+    commands: mpsc::Sender<Command>,
+    door: Arc<Door>,
+    stats: watch::Receiver<Arc<EngineStats>>,
+    shared: Arc<Shared>,
+}
+
+/// What does not change while the engine runs.
+#[derive(Debug)]
+struct Shared {
+    config: EngineConfig,
+    vocab_size: usize,
+}
+
+/// What the model thread is told.
+#[derive(Debug)]
+pub(crate) enum Command {
+    Submit(Box<Submission>),
+    /// The reader has gone.
+    Abort {
+        key: u64,
+    },
+    /// A stop string was found.
+    AbortSample {
+        key: u64,
+        sample: u32,
+    },
+    Stop,
+}
+
+/// A request, checked and worked up so that the model thread only moves it.
+#[derive(Debug)]
+pub(crate) struct Submission {
+    pub(crate) ticket: Ticket,
+    pub(crate) request_id: String,
+    pub(crate) spec: SequenceSpec,
+    pub(crate) sampling: PreparedSampling,
+    pub(crate) num_prompt_tokens: usize,
+    pub(crate) prompt_scores: Option<PromptScores>,
+    pub(crate) deadline: Option<Instant>,
+    pub(crate) submitted_at: Instant,
+    pub(crate) outbox: Outbox,
+}
+
+/// Log-probabilities of the prompt are wanted.
+#[derive(Debug)]
+pub(crate) struct PromptScores {
+    pub(crate) tokens: Vec<TokenId>,
+    pub(crate) num_top: u32,
+}
+
+impl Engine {
+    /// Starts the thread that owns the model.
+    pub fn start(model: Box<dyn StepModel>, config: EngineConfig) -> Result<(Self, EngineHandle), EngineError> {
+        let vocab_size = model.vocab_size();
+        check_limits(&config, vocab_size)?;
+        let (commands, inbox) = mpsc::channel();
+        let door = Door::new(config.limits.max_queued_requests);
+        let (engine_loop, stats) = EngineLoop::new(model, config.limits.clone(), inbox, Arc::clone(&door));
+        let thread = thread::Builder::new()
+            .name("bindery-engine".to_owned())
+            .spawn(move || engine_loop.run())
+            .map_err(|error| EngineError::Step { message: format!("the engine's thread did not start: {error}") })?;
+        let shared = Arc::new(Shared { config, vocab_size });
+        let handle = EngineHandle { commands: commands.clone(), door: Arc::clone(&door), stats, shared };
+        Ok((Self { commands, door, thread: Some(thread) }, handle))
+    }
+
+    /// Aborts what runs ([`EngineError::ShuttingDown`] to its readers) and joins the thread, which takes as long as the
+    /// step it is in.
+    pub fn stop(self) {
+        drop(self);
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.door.close();
+        let _already_gone = self.commands.send(Command::Stop);
+        if let Some(thread) = self.thread.take() {
+            let _panic_was_reported = thread.join();
+        }
+    }
+}
+
+fn check_limits(config: &EngineConfig, vocab_size: usize) -> Result<(), EngineError> {
+    let limits = &config.limits;
+    let values = [
+        ("block_size", limits.block_size),
+        ("num_blocks", limits.num_blocks),
+        ("max_num_seqs", limits.max_num_seqs),
+        ("max_num_batched_tokens", limits.max_num_batched_tokens),
+        ("max_model_len", limits.max_model_len),
+        ("max_queued_requests", limits.max_queued_requests),
+        ("max_buffered_tokens", config.max_buffered_tokens),
+        ("vocab_size", vocab_size),
+    ];
+    match values.iter().find(|(_, value)| *value == 0) {
+        Some(&(param, _)) => {
+            Err(EngineError::Invalid { param, message: format!("{param} is 0, it must be at least 1") })
+        }
+        None => Ok(()),
+    }
+}
+
+impl EngineHandle {
+    /// Queued at once or refused; the answer never waits for a step.
+    ///
+    /// Refused are: values out of range and token ids outside the vocabulary ([`EngineError::Invalid`]), a prompt that
+    /// with its `max_tokens` exceeds the context ([`EngineError::ContextLengthExceeded`]) or the whole KV cache, a full
+    /// queue ([`EngineError::QueueFull`]) and anything after [`EngineHandle::drain`] ([`EngineError::ShuttingDown`]).
+    #[expect(
+        clippy::unused_async,
+        reason = "a remote engine will have to wait for its answer; callers need not change"
+    )]
+    pub async fn submit(&self, request: TokenRequest) -> Result<TokenStream, EngineError> {
+        self.try_submit(request)
+    }
+
+    fn try_submit(&self, request: TokenRequest) -> Result<TokenStream, EngineError> {
+        let Shared { config, vocab_size } = &*self.shared;
+        request.params.validate(*vocab_size)?;
+        self.check_request(&request)?;
+        let ticket = self.door.enter()?;
+        let TokenRequest { request_id, prompt, params, num_samples, priority, deadline } = request;
+        let max_buffered = config.max_buffered_tokens * num_samples as usize;
+        let key = ticket.key();
+        let (outbox, stream) = stream::channel(self.commands.clone(), key, num_samples, max_buffered);
+        let submission = Submission {
+            ticket,
+            request_id,
+            sampling: PreparedSampling::new(&params, &prompt, &config.eos_token_ids),
+            num_prompt_tokens: prompt.len(),
+            prompt_scores: params.prompt_logprobs.map(|num_top| PromptScores { tokens: prompt.clone(), num_top }),
+            spec: SequenceSpec {
+                samples: (0..num_samples).map(|sample| live::seq_id(key, sample)).collect(),
+                prompt,
+                max_new_tokens: params.max_tokens,
+                priority,
+                adapter: None,
+                prompt_logits: params.prompt_logprobs.is_some(),
+            },
+            deadline,
+            submitted_at: Instant::now(),
+            outbox,
+        };
+        self.commands.send(Command::Submit(Box::new(submission))).map_err(|_| EngineError::ShuttingDown)?;
+        Ok(stream)
+    }
+
+    /// What depends on the limits, and on no other request.
+    fn check_request(&self, request: &TokenRequest) -> Result<(), EngineError> {
+        let Shared { config, vocab_size } = &*self.shared;
+        let limits = &config.limits;
+        if request.prompt.is_empty() {
+            return Err(EngineError::Invalid {
+                param: "prompt",
+                message: "the prompt has no tokens, it must have at least one".to_owned(),
+            });
+        }
+        if !(1..=MAX_SAMPLES).contains(&request.num_samples) {
+            let n = request.num_samples;
+            return Err(EngineError::Invalid {
+                param: "n",
+                message: format!("n is {n}, it must be between 1 and {MAX_SAMPLES}"),
+            });
+        }
+        let num_prompt_tokens = request.prompt.len();
+        let max_tokens = request.params.max_tokens;
+        let num_tokens = num_prompt_tokens.saturating_add(max_tokens);
+        if num_tokens > limits.max_model_len {
+            let max_model_len = limits.max_model_len;
+            return Err(refusal_error(&Refusal::TooLong { num_tokens, max_model_len }, limits));
+        }
+        let num_blocks_needed = num_tokens.div_ceil(limits.block_size);
+        if num_blocks_needed > limits.num_blocks {
+            return Err(refusal_error(
+                &Refusal::NeverFits { num_blocks_needed, num_blocks: limits.num_blocks },
+                limits,
+            ));
+        }
+        for &token in &request.prompt {
+            token_in_vocabulary("prompt", token, *vocab_size)?;
+        }
+        Ok(())
+    }
+
+    /// The state after the newest step.
+    pub fn stats(&self) -> Arc<EngineStats> {
+        Arc::clone(&self.stats.borrow())
+    }
+
+    /// Waits for a snapshot of which `wanted` is true, and returns it; the newest one if the engine ends before.
+    pub async fn stats_when(&self, mut wanted: impl FnMut(&EngineStats) -> bool) -> Arc<EngineStats> {
+        let mut stats = self.stats.clone();
+        let found = stats.wait_for(|stats| wanted(stats)).await.map(|found| Arc::clone(&found));
+        found.unwrap_or_else(|_| self.stats())
+    }
+
+    /// Waits until no request is queued or running, and the statistics show it. After [`EngineHandle::drain`] it stays so.
+    pub async fn idle(&self) {
+        // The count alone runs ahead of the statistics: a request gives its place back before the snapshot that shows
+        // its blocks free is published.
+        self.stats_when(|stats| {
+            let is_empty = (stats.num_requests_running, stats.num_requests_waiting, stats.num_used_blocks) == (0, 0, 0);
+            is_empty && self.num_unfinished() == 0
+        })
+        .await;
+    }
+
+    /// No new requests; running and queued ones go on.
+    pub fn drain(&self) {
+        self.door.close();
+    }
+
+    /// Whether [`EngineHandle::drain`] was called, or the engine was stopped.
+    pub fn is_draining(&self) -> bool {
+        self.door.is_closed()
+    }
+
+    /// Requests that are queued or running.
+    pub fn num_unfinished(&self) -> usize {
+        self.door.num_unfinished()
+    }
+}

@@ -1,0 +1,146 @@
+//! What the loop tells about itself: counters, levels and where the time went.
+//!
+//! It must not decide anything. Its invariant: counters only grow, and a snapshot is of one moment between two steps.
+
+use std::time::{Duration, Instant};
+
+use bindery_scheduler::SchedulerStats;
+
+/// Upper bounds of the buckets of tokens per step; powers of two up to the largest usual token budget.
+const ITERATION_TOKENS_BOUNDS: [f64; 13] =
+    [1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0];
+
+/// A snapshot, refreshed after every step; monotonic counters and current levels.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct EngineStats {
+    /// Requests that have been scheduled and have not ended (preempted ones among them).
+    pub num_requests_running: usize,
+    /// Requests that were never scheduled yet.
+    pub num_requests_waiting: usize,
+    /// Blocks of the KV cache.
+    pub num_blocks: usize,
+    /// Of them, held by a sequence.
+    pub num_used_blocks: usize,
+    /// Tokens a block holds.
+    pub block_size: usize,
+    /// Slots in used blocks that hold no token.
+    pub num_unused_slots: usize,
+    /// How often a sequence gave its blocks back to be recomputed later.
+    pub num_preemptions: u64,
+    /// Prompt tokens computed, each counted once however often a preemption repeats it.
+    pub prompt_tokens: u64,
+    /// Tokens sampled.
+    pub generation_tokens: u64,
+    /// Steps that computed something.
+    pub num_steps: u64,
+    /// Of them, those that failed.
+    pub num_failed_steps: u64,
+    /// Upper bounds of the histogram of tokens per step, ascending.
+    pub iteration_tokens_bounds: Vec<f64>,
+    /// Steps in each bucket (not cumulative); the last one, beyond all bounds, makes it one longer than the bounds.
+    pub iteration_tokens_counts: Vec<u64>,
+    /// Tokens over all steps.
+    pub iteration_tokens_sum: u64,
+    /// Seconds spent in each phase of the step since start, in the order of the step.
+    pub phase_seconds: Vec<(&'static str, f64)>,
+    /// Prompt tokens looked up in the prefix cache (0 until there is one).
+    pub prefix_cache_queries: u64,
+    /// Of them, found there.
+    pub prefix_cache_hits: u64,
+}
+
+/// A phase of the step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    Schedule,
+    Forward,
+    Logits,
+    Sample,
+    Emit,
+}
+
+const PHASES: [(Phase, &str); 5] = [
+    (Phase::Schedule, "schedule"),
+    (Phase::Forward, "forward"),
+    (Phase::Logits, "logits"),
+    (Phase::Sample, "sample"),
+    (Phase::Emit, "emit"),
+];
+
+/// Counts for [`EngineStats`] on the engine's thread.
+#[derive(Debug)]
+pub(crate) struct StatsRecorder {
+    pub(crate) prompt_tokens: u64,
+    pub(crate) generation_tokens: u64,
+    pub(crate) num_failed_steps: u64,
+    num_steps: u64,
+    iteration_tokens_counts: [u64; ITERATION_TOKENS_BOUNDS.len() + 1],
+    iteration_tokens_sum: u64,
+    phase_times: [Duration; PHASES.len()],
+    since: Instant,
+}
+
+impl StatsRecorder {
+    pub(crate) fn new() -> Self {
+        Self {
+            prompt_tokens: 0,
+            generation_tokens: 0,
+            num_failed_steps: 0,
+            num_steps: 0,
+            iteration_tokens_counts: [0; ITERATION_TOKENS_BOUNDS.len() + 1],
+            iteration_tokens_sum: 0,
+            phase_times: [Duration::ZERO; PHASES.len()],
+            since: Instant::now(),
+        }
+    }
+
+    /// Starts the watch: time until the next [`StatsRecorder::lap`] counts.
+    pub(crate) fn start(&mut self) {
+        self.since = Instant::now();
+    }
+
+    /// The time since the last lap was spent in `phase`.
+    pub(crate) fn lap(&mut self, phase: Phase) {
+        let now = Instant::now();
+        self.phase_times[phase as usize] += now - self.since;
+        self.since = now;
+    }
+
+    pub(crate) fn count_step(&mut self, num_batched_tokens: usize) {
+        self.num_steps += 1;
+        self.iteration_tokens_sum += num_batched_tokens as u64;
+        let bucket = ITERATION_TOKENS_BOUNDS.partition_point(|&bound| bound < num_batched_tokens as f64);
+        self.iteration_tokens_counts[bucket] += 1;
+    }
+
+    pub(crate) fn snapshot(
+        &self,
+        scheduler: &SchedulerStats,
+        block_size: usize,
+        num_requests_running: usize,
+        num_requests_waiting: usize,
+    ) -> EngineStats {
+        EngineStats {
+            num_requests_running,
+            num_requests_waiting,
+            num_blocks: scheduler.num_blocks,
+            num_used_blocks: scheduler.num_blocks - scheduler.num_free_blocks,
+            block_size,
+            num_unused_slots: scheduler.num_unused_slots,
+            num_preemptions: scheduler.num_preemptions,
+            prompt_tokens: self.prompt_tokens,
+            generation_tokens: self.generation_tokens,
+            num_steps: self.num_steps,
+            num_failed_steps: self.num_failed_steps,
+            iteration_tokens_bounds: ITERATION_TOKENS_BOUNDS.to_vec(),
+            iteration_tokens_counts: self.iteration_tokens_counts.to_vec(),
+            iteration_tokens_sum: self.iteration_tokens_sum,
+            phase_seconds: PHASES
+                .iter()
+                .map(|&(phase, name)| (name, self.phase_times[phase as usize].as_secs_f64()))
+                .collect(),
+            prefix_cache_queries: 0,
+            prefix_cache_hits: 0,
+        }
+    }
+}

@@ -1,0 +1,35 @@
+//! The loop that joins scheduler and model: plan, forward, sample, emit; and text on both sides of it.
+//!
+//! One thread owns the model. Everything else talks to it through channels. This crate must not know HTTP, tenants or prices.
+//!
+//! Reading order: [`step`](crate::Engine) the loop's one screen (`src/step.rs`), [`engine`] the way in, [`request`] what
+//! goes in and comes out, [`sample`] a row of logits to a token, [`text`] tokenizer, detokenizer and templates,
+//! [`local_model`] all of it joined for a server, `load` how it comes into being.
+
+#![forbid(unsafe_code)]
+
+mod step;
+
+pub mod engine;
+pub mod error;
+mod load;
+pub mod local_model;
+pub mod request;
+pub mod sample;
+#[doc(hidden)]
+pub mod testing;
+pub mod text;
+
+pub use bindery_scheduler::TokenId;
+pub use engine::{Engine, EngineConfig, EngineHandle, EngineStats, TokenStream};
+pub use error::EngineError;
+pub use local_model::{
+    LoadReport, LocalModel, LocalModelConfig, Prompt, RequestTimings, StopReason, TextEvent, TextRequest, TextStream,
+    TokenText, TopToken,
+};
+pub use request::{FinishReason, SamplingParams, TokenEvent, TokenLogprobs, TokenRequest};
+pub use text::{
+    chat::{ChatTemplate, RenderRequest},
+    detokenize::Detokenizer,
+    tokenizer::Tokenizer,
+};

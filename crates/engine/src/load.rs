@@ -1,0 +1,299 @@
+//! How a [`LocalModel`](crate::LocalModel) comes into being: weights, tokenizer and template from disk, and how much KV
+//! cache there is room for.
+//!
+//! The sizing is a pure function of numbers ([`size_cache`]), so that it can be tested without memory. It must not know
+//! what is served afterwards. Its invariant: a sequence of `max_model_len` tokens always fits the cache alone.
+
+use std::{fs, path::Path, time::Instant};
+
+use bindery_model::{Model, ModelInfo, weights::gguf::GgufFile};
+use bindery_scheduler::Limits;
+
+use crate::{
+    ChatTemplate, EngineError, Tokenizer,
+    local_model::{LoadReport, LocalModel, LocalModelConfig, LocalModelParts},
+    text::gguf_vocabulary::GgufVocabulary,
+};
+
+/// Left free for activations, requests and the rest of the machine, whatever the share.
+const MARGIN_BYTES_MIN: u64 = 512 << 20;
+/// Share of the free memory that is left free: one tenth.
+const MARGIN_SHARE: u64 = 10;
+/// Assumed free where the system does not say.
+const UNKNOWN_MEMORY_BYTES: u64 = 4 << 30;
+/// Slots are numbered in 32 bits.
+const SLOTS_MAX: u64 = u32::MAX as u64;
+
+/// See [`LocalModel::load`].
+pub(crate) fn load(
+    path: &Path,
+    config: &LocalModelConfig,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<(LocalModel, LoadReport), EngineError> {
+    let start = Instant::now();
+    let (tokenizer, template) = load_text(path, config.load.dummy)?;
+    let mut model = Model::load(path, &config.load, progress)?;
+    let info = model.info().clone();
+    let mut notes = Vec::new();
+    if tokenizer.vocab_size() > info.vocab_size {
+        notes.push(format!(
+            "the tokenizer knows {} tokens, the model only the first {}: prompts with others are refused",
+            tokenizer.vocab_size(),
+            info.vocab_size
+        ));
+    }
+    if tokenizer.eos_token_ids().is_empty() {
+        notes.push("the model names no end token: answers end at max_tokens or at a stop string".to_owned());
+    }
+    let memory = match config.kv_cache_memory {
+        Some(bytes) => CacheMemory::Given(bytes),
+        None => CacheMemory::Free(free_memory_bytes().unwrap_or_else(|| {
+            notes.push(format!(
+                "this system does not say how much memory is free: {} GiB assumed, see --kv-cache-memory",
+                UNKNOWN_MEMORY_BYTES >> 30
+            ));
+            UNKNOWN_MEMORY_BYTES
+        })),
+    };
+    let wanted = CacheWanted {
+        max_model_len: config.max_model_len,
+        max_num_seqs: config.max_num_seqs,
+        block_size: config.load.block_size,
+    };
+    let size = size_cache(&info, &wanted, memory)?;
+    notes.extend(size.note);
+    model.allocate_kv(size.num_blocks)?;
+    let limits = Limits {
+        block_size: wanted.block_size,
+        num_blocks: size.num_blocks,
+        max_num_seqs: config.max_num_seqs,
+        max_num_batched_tokens: config.max_num_batched_tokens,
+        max_model_len: size.max_model_len,
+        max_queued_requests: config.max_queued_requests,
+    };
+    let parts = LocalModelParts { tokenizer, template, info, limits, max_buffered_tokens: config.max_buffered_tokens };
+    let local_model = LocalModel::from_parts(Box::new(model), parts)?;
+    let kv_tokens = size.num_blocks * wanted.block_size;
+    let report = LoadReport {
+        load_time: start.elapsed(),
+        num_blocks: size.num_blocks,
+        kv_tokens,
+        full_length_requests: kv_tokens as f64 / size.max_model_len as f64,
+        notes,
+    };
+    Ok((local_model, report))
+}
+
+fn load_text(path: &Path, is_dummy: bool) -> Result<(Tokenizer, Option<ChatTemplate>), EngineError> {
+    if path.is_file() && path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
+        let file = GgufFile::open(path)?;
+        let tokenizer = Tokenizer::from_gguf(&file)?;
+        let template = ChatTemplate::from_gguf(&file, &tokenizer)?;
+        return Ok((tokenizer, template));
+    }
+    if is_dummy && !path.join("tokenizer.json").exists() {
+        return Ok((byte_tokenizer()?, None));
+    }
+    let tokenizer = Tokenizer::from_dir(path)?;
+    let template = ChatTemplate::from_dir(path, &tokenizer)?;
+    Ok((tokenizer, template))
+}
+
+/// One token a byte, then `<|endoftext|>` (which ends a generation), `<|begin|>` and `<|special|>`: what random weights
+/// without a tokenizer of their own are served with.
+pub(crate) fn byte_tokenizer() -> Result<Tokenizer, EngineError> {
+    let mut tokens: Vec<String> = (0..=u8::MAX).map(|byte| byte_level_char(byte).to_string()).collect();
+    tokens.extend(["<|endoftext|>", "<|begin|>", "<|special|>"].map(str::to_owned));
+    const NORMAL: i64 = 1;
+    const CONTROL: i64 = 3;
+    let mut types = vec![NORMAL; 256];
+    types.extend([CONTROL; 3]);
+    Tokenizer::from_vocabulary(&GgufVocabulary {
+        model: "gpt2".to_owned(),
+        pre: Some("gpt-2".to_owned()),
+        tokens,
+        types,
+        bos: Some(257),
+        eos: Some(256),
+        add_bos: Some(false),
+        ..GgufVocabulary::default()
+    })
+}
+
+/// GPT-2's visible character for a byte: itself where it is printable Latin-1, else the next free one from U+0100 on.
+fn byte_level_char(byte: u8) -> char {
+    let is_visible = |byte: u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
+    if is_visible(byte) {
+        return char::from(byte);
+    }
+    let num_hidden_before = (0..byte).filter(|&byte| !is_visible(byte)).count() as u32;
+    char::from_u32(0x100 + num_hidden_before).expect("U+0100 to U+0143 are characters")
+}
+
+/// Where the bytes of the cache come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum CacheMemory {
+    /// `--kv-cache-memory`
+    Given(u64),
+    /// What the system says is free.
+    Free(u64),
+}
+
+/// What was asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct CacheWanted {
+    max_model_len: Option<usize>,
+    max_num_seqs: usize,
+    block_size: usize,
+}
+
+/// What there will be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct CacheSize {
+    num_blocks: usize,
+    max_model_len: usize,
+    note: Option<String>,
+}
+
+/// As many blocks as the memory holds, but not more than all sequences of a step could ever use.
+fn size_cache(info: &ModelInfo, wanted: &CacheWanted, memory: CacheMemory) -> Result<CacheSize, EngineError> {
+    let block_size = wanted.block_size;
+    if block_size == 0 {
+        return Err(invalid("block_size", "--block-size is 0, it must be at least 1".to_owned()));
+    }
+    let model_len = info.max_position_embeddings;
+    match wanted.max_model_len {
+        Some(0) => return Err(invalid("max_model_len", "--max-model-len is 0, it must be at least 1".to_owned())),
+        Some(len) if len > model_len => {
+            return Err(invalid(
+                "max_model_len",
+                format!("--max-model-len is {len}, this model was made for at most {model_len} tokens"),
+            ));
+        }
+        _ => {}
+    }
+    let budget_bytes = match memory {
+        CacheMemory::Given(bytes) => bytes,
+        CacheMemory::Free(bytes) => bytes.saturating_sub(MARGIN_BYTES_MIN.max(bytes / MARGIN_SHARE)),
+    };
+    let block_bytes = (info.kv_bytes_per_token as u64).saturating_mul(block_size as u64).max(1);
+    let num_affordable = (budget_bytes / block_bytes).min(SLOTS_MAX / block_size as u64) as usize;
+    let wanted_len = wanted.max_model_len.unwrap_or(model_len);
+    let num_needed = wanted_len.div_ceil(block_size);
+    let mut note = None;
+    let max_model_len = if num_needed <= num_affordable {
+        wanted_len
+    } else if let (None, 1..) = (wanted.max_model_len, num_affordable) {
+        let len = num_affordable * block_size;
+        note = Some(format!(
+            "the KV cache has room for {len} tokens, so contexts end there instead of at the model's {model_len}: raise \
+             --kv-cache-memory for more"
+        ));
+        len
+    } else {
+        let needed_mib = (block_bytes.saturating_mul(num_needed as u64)).div_ceil(1 << 20);
+        let budget_mib = budget_bytes >> 20;
+        return Err(invalid(
+            "kv_cache_memory",
+            format!(
+                "one sequence of {wanted_len} tokens needs {needed_mib} MiB of KV cache and there are {budget_mib} MiB: \
+                 lower --max-model-len, raise --kv-cache-memory, or free memory"
+            ),
+        ));
+    };
+    let num_useful = max_model_len.div_ceil(block_size).saturating_mul(wanted.max_num_seqs.max(1));
+    Ok(CacheSize { num_blocks: num_affordable.min(num_useful), max_model_len, note })
+}
+
+fn invalid(param: &'static str, message: String) -> EngineError {
+    EngineError::Invalid { param, message }
+}
+
+/// What this process may still use: the machine's available memory, or what its control group leaves, whichever is less.
+fn free_memory_bytes() -> Option<u64> {
+    let machine = fs::read_to_string("/proc/meminfo").ok().and_then(|text| available_in_meminfo(&text));
+    let read = |path: &str| fs::read_to_string(path).ok().and_then(|text| text.trim().parse::<u64>().ok());
+    let left = |limit: &str, used: &str| Some(read(limit)?.saturating_sub(read(used)?));
+    let group = left("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current")
+        .or_else(|| left("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"));
+    [machine, group].into_iter().flatten().min()
+}
+
+/// The line `MemAvailable:   12345 kB`.
+fn available_in_meminfo(text: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kib.checked_mul(1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{fake_info, small_limits};
+
+    fn info() -> ModelInfo {
+        ModelInfo { max_position_embeddings: 8192, kv_bytes_per_token: 1024, ..fake_info(&small_limits()) }
+    }
+
+    fn wanted(max_model_len: Option<usize>, max_num_seqs: usize) -> CacheWanted {
+        CacheWanted { max_model_len, max_num_seqs, block_size: 16 }
+    }
+
+    const GIB: u64 = 1 << 30;
+
+    #[test]
+    fn the_cache_takes_what_is_given() {
+        let size = size_cache(&info(), &wanted(None, 256), CacheMemory::Given(GIB)).unwrap();
+        assert_eq!(size, CacheSize { num_blocks: 65536, max_model_len: 8192, note: None });
+    }
+
+    #[test]
+    fn the_cache_is_no_larger_than_all_sequences_together() {
+        let size = size_cache(&info(), &wanted(Some(100), 2), CacheMemory::Given(GIB)).unwrap();
+        assert_eq!(size, CacheSize { num_blocks: 14, max_model_len: 100, note: None });
+    }
+
+    #[test]
+    fn a_margin_of_free_memory_stays_free() {
+        let size = size_cache(&info(), &wanted(None, 256), CacheMemory::Free(2 * GIB)).unwrap();
+        assert_eq!(size.num_blocks, 98304, "1.5 GiB of 2");
+        let size = size_cache(&info(), &wanted(None, 256), CacheMemory::Free(20 * GIB)).unwrap();
+        assert_eq!(size.num_blocks, 131_072, "256 sequences of 8192 tokens, less than nine tenths of 20 GiB");
+    }
+
+    #[test]
+    fn the_context_shrinks_to_what_fits_unless_it_was_asked_for() {
+        let size = size_cache(&info(), &wanted(None, 256), CacheMemory::Given(1 << 20)).unwrap();
+        assert_eq!((size.num_blocks, size.max_model_len), (64, 1024));
+        assert!(size.note.unwrap().contains("1024 tokens"));
+        let error = size_cache(&info(), &wanted(Some(2048), 256), CacheMemory::Given(1 << 20)).unwrap_err();
+        assert!(error.to_string().contains("needs 2 MiB of KV cache and there are 1 MiB"), "{error}");
+        assert!(size_cache(&info(), &wanted(None, 256), CacheMemory::Given(100)).is_err());
+        assert!(size_cache(&info(), &wanted(None, 256), CacheMemory::Free(100)).is_err());
+    }
+
+    #[test]
+    fn a_context_beyond_the_models_is_refused_with_the_number() {
+        let error = size_cache(&info(), &wanted(Some(8193), 256), CacheMemory::Given(GIB)).unwrap_err();
+        assert!(matches!(error, EngineError::Invalid { param: "max_model_len", .. }));
+        assert!(error.to_string().contains("8192"), "{error}");
+        assert!(size_cache(&info(), &wanted(Some(0), 256), CacheMemory::Given(GIB)).is_err());
+    }
+
+    #[test]
+    fn meminfo_is_read() {
+        assert_eq!(available_in_meminfo("MemTotal: 10 kB\nMemAvailable:       20 kB\n"), Some(20480));
+        assert_eq!(available_in_meminfo("MemTotal: 10 kB\n"), None);
+        assert_eq!(available_in_meminfo("MemAvailable: twenty kB\n"), None);
+    }
+
+    #[test]
+    fn the_byte_tokenizer_spells_everything() {
+        let tokenizer = byte_tokenizer().unwrap();
+        let text = "Grüße, 世界 \u{1f600}\n\0";
+        let tokens = tokenizer.encode(text, true).unwrap();
+        assert_eq!(tokens.iter().map(|token| token.0 as u8).collect::<Vec<_>>(), text.as_bytes());
+        assert_eq!(tokenizer.decode(&tokens, true).unwrap(), text);
+        assert_eq!(tokenizer.eos_token_ids(), [bindery_scheduler::TokenId(256)]);
+    }
+}

@@ -1,0 +1,197 @@
+//! Passes over a whole row, written so that the compiler turns each into vector code.
+//!
+//! The vocabulary has up to some 260,000 entries and every sequence of a batch needs a row a step, so these loops are
+//! what sampling costs. Sums run in eight f64 lanes that are added in a fixed order: the result depends on the row
+//! alone. Nothing here knows what a logit means.
+
+use std::ops::Range;
+
+const LANES: usize = 8;
+
+/// Entries whose sum [`draw`] keeps, so that the walk to the drawn entry is over sums first.
+const DRAW_CHUNK: usize = 256;
+
+/// No NaN and no plus infinity in the row (minus infinity is a forbidden token, and fine).
+pub(super) fn all_below_infinity(row: &[f32]) -> bool {
+    row.iter().map(|&value| u32::from(value < f32::INFINITY)).sum::<u32>() as usize == row.len()
+}
+
+/// The largest value, minus infinity for an empty row. NaN is the caller's to exclude.
+pub(super) fn max(row: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let chunks = row.chunks_exact(LANES);
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for (lane, &value) in lanes.iter_mut().zip(chunk) {
+            *lane = if value > *lane { value } else { *lane };
+        }
+    }
+    lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |best, &value| if value > best { value } else { best })
+}
+
+/// Index of the largest value, the lowest of equal ones; `None` where every value is minus infinity.
+pub(super) fn argmax(row: &[f32]) -> Option<u32> {
+    let max = max(row);
+    if max == f32::NEG_INFINITY {
+        return None;
+    }
+    row.iter().position(|&value| value == max).map(|index| index as u32)
+}
+
+/// `exp(x)` for x <= 0, within 2 units in the last place; 0 below -87, where f32's normal numbers end.
+///
+/// Cephes' `expf`: x = n ln 2 + r with |r| <= ln(2) / 2, and a polynomial for exp(r). The rounding of n is done by adding
+/// 1.5 * 2^23, which leaves n in the low bits of the sum, from where it moves into the exponent.
+#[inline]
+fn exp(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0;
+    const LN_2_HIGH: f32 = 0.693_359_4;
+    const LN_2_LOW: f32 = -2.121_944_4e-4;
+    let clamped = if x > -87.0 { x } else { -87.0 };
+    let shifted = clamped * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    let r = clamped - n * LN_2_HIGH - n * LN_2_LOW;
+    let mut p = 1.987_569_1e-4;
+    p = p * r + 1.398_199_9e-3;
+    p = p * r + 8.333_452e-3;
+    p = p * r + 4.166_579_6e-2;
+    p = p * r + 1.666_666_5e-1;
+    p = p * r + 5e-1;
+    let mantissa = p * r * r + r + 1.0;
+    let scale = f32::from_bits((shifted.to_bits() << 23).wrapping_add(0x3f80_0000));
+    let value = mantissa * scale;
+    if x > -87.0 { value } else { 0.0 }
+}
+
+/// Logits to weights in place: `exp((logit - max) / temperature)`, so that the likeliest token has weight 1. The
+/// difference is taken first: with a temperature near zero it becomes 0 or minus infinity, never NaN.
+pub(super) fn to_weights(row: &mut [f32], max: f32, temperature: f32) {
+    for value in row {
+        *value = exp((*value - max) / temperature);
+    }
+}
+
+/// Sum in f64 over eight lanes.
+pub(super) fn sum(row: &[f32]) -> f64 {
+    let mut lanes = [0.0_f64; LANES];
+    let chunks = row.chunks_exact(LANES);
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for (lane, &value) in lanes.iter_mut().zip(chunk) {
+            *lane += f64::from(value);
+        }
+    }
+    lanes.iter().sum::<f64>() + rest.iter().map(|&value| f64::from(value)).sum::<f64>()
+}
+
+/// Sum of `exp(x - max)` over the row, in f64.
+pub(super) fn sum_exp(row: &[f32], max: f32) -> f64 {
+    let mut lanes = [0.0_f64; LANES];
+    let chunks = row.chunks_exact(LANES);
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        let mut weights = [0.0_f32; LANES];
+        for (weight, &value) in weights.iter_mut().zip(chunk) {
+            *weight = exp(value - max);
+        }
+        for (lane, &weight) in lanes.iter_mut().zip(&weights) {
+            *lane += f64::from(weight);
+        }
+    }
+    lanes.iter().sum::<f64>() + rest.iter().map(|&value| f64::from(exp(value - max))).sum::<f64>()
+}
+
+/// How many values are greater.
+pub(super) fn count_above(row: &[f32], value: f32) -> u32 {
+    row.iter().map(|&other| u32::from(other > value)).sum()
+}
+
+/// The entry at which the running sum of `weights` passes `uniform` (in [0, 1)) of the whole. At least one weight is
+/// positive, and only an entry of positive weight is ever drawn.
+pub(super) fn draw(weights: &[f32], uniform: f64, sums: &mut Vec<f64>) -> u32 {
+    sums.clear();
+    sums.extend(weights.chunks(DRAW_CHUNK).map(sum));
+    let total: f64 = sums.iter().sum();
+    let mut left = uniform * total;
+    let mut last_positive = None;
+    for (index, &sum) in sums.iter().enumerate() {
+        if sum > 0.0 {
+            let start = index * DRAW_CHUNK;
+            let chunk = start..weights.len().min(start + DRAW_CHUNK);
+            if left < sum {
+                return draw_in(weights, chunk, left);
+            }
+            last_positive = Some(chunk);
+        }
+        left -= sum;
+    }
+    // Rounding of the sums can leave `left` at the very end: then it is the last entry that can be drawn.
+    let chunk = last_positive.expect("a weight is positive");
+    draw_in(weights, chunk, f64::INFINITY)
+}
+
+/// The same within one chunk that has a positive weight.
+fn draw_in(weights: &[f32], chunk: Range<usize>, mut left: f64) -> u32 {
+    let mut last_positive = chunk.start;
+    for index in chunk {
+        let weight = f64::from(weights[index]);
+        if weight > 0.0 {
+            if left < weight {
+                return index as u32;
+            }
+            last_positive = index;
+        }
+        left -= weight;
+    }
+    last_positive as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_within_two_units_in_the_last_place() {
+        for step in 0..=870_000 {
+            let x = -(step as f32) * 1e-4;
+            let exact = f64::from(x).exp();
+            let error = (f64::from(exp(x)) - exact).abs();
+            let ulp = exact * f64::from(f32::EPSILON);
+            assert!(x <= -87.0 || error <= 2.0 * ulp, "exp({x}) = {} instead of {exact}", exp(x));
+        }
+        assert_eq!(exp(0.0), 1.0);
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert_eq!(exp(-88.0), 0.0);
+    }
+
+    #[test]
+    fn the_lowest_of_equal_maxima_wins() {
+        assert_eq!(argmax(&[1.0, 3.0, 3.0]), Some(1));
+        assert_eq!(argmax(&[f32::NEG_INFINITY; 9]), None);
+        assert_eq!(argmax(&[]), None);
+        let mut row = vec![0.0; 100];
+        row[97] = 1.0;
+        assert_eq!(argmax(&row), Some(97));
+    }
+
+    #[test]
+    fn a_temperature_near_zero_gives_no_nan() {
+        let mut row = vec![1.0, 0.999_999, f32::NEG_INFINITY];
+        to_weights(&mut row, 1.0, 1e-45);
+        assert_eq!(row, [1.0, 0.0, 0.0]);
+    }
+
+    #[test]
+    fn entries_without_weight_are_never_drawn() {
+        let mut weights = vec![0.0_f32; 1000];
+        weights[300] = 0.5;
+        weights[777] = 0.5;
+        let mut sums = Vec::new();
+        assert_eq!(draw(&weights, 0.0, &mut sums), 300);
+        assert_eq!(draw(&weights, 0.499_999, &mut sums), 300);
+        assert_eq!(draw(&weights, 0.5, &mut sums), 777);
+        assert_eq!(draw(&weights, 1.0 - f64::EPSILON / 2.0, &mut sums), 777);
+        // What rounding could bring about at worst:
+        assert_eq!(draw(&weights, 1.0, &mut sums), 777);
+    }
+}

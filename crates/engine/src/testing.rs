@@ -1,0 +1,276 @@
+//! Doubles for tests of this crate and of those above it: a model that cannot be right by luck, and all that it takes to
+//! serve it.
+//!
+//! [`FakeModel`] computes no network, but it keeps the promises a model must keep: every token is stored at the slot it
+//! is given, and the logits of a row are a hash of the whole history read back through the block table. So a wrong slot,
+//! table, position, copy or leftover gives other tokens, and [`expected_logits`] says independently what is right.
+//! Nothing in here sleeps: a [`Gate`] lets a test hold a step and let it go.
+//!
+//! Not part of the public interface; it must never be reached from a served request.
+
+use std::{
+    ops::Range,
+    path::PathBuf,
+    sync::{Arc, Mutex, mpsc},
+};
+
+use bindery_model::{BackendKind, ForwardBatch, KvCacheDtype, ModelError, ModelInfo, StepModel};
+use bindery_scheduler::{Limits, TokenId};
+
+use crate::{ChatTemplate, EngineError, LocalModel, load::byte_tokenizer, local_model::LocalModelParts};
+
+/// 256 bytes, an end token, a beginning token, a plain special token, and padding.
+pub const VOCAB_SIZE: usize = 264;
+/// Ends a generation.
+pub const EOS: TokenId = TokenId(256);
+
+/// What the double does besides its duty.
+#[derive(Clone, Debug, Default)]
+pub struct FakeModelOptions {
+    /// `forward` fails when a batch holds this token.
+    pub fail_on: Option<TokenId>,
+    /// `forward` panics when a batch holds this token.
+    pub panic_on: Option<TokenId>,
+    /// The row of this token has a NaN among its logits.
+    pub nan_on: Option<TokenId>,
+    /// Added to the end token's logit: large makes every answer short, very negative makes it never end by itself.
+    pub eos_bias: f32,
+    /// Every `forward` waits here.
+    pub gate: Option<Gate>,
+    /// Every batch is noted here.
+    pub batches: Option<Arc<Mutex<Vec<ForwardBatch>>>>,
+}
+
+/// Holds steps until a test lets them go.
+#[derive(Clone, Debug)]
+pub struct Gate {
+    arrived: mpsc::Sender<()>,
+    permits: Arc<Mutex<mpsc::Receiver<()>>>,
+}
+
+/// The test's side of a [`Gate`]. Dropping it opens the gate for good.
+#[derive(Debug)]
+pub struct GateKeeper {
+    arrived: mpsc::Receiver<()>,
+    permits: mpsc::Sender<()>,
+}
+
+/// A closed gate.
+pub fn gate() -> (Gate, GateKeeper) {
+    let (arrived_tx, arrived_rx) = mpsc::channel();
+    let (permits_tx, permits_rx) = mpsc::channel();
+    let gate = Gate { arrived: arrived_tx, permits: Arc::new(Mutex::new(permits_rx)) };
+    (gate, GateKeeper { arrived: arrived_rx, permits: permits_tx })
+}
+
+impl Gate {
+    fn pass(&self) {
+        let _nobody_watches = self.arrived.send(());
+        let permits = self.permits.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let _keeper_gone = permits.recv();
+    }
+}
+
+impl GateKeeper {
+    /// Blocks until a step stands at the gate.
+    pub fn wait_for_step(&self) {
+        let _engine_gone = self.arrived.recv();
+    }
+
+    /// Lets one step pass.
+    pub fn let_go(&self) {
+        let _engine_gone = self.permits.send(());
+    }
+}
+
+/// The double.
+#[derive(Debug)]
+pub struct FakeModel {
+    options: FakeModelOptions,
+    block_size: usize,
+    /// What each slot holds: token and position.
+    slots: Vec<Option<(u32, u32)>>,
+    /// The histories of the last batch's logit rows, as [`expected_logits`] takes them.
+    rows: Vec<Vec<u32>>,
+}
+
+impl FakeModel {
+    /// With a cache of `num_blocks` blocks of `block_size` tokens.
+    pub fn new(block_size: usize, num_blocks: usize, options: FakeModelOptions) -> Self {
+        Self { options, block_size, slots: vec![None; block_size * num_blocks], rows: Vec::new() }
+    }
+
+    fn write(&mut self, batch: &ForwardBatch) -> Result<(), ModelError> {
+        let num_tokens = batch.tokens.len();
+        if batch.positions.len() != num_tokens || batch.slots.len() != num_tokens {
+            return Err(violation("tokens, positions and slots differ in number"));
+        }
+        let covered: Vec<usize> = batch.sequences.iter().flat_map(|sequence| sequence.rows.clone()).collect();
+        if covered != (0..num_tokens).collect::<Vec<_>>() {
+            return Err(violation("the sequences do not tile the batch"));
+        }
+        let mut written = batch.slots.clone();
+        written.sort_unstable();
+        written.dedup();
+        if written.len() != num_tokens {
+            return Err(violation("a slot is written twice"));
+        }
+        for row in 0..num_tokens {
+            let slot = self.slots.get_mut(batch.slots[row] as usize).ok_or_else(|| violation("no such slot"))?;
+            *slot = Some((batch.tokens[row], batch.positions[row]));
+        }
+        Ok(())
+    }
+
+    /// The tokens at positions 0..=`row`'s, read through the block table.
+    fn history(&self, batch: &ForwardBatch, row: usize) -> Result<Vec<u32>, ModelError> {
+        let sequence = batch.sequences.iter().find(|sequence| sequence.rows.contains(&row));
+        let sequence = sequence.ok_or_else(|| violation("a logit row is in no sequence"))?;
+        let table = &batch.block_tables[sequence.block_table.clone()];
+        let length = sequence.context_len - (sequence.rows.end - 1 - row);
+        (0..length)
+            .map(|position| {
+                let block = table.get(position / self.block_size).ok_or_else(|| violation("a table is too short"))?;
+                let slot = *block as usize * self.block_size + position % self.block_size;
+                match self.slots.get(slot) {
+                    Some(&Some((token, at))) if at as usize == position => Ok(token),
+                    _ => Err(violation("a slot does not hold its position")),
+                }
+            })
+            .collect()
+    }
+}
+
+fn violation(what: &str) -> ModelError {
+    ModelError::Step(format!("the batch breaks its contract: {what}"))
+}
+
+impl StepModel for FakeModel {
+    fn vocab_size(&self) -> usize {
+        VOCAB_SIZE
+    }
+
+    fn copy_blocks(&mut self, copies: &[(u32, u32)]) -> Result<(), ModelError> {
+        for &(source, target) in copies {
+            let source = source as usize * self.block_size;
+            self.slots.copy_within(source..source + self.block_size, target as usize * self.block_size);
+        }
+        Ok(())
+    }
+
+    fn forward(&mut self, batch: &ForwardBatch) -> Result<(), ModelError> {
+        if let Some(batches) = &self.options.batches {
+            batches.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(batch.clone());
+        }
+        if let Some(gate) = &self.options.gate {
+            gate.pass();
+        }
+        let holds = |token: Option<TokenId>| token.is_some_and(|token| batch.tokens.contains(&token.0));
+        assert!(!holds(self.options.panic_on), "the fake model was told to panic");
+        if holds(self.options.fail_on) {
+            return Err(ModelError::Step("the fake model was told to fail".to_owned()));
+        }
+        self.write(batch)?;
+        self.rows = batch.logit_rows.iter().map(|&row| self.history(batch, row as usize)).collect::<Result<_, _>>()?;
+        Ok(())
+    }
+
+    fn logits(&mut self, rows: Range<usize>, out: &mut [f32]) -> Result<(), ModelError> {
+        if out.len() != rows.len() * VOCAB_SIZE || rows.end > self.rows.len() {
+            return Err(violation("rows of logits were asked for that are not there"));
+        }
+        for (history, out) in self.rows[rows].iter().zip(out.chunks_exact_mut(VOCAB_SIZE)) {
+            expected_logits(history, self.options.eos_bias, out);
+            if self.options.nan_on.is_some_and(|token| history.last() == Some(&token.0)) {
+                out[7] = f32::NAN;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What the model computes after `history`: each logit is drawn from [0, 8) by a hash of history and token; padding is
+/// minus infinity.
+pub fn expected_logits(history: &[u32], eos_bias: f32, out: &mut [f32]) {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    for &token in history {
+        state = mix(state ^ u64::from(token));
+    }
+    for (token, logit) in out.iter_mut().enumerate() {
+        *logit = (mix(state ^ token as u64) >> 40) as f32 / (1_u64 << 24) as f32 * 8.0;
+    }
+    out[EOS.0 as usize] += eos_bias;
+    out[259..].fill(f32::NEG_INFINITY);
+}
+
+/// SplitMix64's finaliser.
+fn mix(value: u64) -> u64 {
+    let value = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    value ^ (value >> 31)
+}
+
+/// Limits that suit small tests; change what a test is about.
+pub fn small_limits() -> Limits {
+    Limits {
+        block_size: 4,
+        num_blocks: 512,
+        max_num_seqs: 64,
+        max_num_batched_tokens: 64,
+        max_model_len: 512,
+        max_queued_requests: 256,
+    }
+}
+
+/// A whole [`LocalModel`] over the double with a byte-level tokenizer.
+pub fn fake_local_model(limits: Limits, options: FakeModelOptions) -> Result<LocalModel, EngineError> {
+    fake_local_model_with_template(limits, options, None)
+}
+
+/// The same with a chat template.
+pub fn fake_local_model_with_template(
+    limits: Limits,
+    options: FakeModelOptions,
+    template: Option<ChatTemplate>,
+) -> Result<LocalModel, EngineError> {
+    let model = FakeModel::new(limits.block_size, limits.num_blocks, options);
+    let parts = LocalModelParts {
+        tokenizer: byte_tokenizer()?,
+        template,
+        info: fake_info(&limits),
+        limits,
+        max_buffered_tokens: 1024,
+    };
+    LocalModel::from_parts(Box::new(model), parts)
+}
+
+/// What the double says about itself.
+pub fn fake_info(limits: &Limits) -> ModelInfo {
+    ModelInfo {
+        architecture: "fake".to_owned(),
+        vocab_size: VOCAB_SIZE,
+        num_layers: 1,
+        hidden_size: 1,
+        num_heads: 1,
+        num_kv_heads: 1,
+        head_dim: 1,
+        intermediate_size: 1,
+        window: None,
+        tied_embeddings: true,
+        max_position_embeddings: limits.max_model_len,
+        bos_token_id: None,
+        eos_token_ids: vec![EOS.0],
+        num_parameters: 0,
+        weight_format: "none".to_owned(),
+        weight_bytes: 0,
+        stored_weight_bytes: 0,
+        kv_bytes_per_token: 8,
+        kv_cache_dtype: KvCacheDtype::F32,
+        block_size: limits.block_size,
+        threads: 1,
+        backend: BackendKind::Reference,
+        device: "none".to_owned(),
+        path: PathBuf::from("fake"),
+    }
+}
