@@ -1,0 +1,111 @@
+//! What an operator sets, and every bound of this crate in one place.
+//!
+//! No defaults for what has a flag: `cli` chooses. Keys never show in `Debug`.
+
+use std::{fmt, time::Duration};
+
+/// What the server is told at start.
+#[derive(Clone)]
+pub struct ServerConfig {
+    /// First is the one `/v1/models` lists first; all name the base model.
+    pub served_model_names: Vec<String>,
+    /// Empty: model routes are open.
+    pub api_keys: Vec<String>,
+    /// For the routes that change the server. It opens no model route.
+    pub admin_key: Option<String>,
+    /// Largest request body.
+    pub max_body_bytes: usize,
+    /// How long running requests may go on after the signal to stop.
+    pub shutdown_timeout: Duration,
+    /// sha256 of the weights, from the card, for `/v1/models`.
+    pub digest: Option<String>,
+    /// The weights' licence, from the card, for `/v1/models`.
+    pub license: Option<String>,
+}
+
+impl fmt::Debug for ServerConfig {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.debug_struct("ServerConfig")
+            .field("served_model_names", &self.served_model_names)
+            .field("num_api_keys", &self.api_keys.len())
+            .field("has_admin_key", &self.admin_key.is_some())
+            .field("max_body_bytes", &self.max_body_bytes)
+            .field("shutdown_timeout", &self.shutdown_timeout)
+            .field("digest", &self.digest)
+            .field("license", &self.license)
+            .finish()
+    }
+}
+
+impl ServerConfig {
+    /// The name that stands for the model where a request names none, and in the metrics.
+    pub(crate) fn primary_model_name(&self) -> &str {
+        self.served_model_names.first().map_or("model", String::as_str)
+    }
+}
+
+/// Every bound of this crate, and what happens at it.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// A larger body is refused with 413; it is never held in memory.
+    pub max_body_bytes: usize,
+    /// Bytes of a refused body that are read and dropped, so that the client can finish writing and see the answer;
+    /// after them the connection closes.
+    pub max_discarded_bytes: usize,
+    /// A body that has not arrived by then is refused with 408.
+    pub body_read_timeout: Duration,
+    /// A larger body is parsed on a blocking thread, so that others' streams do not wait for it.
+    pub max_inline_parse_bytes: usize,
+    /// Large bodies parsed, and texts tokenised for `/tokenize`, at one time; more wait their turn.
+    pub max_blocking_jobs: usize,
+    /// More prompts in one request are refused with 400.
+    pub max_prompts: usize,
+    /// More choices (prompts times `n`, or times `best_of`) in one request are refused with 400.
+    pub max_choices: usize,
+    /// More messages in one conversation are refused with 400.
+    pub max_messages: usize,
+    /// More stop strings are refused with 400.
+    pub max_stop_strings: usize,
+    /// A longer stop string is refused with 400.
+    pub max_stop_bytes: usize,
+    /// A longer text given to `/tokenize` or rendered for it, or more tokens given to `/detokenize` than this many
+    /// bytes could be, are refused with 400.
+    pub max_tokenize_bytes: usize,
+    /// A longer `x-request-timeout` is refused with 400.
+    pub max_request_timeout: Duration,
+    /// Further connections wait in the system's backlog until one ends.
+    pub max_connections: usize,
+    /// A connection whose next request head has not arrived whole by then is closed; an idle one, too.
+    pub header_read_timeout: Duration,
+    /// A larger request head is refused with 431.
+    pub max_head_bytes: usize,
+    /// A connection that takes no byte of its response for so long is closed.
+    pub write_timeout: Duration,
+    /// After the shutdown timeout: time to write out the error events, and then again to close the connections.
+    pub flush_timeout: Duration,
+}
+
+impl Limits {
+    /// The bounds `run` uses.
+    pub fn new(config: &ServerConfig) -> Self {
+        Self {
+            max_body_bytes: config.max_body_bytes,
+            max_discarded_bytes: 64 << 20,
+            body_read_timeout: Duration::from_secs(60),
+            max_inline_parse_bytes: 256 << 10,
+            max_blocking_jobs: 4,
+            max_prompts: 1024,
+            max_choices: 1024,
+            max_messages: 16384,
+            max_stop_strings: 64,
+            max_stop_bytes: 1024,
+            max_tokenize_bytes: 4 << 20,
+            max_request_timeout: Duration::from_secs(24 * 60 * 60),
+            max_connections: 4096,
+            header_read_timeout: Duration::from_secs(75),
+            max_head_bytes: 64 << 10,
+            write_timeout: Duration::from_secs(60),
+            flush_timeout: Duration::from_secs(1),
+        }
+    }
+}

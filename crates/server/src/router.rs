@@ -1,0 +1,84 @@
+//! The routes, and what stands before them: the record of every request, and the gate of the model routes.
+
+use std::sync::Arc;
+
+use axum::{
+    Router,
+    extract::{Request, State},
+    http::{HeaderName, HeaderValue},
+    middleware::{self, Next},
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use bindery_engine::LocalModel;
+
+use crate::{
+    context::{GuardedBody, observe},
+    error::ApiError,
+    routes::{chat, completions, models, operations, tokenize},
+    slot::SlotState,
+    state::SharedState,
+};
+
+const X_BINDERY_ROUTE: HeaderName = HeaderName::from_static("x-bindery-route");
+
+/// What a model route works with: present in its request once the gate let it through.
+#[derive(Clone)]
+pub(crate) struct Serving {
+    pub(crate) model: Arc<LocalModel>,
+}
+
+pub(crate) fn router(state: &SharedState) -> Router {
+    let model_routes = Router::new()
+        .route("/v1/completions", post(completions::create))
+        .route("/v1/chat/completions", post(chat::create))
+        .route("/v1/models", get(models::list))
+        .route("/v1/models/{*id}", get(models::get))
+        .route("/tokenize", post(tokenize::tokenize))
+        .route("/detokenize", post(tokenize::detokenize))
+        .route_layer(middleware::from_fn_with_state(Arc::clone(state), gate));
+    Router::new()
+        .route("/health", get(operations::health))
+        .route("/ready", get(operations::ready))
+        .route("/metrics", get(operations::metrics))
+        .route("/version", get(operations::version))
+        .route("/openapi.json", get(operations::openapi))
+        .merge(model_routes)
+        .fallback(unknown_route)
+        .method_not_allowed_fallback(method_not_allowed)
+        .layer(middleware::from_fn_with_state(Arc::clone(state), observe))
+        .with_state(Arc::clone(state))
+}
+
+/// Lets a model request through: who may ask, then whether the server takes requests. The request counts as in flight
+/// until its response body has ended; where the server cuts what runs, a handler that has not answered yet is dropped.
+async fn gate(State(state): State<SharedState>, mut request: Request, next: Next) -> Response {
+    let admitted = state.keys.check(request.headers()).and_then(|()| {
+        let in_flight = state.lifecycle.admit().ok_or(ApiError::Draining)?;
+        match state.slot.state() {
+            SlotState::Ready(model) => Ok((in_flight, Serving { model: Arc::clone(model) })),
+            SlotState::Loading => Err(ApiError::Loading),
+            SlotState::Failed(message) => Err(ApiError::LoadFailed { message: message.to_owned() }),
+        }
+    });
+    let (in_flight, serving) = match admitted {
+        Ok(admitted) => admitted,
+        Err(error) => return error.into_response(),
+    };
+    request.extensions_mut().insert(serving);
+    let mut response = tokio::select! {
+        biased;
+        response = next.run(request) => response,
+        () = state.lifecycle.cut_token().cancelled() => ApiError::CutByShutdown.into_response(),
+    };
+    response.headers_mut().insert(X_BINDERY_ROUTE, HeaderValue::from_static("local"));
+    response.map(|body| axum::body::Body::new(GuardedBody { body, span: None, guard: in_flight }))
+}
+
+async fn unknown_route(request: Request) -> ApiError {
+    ApiError::UnknownRoute { method: request.method().clone(), path: request.uri().path().to_owned() }
+}
+
+async fn method_not_allowed(request: Request) -> ApiError {
+    ApiError::MethodNotAllowed { method: request.method().clone(), path: request.uri().path().to_owned() }
+}

@@ -1,0 +1,7 @@
+//! One file a route, or a family of routes.
+
+pub(crate) mod chat;
+pub(crate) mod completions;
+pub(crate) mod models;
+pub(crate) mod operations;
+pub(crate) mod tokenize;

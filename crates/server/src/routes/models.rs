@@ -1,0 +1,56 @@
+//! `GET /v1/models` and `/v1/models/{id}`.
+
+use axum::{
+    Extension, Json,
+    extract::{Path, State},
+};
+use bindery_protocol::openai::{ErrorResponse, ModelCard, ModelList};
+
+use crate::{
+    error::ApiError,
+    router::Serving,
+    state::{AppState, SharedState},
+};
+
+/// The models you may name, the served base first.
+#[utoipa::path(get, path = "/v1/models", tag = "models", security((), ("bearer" = [])), responses(
+    (status = 200, description = "the models", body = ModelList),
+    (status = 401, description = "no or wrong key", body = ErrorResponse),
+    (status = 503, description = "loading or draining", body = ErrorResponse),
+))]
+pub(crate) async fn list(State(state): State<SharedState>, Extension(serving): Extension<Serving>) -> Json<ModelList> {
+    let data = state.config.served_model_names.iter().map(|name| card(&state, &serving, name)).collect();
+    Json(ModelList { object: "list".into(), data })
+}
+
+/// One model.
+#[utoipa::path(get, path = "/v1/models/{id}", tag = "models", security((), ("bearer" = [])),
+    params(("id" = String, Path, description = "the model's name; it may contain slashes")), responses(
+    (status = 200, description = "the model", body = ModelCard),
+    (status = 401, description = "no or wrong key", body = ErrorResponse),
+    (status = 404, description = "no such model", body = ErrorResponse),
+    (status = 503, description = "loading or draining", body = ErrorResponse),
+))]
+pub(crate) async fn get(
+    State(state): State<SharedState>,
+    Extension(serving): Extension<Serving>,
+    id: Result<Path<String>, axum::extract::rejection::PathRejection>,
+) -> Result<Json<ModelCard>, ApiError> {
+    let Path(id) = id.map_err(|_| ApiError::invalid("id", "the model's name in the path is not UTF-8"))?;
+    let name = state.resolve_model(Some(id))?;
+    Ok(Json(card(&state, &serving, &name)))
+}
+
+fn card(state: &AppState, serving: &Serving, name: &str) -> ModelCard {
+    ModelCard {
+        id: name.to_owned(),
+        object: "model".into(),
+        created: state.started_at,
+        owned_by: "bindery".into(),
+        root: Some(state.config.primary_model_name().to_owned()),
+        parent: None,
+        max_model_len: serving.model.max_model_len,
+        digest: state.config.digest.clone(),
+        license: state.config.license.clone(),
+    }
+}
