@@ -1,0 +1,186 @@
+//! Digests of files: sha256, and git's blob id, which is all the hub tells of its small files.
+
+use std::{
+    fmt,
+    fs::File,
+    io::{self, Read},
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use sha1::Sha1;
+use sha2::{Digest as _, Sha256};
+
+use crate::progress::{SharedProgress, Task};
+
+/// What a file must hash to. Lower-case hexadecimal.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Digest {
+    /// Of the bytes.
+    Sha256(String),
+    /// sha1 of `blob <length>\0` and the bytes.
+    GitBlob(String),
+}
+
+impl Digest {
+    /// From the hub's ETag: sha256 for files in large-file storage, git's id for others, nothing else is known.
+    pub fn from_etag(etag: &str) -> Option<Self> {
+        let text = etag.to_ascii_lowercase();
+        let is_hex = text.bytes().all(|b| b.is_ascii_hexdigit());
+        match text.len() {
+            64 if is_hex => Some(Self::Sha256(text)),
+            40 if is_hex => Some(Self::GitBlob(text)),
+            _ => None,
+        }
+    }
+
+    /// The digest itself, without its kind.
+    pub fn hex(&self) -> &str {
+        match self {
+            Self::Sha256(hex) | Self::GitBlob(hex) => hex,
+        }
+    }
+
+    /// The sha256, where it is one.
+    pub fn sha256(&self) -> Option<&str> {
+        match self {
+            Self::Sha256(hex) => Some(hex),
+            Self::GitBlob(_) => None,
+        }
+    }
+}
+
+impl fmt::Display for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Sha256(hex) => write!(f, "sha256:{hex}"),
+            Self::GitBlob(hex) => write!(f, "git:{hex}"),
+        }
+    }
+}
+
+/// Hashes while bytes pass by.
+pub(crate) enum Hasher {
+    Sha256(Sha256),
+    GitBlob(Sha1),
+}
+
+impl Hasher {
+    /// For comparing with `expected`; `size` is the length of the whole file.
+    pub(crate) fn like(expected: &Digest, size: u64) -> Self {
+        match expected {
+            Digest::Sha256(_) => Self::Sha256(Sha256::new()),
+            Digest::GitBlob(_) => {
+                let mut hasher = Sha1::new();
+                hasher.update(format!("blob {size}\0"));
+                Self::GitBlob(hasher)
+            }
+        }
+    }
+
+    pub(crate) fn update(&mut self, bytes: &[u8]) {
+        match self {
+            Self::Sha256(hasher) => hasher.update(bytes),
+            Self::GitBlob(hasher) => hasher.update(bytes),
+        }
+    }
+
+    pub(crate) fn finish(self) -> Digest {
+        match self {
+            Self::Sha256(hasher) => Digest::Sha256(hex(&hasher.finalize())),
+            Self::GitBlob(hasher) => Digest::GitBlob(hex(&hasher.finalize())),
+        }
+    }
+}
+
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    use fmt::Write as _;
+    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+        // Writing to a String cannot fail.
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+/// Raised when the future that waits for a thread is dropped, so that the thread stops too.
+pub(crate) struct CancelOnDrop(Arc<AtomicBool>);
+
+impl CancelOnDrop {
+    pub(crate) fn new() -> (Self, CancelFlag) {
+        let flag = Arc::new(AtomicBool::new(false));
+        (Self(Arc::clone(&flag)), CancelFlag(flag))
+    }
+}
+
+impl Drop for CancelOnDrop {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// The thread's side of [`CancelOnDrop`].
+#[derive(Clone)]
+pub(crate) struct CancelFlag(Arc<AtomicBool>);
+
+impl CancelFlag {
+    /// An error once nobody waits any more.
+    pub(crate) fn check(&self) -> io::Result<()> {
+        if self.0.load(Ordering::Relaxed) {
+            return Err(io::Error::new(io::ErrorKind::Interrupted, "cancelled"));
+        }
+        Ok(())
+    }
+}
+
+/// Reads a whole file on a thread of its own and returns its digest in `expected`'s kind.
+pub(crate) async fn of_file(path: &Path, expected: &Digest, progress: &SharedProgress) -> io::Result<Digest> {
+    let (guard, cancelled) = CancelOnDrop::new();
+    let (path, expected, progress) = (path.to_owned(), expected.clone(), Arc::clone(progress));
+    let result = tokio::task::spawn_blocking(move || {
+        let mut file = File::open(&path)?;
+        let size = file.metadata()?.len();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let task = Task::start(progress.as_ref(), &format!("checking {name}"), Some(size));
+        let mut hasher = Hasher::like(&expected, size);
+        let mut buffer = vec![0; 1 << 20];
+        loop {
+            cancelled.check()?;
+            let read = file.read(&mut buffer)?;
+            if read == 0 {
+                return Ok(hasher.finish());
+            }
+            hasher.update(&buffer[..read]);
+            task.advance(read as u64);
+        }
+    })
+    .await
+    .map_err(io::Error::other)?;
+    drop(guard);
+    result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn digest_of(bytes: &[u8], like: &Digest) -> Digest {
+        let mut hasher = Hasher::like(like, bytes.len() as u64);
+        hasher.update(bytes);
+        hasher.finish()
+    }
+
+    /// Both values are the published ones for the text "hello\n" (sha256sum; git hash-object).
+    #[test]
+    fn known_values() {
+        let sha = Digest::Sha256("5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03".into());
+        let git = Digest::GitBlob("ce013625030ba8dba906f756967f9e9ca394464a".into());
+        assert_eq!(digest_of(b"hello\n", &sha), sha);
+        assert_eq!(digest_of(b"hello\n", &git), git);
+        assert_eq!(Digest::from_etag(sha.hex()), Some(sha));
+        assert_eq!(Digest::from_etag(git.hex()), Some(git));
+        assert_eq!(Digest::from_etag("W/whatever"), None);
+    }
+}
