@@ -1,0 +1,204 @@
+//! `bindery bench`: loads a server and prints what its clients saw.
+//!
+//! Every row is measured in rounds; with `--compare` the two servers take turns round by round (A B A B), so that what
+//! drifts on the machine hits both. Prompts are random, distinct and the same for both.
+
+mod load;
+mod prompts;
+mod report;
+
+use std::{fmt::Write as _, sync::Arc, time::Duration};
+
+use bindery_engine::LocalModel;
+use bindery_server::{ModelSlot, ServerConfig};
+use serde_json::json;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    args::{BenchArgs, Endpoint},
+    client::{Client, ClientError},
+    failure::{Failure, Interrupted},
+    local,
+    settings::{MAX_BODY_BYTES, ModelSettings, model_from_environment},
+    signals::StopSignals,
+    terminal,
+};
+use load::{Arrivals, Round, Shape, Target, round};
+use prompts::Prompts;
+use report::{Report, Row};
+
+pub(crate) async fn run(args: BenchArgs) -> anyhow::Result<()> {
+    let mut signals = StopSignals::listen()?;
+    signals.unless_stopped(Box::pin(measure(args))).await.ok_or(Interrupted)?
+}
+
+async fn measure(args: BenchArgs) -> anyhow::Result<()> {
+    let own = match &args.url {
+        Some(_) => None,
+        None => Some(OwnServer::start(&args).await?),
+    };
+    let mut targets = vec![match &own {
+        Some(own) => Target { client: Client::new(&own.url, None)?, model: own.name.clone() },
+        None => target(args.url.as_deref().unwrap_or_default(), args.model.as_deref(), &args).await?,
+    }];
+    if let Some(url) = &args.compare {
+        targets.push(target(url, args.compare_model.as_deref(), &args).await?);
+    }
+    let shape = Arc::new(Shape {
+        endpoint: args.endpoint,
+        prompts: Prompts::new(args.seed, args.input_words),
+        output_tokens: args.output_tokens,
+        ignore_eos: !args.no_ignore_eos,
+        timeout: args.timeout,
+        seed: args.seed,
+    });
+    // The first answer pays for cold caches, and tells early whether the server understands us.
+    for target in &targets {
+        shape.send(target, u64::MAX).await.map_err(|error| explain(&error, target.client.url()))?;
+    }
+    let loads: Vec<Arrivals> = if args.rate.is_empty() {
+        args.concurrency.iter().map(|clients| Arrivals::Clients(*clients)).collect()
+    } else {
+        args.rate.iter().map(|rate| Arrivals::Rate(*rate)).collect()
+    };
+    let mut next_number = 0;
+    let mut rows = Vec::new();
+    for arrivals in loads {
+        rows.push(measure_load(&targets, &shape, arrivals, &args, &mut next_number).await);
+    }
+    if let Some(own) = own {
+        own.stop().await?;
+    }
+    let report = Report {
+        servers: ["A", "B"]
+            .into_iter()
+            .zip(&targets)
+            .map(|(label, t)| (label, t.client.url().to_owned(), t.model.clone()))
+            .collect(),
+        rows,
+        settings: settings_json(&args),
+        output_tokens: args.output_tokens,
+    };
+    print(&report, &args)?;
+    if report.rows.iter().flatten().all(|row| row.num_answered == 0) {
+        return Err(Failure::new("no request was answered").into());
+    }
+    Ok(())
+}
+
+async fn measure_load(
+    targets: &[Target],
+    shape: &Arc<Shape>,
+    arrivals: Arrivals,
+    args: &BenchArgs,
+    next_number: &mut u64,
+) -> Vec<Row> {
+    let (num_requests, name) = match arrivals {
+        Arrivals::Clients(clients) => (args.num_requests.unwrap_or((2 * clients).max(8)), format!("{clients} clients")),
+        Arrivals::Rate(rate) => (args.num_requests.unwrap_or(32), format!("{rate} requests/s")),
+    };
+    let total = u64::from(num_requests) * u64::from(args.rounds) * targets.len() as u64;
+    let bar = terminal::count_bar(&name, total);
+    let mut rounds: Vec<Vec<Round>> = vec![Vec::new(); targets.len()];
+    for _ in 0..args.rounds {
+        for (target, rounds) in targets.iter().zip(&mut rounds) {
+            rounds.push(round(target, shape, arrivals, num_requests, *next_number, &|| bar.inc(1)).await);
+        }
+        *next_number += u64::from(num_requests);
+    }
+    bar.finish_and_clear();
+    rounds.iter().enumerate().map(|(server, rounds)| Row::of(server, arrivals, rounds)).collect()
+}
+
+fn print(report: &Report, args: &BenchArgs) -> anyhow::Result<()> {
+    if args.json {
+        terminal::print(&format!("{}\n", serde_json::to_string_pretty(&report.json())?))?;
+    } else {
+        let mut text = report.table();
+        let prompt_tokens = report.rows.iter().flatten().map(|row| row.mean_prompt_tokens).find(|tokens| *tokens > 0.0);
+        let tokens = prompt_tokens.map_or_else(String::new, |tokens| format!(" ({tokens:.0} tokens)"));
+        let _ = write!(
+            text,
+            "\n{} words in{tokens}, {} tokens out, greedy; {} rounds, rates are their medians\n",
+            args.input_words, args.output_tokens, args.rounds
+        );
+        terminal::print(&text)?;
+    }
+    for warning in report.warnings() {
+        terminal::warn(&warning);
+    }
+    Ok(())
+}
+
+fn settings_json(args: &BenchArgs) -> serde_json::Value {
+    json!({
+        "input_words": args.input_words, "output_tokens": args.output_tokens, "rounds": args.rounds, "seed": args.seed,
+        "ignore_eos": !args.no_ignore_eos,
+        "endpoint": match args.endpoint { Endpoint::Completions => "completions", Endpoint::Chat => "chat" },
+    })
+}
+
+async fn target(url: &str, model: Option<&str>, args: &BenchArgs) -> anyhow::Result<Target> {
+    let client = Client::new(url, args.api_key.as_deref())?;
+    let model = match model {
+        Some(model) => model.to_owned(),
+        None => client.first_model().await.map_err(|error| explain(&error, url))?,
+    };
+    Ok(Target { client, model })
+}
+
+fn explain(error: &ClientError, url: &str) -> Failure {
+    match error {
+        ClientError::Connect { .. } => Failure::new(error.to_string()).hint("start the server first, or check the URL"),
+        ClientError::Refused { status: 401 | 403, .. } => Failure::new(format!("{url} answered {error}"))
+            .hint("give the server's key with --api-key or BINDERY_API_KEY"),
+        ClientError::Refused { status: 400, .. } => Failure::new(format!("{url} answered {error}"))
+            .hint("a server that refuses ignore_eos is tested with --no-ignore-eos"),
+        _ => Failure::new(format!("{url}: {error}")),
+    }
+}
+
+/// A model served in this process on a free loopback port: the whole way of a request, without a second command.
+struct OwnServer {
+    url: String,
+    name: String,
+    model: Arc<LocalModel>,
+    stop: CancellationToken,
+    server: tokio::task::JoinHandle<std::io::Result<()>>,
+}
+
+impl OwnServer {
+    async fn start(args: &BenchArgs) -> anyhow::Result<Self> {
+        let settings = ModelSettings::new(args.model.clone().or_else(model_from_environment), &args.engine);
+        let files = local::fetch(&settings).await?;
+        let (model, report) = local::load(&files, &settings.local).await?;
+        report.notes.iter().for_each(|note| terminal::note(note));
+        eprintln!(
+            "{}: {}, {}, {} threads, {} KV blocks",
+            files.name, model.info.weight_format, model.info.device, model.info.threads, report.num_blocks
+        );
+        let listener = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await?;
+        let url = format!("http://{}", listener.local_addr()?);
+        let config = ServerConfig {
+            served_model_names: vec![files.name.clone()],
+            api_keys: Vec::new(),
+            admin_key: None,
+            max_body_bytes: MAX_BODY_BYTES,
+            shutdown_timeout: Duration::from_secs(1),
+            digest: files.digest.clone(),
+            license: files.license.clone(),
+        };
+        let (slot, stop) = (ModelSlot::default(), CancellationToken::new());
+        slot.set(model.clone());
+        let server = tokio::spawn(bindery_server::run(listener, config, slot, stop.clone().cancelled_owned()));
+        Ok(Self { url, name: files.name, model, stop, server })
+    }
+
+    async fn stop(self) -> anyhow::Result<()> {
+        self.stop.cancel();
+        self.server.await??;
+        let model = self.model;
+        tokio::task::spawn_blocking(move || model.stop()).await?;
+        Ok(())
+    }
+}

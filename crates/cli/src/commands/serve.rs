@@ -1,0 +1,269 @@
+//! `bindery serve [MODEL]`: port, weights, server, in this order.
+//!
+//! The port is bound first, so that a port in use is told before a download, but listens only once the files are here:
+//! until then clients are refused at once instead of being kept waiting. While the weights load, `/health` answers and
+//! `/ready` says not yet.
+
+use std::{
+    fmt::Write as _,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use bindery_engine::{LocalModel, local_model::LoadReport};
+use bindery_hub::LocalFiles;
+use bindery_server::{ModelSlot, ServerConfig};
+use tokio::net::TcpSocket;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    args::{LogFormat, ServeArgs},
+    failure::{Failure, Interrupted},
+    local, logging,
+    settings::{MAX_BODY_BYTES, Settings},
+    signals::StopSignals,
+    terminal::{self, Style},
+};
+
+/// Connections that may wait to be accepted.
+const BACKLOG: u32 = 1024;
+
+pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
+    let settings = Settings::resolve(args)?;
+    logging::init(settings.log_format);
+    let mut signals = StopSignals::listen()?;
+    let (socket, address) = bind(&settings).await?;
+    warn_if_open(&settings, address.ip());
+    let files = signals.unless_stopped(local::fetch(&settings.model)).await.ok_or(Interrupted)??;
+
+    let names = if settings.served_model_names.is_empty() {
+        vec![files.name.clone()]
+    } else {
+        settings.served_model_names.clone()
+    };
+    let config = ServerConfig {
+        served_model_names: names.clone(),
+        api_keys: settings.api_keys.clone(),
+        admin_key: settings.admin_key.clone(),
+        max_body_bytes: MAX_BODY_BYTES,
+        shutdown_timeout: settings.shutdown_timeout,
+        digest: files.digest.clone(),
+        license: files.license.clone(),
+    };
+    let listener = socket.listen(BACKLOG).with_context(|| format!("cannot listen on {address}"))?;
+    let (slot, stop) = (ModelSlot::default(), CancellationToken::new());
+    let mut server = tokio::spawn(bindery_server::run(listener, config, slot.clone(), stop.clone().cancelled_owned()));
+
+    let loaded = tokio::select! {
+        biased;
+        name = signals.next() => {
+            tracing::info!("{name}: stopped while the weights were loading");
+            return Ok(());
+        }
+        // The server ends by itself only when its listener fails.
+        ended = &mut server => { ended??; None }
+        loaded = local::load(&files, &settings.model.local) => Some(loaded),
+    };
+    let Some(loaded) = loaded else {
+        return Err(Failure::new("the server ended while the weights were loading").into());
+    };
+    let (model, report) = loaded?;
+    slot.set(model.clone());
+    let start = Start { settings: &settings, files: &files, name: &names[0], model: &model, report: &report, address };
+    start.announce();
+
+    tokio::select! {
+        ended = &mut server => {
+            ended??;
+            return Err(Failure::new("the server ended by itself").into());
+        }
+        name = signals.next() => {
+            tracing::info!("{name}: finishing running requests, at most {}", humantime::format_duration(settings.shutdown_timeout));
+        }
+    }
+    stop.cancel();
+    let outcome = tokio::select! {
+        ended = &mut server => ended?.context("the server failed while stopping"),
+        name = signals.next() => {
+            // Exit code 1: requests were cut that a clean stop would have finished.
+            Err(Failure::new(format!("stopped at once by a second signal ({name})")).into())
+        }
+    };
+    if outcome.is_ok() {
+        tokio::task::spawn_blocking(move || model.stop()).await?;
+        tracing::info!("stopped");
+    }
+    outcome
+}
+
+/// Reserves the address without listening yet.
+async fn bind(settings: &Settings) -> anyhow::Result<(TcpSocket, SocketAddr)> {
+    let shown = format!("{}:{}", settings.host, settings.port);
+    let resolved = tokio::net::lookup_host((settings.host.as_str(), settings.port)).await;
+    let address = resolved
+        .ok()
+        .and_then(|mut addresses| addresses.next())
+        .ok_or_else(|| Failure::new(format!("the host {} has no address", settings.host)).hint("check --host"))?;
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    // A port whose last server has just ended is free.
+    #[cfg(unix)]
+    socket.set_reuseaddr(true)?;
+    socket.bind(address).map_err(|error| match error.kind() {
+        std::io::ErrorKind::AddrInUse => Failure::new(format!("{shown} is in use by another program"))
+            .hint("choose another port with --port, or 0 for any free one"),
+        std::io::ErrorKind::PermissionDenied => Failure::new(format!("this user may not listen on {shown}"))
+            .hint("ports below 1024 often need privileges; try --port 8000"),
+        std::io::ErrorKind::AddrNotAvailable => Failure::new(format!("this machine has no address {}", settings.host))
+            .hint("0.0.0.0 listens on every address"),
+        _ => Failure::new(format!("cannot listen on {shown}: {error}")),
+    })?;
+    let address = socket.local_addr()?;
+    Ok((socket, address))
+}
+
+fn warn_if_open(settings: &Settings, address: IpAddr) {
+    if settings.is_open_to_others(address) {
+        let text = format!(
+            "{address} can be reached from other machines and no key is configured: anyone there can use this server. \
+             Set BINDERY_API_KEY (or --api-key), or listen on 127.0.0.1"
+        );
+        match settings.log_format {
+            LogFormat::Text => terminal::warn(&text),
+            LogFormat::Json => tracing::warn!("{text}"),
+        }
+    }
+}
+
+/// What is known when the server is ready.
+struct Start<'a> {
+    settings: &'a Settings,
+    files: &'a LocalFiles,
+    name: &'a str,
+    model: &'a LocalModel,
+    report: &'a LoadReport,
+    address: SocketAddr,
+}
+
+impl Start<'_> {
+    fn announce(&self) {
+        for note in &self.report.notes {
+            match self.settings.log_format {
+                LogFormat::Text => terminal::note(note),
+                LogFormat::Json => tracing::info!("{note}"),
+            }
+        }
+        match self.settings.log_format {
+            LogFormat::Text => eprint!("{}", self.page()),
+            LogFormat::Json => {
+                let (info, report) = (&self.model.info, self.report);
+                tracing::info!(
+                    model = self.name,
+                    path = %self.files.path.display(),
+                    architecture = info.architecture,
+                    weights = info.weight_format,
+                    weight_bytes = info.weight_bytes,
+                    device = info.device,
+                    threads = info.threads,
+                    kv_blocks = report.num_blocks,
+                    kv_tokens = report.kv_tokens,
+                    full_length_requests = report.full_length_requests,
+                    max_model_len = self.model.max_model_len,
+                    url = self.url(self.address.ip()),
+                    "ready"
+                );
+            }
+        }
+    }
+
+    /// What a person wants to know. The last line is read by programs: `ready: ` and the URL.
+    fn page(&self) -> String {
+        let (info, report) = (&self.model.info, self.report);
+        let limits = &self.settings.model.local;
+        let style = Style::for_stderr();
+        let licence = self.files.license.as_ref().map_or_else(String::new, |licence| format!(", {licence}"));
+        let kv_dtype = format!("{:?}", info.kv_cache_dtype).to_lowercase();
+        let kv_bytes = info.kv_bytes_per_token as u64 * report.kv_tokens as u64;
+        let block_size = limits.load.block_size;
+        let rows = [
+            (
+                "model",
+                format!(
+                    "{} ({}, {} parameters{licence})",
+                    self.name,
+                    info.architecture,
+                    terminal::parameters(info.num_parameters)
+                ),
+            ),
+            (
+                "weights",
+                format!(
+                    "{}; {}, loaded in {}",
+                    info.weight_format,
+                    terminal::size(info.weight_bytes),
+                    seconds(report.load_time)
+                ),
+            ),
+            ("device", format!("{}, {} thread{}", info.device, info.threads, if info.threads == 1 { "" } else { "s" })),
+            (
+                "kv cache",
+                format!(
+                    "{} blocks of {block_size} tokens ({kv_dtype}, up to {}): {} tokens, {:.1} requests of the full {}",
+                    terminal::thousands(report.num_blocks as u64),
+                    terminal::size(kv_bytes),
+                    terminal::thousands(report.kv_tokens as u64),
+                    report.full_length_requests,
+                    terminal::thousands(self.model.max_model_len as u64),
+                ),
+            ),
+            (
+                "limits",
+                format!(
+                    "{} requests at once, {} tokens a step, {} requests waiting",
+                    limits.max_num_seqs, limits.max_num_batched_tokens, limits.max_queued_requests
+                ),
+            ),
+            ("keys", self.keys()),
+            ("try", self.curl()),
+        ];
+        let mut page = format!("\n{} {}\n\n", style.bold("Bindery"), env!("CARGO_PKG_VERSION"));
+        for (name, value) in rows {
+            let _ = writeln!(page, "  {} {value}", style.dim(&format!("{name:<9}")));
+        }
+        let _ = writeln!(page, "\nready: {}", self.url(self.address.ip()));
+        page
+    }
+
+    fn keys(&self) -> String {
+        match (self.settings.api_keys.len(), self.address.ip().is_loopback()) {
+            (0, true) => "none asked for (only this machine can connect)".to_owned(),
+            (0, false) => "none asked for, and other machines can connect".to_owned(),
+            (1, _) => "clients must send the configured key".to_owned(),
+            (count, _) => format!("clients must send one of {count} configured keys"),
+        }
+    }
+
+    fn url(&self, ip: IpAddr) -> String {
+        format!("http://{}", SocketAddr::new(ip, self.address.port()))
+    }
+
+    fn curl(&self) -> String {
+        let reachable = match self.address.ip() {
+            IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+            IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+            ip => ip,
+        };
+        let key = if self.settings.api_keys.is_empty() { "" } else { " -H \"authorization: Bearer $BINDERY_API_KEY\"" };
+        let body = serde_json::json!({
+            "model": self.name, "stream": true, "messages": [{"role": "user", "content": "What does a bookbinder do?"}],
+        });
+        format!(
+            "curl -N {}/v1/chat/completions{key} -H \"content-type: application/json\" -d '{body}'",
+            self.url(reachable)
+        )
+    }
+}
+
+fn seconds(time: Duration) -> String {
+    if time.as_secs() < 10 { format!("{:.2} s", time.as_secs_f64()) } else { format!("{:.0} s", time.as_secs_f64()) }
+}

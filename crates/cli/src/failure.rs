@@ -1,0 +1,78 @@
+//! How a failure reaches the user: one paragraph, a `hint:` line where there is a next step, and the exit code.
+
+use std::{fmt, io, process::ExitCode};
+
+use bindery_hub::HubError;
+
+use crate::terminal::Style;
+
+/// An error with a next step, and whether the usage was wrong.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    message: String,
+    hint: Option<String>,
+    is_usage: bool,
+}
+
+impl Failure {
+    /// Something failed: exit code 1.
+    pub(crate) fn new(message: impl Into<String>) -> Self {
+        Self { message: message.into(), hint: None, is_usage: false }
+    }
+
+    /// What was typed or configured is wrong: exit code 2.
+    pub(crate) fn usage(message: impl Into<String>) -> Self {
+        Self { message: message.into(), hint: None, is_usage: true }
+    }
+
+    /// The next step.
+    #[must_use]
+    pub(crate) fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Failure {}
+
+/// Ctrl-c before there was anything to stop cleanly.
+#[derive(Debug)]
+pub(crate) struct Interrupted;
+
+impl fmt::Display for Interrupted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("interrupted")
+    }
+}
+
+impl std::error::Error for Interrupted {}
+
+/// Prints the error and chooses the exit code.
+pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
+    // `bindery models | head`: whoever read stdout has seen enough.
+    let is_broken_pipe = |cause: &(dyn std::error::Error + 'static)| {
+        cause.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+    };
+    if error.chain().any(is_broken_pipe) {
+        return ExitCode::SUCCESS;
+    }
+    let style = Style::for_stderr();
+    eprintln!("{} {error:#}", style.error("error:"));
+    let hint = error.chain().find_map(|cause| {
+        cause
+            .downcast_ref::<Failure>()
+            .and_then(|failure| failure.hint.clone())
+            .or_else(|| cause.downcast_ref::<HubError>().and_then(HubError::hint))
+    });
+    if let Some(hint) = hint {
+        eprintln!("{} {hint}", style.bold("hint:"));
+    }
+    let is_usage = error.chain().any(|cause| cause.downcast_ref::<Failure>().is_some_and(|failure| failure.is_usage));
+    ExitCode::from(if is_usage { 2 } else { 1 })
+}

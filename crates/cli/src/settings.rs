@@ -1,0 +1,187 @@
+//! The one place where flags, environment, config file and defaults meet: flags > environment > file > defaults.
+//! (clap has already put the environment behind the flags.)
+
+use std::{net::IpAddr, time::Duration};
+
+use bindery_engine::local_model::LocalModelConfig;
+use bindery_model::{BackendKind, Dtype, KvCacheDtype, LoadOptions, Quantize};
+
+use crate::{
+    args::{
+        BackendArg, Device, DtypeArg, EngineArgs, KvCacheDtypeArg, LoadFormat, LogFormat, QuantizeArg, ServeArgs,
+        ServerArgs,
+    },
+    config,
+    failure::Failure,
+};
+
+/// Tokens of a step unless said otherwise: large enough that a prompt chunk runs at the speed of a full batch, small
+/// enough that a stream beside it is not held up for long.
+const DEFAULT_MAX_NUM_BATCHED_TOKENS: u32 = 512;
+/// Tokens a reader may leave unread before its request is cancelled.
+const MAX_BUFFERED_TOKENS: usize = 4096;
+/// Of a request's body.
+pub(crate) const MAX_BODY_BYTES: usize = 10 << 20;
+
+/// All that `serve` needs to know.
+#[derive(Clone, Debug)]
+pub(crate) struct Settings {
+    pub(crate) host: String,
+    pub(crate) port: u16,
+    pub(crate) served_model_names: Vec<String>,
+    pub(crate) api_keys: Vec<String>,
+    pub(crate) admin_key: Option<String>,
+    pub(crate) log_format: LogFormat,
+    pub(crate) shutdown_timeout: Duration,
+    pub(crate) model: ModelSettings,
+}
+
+/// What a model is loaded with, also by `chat` and `bench` in their own process.
+#[derive(Clone, Debug)]
+pub(crate) struct ModelSettings {
+    pub(crate) source: String,
+    pub(crate) offline: bool,
+    pub(crate) local: LocalModelConfig,
+}
+
+macro_rules! prefer {
+    ($first:expr, $second:expr; $($field:ident),+ $(,)?) => {
+        $( if $first.$field.is_none() { $first.$field = $second.$field.take(); } )+
+    };
+}
+
+/// Flags and environment in front of the file.
+pub(crate) fn merge(mut flags: ServeArgs, mut file: ServeArgs) -> ServeArgs {
+    flags.model = flags.model_flag.take().or(flags.model).or_else(model_from_environment).or(file.model.take());
+    prefer!(flags.server, file.server; host, port, log_format, shutdown_timeout);
+    if flags.server.served_model_name.is_empty() {
+        flags.server.served_model_name = std::mem::take(&mut file.server.served_model_name);
+    }
+    prefer!(flags.engine, file.engine; dtype, quantize, kv_cache_dtype, device, threads, load_format, max_model_len,
+        max_num_seqs, max_num_batched_tokens, block_size, kv_cache_memory, max_queued_requests, backend, offline);
+    flags
+}
+
+/// Read here and not by clap, which would let the variable conflict with `--model`.
+pub(crate) fn model_from_environment() -> Option<String> {
+    std::env::var("BINDERY_MODEL").ok().filter(|model| !model.is_empty())
+}
+
+impl Settings {
+    /// Reads the config file, if there is one, and fills what is left with defaults.
+    pub(crate) fn resolve(flags: ServeArgs) -> anyhow::Result<Self> {
+        let file = match &flags.config {
+            Some(path) => config::read(path)?,
+            None => ServeArgs::default(),
+        };
+        let ServeArgs { model, server, engine, .. } = merge(flags, file);
+        let ServerArgs { host, port, served_model_name, api_key, admin_key, log_format, shutdown_timeout } = server;
+        refuse_empty_keys(&api_key, admin_key.as_deref())?;
+        Ok(Self {
+            host: host.unwrap_or_else(|| "127.0.0.1".to_owned()),
+            port: port.unwrap_or(8000),
+            served_model_names: served_model_name,
+            api_keys: api_key,
+            admin_key,
+            log_format: log_format.unwrap_or_default(),
+            shutdown_timeout: shutdown_timeout.unwrap_or(Duration::from_secs(30)),
+            model: ModelSettings::new(model, &engine),
+        })
+    }
+
+    /// Reachable from other machines, without a key.
+    pub(crate) fn is_open_to_others(&self, address: IpAddr) -> bool {
+        self.api_keys.is_empty() && !address.is_loopback()
+    }
+}
+
+/// An empty variable would otherwise open a server whose operator meant to close it.
+fn refuse_empty_keys(api_keys: &[String], admin_key: Option<&str>) -> Result<(), Failure> {
+    if api_keys.iter().any(|key| key.trim().is_empty()) {
+        return Err(Failure::usage("an API key is empty").hint("give --api-key a value, or unset BINDERY_API_KEY"));
+    }
+    if admin_key.is_some_and(|key| key.trim().is_empty()) {
+        return Err(
+            Failure::usage("the admin key is empty").hint("give --admin-key a value, or unset BINDERY_ADMIN_KEY")
+        );
+    }
+    Ok(())
+}
+
+impl ModelSettings {
+    /// `model`: as typed or configured; None is the default card.
+    pub(crate) fn new(model: Option<String>, engine: &EngineArgs) -> Self {
+        match engine.device.unwrap_or_default() {
+            // This version computes on the CPU alone; cuda is refused where the flag is parsed.
+            Device::Auto | Device::Cpu => {}
+        }
+        let load = LoadOptions {
+            backend: match engine.backend.unwrap_or_default() {
+                BackendArg::Cpu => BackendKind::Cpu,
+                BackendArg::Reference => BackendKind::Reference,
+            },
+            dtype: match engine.dtype.unwrap_or_default() {
+                DtypeArg::Auto => Dtype::Auto,
+                DtypeArg::F32 => Dtype::F32,
+                DtypeArg::Bf16 => Dtype::Bf16,
+                DtypeArg::F16 => Dtype::F16,
+            },
+            quantize: match engine.quantize.unwrap_or_default() {
+                QuantizeArg::None => Quantize::None,
+                QuantizeArg::Int8 => Quantize::Int8,
+                QuantizeArg::Int4 => Quantize::Int4,
+            },
+            kv_cache_dtype: match engine.kv_cache_dtype.unwrap_or_default() {
+                KvCacheDtypeArg::Auto => KvCacheDtype::Auto,
+                KvCacheDtypeArg::F32 => KvCacheDtype::F32,
+                KvCacheDtypeArg::F16 => KvCacheDtype::F16,
+                KvCacheDtypeArg::Bf16 => KvCacheDtype::Bf16,
+                KvCacheDtypeArg::Int8 => KvCacheDtype::Int8,
+            },
+            block_size: engine.block_size.unwrap_or(16) as usize,
+            threads: engine.threads.map(|threads| threads as usize),
+            dummy: engine.load_format.unwrap_or_default() == LoadFormat::Dummy,
+            dequantize: false,
+        };
+        let local = LocalModelConfig {
+            load,
+            max_model_len: engine.max_model_len.map(|tokens| tokens as usize),
+            max_num_seqs: engine.max_num_seqs.unwrap_or(256) as usize,
+            max_num_batched_tokens: engine.max_num_batched_tokens.unwrap_or(DEFAULT_MAX_NUM_BATCHED_TOKENS) as usize,
+            kv_cache_memory: engine.kv_cache_memory.map(|size| size.as_u64()),
+            max_queued_requests: engine.max_queued_requests.unwrap_or(1024) as usize,
+            max_buffered_tokens: MAX_BUFFERED_TOKENS,
+        };
+        Self {
+            source: model.unwrap_or_else(|| bindery_hub::DEFAULT_MODEL.to_owned()),
+            offline: engine.offline.unwrap_or(false),
+            local,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::keys::KEYS;
+
+    /// Whatever key is added, its flag wins over the file.
+    #[test]
+    fn every_flag_wins_over_the_file_and_every_file_key_over_the_default() {
+        for key in KEYS {
+            let (mut flags, mut file) = (ServeArgs::default(), ServeArgs::default());
+            (key.set)(&mut file, key.example).unwrap();
+            let from_file = merge(ServeArgs::default(), file.clone());
+            assert_eq!((key.get)(&from_file).as_deref(), Some(key.example), "{}", key.name);
+            // A flag with another value where the key has one; the same value shows nothing but does no harm.
+            for other in ["::1", "1", "none", "f16", "2 GiB", "auto", "cpu", "text", "false", "7s", "else"] {
+                if (key.set)(&mut flags, other).is_ok() {
+                    break;
+                }
+            }
+            let expected = (key.get)(&flags);
+            assert!(expected.is_some(), "{}", key.name);
+            assert_eq!((key.get)(&merge(flags, file)), expected, "{}", key.name);
+        }
+    }
+}

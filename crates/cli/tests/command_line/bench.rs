@@ -1,0 +1,264 @@
+//! `bench` against a scripted server: what it sends, what it counts, what it says when it fails.
+
+use std::collections::BTreeSet;
+
+use serde_json::Value;
+
+use crate::support::{Ended, Script, Server, run};
+
+fn script() -> Script {
+    Script { pieces: vec!["one", " two", " three"], usage: Some((7, 4)), ..Script::default() }
+}
+
+fn json(ended: &Ended) -> Value {
+    assert_eq!(ended.code, 0, "{}", ended.stderr);
+    serde_json::from_str(&ended.stdout).unwrap()
+}
+
+#[test]
+fn every_request_is_sent_once_and_counted_by_usage() {
+    let server = Server::start(script());
+    let ended = run(&[
+        "bench",
+        "--url",
+        &server.url,
+        "--concurrency",
+        "1,4",
+        "--num-requests",
+        "6",
+        "--rounds",
+        "2",
+        "--output-tokens",
+        "4",
+        "--input-words",
+        "5",
+        "--json",
+    ]);
+    let report = json(&ended);
+    for (row, clients) in report["rows"].as_array().unwrap().iter().zip([1, 4]) {
+        assert_eq!(row["load"]["clients"], clients);
+        assert_eq!((&row["answered"], &row["failed"]), (&12.into(), &0.into()));
+        assert_eq!((&row["mean_prompt_tokens"], &row["mean_output_tokens"]), (&7.0.into(), &4.0.into()));
+        assert_eq!(row["output_tokens_per_second_by_round"].as_array().unwrap().len(), 2);
+        assert!(row["ttft_ms"]["p50"].as_f64().unwrap() <= row["e2e_ms"]["p50"].as_f64().unwrap());
+    }
+    // One to warm up, then 2 loads x 2 rounds x 6.
+    let asked = server.asked();
+    assert_eq!(asked.len(), 25);
+    let prompts: BTreeSet<&str> = asked.iter().map(|(_, body)| body["prompt"].as_str().unwrap()).collect();
+    assert_eq!(prompts.len(), 25, "no prompt is sent twice");
+    for (route, body) in &asked {
+        assert_eq!(route, "completions");
+        assert_eq!(body["prompt"].as_str().unwrap().split(' ').count(), 5);
+        assert_eq!((&body["temperature"], &body["max_tokens"]), (&0.into(), &4.into()));
+        assert_eq!((&body["ignore_eos"], &body["stream"]), (&true.into(), &true.into()));
+        assert_eq!(body["model"], "scripted");
+    }
+}
+
+#[test]
+fn without_usage_pieces_are_counted() {
+    let server = Server::start(Script { usage: None, ..script() });
+    let ended = run(&[
+        "bench",
+        "--url",
+        &server.url,
+        "--concurrency",
+        "1",
+        "--num-requests",
+        "2",
+        "--rounds",
+        "1",
+        "--output-tokens",
+        "3",
+        "--json",
+    ]);
+    assert_eq!(json(&ended)["rows"][0]["mean_output_tokens"], 3.0);
+}
+
+#[test]
+fn failures_are_counted_and_quoted() {
+    let server = Server::start(Script { refuse_every: Some(5), ..script() });
+    let arguments = [
+        "bench",
+        "--url",
+        &server.url,
+        "--concurrency",
+        "2",
+        "--num-requests",
+        "10",
+        "--rounds",
+        "1",
+        "--output-tokens",
+        "4",
+        "--json",
+    ];
+    let ended = run(&arguments);
+    let report = json(&ended);
+    // Requests 5 and 10 of all 11, the first of which warms up.
+    assert_eq!((&report["rows"][0]["answered"], &report["rows"][0]["failed"]), (&8.into(), &2.into()));
+    assert_eq!(report["rows"][0]["failures"]["503: the queue is full"], 2);
+    assert!(ended.stderr.contains("2 failed: 503: the queue is full"), "{}", ended.stderr);
+}
+
+#[test]
+fn an_open_loop_sends_all_of_its_requests() {
+    let server = Server::start(script());
+    let ended = run(&[
+        "bench",
+        "--url",
+        &server.url,
+        "--rate",
+        "500,1000",
+        "--num-requests",
+        "20",
+        "--rounds",
+        "1",
+        "--output-tokens",
+        "4",
+        "--json",
+    ]);
+    let report = json(&ended);
+    assert_eq!(report["rows"][0]["load"]["requests_per_second"], 500.0);
+    for row in report["rows"].as_array().unwrap() {
+        assert_eq!(row["answered"], 20);
+    }
+    assert_eq!(server.asked().len(), 41);
+}
+
+#[test]
+fn the_table_has_a_row_a_load_and_names_what_was_sent() {
+    let server = Server::start(script());
+    let ended = run(&[
+        "bench",
+        "--url",
+        &server.url,
+        "--concurrency",
+        "1,2",
+        "--num-requests",
+        "2",
+        "--rounds",
+        "1",
+        "--output-tokens",
+        "4",
+    ]);
+    assert_eq!(ended.code, 0, "{}", ended.stderr);
+    for expected in ["OUT TOK/S", "TTFT ms", "ITL ms", "E2E s", "scripted at", "110 words in (7 tokens), 4 tokens out"]
+    {
+        assert!(ended.stdout.contains(expected), "{expected}: {}", ended.stdout);
+    }
+    assert!(!ended.stderr.contains("warning"), "{}", ended.stderr);
+}
+
+#[test]
+fn answers_of_another_length_are_warned_about() {
+    let server = Server::start(script());
+    let ended = run(&[
+        "bench",
+        "--url",
+        &server.url,
+        "--concurrency",
+        "1",
+        "--num-requests",
+        "2",
+        "--rounds",
+        "1",
+        "--output-tokens",
+        "64",
+    ]);
+    assert!(ended.stderr.contains("answers have 4.0 tokens on average instead of 64"), "{}", ended.stderr);
+}
+
+#[test]
+fn two_servers_take_turns_with_the_same_prompts() {
+    let (a, b) = (Server::start(script()), Server::start(script()));
+    let ended = run(&[
+        "bench",
+        "--url",
+        &a.url,
+        "--compare",
+        &b.url,
+        "--concurrency",
+        "1",
+        "--num-requests",
+        "3",
+        "--rounds",
+        "2",
+        "--output-tokens",
+        "4",
+    ]);
+    assert_eq!(ended.code, 0, "{}", ended.stderr);
+    assert!(ended.stdout.contains("A/B") && ended.stdout.contains("x "), "{}", ended.stdout);
+    let prompts = |server: &Server| server.asked().iter().map(|(_, body)| body["prompt"].clone()).collect::<Vec<_>>();
+    assert_eq!(prompts(&a).len(), 7);
+    assert_eq!(prompts(&a), prompts(&b));
+}
+
+#[test]
+fn a_server_that_refuses_ignore_eos_is_told_apart_and_can_be_tested() {
+    let server = Server::start(Script { refuses_ignore_eos: true, ..script() });
+    let arguments = [
+        "bench",
+        "--url",
+        &server.url,
+        "--concurrency",
+        "1",
+        "--num-requests",
+        "1",
+        "--rounds",
+        "1",
+        "--output-tokens",
+        "4",
+    ];
+    let refused = run(&arguments);
+    assert_eq!(refused.code, 1);
+    assert!(
+        refused.stderr.contains("unknown field ignore_eos") && refused.stderr.contains("--no-ignore-eos"),
+        "{}",
+        refused.stderr
+    );
+    assert_eq!(run(&[&arguments[..], &["--no-ignore-eos"]].concat()).code, 0);
+}
+
+#[test]
+fn the_chat_route_can_be_tested_and_the_key_is_sent() {
+    let server = Server::start(Script { key: Some("k"), ..script() });
+    let base = [
+        "bench",
+        "--url",
+        &server.url,
+        "--concurrency",
+        "1",
+        "--num-requests",
+        "1",
+        "--rounds",
+        "1",
+        "--output-tokens",
+        "4",
+    ];
+    let refused = run(&base);
+    assert_eq!(refused.code, 1);
+    assert!(refused.stderr.contains("hint: give the server's key"), "{}", refused.stderr);
+    let ended = run(&[&base[..], &["--api-key", "k", "--endpoint", "chat"]].concat());
+    assert_eq!(ended.code, 0, "{}", ended.stderr);
+    assert!(server.asked().iter().all(|(route, body)| route == "chat" && body["messages"][0]["role"] == "user"));
+}
+
+#[test]
+fn nobody_there_is_a_clear_error() {
+    let unused = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let ended = run(&["bench", "--url", &format!("http://{unused}")]);
+    assert_eq!(ended.code, 1);
+    assert!(ended.stderr.contains("cannot connect to") && ended.stderr.contains("hint: "), "{}", ended.stderr);
+    let nonsense = run(&["bench", "--url", "localhost:8000"]);
+    assert_eq!(nonsense.code, 2);
+    assert!(nonsense.stderr.contains("is not the URL of a server"), "{}", nonsense.stderr);
+}
+
+#[test]
+fn a_stream_that_is_cut_has_failed() {
+    let server = Server::start(Script { cuts: true, ..script() });
+    let ended = run(&["bench", "--url", &server.url, "--concurrency", "1", "--num-requests", "2"]);
+    assert_eq!(ended.code, 1);
+    assert!(ended.stderr.contains("it ended without [DONE]"), "{}", ended.stderr);
+}

@@ -1,0 +1,8 @@
+//! The built binary, as a user meets it: what it prints where, what it refuses, how it ends.
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod bench;
+mod chat;
+mod config;
+mod support;
+mod usage;
