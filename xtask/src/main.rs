@@ -1,0 +1,283 @@
+//! The list of commands: `cargo xtask <verb>`. It calls programs and holds no logic that a test or a library could
+//! hold; it needs nothing but cargo (and, for the client SDK tests, a Python 3.10 or later with venv).
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command-line tool talks to its terminal")]
+
+use std::env;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+
+const USAGE: &str = "\
+cargo xtask <verb>
+
+  test [--full] [--install] [--no-python]
+          everything CI runs: format, lints, unit, property and whole-system tests, docs
+          --full       also what takes long: more property cases, churn, Miri and emulated aarch64 where they can be had
+          --install    may install system tools that are missing (else they are named, skipped and counted)
+          --no-python  leave out the client SDK tests (skipped aloud)
+  lint    format and lints only
+  docs    the API documentation, warnings denied
+  system [PYTEST ARGS...]
+          only the whole-system tests with real clients; further arguments go to pytest
+  help    this text
+";
+
+fn main() -> ExitCode {
+    let args: Vec<String> = env::args().skip(1).collect();
+    match run(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &[String]) -> Result<()> {
+    let root = root();
+    env::set_current_dir(&root).with_context(|| format!("cannot enter {}", root.display()))?;
+    let mut steps = Steps::default();
+    match args.split_first() {
+        Some((verb, rest)) if verb == "test" => test(&mut steps, &TestOptions::parse(rest)?)?,
+        Some((verb, [])) if verb == "lint" => lint(&mut steps)?,
+        Some((verb, [])) if verb == "docs" => docs(&mut steps)?,
+        Some((verb, rest)) if verb == "system" => {
+            build_binary(&mut steps)?;
+            let model = fetch_model(&mut steps)?;
+            python_tests(&mut steps, &model, false, rest)?;
+        }
+        None => print!("{USAGE}"),
+        Some((verb, _)) if verb == "help" || verb == "--help" => print!("{USAGE}"),
+        Some((verb, _)) => bail!("unknown verb or arguments after '{verb}'\n\n{USAGE}"),
+    }
+    steps.report();
+    Ok(())
+}
+
+struct TestOptions {
+    full: bool,
+    install: bool,
+    python: bool,
+}
+
+impl TestOptions {
+    fn parse(args: &[String]) -> Result<Self> {
+        let mut options = Self { full: false, install: env::var_os("CI").is_some(), python: true };
+        for arg in args {
+            match arg.as_str() {
+                "--full" => options.full = true,
+                "--install" => options.install = true,
+                "--no-python" => options.python = false,
+                other => bail!("unknown argument '{other}' to test\n\n{USAGE}"),
+            }
+        }
+        Ok(options)
+    }
+}
+
+fn test(steps: &mut Steps, options: &TestOptions) -> Result<()> {
+    lint(steps)?;
+    build_binary(steps)?;
+    let model = fetch_model(steps)?;
+    let mut cargo_test = cargo();
+    cargo_test.args(["test", "--workspace", "--no-fail-fast"]).env("BINDERY_TEST_MODEL", &model);
+    if options.full {
+        cargo_test.env("PROPTEST_CASES", "4096").env("BINDERY_TEST_FULL", "1");
+    }
+    steps.run("unit, property and documentation tests", &mut cargo_test)?;
+    docs(steps)?;
+    if options.python {
+        python_tests(steps, &model, options.full, &[])?;
+    } else {
+        steps.skip("client SDK tests: --no-python was given");
+    }
+    licences(steps, options.install)?;
+    if options.full {
+        miri(steps)?;
+        emulated_aarch64(steps)?;
+    }
+    Ok(())
+}
+
+fn lint(steps: &mut Steps) -> Result<()> {
+    steps.run("format", cargo().args(["fmt", "--all", "--check"]))?;
+    steps.run("lints", cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))
+}
+
+fn docs(steps: &mut Steps) -> Result<()> {
+    let mut doc = cargo();
+    doc.args(["doc", "--workspace", "--no-deps", "--document-private-items"]).env("RUSTDOCFLAGS", "-D warnings");
+    steps.run("documentation", &mut doc)
+}
+
+fn build_binary(steps: &mut Steps) -> Result<()> {
+    steps.run("build", cargo().args(["build", "--package", "bindery"]))
+}
+
+/// The default model, by the very path a user takes. Its answer is the file's path, alone on stdout.
+fn fetch_model(steps: &mut Steps) -> Result<PathBuf> {
+    steps.begin("fetch the default model");
+    let output = Command::new(binary())
+        .args(["pull", "smollm2-135m"])
+        .stderr(Stdio::inherit())
+        .output()
+        .with_context(|| format!("cannot start {}", binary().display()))?;
+    if !output.status.success() {
+        bail!("`bindery pull smollm2-135m` failed; the tests need the default model");
+    }
+    let path = PathBuf::from(String::from_utf8(output.stdout).context("pull printed no UTF-8")?.trim());
+    if !path.is_file() {
+        bail!("`bindery pull` named {}, which is no file", path.display());
+    }
+    steps.end();
+    Ok(path)
+}
+
+/// Real client SDKs against the real binary, in a virtual environment of our own with pinned packages.
+fn python_tests(steps: &mut Steps, model: &Path, full: bool, extra: &[String]) -> Result<()> {
+    let python = env::var_os("BINDERY_PYTHON").unwrap_or_else(|| OsString::from("python3"));
+    let venv = target_dir().join("venv");
+    let venv_python = venv.join("bin").join("python");
+    let requirements = Path::new("tests").join("system").join("requirements.txt");
+    let stamp = venv.join("requirements.stamp");
+    let wanted = std::fs::read_to_string(&requirements)?;
+    if std::fs::read_to_string(&stamp).ok().as_deref() != Some(wanted.as_str()) {
+        if !Command::new(&python).arg("--version").output().is_ok_and(|output| output.status.success()) {
+            steps.skip("client SDK tests: no python3 found (set BINDERY_PYTHON to one)");
+            return Ok(());
+        }
+        steps.run("python environment", Command::new(&python).args(["-m", "venv", "--clear"]).arg(&venv))?;
+        let mut install = Command::new(&venv_python);
+        install.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r"]).arg(&requirements);
+        steps.run("python packages", &mut install)?;
+        std::fs::write(&stamp, wanted)?;
+    }
+    let mut pytest = Command::new(&venv_python);
+    pytest
+        .args(["-m", "pytest", "-p", "no:cacheprovider", "-q", "tests/system"])
+        .args(extra)
+        .env("BINDERY_BIN", binary())
+        .env("BINDERY_TEST_MODEL", model)
+        .env("PYTHONDONTWRITEBYTECODE", "1");
+    if full {
+        pytest.env("BINDERY_TEST_FULL", "1");
+    }
+    steps.run("whole-system tests with real clients", &mut pytest)
+}
+
+fn licences(steps: &mut Steps, install: bool) -> Result<()> {
+    let present = || cargo().args(["deny", "--version"]).output().is_ok_and(|output| output.status.success());
+    if !present() && install && env::var_os("CI").is_none() {
+        steps.run("install cargo-deny", cargo().args(["install", "--locked", "cargo-deny@0.20.2"]))?;
+    }
+    if present() {
+        steps.run("licences, bans and sources", cargo().args(["deny", "check", "licenses", "bans", "sources"]))
+    } else {
+        steps.skip("licences: cargo-deny is not installed (cargo install --locked cargo-deny)");
+        Ok(())
+    }
+}
+
+fn miri(steps: &mut Steps) -> Result<()> {
+    let present = Command::new("cargo").args(["+nightly", "miri", "--version"]).output();
+    if present.is_ok_and(|output| output.status.success()) {
+        let mut miri = Command::new("cargo");
+        miri.args(["+nightly", "miri", "test", "--package", "bindery-kernels", "--lib", "scalar"])
+            .env("MIRIFLAGS", "-Zmiri-disable-isolation")
+            .env("BINDERY_ISA", "scalar")
+            .env("PROPTEST_CASES", "4");
+        steps.run("Miri over the scalar kernels and the packing code", &mut miri)
+    } else {
+        steps.skip("Miri: the nightly toolchain has no miri component (rustup +nightly component add miri)");
+        Ok(())
+    }
+}
+
+fn emulated_aarch64(steps: &mut Steps) -> Result<()> {
+    const TARGET: &str = "aarch64-unknown-linux-gnu";
+    let has_target = Command::new("rustc")
+        .args(["--print", "target-libdir", "--target", TARGET])
+        .output()
+        .is_ok_and(|output| Path::new(String::from_utf8_lossy(&output.stdout).trim()).is_dir());
+    let has_tool =
+        |name: &str| Command::new(name).arg("--version").output().is_ok_and(|output| output.status.success());
+    if has_target && has_tool("qemu-aarch64") && has_tool("aarch64-linux-gnu-gcc") {
+        let mut test = cargo();
+        test.args(["test", "--package", "bindery-kernels", "--target", TARGET])
+            .env("CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER", "aarch64-linux-gnu-gcc")
+            .env("CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER", "qemu-aarch64 -cpu max -L /usr/aarch64-linux-gnu");
+        steps.run("kernels on emulated aarch64", &mut test)
+    } else {
+        steps.skip("emulated aarch64: needs the rustup target, qemu-user and gcc-aarch64-linux-gnu");
+        Ok(())
+    }
+}
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies one folder below the root").to_path_buf()
+}
+
+fn target_dir() -> PathBuf {
+    env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from)
+}
+
+fn binary() -> PathBuf {
+    target_dir().join("debug").join(format!("bindery{}", env::consts::EXE_SUFFIX))
+}
+
+fn cargo() -> Command {
+    Command::new(env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo")))
+}
+
+/// What ran, how long it took, what was skipped.
+#[derive(Default)]
+struct Steps {
+    done: Vec<(String, f64)>,
+    skipped: Vec<String>,
+    current: Option<(String, Instant)>,
+}
+
+impl Steps {
+    fn begin(&mut self, name: &str) {
+        println!("--- {name}");
+        self.current = Some((name.to_owned(), Instant::now()));
+    }
+
+    fn end(&mut self) {
+        if let Some((name, start)) = self.current.take() {
+            self.done.push((name, start.elapsed().as_secs_f64()));
+        }
+    }
+
+    fn run(&mut self, name: &str, command: &mut Command) -> Result<()> {
+        self.begin(name);
+        let status = command.status().with_context(|| format!("cannot start {}", command.get_program().display()))?;
+        if !status.success() {
+            bail!("step '{name}' failed ({status}): {command:?}");
+        }
+        self.end();
+        Ok(())
+    }
+
+    fn skip(&mut self, what: &str) {
+        println!("--- SKIPPED {what}");
+        self.skipped.push(what.to_owned());
+    }
+
+    fn report(&self) {
+        if self.done.is_empty() {
+            return;
+        }
+        println!("\nsteps:");
+        for (name, seconds) in &self.done {
+            println!("  {seconds:7.1} s  {name}");
+        }
+        for what in &self.skipped {
+            println!("  skipped    {what}");
+        }
+        println!("{} steps passed, {} skipped", self.done.len(), self.skipped.len());
+    }
+}
