@@ -10,7 +10,10 @@ use std::{
     sync::{Arc, LazyLock},
 };
 
-use bindery_engine::{Detokenizer, EngineError, Tokenizer, text::gguf_vocabulary::GgufVocabulary};
+use bindery_engine::{
+    Detokenizer, EngineError, Tokenizer,
+    text::{gguf_vocabulary::GgufVocabulary, tokenizer::MAX_TEXT_BYTES},
+};
 use bindery_model::weights::gguf::GgufFile;
 use bindery_scheduler::TokenId;
 use proptest::prelude::*;
@@ -289,15 +292,24 @@ fn unusable_folders_say_which_file() {
 
 /// Long runs are what regular expressions and merge queues are slow or recursive at.
 #[test]
-fn megabytes_of_one_character_are_tokenised() {
+fn long_runs_of_one_character_are_tokenised() {
     for tokenizer in [byte_level("smollm"), byte_level("llama-bpe"), sentence_piece("sentencepiece.gguf")] {
         for unit in [" ", "a", "\n", "7", "!", "\u{e9}", "\u{1f600}", "<|im_end|>", " \n"] {
-            let text = unit.repeat(2_000_000 / unit.len());
+            let text = unit.repeat(200_000 / unit.len());
             let tokens = tokenizer.encode(&text, false).unwrap();
             assert!(tokens.len() >= tokenizer.min_tokens_for(text.len()));
             assert_eq!(tokenizer.decode(&tokens, false).unwrap(), text, "{unit:?} repeated");
         }
     }
+}
+
+/// The regex engine gives up after ten million retries, by a panic.
+#[test]
+fn a_run_too_long_for_the_regex_engine_is_the_texts_fault() {
+    let result = byte_level("llama-bpe").encode(&" ".repeat(11_000_000), false);
+    assert!(matches!(result, Err(EngineError::Invalid { param: "prompt", .. })));
+    let result = byte_level("smollm").encode(&"x".repeat(MAX_TEXT_BYTES + 1), false);
+    assert!(matches!(result, Err(EngineError::Invalid { param: "prompt", .. })));
 }
 
 fn any_tokenizer() -> impl Strategy<Value = Arc<Tokenizer>> {

@@ -129,7 +129,7 @@ impl Drop for AccessRecord {
             tracing::info!(
                 status = self.status,
                 stream_error = counts.stream_error.get(),
-                latency_ms = self.context.started.elapsed().as_secs_f64() * 1e3,
+                latency_ms = (self.context.started.elapsed().as_secs_f64() * 1e4).round() / 10.0,
                 model = counts.model.get(),
                 prompt_tokens = counts.num_prompt_tokens.load(Ordering::Relaxed),
                 completion_tokens = counts.num_completion_tokens.load(Ordering::Relaxed),

@@ -26,8 +26,8 @@ use crate::EngineError;
 
 /// Longest template source; published ones stay below 40 kB.
 pub const MAX_TEMPLATE_BYTES: usize = 1 << 20;
-/// Longest rendered prompt; no context window holds more text.
-pub const MAX_RENDERED_BYTES: usize = 64 << 20;
+/// Longest rendered prompt: what may be tokenised.
+pub const MAX_RENDERED_BYTES: usize = super::tokenizer::MAX_TEXT_BYTES;
 /// Named templates a model may have.
 const MAX_TEMPLATES: usize = 64;
 /// Steps that any render may take; a step is an instruction or 64 bytes of text.

@@ -27,8 +27,10 @@ use super::{
 };
 use crate::EngineError;
 
-/// Longest text that is tokenised, in bytes.
-pub const MAX_TEXT_BYTES: usize = 64 << 20;
+/// Longest text that is tokenised, in bytes: four million tokens' worth of words. The worst texts (megabytes of spaces or
+/// of digits) take about ten seconds a megabyte, so callers check [`Tokenizer::min_tokens_for`] first and keep this work
+/// off the threads that others wait for.
+pub const MAX_TEXT_BYTES: usize = 16 << 20;
 /// Largest tokenizer.json; published ones stay below 40 MB.
 const MAX_TOKENIZER_FILE_BYTES: u64 = 512 << 20;
 /// Largest of the small JSON files beside it.
