@@ -93,6 +93,24 @@ def test_a_ten_megabyte_prompt_is_refused_quickly_and_stalls_nobody(server, clie
     assert sum(1 for chunk in stream if chunk.choices) >= 1
 
 
+def test_scores_of_a_prompt_are_not_multiplied_without_bound(server):
+    """A request of 10 KB once gave an answer of 50 MB: every choice repeats the prompt's log-probabilities."""
+    body = {"model": "smollm2-135m", "prompt": "word " * 2000, "n": 64, "max_tokens": 1, "echo": True, "logprobs": 20}
+    status, _, answer = request(server, "POST", "/v1/completions", json.dumps(body).encode())
+    assert status == 400, answer[:300]
+    assert json.loads(answer)["error"]["param"] == "prompt_logprobs"
+    server.wait_idle()
+
+
+def test_more_prompts_than_the_queue_holds_is_the_requests_fault(start):
+    small = start("--max-queued-requests", "2")
+    body = {"model": "smollm2-135m", "prompt": ["a", "b", "c"], "max_tokens": 1}
+    status, _, answer = request(small, "POST", "/v1/completions", json.dumps(body).encode())
+    assert status == 400, answer[:300]
+    assert "--max-queued-requests" in json.loads(answer)["error"]["message"]
+    assert small.stop() == 0
+
+
 def test_a_body_over_the_limit_is_413(server):
     status, _, answer = request(server, "POST", "/v1/completions", b'{"prompt": "' + b"a" * (40 << 20) + b'"}')
     assert status == 413, answer[:300]
@@ -192,6 +210,10 @@ def test_shutdown_timeout_cuts_what_is_left(start):
     (["serve", MODEL, "--max-model-len", "1000000"], 1, ["1000000", "8192"]),
     (["serve", MODEL, "--kv-cache-memory", "1KiB"], 1, ["--kv-cache-memory"]),
     (["serve", MODEL, "--device", "cuda"], 2, ["cuda", "cpu"]),
+    (["serve", MODEL, "--kv-cache-dtype", "int8"], 2, ["int8", "not in this version yet", "f16"]),
+    (["serve", MODEL, "--adapter", "a=b"], 2, ["--adapter", "not in this version yet"]),
+    (["serve", MODEL, "--enable-prefix-caching"], 2, ["not in this version yet"]),
+    (["keys", "create"], 2, ["keys", "not in this version yet"]),
 ])
 def test_bad_command_lines_say_what_to_do(arguments, code, words):
     done = subprocess.run([BINARY, *arguments], capture_output=True, text=True, timeout=60, check=False)
@@ -215,4 +237,5 @@ def test_a_broken_model_file_is_refused_with_its_name(tmp_path):
     done = subprocess.run([BINARY, "serve", str(broken), "--port", "0"], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert "broken.gguf" in done.stderr
+    assert "hint: the file is cut off" in done.stderr
     assert "panicked" not in done.stderr

@@ -244,6 +244,11 @@ impl EngineHandle {
         Ok(())
     }
 
+    /// Most requests that wait at one time.
+    pub fn max_queued_requests(&self) -> usize {
+        self.door.max_queued_requests()
+    }
+
     /// The state after the newest step.
     pub fn stats(&self) -> Arc<EngineStats> {
         Arc::clone(&self.stats.borrow())

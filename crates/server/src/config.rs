@@ -62,6 +62,9 @@ pub struct Limits {
     pub max_prompts: usize,
     /// More choices (prompts times `n`, or times `best_of`) in one request are refused with 400.
     pub max_choices: usize,
+    /// More log-probabilities of prompt tokens in one answer (tokens times choices times `logprobs` + 1) are refused with
+    /// 400: they are held until the answer is whole.
+    pub max_prompt_scores: usize,
     /// More messages in one conversation are refused with 400.
     pub max_messages: usize,
     /// More stop strings are refused with 400.
@@ -96,6 +99,7 @@ impl Limits {
             max_blocking_jobs: 4,
             max_prompts: 1024,
             max_choices: 1024,
+            max_prompt_scores: 1 << 19,
             max_messages: 16384,
             max_stop_strings: 64,
             max_stop_bytes: 1024,

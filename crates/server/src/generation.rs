@@ -111,6 +111,11 @@ impl Deadline {
     }
 }
 
+/// Log-probabilities that the answer repeats for each token of the prompt: every choice carries them all.
+fn scores_per_prompt_token(request: &TextRequest) -> usize {
+    request.params.prompt_logprobs.map_or(0, |num_top| (num_top as usize + 1) * request.num_samples as usize)
+}
+
 impl Generation {
     /// Queues every prompt, or none: where one is refused, those already queued are dropped again.
     pub(crate) async fn start(
@@ -120,10 +125,29 @@ impl Generation {
         requests: Vec<TextRequest>,
         prompt_text: PromptText,
     ) -> Result<Self, ApiError> {
+        let max_queued = serving.model.engine.max_queued_requests();
+        if requests.len() > max_queued {
+            let message = format!(
+                "{} prompts in one request, and the queue holds {max_queued} (--max-queued-requests): send them in smaller requests",
+                requests.len()
+            );
+            return Err(ApiError::invalid("prompt", message));
+        }
+        let scores_per_token: Vec<usize> = requests.iter().map(scores_per_prompt_token).collect();
         let num_samples = requests.first().map_or(1, |request| request.num_samples as usize);
         let timeout = requests.first().and_then(|request| request.timeout);
         let started = try_join_all(requests.into_iter().map(|request| serving.model.generate(request)));
         let streams = started.await.map_err(|error| ApiError::from_engine(error, &context.id))?;
+        let num_scores: usize =
+            streams.iter().zip(scores_per_token).map(|(stream, scores)| stream.num_prompt_tokens() * scores).sum();
+        let limit = state.limits.max_prompt_scores;
+        if num_scores > limit {
+            let message = format!(
+                "the answer would hold {num_scores} log-probabilities of prompt tokens, the limit is {limit}: ask for fewer \
+                 choices, fewer logprobs or a shorter prompt"
+            );
+            return Err(ApiError::invalid("prompt_logprobs", message));
+        }
         let progress = |stream: &TextStream| {
             let text = match prompt_text {
                 PromptText::NotWanted => String::new(),

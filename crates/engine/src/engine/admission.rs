@@ -78,6 +78,10 @@ impl Door {
         self.closed.load(Ordering::Acquire)
     }
 
+    pub(crate) fn max_queued_requests(&self) -> usize {
+        self.max_queued_requests
+    }
+
     pub(crate) fn num_queued(&self) -> usize {
         self.num_queued.load(Ordering::Acquire)
     }
