@@ -4,6 +4,8 @@ import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+from conftest import FULL
+
 WORDS = "river stone lamp window garden copper silent morning paper travel engine forest simple yellow music".split()
 
 
@@ -61,6 +63,31 @@ def test_64_streams_with_random_disconnects_leave_nothing_behind(server, client)
         list(pool.map(stream, plans))
     assert sorted(finished) == [seed for seed, leave_after in plans if leave_after is None]
     server.wait_idle()
+
+
+def test_churn_leaves_nothing_behind_and_answers_stay_right(server, client):
+    """Requests of every size that finish, stop reading or vanish, for a while; `--full` makes the while long."""
+    expected = complete(client, words(0, 12), max_tokens=16).choices[0].text
+    rounds = 60 if FULL else 3
+    generator = random.Random(17)
+    for _ in range(rounds):
+        plans = [(generator.randrange(1000), generator.choice([0, 2, 7, None]), generator.choice([5, 60, 400])) for _ in range(24)]
+
+        def visit(plan):
+            seed, leave_after, length = plan
+            events = client.completions.create(
+                model="smollm2-135m", prompt=words(seed, length), max_tokens=20, n=1 + seed % 3, stream=True, seed=seed
+            )
+            with events:
+                for index, _ in enumerate(events):
+                    if leave_after is not None and index >= leave_after:
+                        return
+
+        with ThreadPoolExecutor(24) as pool:
+            probe = pool.submit(complete, client, words(0, 12), max_tokens=16)
+            list(pool.map(visit, plans))
+            assert probe.result().choices[0].text == expected
+        server.wait_idle()
 
 
 def test_a_small_cache_preempts_and_loses_nothing(start, client):

@@ -335,6 +335,40 @@ pub(crate) enum Device {
     Cpu,
 }
 
+/// Flags and verbs of the contract that come with a later version: asking for one is answered by its name.
+const LATER: [&str; 14] = [
+    "--adapter",
+    "--lora-modules",
+    "--adapter-root",
+    "--max-loras",
+    "--max-lora-rank",
+    "--max-cpu-loras",
+    "--enable-prefix-caching",
+    "--no-enable-prefix-caching",
+    "--tensor-parallel-size",
+    "--gpu-memory-utilization",
+    "quantize",
+    "adapters",
+    "keys",
+    "costs",
+];
+
+/// Prints why the command line is wrong and ends with code 2 (or 0, after `--help`).
+pub(crate) fn refuse(error: &clap::Error) -> ! {
+    use clap::error::{ContextKind, ContextValue};
+    let asked =
+        [ContextKind::InvalidArg, ContextKind::InvalidSubcommand].into_iter().find_map(|kind| match error.get(kind) {
+            Some(ContextValue::String(text)) => Some(text.clone()),
+            _ => None,
+        });
+    if let Some(name) = asked.filter(|name| LATER.contains(&name.split(['=', ' ']).next().unwrap_or(name))) {
+        eprintln!("error: {name} is not in this version yet");
+        eprintln!("hint: leave it out; `bindery --help` and `bindery serve --help` list what there is");
+        std::process::exit(2);
+    }
+    error.exit()
+}
+
 pub(crate) fn parse_device(text: &str) -> Result<Device, String> {
     match text {
         "auto" => Ok(Device::Auto),

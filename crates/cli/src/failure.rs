@@ -2,7 +2,9 @@
 
 use std::{fmt, io, process::ExitCode};
 
+use bindery_engine::EngineError;
 use bindery_hub::HubError;
+use bindery_model::ModelError;
 
 use crate::terminal::Style;
 
@@ -69,10 +71,20 @@ pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
             .downcast_ref::<Failure>()
             .and_then(|failure| failure.hint.clone())
             .or_else(|| cause.downcast_ref::<HubError>().and_then(HubError::hint))
+            .or_else(|| cause.downcast_ref::<EngineError>().and_then(engine_hint))
     });
     if let Some(hint) = hint {
         eprintln!("{} {hint}", style.bold("hint:"));
     }
     let is_usage = error.chain().any(|cause| cause.downcast_ref::<Failure>().is_some_and(|failure| failure.is_usage));
     ExitCode::from(if is_usage { 2 } else { 1 })
+}
+
+fn engine_hint(error: &EngineError) -> Option<String> {
+    match error {
+        EngineError::Model(ModelError::BadFile { .. }) => {
+            Some("the file is cut off, damaged or of another format: fetch or copy it again".to_owned())
+        }
+        _ => None,
+    }
 }

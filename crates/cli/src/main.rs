@@ -22,8 +22,8 @@ use std::process::ExitCode;
 use clap::Parser as _;
 
 fn main() -> ExitCode {
-    let command = args::Cli::parse().command;
-    match commands::run(command) {
+    let parsed = args::Cli::try_parse().unwrap_or_else(|error| args::refuse(&error));
+    match commands::run(parsed.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => failure::report(&error),
     }

@@ -77,6 +77,7 @@ impl Settings {
         let ServeArgs { model, server, engine, .. } = merge(flags, file);
         let ServerArgs { host, port, served_model_name, api_key, admin_key, log_format, shutdown_timeout } = server;
         refuse_empty_keys(&api_key, admin_key.as_deref())?;
+        refuse_what_comes_later(&engine)?;
         Ok(Self {
             host: host.unwrap_or_else(|| "127.0.0.1".to_owned()),
             port: port.unwrap_or(8000),
@@ -93,6 +94,15 @@ impl Settings {
     pub(crate) fn is_open_to_others(&self, address: IpAddr) -> bool {
         self.api_keys.is_empty() && !address.is_loopback()
     }
+}
+
+/// What this version cannot do is said before anything is fetched.
+fn refuse_what_comes_later(engine: &EngineArgs) -> Result<(), Failure> {
+    if engine.kv_cache_dtype == Some(KvCacheDtypeArg::Int8) {
+        return Err(Failure::usage("an int8 KV cache (--kv-cache-dtype int8) is not in this version yet")
+            .hint("use auto, f16, bf16 or f32"));
+    }
+    Ok(())
 }
 
 /// An empty variable would otherwise open a server whose operator meant to close it.

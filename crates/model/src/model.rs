@@ -318,7 +318,11 @@ fn model_info<B: Backend>(store: &WeightStore, options: &LoadOptions, backend: &
         bos_token_id: config.bos_token_id,
         eos_token_ids: config.eos_token_ids.clone(),
         num_parameters: store.num_parameters(),
-        weight_format: store.describe_formats(),
+        weight_format: match options.quantize {
+            Quantize::None => store.describe_formats(),
+            Quantize::Int8 => format!("quantised to int8 at load, from {}", store.describe_formats()),
+            Quantize::Int4 => format!("quantised to int4 at load, from {}", store.describe_formats()),
+        },
         weight_bytes,
         stored_weight_bytes: store.num_bytes(),
         kv_bytes_per_token: 2 * config.num_layers() * config.num_kv_heads * config.head_dim * kv_bytes(kv_cache_dtype),
