@@ -101,8 +101,9 @@ pub(crate) struct EngineArgs {
     /// Type of the KV cache [default: auto: f32 under --dtype f32, else the measured best]
     #[arg(long, value_enum, env = "BINDERY_KV_CACHE_DTYPE")]
     pub(crate) kv_cache_dtype: Option<KvCacheDtypeArg>,
-    /// Where to compute: auto, cpu or cuda[:N] [default: auto]
-    #[arg(long, env = "BINDERY_DEVICE", value_parser = parse_device)]
+    // Not a doc comment: to rustdoc the brackets would be a link.
+    #[arg(long, env = "BINDERY_DEVICE", value_parser = parse_device,
+        help = "Where to compute: auto, cpu or cuda[:N] [default: auto]")]
     pub(crate) device: Option<Device>,
     /// Threads that compute [default: physical cores]
     #[arg(long, value_name = "N", env = "BINDERY_THREADS", value_parser = clap::value_parser!(u32).range(1..=1024))]

@@ -1,4 +1,4 @@
-//! How a [`LocalModel`](crate::LocalModel) comes into being: weights, tokenizer and template from disk, and how much KV
+//! How a [`LocalModel`] comes into being: weights, tokenizer and template from disk, and how much KV
 //! cache there is room for.
 //!
 //! The sizing is a pure function of numbers ([`size_cache`]), so that it can be tested without memory. It must not know
