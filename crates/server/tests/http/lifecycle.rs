@@ -145,7 +145,7 @@ async fn a_full_queue_is_a_503_with_retry_after() {
     let (gate, keeper) = gate();
     let mut setup = Setup::new();
     setup.model.gate = Some(gate);
-    setup.engine.max_queued_requests = 1;
+    setup.engine.max_queued_requests = 2;
     setup.engine.max_num_seqs = 1;
     let server = setup.start();
     let body = json!({"model": MODEL, "prompt": "hello", "max_tokens": 2, "stream": true});
@@ -158,9 +158,13 @@ async fn a_full_queue_is_a_503_with_retry_after() {
     .unwrap();
     let second = server.post(COMPLETIONS, &body).await;
     assert_eq!((first.status(), second.status()), (reqwest::StatusCode::OK, reqwest::StatusCode::OK));
-    check_unavailable(server.post(COMPLETIONS, &body).await, "queue_full").await;
-    // Several prompts are one request: all or none.
+    // Several prompts are one request: all or none. (The place that the first of them took comes back with the next
+    // step, which is held here.)
     check_unavailable(server.post(COMPLETIONS, &json!({"prompt": ["a", "b"]})).await, "queue_full").await;
+    check_unavailable(server.post(COMPLETIONS, &body).await, "queue_full").await;
+    // More than the whole queue: trying again would never help.
+    let hopeless = server.post(COMPLETIONS, &json!({"prompt": ["a", "b", "c"]})).await;
+    check_error(hopeless, 400, Some("prompt"), "3 prompts").await;
     drop(keeper);
     for stream in [first, second] {
         assert!(events(&stream.text().await.unwrap()).1);
