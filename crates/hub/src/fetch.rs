@@ -92,7 +92,7 @@ impl Fetch<'_> {
         if let Some(path) = self.cached_card(card).await? {
             return Ok(done(path));
         }
-        let mut attempts: Vec<(String, HubError)> = Vec::new();
+        let mut attempts: Vec<HubError> = Vec::new();
         for (number, source) in card.sources.iter().enumerate() {
             match self.bring_from(card, source).await {
                 Ok(path) => return Ok(done(path)),
@@ -101,12 +101,12 @@ impl Fetch<'_> {
                     if let Some(next) = card.sources.get(number + 1) {
                         self.progress.note(&format!("{error}; trying the next source, {}", next.describe()));
                     }
-                    attempts.push((source.describe(), error));
+                    attempts.push(error);
                 }
             }
         }
         match attempts.len() {
-            1 => Err(attempts.remove(0).1),
+            1 => Err(attempts.remove(0)),
             _ => Err(HubError::AllSourcesFailed { model: card.name.clone(), attempts }),
         }
     }
@@ -284,7 +284,7 @@ impl Fetch<'_> {
     }
 }
 
-fn ggufs_in(folder: &Path) -> Vec<String> {
+pub(crate) fn ggufs_in(folder: &Path) -> Vec<String> {
     std::fs::read_dir(folder)
         .into_iter()
         .flatten()

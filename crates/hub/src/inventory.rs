@@ -3,10 +3,11 @@
 use std::path::PathBuf;
 
 use crate::{
-    Card, Cards, FetchOptions, HubError, SharedProgress,
+    Card, Cards, FetchOptions, HubError, ModelRef, SharedProgress,
     cache::{Cache, Checked, Trust},
     card::CardSource,
     digest::Digest,
+    fetch::ggufs_in,
     source::{
         hub::{HubRepo, cached_file, cached_model},
         path::is_complete_folder,
@@ -53,6 +54,32 @@ pub fn locate(card: &Card, options: &FetchOptions) -> Option<PathBuf> {
         },
         CardSource::Wheel { .. } => None,
     })
+}
+
+/// Where the model that MODEL means lies on this machine, by size and presence alone; `None` where it would have to be
+/// fetched first.
+///
+/// # Errors
+/// As [`crate::resolve`] has them for a MODEL that cannot be fetched anywhere: no such card or path, a folder without weights.
+pub fn locate_model(reference: &ModelRef, options: &FetchOptions) -> Result<Option<PathBuf>, HubError> {
+    match reference {
+        ModelRef::Card(name) => Ok(locate(Cards::load(options.cards_dir.as_deref())?.find(name)?, options)),
+        ModelRef::File(path) => Ok(Some(path.clone())),
+        ModelRef::Directory(path) if is_complete_folder(path) => Ok(Some(path.clone())),
+        ModelRef::Directory(path) => Err(HubError::NoWeights { origin: format!("the folder {}", path.display()) }),
+        ModelRef::Hub { repo, revision, file } => {
+            let snapshot = HubRepo { repo, revision: revision.as_deref() }.cached_snapshot(options);
+            Ok(snapshot.and_then(|snapshot| match file {
+                Some(file) => Some(snapshot.join(file)).filter(|path| path.is_file()),
+                None if is_complete_folder(&snapshot) => Some(snapshot),
+                // A repository of one GGUF file may have been fetched without naming it.
+                None => match &ggufs_in(&snapshot)[..] {
+                    [only] => Some(snapshot.join(only)),
+                    _ => None,
+                },
+            }))
+        }
+    }
 }
 
 /// Reads every cached byte of a card's model again, whatever the records say.

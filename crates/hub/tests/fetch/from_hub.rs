@@ -317,6 +317,29 @@ async fn a_disk_that_is_too_small_is_told_before_the_download() {
     assert_eq!(hub.gets(), []);
 }
 
+/// The disk fills while the file comes (other programs write, too). `/dev/full` stands for such a disk: it opens, and
+/// refuses every byte.
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn a_disk_that_fills_meanwhile_is_named_and_leaves_nothing_broken() {
+    let bytes = noise(300_000);
+    let hub = HubDouble::start(&[("m.gguf", Served::new(&bytes))]).await;
+    let machine = Machine::new(Some(&hub.url));
+    let partial = machine.folder.path().join(format!("hf/models--org--repo/blobs/{}.incomplete", sha256(&bytes)));
+    std::fs::create_dir_all(partial.parent().unwrap()).unwrap();
+    std::os::unix::fs::symlink("/dev/full", &partial).unwrap();
+
+    let error = machine.resolve("org/repo:m.gguf").await.unwrap_err();
+    let (text, hint) = (error.to_string(), error.hint().unwrap());
+    assert!(text.contains("No space left") && text.contains(".incomplete"), "{text}");
+    assert!(hint.contains("free some space") && hint.contains("HF_HOME"), "{hint}");
+    assert!(!machine.files_below("hf").iter().any(|file| file.contains("snapshots")), "nothing looks finished");
+
+    // Space again: the same command ends well.
+    std::fs::remove_file(&partial).unwrap();
+    assert_eq!(std::fs::read(machine.resolve("org/repo:m.gguf").await.unwrap().path).unwrap(), bytes);
+}
+
 #[tokio::test]
 async fn a_hub_that_never_answers_gives_way_in_time() {
     // Accepts connections and says nothing.

@@ -133,13 +133,26 @@ async fn without_pip_the_error_names_the_way_out() {
 
 #[tokio::test]
 async fn when_every_source_fails_each_is_named_with_its_reason() {
-    let machine = Machine::new(None);
+    let mut machine = Machine::new(None);
     let hub = "[[sources]]\nkind = \"hub\"\nrepo = \"org/repo\"\nfile = \"m.gguf\"\n";
     machine.add_card(&noise(10), &format!("{hub}{}", source(&[("toy-model==1.0", ENTRY, 10)])));
+    // As pip says it without a network.
+    machine.add_pip(
+        "for number in 1 2 3 4 5; do echo \"WARNING: Retrying ($number): connection broken\" >&2; done
+         echo 'ERROR: Could not find a version that satisfies the requirement toy-model==1.0 (from versions: none)' >&2
+         echo 'ERROR: No matching distribution found for toy-model==1.0' >&2
+         exit 1",
+    );
     let error = machine.resolve("toy").await.unwrap_err();
     let text = error.to_string();
     assert!(matches!(error, HubError::AllSourcesFailed { .. }), "{text}");
-    assert!(text.contains("hub org/repo") && text.contains("wheel toy-model==1.0"), "{text}");
+    let lines: Vec<&str> = text.lines().collect();
+    let [head, first, second] = lines[..] else { panic!("a line for each source: {text}") };
+    assert_eq!(head, "none of the sources of toy could be used:");
+    assert!(first.starts_with("- hub org/repo cannot be reached: "), "{first}");
+    assert!(second.starts_with("- pip could not fetch toy-model==1.0 (exit status: 1); it said: "), "{second}");
+    assert!(second.ends_with("; No matching distribution found for toy-model==1.0"), "{second}");
+    assert!(error.hint().unwrap().contains("already here"), "{:?}", error.hint());
     assert!(machine.listener.notes().contains("trying the next source"), "{}", machine.listener.notes());
 }
 
