@@ -2,6 +2,8 @@
 //! hold; it needs nothing but cargo (and, for the client SDK tests, a Python 3.10 or later with venv).
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command-line tool talks to its terminal")]
 
+mod peer;
+
 use std::env;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -23,6 +25,9 @@ cargo xtask <verb>
   docs    the API documentation, warnings denied
   system [PYTEST ARGS...]
           only the whole-system tests with real clients; further arguments go to pytest
+  bench-peer [ROUNDS]
+          builds llama.cpp (once, in target/peer), serves the same model with it and with us, loads both in turns
+          (ROUNDS A B A B, default 3) and prints the tables; needs python3, a C++ compiler and a quiet machine
   help    this text
 ";
 
@@ -49,6 +54,10 @@ fn run(args: &[String]) -> Result<()> {
             build_binary(&mut steps)?;
             let model = fetch_model(&mut steps)?;
             python_tests(&mut steps, &model, false, rest)?;
+        }
+        Some((verb, rest)) if verb == "bench-peer" && rest.len() < 2 => {
+            let rounds = rest.first().map_or(Ok(3), |rounds| rounds.parse()).context("ROUNDS is a number")?;
+            peer::run(&mut steps, rounds)?;
         }
         None => print!("{USAGE}"),
         Some((verb, _)) if verb == "help" || verb == "--help" => print!("{USAGE}"),

