@@ -6,7 +6,8 @@
 use std::hint::black_box;
 
 use bindery_kernels::{
-    Activations, AttentionArgs, AttentionSequence, Cpu, Isa, KvCache, KvDtype, KvShape, Matrix, PackedW4, PackedW8,
+    Activations, AttentionArgs, AttentionSequence, CodeBits, Cpu, Isa, KvCache, KvDtype, KvShape, Matrix, QuantFormat,
+    Quantized, Scaling,
 };
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use half::{bf16, f16};
@@ -26,23 +27,19 @@ fn noise(index: usize) -> f32 {
 
 fn matrix(cpu: &Cpu, family: &str, rows: usize, cols: usize) -> Matrix {
     let isa = cpu.isa();
-    let w4 = |with_mins| {
-        Matrix::W4(PackedW4::pack(isa, rows, cols, with_mins, |row, out| {
-            out.codes
-                .iter_mut()
-                .enumerate()
-                .for_each(|(i, c)| *c = ((row * cols + i).wrapping_mul(40503) >> 3 & 15) as u8);
+    if let Some(format) = quant_format(family) {
+        let (first, num_codes) = (i32::from(*format.codes().start()), 1 << format.bits.count());
+        return Matrix::Quantized(Quantized::pack(isa, rows, cols, format, |row, out| {
+            out.codes.iter_mut().enumerate().for_each(|(i, code)| {
+                *code = (first + ((row * cols + i).wrapping_mul(40503) >> 3) as i32 % num_codes) as i8;
+            });
             out.scales.fill(f16::from_f32(0.01));
             out.mins.fill(f16::from_f32(-0.08));
-        }))
-    };
+            out.sub_scales.fill(3);
+            out.sub_mins.fill(5);
+        }));
+    }
     match family {
-        "w4" => w4(false),
-        "w4+min" => w4(true),
-        "w8" => Matrix::W8(PackedW8::pack(isa, rows, cols, false, |row, out| {
-            out.codes.iter_mut().enumerate().for_each(|(i, c)| *c = ((row * cols + i).wrapping_mul(40503) >> 3) as i8);
-            out.scales.fill(f16::from_f32(0.001));
-        })),
         "f32" => Matrix::pack_f32(isa, rows, cols, |row, out| {
             out.iter_mut().enumerate().for_each(|(i, x)| *x = noise(row * cols + i));
         }),
@@ -55,13 +52,34 @@ fn matrix(cpu: &Cpu, family: &str, rows: usize, cols: usize) -> Matrix {
     }
 }
 
-const FAMILIES: [&str; 6] = ["w4", "w4+min", "w8", "f16", "bf16", "f32"];
+/// Quantised families are named by the GGUF type that is imported so.
+const FAMILIES: [&str; 13] =
+    ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "f16", "bf16", "f32"];
+
+fn quant_format(family: &str) -> Option<QuantFormat> {
+    let (bits, scaling, with_mins) = match family {
+        "q4_0" => (CodeBits::Four, Scaling::Single, false),
+        "q4_1" => (CodeBits::Four, Scaling::Single, true),
+        "q5_0" => (CodeBits::Five, Scaling::Single, false),
+        "q5_1" => (CodeBits::Five, Scaling::Single, true),
+        "q8_0" => (CodeBits::Eight, Scaling::Single, false),
+        "q2_k" => (CodeBits::Two, Scaling::Nibbles, true),
+        "q3_k" => (CodeBits::Three, Scaling::TwoLevel, false),
+        "q4_k" => (CodeBits::Four, Scaling::TwoLevel, true),
+        "q5_k" => (CodeBits::Five, Scaling::TwoLevel, true),
+        "q6_k" => (CodeBits::Six, Scaling::TwoLevel, false),
+        _ => return None,
+    };
+    Some(QuantFormat { bits, scaling, with_mins })
+}
 
 fn products(c: &mut Criterion) {
     let cpu = cpu();
     for family in FAMILIES {
         let mut group = c.benchmark_group(format!("{}/{family}", cpu.isa()));
-        for (rows, cols) in [(1536, 576), (576, 1536), (49_152, 576)] {
+        // The K types come in 256 inputs.
+        let hidden = if family.ends_with("_k") { 512 } else { 576 };
+        for (rows, cols) in [(1536, hidden), (576, 1536), (49_152, hidden)] {
             let w = matrix(&cpu, family, rows, cols);
             for m in [1, 4, 8, 32, 512] {
                 if m == 512 && rows == 49_152 {

@@ -19,7 +19,7 @@
 //! | path | what |
 //! |---|---|
 //! | `memory.rs` | zeroed, lazily mapped, page-aligned buffers; failure is an error |
-//! | `pack.rs`, `matrix.rs` | weight families and their interleaved layouts |
+//! | `pack.rs`, `matrix.rs` | quantised and dense weights and their interleaved layouts |
 //! | `kv.rs` | the paged key/value cache |
 //! | `cpu/mod.rs` and its siblings | the safe operations: check shapes, split work, call the table |
 //! | `cpu/dispatch.rs` | the only place that asks the CPU what it can do; the table of function pointers |
@@ -34,15 +34,30 @@
 //! 8 for the 256-bit sets and the scalar twin, 16 for the 512-bit ones; the last tile is padded with zero rows.
 //!
 //! ```text
-//! W4 codes   [tiles, groups, 4, R, 4] bytes    byte (j, r, b) of a group: code[row r][8 j + b]          low nibble
-//!                                                                         code[row r][8 j + 4 + b]      high nibble
-//!            so one load of 4 R bytes unpacks (and, shift) into two vectors of R rows x 4 consecutive inputs
-//! W8 codes   [tiles, groups, 8, R, 4] bytes    byte (t, r, b): code[row r][4 t + b]
-//! scales     [tiles, groups, R] f16            minimums likewise, where the family has them
-//! dense      [tiles, cols, 16] elements        element (k, r): weight[row r][k]
+//! codes      [tiles, groups of 32, B, R, 4] bytes    B vectors of 4 R bytes for codes of B bits
+//! scales     [tiles, groups, R] f16                  minimums likewise, where the format has them
+//!            or, in two levels, [tiles, groups of 256, R] f16 and [tiles, groups, R] int8; likewise the minimums'
+//! dense      [tiles, cols, 16] elements              element (k, r): weight[row r][k]
 //! keys       [layers, blocks, kv_heads, head_dim, block_size]    a vector holds one component of 16 keys
 //! values     [layers, blocks, kv_heads, block_size, head_dim]    a vector holds 16 components of one value
 //! ```
+//!
+//! A group of 32 codes of a row is eight quads, codes 4 q to 4 q + 3; byte (r, b) of a vector holds bits of code b of a
+//! quad of row r. Which quads' bits, from the lowest (0 to 7 are whole codes; 6.0 is the lowest bit of a code of quad 6):
+//!
+//! ```text
+//! 8 bits    vector q: quad q
+//! 4 bits    vector v: quad 2 v, quad 2 v + 1
+//! 2 bits    vector v: quads 4 v to 4 v + 3
+//! 6 bits    vectors 0 to 2: quad 0, 3.4 3.5 | quad 1, 3.2 3.3 | quad 2, 3.0 3.1;  3 to 5 likewise: quads 4 to 7
+//! 5 bits    vectors 0 to 4: quad 0, 5.0 5.1 5.2 | quad 1, 7.3, 5.3 5.4 | quad 2, 6.0 6.1 6.2 | quad 3, 7.4, 6.3 6.4 |
+//!           quad 4, 7.0 7.1 7.2
+//! 3 bits    vectors 0 to 2: quads 0 and 1, 6.0 6.1 | quads 2 and 3, 7.0 7.1 | quads 4 and 5, 6.2, 7.2
+//! ```
+//!
+//! So most quads cost a load and a mask, or a shift more, to have R rows by 4 consecutive inputs as the four-way products
+//! want them; the few that are scattered pay for it. Codes of fewer than 8 bits are kept unsigned: what lies around zero
+//! has half the range added, and the kernels take that off again by the activations' sum.
 //!
 //! # Instruction sets
 //!
@@ -50,11 +65,12 @@
 //! |---|---|---|
 //! | `scalar` | nothing | the specification; runs everywhere |
 //! | `avx2` | AVX2, FMA, F16C | run and held against `scalar` |
-//! | `avx512` | the above and AVX-512 F, BW, VL, DQ | run and held against `scalar` |
+//! | `avxvnni` | the above and AVX-VNNI | run and held against `scalar` |
+//! | `avx512` | `avx2`'s and AVX-512 F, BW, VL, DQ | run and held against `scalar` |
 //! | `avx512vnni` | the above and AVX-512 VNNI | run and held against `scalar` |
 //! | `neon` | | named, not written yet: refused with an error |
 //!
-//! A name means exactly that set. Without the variable the best set of the machine is taken. The three x86 sets have run
+//! A name means exactly that set. Without the variable the best set of the machine is taken. The four x86 sets have run
 //! on one machine (AMD, Zen 5); the property tests skip aloud what a machine lacks.
 #![expect(
     unsafe_code,
@@ -72,9 +88,10 @@ pub use cpu::activations::Activations;
 pub use cpu::attention::{AttentionArgs, AttentionSequence};
 pub use cpu::dispatch::{ISA_VARIABLE, Isa};
 pub use cpu::logits::TopEntry;
+pub use cpu::matmul::Product;
 pub use cpu::rope::{RopeArgs, RopeStyle};
 pub use cpu::{Cpu, MAX_THREADS};
 pub use error::KernelError;
 pub use kv::{KvCache, KvDtype, KvShape};
 pub use matrix::{Dense, DenseBf16, DenseElement, DenseF16, DenseF32, Matrix};
-pub use pack::{GROUP, PackedW4, PackedW8, RowW4, RowW8};
+pub use pack::{CodeBits, GROUP, QuantFormat, QuantRow, Quantized, SUPER_GROUP, Scaling};

@@ -8,7 +8,7 @@ use half::{bf16, f16};
 
 use crate::cpu::dispatch::Isa;
 use crate::memory::Buffer;
-use crate::pack::{PackedW4, PackedW8, weights_buffer};
+use crate::pack::{Quantized, weights_buffer};
 
 /// Rows of a dense tile, on every instruction set.
 pub(crate) const DENSE_TILE_ROWS: usize = 16;
@@ -94,10 +94,8 @@ impl<E: DenseElement> Dense<E> {
 /// one instruction set.
 #[derive(Debug)]
 pub enum Matrix {
-    /// 4-bit codes.
-    W4(PackedW4),
-    /// 8-bit codes.
-    W8(PackedW8),
+    /// Codes and scales; see [`QuantFormat`](crate::QuantFormat).
+    Quantized(Quantized),
     /// Dense f32.
     F32(DenseF32),
     /// Dense f16.
@@ -110,8 +108,7 @@ impl Matrix {
     /// Outputs.
     pub fn rows(&self) -> usize {
         match self {
-            Self::W4(w) => w.frame.rows,
-            Self::W8(w) => w.frame.rows,
+            Self::Quantized(w) => w.rows,
             Self::F32(w) => w.rows,
             Self::F16(w) => w.rows,
             Self::Bf16(w) => w.rows,
@@ -121,8 +118,7 @@ impl Matrix {
     /// Inputs.
     pub fn cols(&self) -> usize {
         match self {
-            Self::W4(w) => w.frame.cols,
-            Self::W8(w) => w.frame.cols,
+            Self::Quantized(w) => w.cols,
             Self::F32(w) => w.cols,
             Self::F16(w) => w.cols,
             Self::Bf16(w) => w.cols,
@@ -131,14 +127,13 @@ impl Matrix {
 
     /// Whether products need int8 activations.
     pub fn is_quantized(&self) -> bool {
-        matches!(self, Self::W4(_) | Self::W8(_))
+        matches!(self, Self::Quantized(_))
     }
 
     /// Bytes held, padding included.
     pub fn size_bytes(&self) -> usize {
         match self {
-            Self::W4(w) => w.size_bytes(),
-            Self::W8(w) => w.size_bytes(),
+            Self::Quantized(w) => w.size_bytes(),
             Self::F32(w) => w.elements.size_bytes(),
             Self::F16(w) => w.elements.size_bytes(),
             Self::Bf16(w) => w.elements.size_bytes(),
@@ -166,8 +161,7 @@ impl Matrix {
         assert!(row < self.rows(), "row {row} of a matrix of {} rows", self.rows());
         assert_eq!(out.len(), self.cols(), "a row of {} elements into a buffer of {}", self.cols(), out.len());
         match self {
-            Self::W4(w) => w.row(row, out),
-            Self::W8(w) => w.row(row, out),
+            Self::Quantized(w) => w.row(row, out),
             Self::F32(w) => w.row(row, out),
             Self::F16(w) => w.row(row, out),
             Self::Bf16(w) => w.row(row, out),

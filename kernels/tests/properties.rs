@@ -8,8 +8,11 @@ mod common;
 
 use std::ops::Range;
 
-use bindery_kernels::{Activations, AttentionArgs, Cpu, Isa, KvDtype, KvShape, RopeStyle};
+use bindery_kernels::{
+    Activations, AttentionArgs, Cpu, Isa, KvDtype, KvShape, Matrix, QuantFormat, Quantized, RopeStyle,
+};
 use common::{Family, Paged, Random, bits, product};
+use half::f16;
 use proptest::prelude::*;
 
 /// The set's kernels and the scalar twin's, or none with a word on stderr.
@@ -22,7 +25,7 @@ fn pair(isa: Isa) -> Option<(Cpu, Cpu)> {
 }
 
 fn family() -> impl Strategy<Value = Family> {
-    proptest::sample::select(Family::ALL.to_vec())
+    proptest::sample::select(Family::all())
 }
 
 /// Rows with now and then something that is no number in them.
@@ -37,11 +40,19 @@ fn rows(random: &mut Random, len: usize, strange: bool) -> Vec<f32> {
     x
 }
 
+/// About `32 * groups` inputs, as the family takes them: dense matrices take any number.
+fn cols(family: Family, groups: usize, random: &mut Random) -> usize {
+    if family.is_quantized() {
+        (groups * 32).next_multiple_of(family.span())
+    } else {
+        (groups * 32).saturating_sub(random.below(32))
+    }
+}
+
 fn check_product(isa: Isa, family: Family, m: usize, rows_len: usize, groups: usize, strange: bool, seed: u64) {
     let Some((cpu, scalar)) = pair(isa) else { return };
     let mut random = Random(seed);
-    // Dense matrices take any length.
-    let cols = if family.is_quantized() { groups * 32 } else { (groups * 32).saturating_sub(random.below(32)) };
+    let cols = cols(family, groups, &mut random);
     let x = rows(&mut random, m * cols, strange);
     let bias = random.vec(rows_len);
     let bias = strange.then_some(&bias[..]);
@@ -54,7 +65,7 @@ fn check_product(isa: Isa, family: Family, m: usize, rows_len: usize, groups: us
 fn check_product_independence(isa: Isa, family: Family, m: usize, rows_len: usize, groups: usize, seed: u64) {
     let Some((cpu, _)) = pair(isa) else { return };
     let mut random = Random(seed);
-    let cols = groups * 32;
+    let cols = cols(family, groups, &mut random);
     let w = family.matrix(isa, rows_len, cols, seed);
     let x = random.vec(m * cols);
     let whole = product(&cpu, &x, m, &w, None);
@@ -256,9 +267,10 @@ macro_rules! properties {
             /// Every count of rows around the kernels' widths, and every tail of a tile.
             #[test]
             fn small_products_match_scalar_completely() {
-                for family in Family::ALL {
+                for family in Family::all() {
                     for m in 1..=18 {
                         check_product($isa, family, m, 19, 2, false, m as u64);
+                        check_product($isa, family, m, 1, 17, false, m as u64);
                     }
                     for rows in 1..=67 {
                         check_product($isa, family, 1, rows, 1, false, rows as u64);
@@ -277,9 +289,9 @@ macro_rules! properties {
             #[test]
             fn nothing_in_nothing_out() {
                 let Some((cpu, _)) = pair($isa) else { return };
-                for family in Family::ALL {
-                    assert!(product(&cpu, &[], 0, &family.matrix($isa, 5, 64, 1), None).is_empty());
-                    assert!(product(&cpu, &[0.0; 64], 1, &family.matrix($isa, 0, 64, 1), None).is_empty());
+                for family in Family::all() {
+                    assert!(product(&cpu, &[], 0, &family.matrix($isa, 5, 256, 1), None).is_empty());
+                    assert!(product(&cpu, &[0.0; 256], 1, &family.matrix($isa, 0, 256, 1), None).is_empty());
                     assert_eq!(product(&cpu, &[], 2, &family.matrix($isa, 3, 0, 1), None), [0.0; 6]);
                 }
                 cpu.silu_mul(&[], &[], &mut []);
@@ -290,24 +302,23 @@ macro_rules! properties {
 }
 
 fn extreme_codes(cpu: &Cpu) {
-    use bindery_kernels::{Matrix, PackedW4, PackedW8};
-    use half::f16;
-    for sign in [1.0_f32, -1.0] {
-        // One group whose maximum is 127: the codes are the numbers themselves.
-        let x = [127.0 * sign; 32];
-        let w4 = PackedW4::pack(cpu.isa(), 17, 32, true, |_, row| {
-            row.codes.fill(15);
-            row.scales.fill(f16::ONE);
-            row.mins.fill(f16::ZERO);
-        });
-        assert_eq!(product(cpu, &x, 1, &Matrix::W4(w4), None), [sign * (32 * 127 * 15) as f32; 17]);
-        for code in [-128_i8, 127] {
-            let w8 = PackedW8::pack(cpu.isa(), 17, 32, false, |_, row| {
+    for format in QuantFormat::all() {
+        let cols = format.scale_span();
+        for code in [*format.codes().start(), *format.codes().end()] {
+            let w = Quantized::pack(cpu.isa(), 17, cols, format, |_, row| {
                 row.codes.fill(code);
                 row.scales.fill(f16::ONE);
+                row.mins.fill(f16::ZERO);
+                row.sub_scales.fill(1);
+                row.sub_mins.fill(1);
             });
-            let sum = sign * (32 * 127 * i32::from(code)) as f32;
-            assert_eq!(product(cpu, &x, 1, &Matrix::W8(w8), None), [sum; 17]);
+            let w = Matrix::Quantized(w);
+            for sign in [1, -1] {
+                // Groups whose maximum is 127: the codes are the numbers themselves.
+                let x = vec![(127 * sign) as f32; cols];
+                let sum = sign * cols as i32 * 127 * i32::from(code);
+                assert_eq!(product(cpu, &x, 1, &w, None), [sum as f32; 17], "{format:?}");
+            }
         }
     }
 }
@@ -316,5 +327,6 @@ properties! {
     scalar: Isa::Scalar;
     avx2: Isa::Avx2;
     avx512: Isa::Avx512;
+    avxvnni: Isa::AvxVnni;
     avx512vnni: Isa::Avx512Vnni;
 }

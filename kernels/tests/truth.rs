@@ -6,9 +6,11 @@
 mod common;
 
 use bindery_kernels::{
-    Activations, AttentionArgs, AttentionSequence, Cpu, Isa, KvCache, KvDtype, KvShape, RopeStyle, TopEntry,
+    Activations, AttentionArgs, AttentionSequence, CodeBits, Cpu, Isa, KvCache, KvDtype, KvShape, Matrix, Product,
+    QuantFormat, Quantized, RopeStyle, Scaling, TopEntry,
 };
-use common::{Family, Paged, Random, product, rows_of};
+use common::{Family, Paged, Random, W4, W4_WITH_MINS, W8, product, rows_of};
+use half::f16;
 
 /// f32 sums of some hundred terms of magnitude one: a few hundred half-units of 2^-24.
 const SUM_TOLERANCE: f64 = 2e-5;
@@ -24,8 +26,9 @@ fn scalar() -> Cpu {
 fn products_are_dot_products() {
     let cpu = scalar();
     let mut random = Random(1);
-    for family in Family::ALL {
-        for (m, rows, cols) in [(1, 1, 32), (3, 17, 96), (5, 40, 320)] {
+    for family in Family::all() {
+        for (m, rows, cols) in [(1, 1, 32_usize), (3, 17, 96), (5, 40, 320)] {
+            let cols = cols.next_multiple_of(family.span());
             let w = family.matrix(cpu.isa(), rows, cols, 7);
             let x = random.vec(m * cols);
             let bias = random.vec(rows);
@@ -50,7 +53,7 @@ fn products_are_dot_products() {
 #[test]
 fn products_add_to_what_is_there() {
     let cpu = scalar();
-    let w = Family::W4.matrix(cpu.isa(), 11, 64, 3);
+    let w = W4.matrix(cpu.isa(), 11, 64, 3);
     let x = Random(2).vec(2 * 64);
     let fresh = product(&cpu, &x, 2, &w, None);
     let mut activations = Activations::default();
@@ -58,6 +61,37 @@ fn products_add_to_what_is_there() {
     let mut out = vec![0.5; 22];
     cpu.matmul_add(&activations, &w, None, &mut out);
     assert_eq!(out, fresh.iter().map(|x| 0.5 + x).collect::<Vec<_>>());
+}
+
+/// In one region, with any number of threads: the bits are those of each product alone.
+#[test]
+fn products_together_are_those_of_each_alone() {
+    let mut random = Random(5);
+    for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+        for threads in [1, 3] {
+            let cpu = Cpu::new(isa, threads);
+            for (m, rows) in [(1, [700, 40, 3]), (7, [64, 513, 1]), (0, [5, 6, 7]), (150, [33, 300, 65])] {
+                let x = random.vec(m * 96);
+                let weights = [
+                    &W4.matrix(isa, rows[0], 96, 9),
+                    &W8.matrix(isa, rows[1], 96, 10),
+                    &W4_WITH_MINS.matrix(isa, rows[2], 96, 11),
+                ];
+                let bias = random.vec(rows[1]);
+                let biases = [None, Some(&bias[..]), None];
+                let mut outs = rows.map(|rows| vec![f32::NAN; m * rows]);
+                let mut activations = Activations::default();
+                cpu.prepare(&x, m, 96, true, &mut activations);
+                let [a, b, c] = &mut outs;
+                let wanted = |at: usize, out| Product { weights: weights[at], bias: biases[at], out };
+                cpu.matmul_all(&activations, [wanted(0, a), wanted(1, b), wanted(2, c)]);
+                for at in 0..3 {
+                    let alone = product(&cpu, &x, m, weights[at], biases[at]);
+                    assert_eq!(outs[at], alone, "{isa} {m} {rows:?}");
+                }
+            }
+        }
+    }
 }
 
 #[test]
@@ -92,7 +126,7 @@ fn rms_norm_in_place_is_rms_norm() {
 #[test]
 fn activations_shrink_and_grow_again() {
     let cpu = scalar();
-    let w = Family::W4WithMins.matrix(cpu.isa(), 5, 64, 9);
+    let w = W4_WITH_MINS.matrix(cpu.isa(), 5, 64, 9);
     let x = Random(13).vec(6 * 64);
     let mut reused = Activations::default();
     for (m, quantized) in [(6, true), (1, false), (3, true), (6, true)] {
@@ -108,13 +142,13 @@ fn activations_shrink_and_grow_again() {
 #[test]
 #[should_panic(expected = "needs a multiple of 32 inputs, got 33")]
 fn ragged_quantised_matrices_are_refused() {
-    Family::W4.matrix(Isa::Scalar, 1, 33, 0);
+    W4.matrix(Isa::Scalar, 1, 33, 0);
 }
 
 #[test]
 #[should_panic(expected = "packed for another instruction set")]
 fn matrices_of_another_instruction_set_are_refused() {
-    product(&scalar(), &[0.0; 32], 1, &Family::W4.matrix(Isa::Avx512, 1, 32, 0), None);
+    product(&scalar(), &[0.0; 32], 1, &W4.matrix(Isa::Avx512, 1, 32, 0), None);
 }
 
 #[test]
@@ -274,41 +308,44 @@ fn logits_helpers_agree_with_a_sort() {
 
 #[test]
 fn codes_and_scales_come_back_exactly() {
-    use bindery_kernels::{Matrix, PackedW4, PackedW8};
-    use half::f16;
     for isa in [Isa::Scalar, Isa::Avx2, Isa::Avx512] {
-        for (rows, cols) in [(1, 32), (7, 64), (8, 32), (17, 96), (33, 160)] {
-            for with_mins in [false, true] {
-                let code = |row: usize, col: usize| (row * 31 + col * 7 + col / 5) % 16;
-                let scale = |row: usize, group: usize| f16::from_f32((row as f32 - 3.3) * 0.37 + group as f32);
-                let min = |row: usize, group: usize| f16::from_f32(row as f32 * 0.11 - group as f32);
-                let w4 = PackedW4::pack(isa, rows, cols, with_mins, |row, out| {
-                    out.codes.iter_mut().enumerate().for_each(|(col, c)| *c = code(row, col) as u8);
-                    out.scales.iter_mut().enumerate().for_each(|(group, s)| *s = scale(row, group));
-                    out.mins.iter_mut().enumerate().for_each(|(group, m)| *m = min(row, group));
-                });
-                let w8 = PackedW8::pack(isa, rows, cols, with_mins, |row, out| {
-                    out.codes.iter_mut().enumerate().for_each(|(col, c)| *c = (code(row, col) * 17) as u8 as i8);
-                    out.scales.iter_mut().enumerate().for_each(|(group, s)| *s = scale(row, group));
-                    out.mins.iter_mut().enumerate().for_each(|(group, m)| *m = min(row, group));
-                });
-                for row in 0..rows {
-                    for col in 0..cols {
-                        assert_eq!(usize::from(w4.code(row, col)), code(row, col));
-                        assert_eq!(w8.code(row, col), (code(row, col) * 17) as u8 as i8);
-                    }
-                }
-                let (w4, w8) = (rows_of(&Matrix::W4(w4)), rows_of(&Matrix::W8(w8)));
-                for row in 0..rows {
-                    for col in 0..cols {
-                        let (s, m) = (scale(row, col / 32).to_f32(), min(row, col / 32).to_f32());
-                        let m = if with_mins { m } else { 0.0 };
-                        let centre = if with_mins { 0.0 } else { 8.0 };
-                        assert_eq!(w4[row][col], s * (code(row, col) as f32 - centre) + m);
-                        assert_eq!(w8[row][col], s * f32::from((code(row, col) * 17) as u8 as i8) + m);
-                    }
-                }
+        for format in QuantFormat::all() {
+            for (rows, spans) in [(1, 1), (7, 2), (8, 1), (17, 3), (33, 5)] {
+                check_round_trip(isa, format, rows, spans * format.scale_span());
             }
+        }
+    }
+}
+
+fn check_round_trip(isa: Isa, format: QuantFormat, rows: usize, cols: usize) {
+    let (first, num_codes) = (i32::from(*format.codes().start()), 1 << format.bits.count());
+    let code = |row: usize, col: usize| first + ((row * 31 + col * 7 + col / 5) % num_codes) as i32;
+    let scale = |row: usize, index: usize| f16::from_f32((row as f32 - 3.3) * 0.37 + index as f32);
+    let min = |row: usize, index: usize| f16::from_f32(row as f32 * 0.11 - index as f32);
+    // In 0..=15, so that every format can hold them; others below 128 or negative where there is room.
+    let spread = if format.scaling == Scaling::Nibbles { 0 } else { -100 };
+    let sub_scale = |row: usize, group: usize| ((row * 5 + group * 3) % 16) as i32 + spread * (group % 2) as i32;
+    let sub_min = |row: usize, group: usize| ((row * 3 + group * 5) % 16) as i32 - spread * (group % 2) as i32;
+    let packed = Quantized::pack(isa, rows, cols, format, |row, out| {
+        out.codes.iter_mut().enumerate().for_each(|(col, c)| *c = code(row, col) as i8);
+        out.scales.iter_mut().enumerate().for_each(|(index, s)| *s = scale(row, index));
+        out.mins.iter_mut().enumerate().for_each(|(index, m)| *m = min(row, index));
+        out.sub_scales.iter_mut().enumerate().for_each(|(group, s)| *s = sub_scale(row, group) as i8);
+        out.sub_mins.iter_mut().enumerate().for_each(|(group, m)| *m = sub_min(row, group) as i8);
+    });
+    for row in 0..rows {
+        for col in 0..cols {
+            assert_eq!(i32::from(packed.code(row, col)), code(row, col), "{format:?}");
+        }
+    }
+    let group_len = format.group().unwrap();
+    for (row, values) in rows_of(&Matrix::Quantized(packed)).iter().enumerate() {
+        for (col, &value) in values.iter().enumerate() {
+            let times = |sub: i32| if format.scaling == Scaling::Single { 1.0 } else { sub as f32 };
+            let (index, group) = (col / format.scale_span(), col / group_len);
+            let scale = scale(row, index).to_f32() * times(sub_scale(row, group));
+            let min = if format.with_mins { min(row, index).to_f32() * times(sub_min(row, group)) } else { 0.0 };
+            assert_eq!(value, scale * code(row, col) as f32 + min, "{format:?}");
         }
     }
 }
@@ -317,13 +354,30 @@ fn codes_and_scales_come_back_exactly() {
 fn packed_matrices_are_as_small_as_their_files() {
     /// What padding and alignment may cost beside the bytes of the format.
     const MAX_OVERHEAD: f64 = 1.05;
-    for isa in [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Avx512Vnni] {
-        for (rows, cols) in [(576, 576), (192, 576), (576, 1536), (1536, 576), (49_152, 576)] {
-            // Bytes of 32 weights in Q4_0, Q4_1 and Q8_0 files.
-            for (family, block_bytes) in [(Family::W4, 18), (Family::W4WithMins, 20), (Family::W8, 34)] {
-                let file_bytes = rows * cols / 32 * block_bytes;
-                let ratio = family.matrix(isa, rows, cols, 0).size_bytes() as f64 / file_bytes as f64;
-                assert!(ratio <= MAX_OVERHEAD, "{isa} {family:?} {rows} x {cols}: {ratio}");
+    let two_level = |bits, with_mins| QuantFormat { bits, scaling: Scaling::TwoLevel, with_mins };
+    let single = |bits, with_mins| QuantFormat { bits, scaling: Scaling::Single, with_mins };
+    // Bytes of 256 weights in ggml's files.
+    let formats = [
+        ("Q4_0", single(CodeBits::Four, false), 8 * 18),
+        ("Q4_1", single(CodeBits::Four, true), 8 * 20),
+        ("Q5_0", single(CodeBits::Five, false), 8 * 22),
+        ("Q5_1", single(CodeBits::Five, true), 8 * 24),
+        ("Q8_0", single(CodeBits::Eight, false), 8 * 34),
+        ("Q2_K", QuantFormat { bits: CodeBits::Two, scaling: Scaling::Nibbles, with_mins: true }, 84),
+        ("Q3_K", two_level(CodeBits::Three, false), 110),
+        ("Q4_K", two_level(CodeBits::Four, true), 144),
+        ("Q5_K", two_level(CodeBits::Five, true), 176),
+        ("Q6_K", two_level(CodeBits::Six, false), 210),
+    ];
+    for isa in [Isa::Scalar, Isa::Avx2, Isa::AvxVnni, Isa::Avx512, Isa::Avx512Vnni] {
+        for (rows, cols) in [(640, 640_usize), (576, 1536), (1536, 576), (256, 2048), (16_384, 256)] {
+            for (name, format, block_bytes) in formats {
+                if !cols.is_multiple_of(format.scale_span()) {
+                    continue;
+                }
+                let file_bytes = (rows * cols / 32 * block_bytes) as f64 / 8.0;
+                let ratio = Family::Quantized(format).matrix(isa, rows, cols, 0).size_bytes() as f64 / file_bytes;
+                assert!(ratio <= MAX_OVERHEAD, "{isa} {name} {rows} x {cols}: {ratio}");
             }
         }
     }
@@ -332,7 +386,7 @@ fn packed_matrices_are_as_small_as_their_files() {
 #[test]
 fn a_group_with_nan_or_infinity_says_so_and_leaves_other_rows_alone() {
     let cpu = scalar();
-    let w = Family::W4WithMins.matrix(cpu.isa(), 9, 64, 5);
+    let w = W4_WITH_MINS.matrix(cpu.isa(), 9, 64, 5);
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         let mut x = Random(8).vec(2 * 64);
         let good = product(&cpu, &x, 2, &w, None);
@@ -346,7 +400,7 @@ fn a_group_with_nan_or_infinity_says_so_and_leaves_other_rows_alone() {
 #[test]
 fn tiny_and_zero_groups_are_zero() {
     let cpu = scalar();
-    let w = Family::W8.matrix(cpu.isa(), 4, 32, 5);
+    let w = W8.matrix(cpu.isa(), 4, 32, 5);
     for x in [0.0, -0.0, f32::MIN_POSITIVE, 1e-45] {
         assert_eq!(product(&cpu, &[x; 32], 1, &w, None), [0.0; 4]);
     }

@@ -63,7 +63,9 @@ HOSTILE = [
     b'{"model": "smollm2-135m", "messages": [{"role": "user"}]}',
     b'{"model": "smollm2-135m", "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}',
     b'{"model": "smollm2-135m", "messages": [{"role": "user", "content": "a"}], "top_logprobs": 5}',
-    b'{"model": "smollm2-135m", "messages": [{"role": "user", "content": "a"}], "response_format": {"type": "json_object"}}',
+    b'{"model": "smollm2-135m", "messages": [{"role": "user", "content": "a"}], "response_format": {"type": "json"}}',
+    b'{"model": "smollm2-135m", "messages": [{"role": "user", "content": "a"}], "structured_outputs": {"regex": "(("}}',
+    b'{"model": "smollm2-135m", "prompt": "a", "structured_outputs": {"json": {"$ref": "file:///etc/passwd"}}}',
     b'{"model": "smollm2-135m", "tokens": ["a"]}',
     b'{"model": "smollm2-135m", "tokens": [4294967295]}',
 ]

@@ -4,7 +4,11 @@
 use std::{ffi::OsString, path::PathBuf, time::Duration};
 
 use bytesize::ByteSize;
-use clap::{Args, Parser, Subcommand, ValueEnum, builder::styling};
+use clap::{
+    Args, CommandFactory as _, Parser, Subcommand, ValueEnum,
+    builder::styling,
+    error::{ContextKind, ContextValue},
+};
 
 const STYLES: styling::Styles = styling::Styles::styled()
     .header(styling::AnsiColor::Green.on_default().bold())
@@ -35,7 +39,7 @@ pub(crate) enum Command {
     Pull(PullArgs),
     /// List known models and what is cached
     Models(ModelsArgs),
-    /// Validate a config file and say what it means, without starting
+    /// Validate a config file, by the checks that `serve` starts with, and say what it means
     Check(CheckArgs),
     /// Print the completion script of a shell
     Completions {
@@ -80,6 +84,9 @@ pub(crate) struct ServerArgs {
     /// Key of the administration routes [default: they are closed]
     #[arg(long, value_name = "KEY", env = "BINDERY_ADMIN_KEY", hide_env_values = true)]
     pub(crate) admin_key: Option<String>,
+    /// Largest request body, like 32MiB; a larger one is answered 413 [default: 10MiB]
+    #[arg(long, value_name = "SIZE", env = "BINDERY_MAX_BODY_SIZE", value_parser = parse_size)]
+    pub(crate) max_body_size: Option<ByteSize>,
     /// Form of the logs on stderr [default: text]
     #[arg(long, value_enum, env = "BINDERY_LOG_FORMAT")]
     pub(crate) log_format: Option<LogFormat>,
@@ -95,7 +102,7 @@ pub(crate) struct EngineArgs {
     /// Type of dense weights and activations [default: auto: as stored, else the fastest that is no further from f32]
     #[arg(long, value_enum, env = "BINDERY_DTYPE")]
     pub(crate) dtype: Option<DtypeArg>,
-    /// Quantise dense weights at load [default: none: as stored]
+    /// Quantise dense weights at load; what is quantised in the file stays as it is [default: none: as stored]
     #[arg(long, value_enum, env = "BINDERY_QUANTIZE")]
     pub(crate) quantize: Option<QuantizeArg>,
     /// Type of the KV cache [default: auto: f32 under --dtype f32, else the measured best]
@@ -167,6 +174,7 @@ pub(crate) struct ChatArgs {
 
 /// `bench`
 #[derive(Args, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag")]
 pub(crate) struct BenchArgs {
     #[arg(
         value_name = "MODEL",
@@ -216,6 +224,13 @@ pub(crate) struct BenchArgs {
     /// A request that takes longer has failed
     #[arg(long, value_name = "TIME", default_value = "10m", value_parser = parse_duration)]
     pub(crate) timeout: Duration,
+    /// Also print where the steps of the first server spent their time, a column a row; it must be a Bindery
+    #[arg(long)]
+    pub(crate) profile: bool,
+    /// Also measure what this machine's memory and cores can do, and print the share that each part of a step reaches;
+    /// for a model served in this process
+    #[arg(long, conflicts_with = "url")]
+    pub(crate) roofline: bool,
     /// JSON instead of the table
     #[arg(long)]
     pub(crate) json: bool,
@@ -261,7 +276,7 @@ pub(crate) enum ModelsAction {
 #[derive(Args, Debug)]
 pub(crate) struct CheckArgs {
     /// The config file
-    #[arg(value_name = "CONFIG", required_unless_present = "explain")]
+    #[arg(value_name = "CONFIG")]
     pub(crate) config: Option<PathBuf>,
     /// Document every key
     #[arg(long)]
@@ -354,18 +369,44 @@ const LATER: [&str; 14] = [
     "costs",
 ];
 
+fn said(error: &clap::Error, kind: ContextKind) -> Option<&str> {
+    match error.get(kind)? {
+        ContextValue::String(text) => Some(text),
+        _ => None,
+    }
+}
+
+/// The environment variable that a wrong value comes from. None where it was typed: a flag that is there is read in place
+/// of its variable.
+pub(crate) fn variable_behind(error: &clap::Error) -> Option<String> {
+    let (flag, value) = (said(error, ContextKind::InvalidArg)?, said(error, ContextKind::InvalidValue)?);
+    let name = flag.split([' ', '[', '=']).next()?.strip_prefix("--")?;
+    let is_flag = |word: &str| word.strip_prefix("--").and_then(|word| word.split('=').next()) == Some(name);
+    if std::env::args_os().any(|word| is_flag(&word.to_string_lossy())) {
+        return None;
+    }
+    let command = Cli::command();
+    let mut arguments = command.get_subcommands().flat_map(clap::Command::get_arguments);
+    let variable = arguments.find(|argument| argument.get_long() == Some(name) && argument.get_env().is_some());
+    let variable = variable?.get_env()?;
+    let held = std::env::var(variable).ok()?;
+    // One variable may hold several names.
+    held.split(',').chain([held.as_str()]).any(|held| held == value).then(|| variable.to_string_lossy().into_owned())
+}
+
 /// Prints why the command line is wrong and ends with code 2 (or 0, after `--help`).
 pub(crate) fn refuse(error: &clap::Error) -> ! {
-    use clap::error::{ContextKind, ContextValue};
-    let asked =
-        [ContextKind::InvalidArg, ContextKind::InvalidSubcommand].into_iter().find_map(|kind| match error.get(kind) {
-            Some(ContextValue::String(text)) => Some(text.clone()),
-            _ => None,
-        });
+    let asked = said(error, ContextKind::InvalidArg).or(said(error, ContextKind::InvalidSubcommand)).map(str::to_owned);
     if let Some(name) = asked.filter(|name| LATER.contains(&name.split(['=', ' ']).next().unwrap_or(name))) {
         eprintln!("error: {name} is not in this version yet");
         eprintln!("hint: leave it out; `bindery --help` and `bindery serve --help` list what there is");
         std::process::exit(2);
+    }
+    if let Some(variable) = variable_behind(error) {
+        // Nothing is left to do where stderr cannot be written to.
+        let _ = error.print();
+        eprintln!("hint: the value comes from the environment variable {variable}");
+        std::process::exit(error.exit_code());
     }
     error.exit()
 }
@@ -399,7 +440,7 @@ pub(crate) fn parse_name(text: &str) -> Result<String, String> {
 }
 
 pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
-    humantime::parse_duration(text).map_err(|error| format!("{error}; expected a time like 30s or 2m"))
+    humantime::parse_duration(text).map_err(|_| "expected a time like 30s or 2m".to_owned())
 }
 
 pub(crate) fn parse_size(text: &str) -> Result<ByteSize, String> {

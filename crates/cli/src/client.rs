@@ -44,7 +44,12 @@ pub(crate) enum ClientError {
     Connect { url: String, why: String },
     /// The server said no.
     #[error("{status}: {message}")]
-    Refused { status: u16, message: String },
+    Refused {
+        status: u16,
+        /// OpenAI's `code`, where the server gives one as text.
+        code: Option<String>,
+        message: String,
+    },
     /// An error inside a stream that had begun.
     #[error("error in the stream: {0}")]
     InStream(String),
@@ -89,6 +94,13 @@ impl Client {
             .as_str()
             .map(str::to_owned)
             .ok_or_else(|| ClientError::Unreadable("its list of models is empty".to_owned()))
+    }
+
+    /// The server's metrics in Prometheus' text.
+    pub(crate) async fn metrics(&self) -> Result<String, ClientError> {
+        let answer =
+            self.send(self.http.get(format!("{}/metrics", self.base)).timeout(Duration::from_secs(30))).await?;
+        answer.text().await.map_err(|error| ClientError::Unreadable(error.to_string()))
     }
 
     /// Posts to `/v1/<route>` and reads the answer's events until `[DONE]`.
@@ -136,7 +148,7 @@ impl Client {
             return Ok(answer);
         }
         let text = answer.text().await.unwrap_or_default();
-        Err(ClientError::Refused { status: status.as_u16(), message: error_message(&text) })
+        Err(ClientError::Refused { status: status.as_u16(), code: error_code(&text), message: error_message(&text) })
     }
 
     fn explain(&self, error: &reqwest::Error) -> ClientError {
@@ -158,6 +170,11 @@ fn error_message(text: &str) -> String {
     let message = object.as_ref().and_then(|object| object["error"]["message"].as_str());
     let message = message.unwrap_or(text).trim();
     if message.is_empty() { "no reason given".to_owned() } else { message.chars().take(MAX_ERROR_CHARS).collect() }
+}
+
+fn error_code(text: &str) -> Option<String> {
+    let object: Value = serde_json::from_str(text).ok()?;
+    object["error"]["code"].as_str().map(str::to_owned)
 }
 
 /// Chat and completions differ only in where the text stands.

@@ -65,7 +65,7 @@ pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let style = Style::for_stderr();
-    eprintln!("{} {error:#}", style.error("error:"));
+    eprintln!("{} {}", style.error("error:"), in_one_sentence(error));
     let hint = error.chain().find_map(|cause| {
         cause
             .downcast_ref::<Failure>()
@@ -80,11 +80,48 @@ pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
     ExitCode::from(if is_usage { 2 } else { 1 })
 }
 
+/// The error and its causes. What the text before a cause has told already is not told again: the whole cause, as the
+/// errors of files do it, or the name that it begins with.
+fn in_one_sentence(error: &anyhow::Error) -> String {
+    error.chain().skip(1).map(ToString::to_string).fold(error.to_string(), |text, cause| {
+        if text.ends_with(&cause) {
+            return text;
+        }
+        // "cannot load w.gguf" and "w.gguf: the file is empty".
+        match cause.split_once(": ") {
+            Some((name, rest)) if text.split(' ').next_back() == Some(name) => format!("{text}: {rest}"),
+            _ => format!("{text}: {cause}"),
+        }
+    })
+}
+
 fn engine_hint(error: &EngineError) -> Option<String> {
     match error {
         EngineError::Model(ModelError::BadFile { .. }) => {
             Some("the file is cut off, damaged or of another format: fetch or copy it again".to_owned())
         }
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::Context as _;
+
+    use super::*;
+
+    #[test]
+    fn a_cause_is_told_once() {
+        let model = || ModelError::Io { path: "w.gguf".into(), source: io::Error::from(io::ErrorKind::NotFound) };
+        let told = in_one_sentence(&anyhow::Error::new(model()).context("cannot load w.gguf"));
+        assert_eq!(told, "cannot load w.gguf: cannot read w.gguf: entity not found");
+        let empty = || ModelError::BadFile { path: "w.gguf".into(), what: "the file is empty".to_owned() };
+        let told = in_one_sentence(&anyhow::Error::new(empty()).context("cannot load w.gguf"));
+        assert_eq!(told, "cannot load w.gguf: the file is empty");
+        // Another file, which has to be named.
+        let told = in_one_sentence(&anyhow::Error::new(empty()).context("cannot load old-w.gguf"));
+        assert_eq!(told, "cannot load old-w.gguf: w.gguf: the file is empty");
+        let other: anyhow::Result<()> = Err(io::Error::from(io::ErrorKind::NotFound).into());
+        assert_eq!(in_one_sentence(&other.context("cannot listen").unwrap_err()), "cannot listen: entity not found");
     }
 }

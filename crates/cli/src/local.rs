@@ -1,11 +1,11 @@
 //! A model in this process: fetched, loaded off the async threads, with a bar for each.
 
-use std::sync::Arc;
+use std::{path::PathBuf, sync::Arc};
 
 use anyhow::Context as _;
 use bindery_engine::{
     LocalModel,
-    local_model::{LoadReport, LocalModelConfig},
+    local_model::{CheckReport, LoadReport, LocalModelConfig},
 };
 use bindery_hub::{FetchOptions, LocalFiles, SharedProgress};
 
@@ -23,6 +23,14 @@ pub(crate) async fn fetch(settings: &ModelSettings) -> anyhow::Result<LocalFiles
         terminal::note(&format!("{}: {note}", files.name));
     }
     Ok(files)
+}
+
+/// Refuses what [`load`] would refuse, as far as that can be seen without reading weights.
+pub(crate) async fn check(path: PathBuf, config: &LocalModelConfig) -> anyhow::Result<CheckReport> {
+    let (config, shown) = (config.clone(), path.display().to_string());
+    let checked = tokio::task::spawn_blocking(move || LocalModel::check(&path, &config));
+    let checked = checked.await.context("the thread that checks the model failed")?;
+    checked.with_context(|| format!("cannot load {shown}"))
 }
 
 /// Loads it and starts its engine.

@@ -20,8 +20,9 @@ use crate::{
 const DEFAULT_MAX_NUM_BATCHED_TOKENS: u32 = 512;
 /// Tokens a reader may leave unread before its request is cancelled.
 const MAX_BUFFERED_TOKENS: usize = 4096;
-/// Of a request's body.
-pub(crate) const MAX_BODY_BYTES: usize = 10 << 20;
+/// Of a request's body, unless said otherwise: ample for a prompt that fills a long context, and little enough that many
+/// at once are no danger.
+pub(crate) const DEFAULT_MAX_BODY_BYTES: usize = 10 << 20;
 
 /// All that `serve` needs to know.
 #[derive(Clone, Debug)]
@@ -31,6 +32,7 @@ pub(crate) struct Settings {
     pub(crate) served_model_names: Vec<String>,
     pub(crate) api_keys: Vec<String>,
     pub(crate) admin_key: Option<String>,
+    pub(crate) max_body_bytes: usize,
     pub(crate) log_format: LogFormat,
     pub(crate) shutdown_timeout: Duration,
     pub(crate) model: ModelSettings,
@@ -53,7 +55,7 @@ macro_rules! prefer {
 /// Flags and environment in front of the file.
 pub(crate) fn merge(mut flags: ServeArgs, mut file: ServeArgs) -> ServeArgs {
     flags.model = flags.model_flag.take().or(flags.model).or_else(model_from_environment).or(file.model.take());
-    prefer!(flags.server, file.server; host, port, log_format, shutdown_timeout);
+    prefer!(flags.server, file.server; host, port, max_body_size, log_format, shutdown_timeout);
     if flags.server.served_model_name.is_empty() {
         flags.server.served_model_name = std::mem::take(&mut file.server.served_model_name);
     }
@@ -75,19 +77,43 @@ impl Settings {
             None => ServeArgs::default(),
         };
         let ServeArgs { model, server, engine, .. } = merge(flags, file);
-        let ServerArgs { host, port, served_model_name, api_key, admin_key, log_format, shutdown_timeout } = server;
+        let ServerArgs {
+            host,
+            port,
+            served_model_name,
+            api_key,
+            admin_key,
+            max_body_size,
+            log_format,
+            shutdown_timeout,
+        } = server;
         refuse_empty_keys(&api_key, admin_key.as_deref())?;
         refuse_what_comes_later(&engine)?;
+        let model = ModelSettings::new(model, &engine);
+        // What no model could be loaded with is said before one is fetched.
+        model.local.check().map_err(|error| Failure::usage(error.to_string()))?;
         Ok(Self {
             host: host.unwrap_or_else(|| "127.0.0.1".to_owned()),
             port: port.unwrap_or(8000),
             served_model_names: served_model_name,
             api_keys: api_key,
             admin_key,
+            // More than can be addressed is as good as no limit.
+            max_body_bytes: max_body_size
+                .map_or(DEFAULT_MAX_BODY_BYTES, |size| usize::try_from(size.as_u64()).unwrap_or(usize::MAX)),
             log_format: log_format.unwrap_or_default(),
             shutdown_timeout: shutdown_timeout.unwrap_or(Duration::from_secs(30)),
-            model: ModelSettings::new(model, &engine),
+            model,
         })
+    }
+
+    /// As it is written in a URL.
+    pub(crate) fn host_and_port(&self) -> String {
+        if self.host.contains(':') {
+            format!("[{}]:{}", self.host, self.port)
+        } else {
+            format!("{}:{}", self.host, self.port)
+        }
     }
 
     /// Reachable from other machines, without a key.

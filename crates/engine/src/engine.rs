@@ -28,9 +28,13 @@ use self::{
     admission::{Door, Ticket},
     stream::Outbox,
 };
-pub use self::{stats::EngineStats, stream::TokenStream};
+pub use self::{
+    stats::{EngineStats, STEP_PHASES},
+    stream::TokenStream,
+};
 use crate::{
     EngineError, TokenRequest,
+    grammar::{CompiledGrammar, GrammarState, Wake},
     request::{MAX_SAMPLES, token_in_vocabulary},
     sample::PreparedSampling,
     step::{EngineLoop, refusal_error},
@@ -84,6 +88,8 @@ pub(crate) enum Command {
         key: u64,
         sample: u32,
     },
+    /// A mask has become ready: whoever was held for it may go on.
+    Wake,
     Stop,
 }
 
@@ -94,6 +100,10 @@ pub(crate) struct Submission {
     pub(crate) request_id: String,
     pub(crate) spec: SequenceSpec,
     pub(crate) sampling: PreparedSampling,
+    /// One a sample, or none.
+    pub(crate) grammars: Vec<GrammarState>,
+    /// The wire field they came in.
+    pub(crate) grammar_param: &'static str,
     pub(crate) num_prompt_tokens: usize,
     pub(crate) prompt_scores: Option<PromptScores>,
     pub(crate) deadline: Option<Instant>,
@@ -168,20 +178,28 @@ impl EngineHandle {
     /// Refused are: values out of range and token ids outside the vocabulary ([`EngineError::Invalid`]), a prompt that
     /// with its `max_tokens` exceeds the context ([`EngineError::ContextLengthExceeded`]) or the whole KV cache, a full
     /// queue ([`EngineError::QueueFull`]) and anything after [`EngineHandle::drain`] ([`EngineError::ShuttingDown`]).
+    pub async fn submit(&self, request: TokenRequest) -> Result<TokenStream, EngineError> {
+        Ok(self.submit_all(vec![request]).await?.pop().expect("each request has its stream"))
+    }
+
+    /// [`EngineHandle::submit`] for several at once: all are queued, or none is and no place in the queue was taken.
     #[expect(
         clippy::unused_async,
         reason = "a remote engine will have to wait for its answer; callers need not change"
     )]
-    pub async fn submit(&self, request: TokenRequest) -> Result<TokenStream, EngineError> {
-        self.try_submit(request)
+    pub async fn submit_all(&self, requests: Vec<TokenRequest>) -> Result<Vec<TokenStream>, EngineError> {
+        for request in &requests {
+            request.params.validate(self.shared.vocab_size)?;
+            self.check_request(request)?;
+        }
+        let tickets = self.door.enter(requests.len())?;
+        requests.into_iter().zip(tickets).map(|(request, ticket)| self.send(request, ticket)).collect()
     }
 
-    fn try_submit(&self, request: TokenRequest) -> Result<TokenStream, EngineError> {
-        let Shared { config, vocab_size } = &*self.shared;
-        request.params.validate(*vocab_size)?;
-        self.check_request(&request)?;
-        let ticket = self.door.enter()?;
-        let TokenRequest { request_id, prompt, params, num_samples, priority, deadline } = request;
+    fn send(&self, request: TokenRequest, ticket: Ticket) -> Result<TokenStream, EngineError> {
+        let config = &self.shared.config;
+        let TokenRequest { request_id, prompt, mut params, grammar, num_samples, priority, deadline } = request;
+        params.ignore_eos &= grammar.is_none();
         let max_buffered = config.max_buffered_tokens * num_samples as usize;
         let key = ticket.key();
         let (outbox, stream) = stream::channel(self.commands.clone(), key, num_samples, max_buffered);
@@ -189,6 +207,8 @@ impl EngineHandle {
             ticket,
             request_id,
             sampling: PreparedSampling::new(&params, &prompt, &config.eos_token_ids),
+            grammar_param: grammar.as_ref().map_or("", |grammar| grammar.param),
+            grammars: (0..num_samples).filter_map(|_| grammar.as_ref().map(CompiledGrammar::state)).collect(),
             num_prompt_tokens: prompt.len(),
             prompt_scores: params.prompt_logprobs.map(|num_top| PromptScores { tokens: prompt.clone(), num_top }),
             spec: SequenceSpec {
@@ -242,6 +262,14 @@ impl EngineHandle {
             token_in_vocabulary("prompt", token, *vocab_size)?;
         }
         Ok(())
+    }
+
+    /// Wakes the loop where it sleeps because all that it has is held for masks.
+    pub(crate) fn waker(&self) -> Wake {
+        let commands = self.commands.clone();
+        Arc::new(move || {
+            let _engine_gone = commands.send(Command::Wake);
+        })
     }
 
     /// Most requests that wait at one time.

@@ -24,9 +24,12 @@ pub enum EngineError {
     },
     /// The waiting queue is full.
     #[error(
-        "{num_queued} requests are waiting already, the limit is {max_queued}: try again later, or raise --max-queued-requests"
+        "{num_queued} requests are waiting and {num_asked} more would exceed the limit of {max_queued}: try again later, or \
+         raise --max-queued-requests"
     )]
     QueueFull {
+        /// That were to be queued together.
+        num_asked: usize,
         /// Waiting now.
         num_queued: usize,
         /// The bound.

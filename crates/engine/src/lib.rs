@@ -3,7 +3,8 @@
 //! One thread owns the model. Everything else talks to it through channels. This crate must not know HTTP, tenants or prices.
 //!
 //! Reading order: [`step`](crate::Engine) the loop's one screen (`src/step.rs`), [`engine`] the way in, [`request`] what
-//! goes in and comes out, [`sample`] a row of logits to a token, [`text`] tokenizer, detokenizer and templates,
+//! goes in and comes out, [`sample`] a row of logits to a token, [`grammar`]
+//! which tokens a form allows, [`text`] tokenizer, detokenizer and templates,
 //! [`local_model`] all of it joined for a server, `load` how it comes into being.
 
 #![forbid(unsafe_code)]
@@ -12,6 +13,7 @@ mod step;
 
 pub mod engine;
 pub mod error;
+pub mod grammar;
 mod load;
 pub mod local_model;
 pub mod request;
@@ -23,9 +25,10 @@ pub mod text;
 pub use bindery_scheduler::TokenId;
 pub use engine::{Engine, EngineConfig, EngineHandle, EngineStats, TokenStream};
 pub use error::EngineError;
+pub use grammar::Grammar;
 pub use local_model::{
-    LoadReport, LocalModel, LocalModelConfig, Prompt, RequestTimings, StopReason, TextEvent, TextRequest, TextStream,
-    TokenText, TopToken,
+    LoadReport, LocalModel, LocalModelConfig, PreparedRequest, Prompt, RequestTimings, StopReason, TextEvent,
+    TextRequest, TextStream, TokenText, TopToken,
 };
 pub use request::{FinishReason, SamplingParams, TokenEvent, TokenLogprobs, TokenRequest};
 pub use text::{

@@ -6,12 +6,16 @@
 
 use std::{fs, path::Path, time::Instant};
 
-use bindery_model::{Model, ModelInfo, weights::gguf::GgufFile};
+use bindery_model::{
+    Model, ModelInfo, OpenedModel, Quantize,
+    memory::{TotalMemory, total_memory},
+    weights::gguf::GgufFile,
+};
 use bindery_scheduler::Limits;
 
 use crate::{
     ChatTemplate, EngineError, Tokenizer,
-    local_model::{LoadReport, LocalModel, LocalModelConfig, LocalModelParts},
+    local_model::{CheckReport, LoadReport, LocalModel, LocalModelConfig, LocalModelParts},
     text::gguf_vocabulary::GgufVocabulary,
 };
 
@@ -31,8 +35,8 @@ pub(crate) fn load(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<(LocalModel, LoadReport), EngineError> {
     let start = Instant::now();
-    let (tokenizer, template) = load_text(path, config.load.dummy)?;
-    let mut model = Model::load(path, &config.load, progress)?;
+    let Opened { model, tokenizer, template, needs } = open(path, config)?;
+    let mut model = model.load(progress)?;
     let info = model.info().clone();
     let mut notes = Vec::new();
     if tokenizer.vocab_size() > info.vocab_size {
@@ -45,6 +49,7 @@ pub(crate) fn load(
     if tokenizer.eos_token_ids().is_empty() {
         notes.push("the model names no end token: answers end at max_tokens or at a stop string".to_owned());
     }
+    notes.extend(nothing_to_quantize(&info, config.load.quantize));
     let memory = match config.kv_cache_memory {
         Some(bytes) => CacheMemory::Given(bytes),
         None => CacheMemory::Free(free_memory_bytes().unwrap_or_else(|| {
@@ -55,12 +60,8 @@ pub(crate) fn load(
             UNKNOWN_MEMORY_BYTES
         })),
     };
-    let wanted = CacheWanted {
-        max_model_len: config.max_model_len,
-        max_num_seqs: config.max_num_seqs,
-        block_size: config.load.block_size,
-    };
-    let size = size_cache(&info, &wanted, memory)?;
+    let wanted = CacheWanted::new(config);
+    let size = size_cache(needs, &wanted, memory)?;
     notes.extend(size.note);
     model.allocate_kv(size.num_blocks)?;
     let limits = Limits {
@@ -82,6 +83,49 @@ pub(crate) fn load(
         notes,
     };
     Ok((local_model, report))
+}
+
+/// See [`LocalModel::check`].
+pub(crate) fn check(path: &Path, config: &LocalModelConfig) -> Result<CheckReport, EngineError> {
+    let Opened { model, needs, .. } = open(path, config)?;
+    let max_model_len = match config.kv_cache_memory {
+        Some(bytes) => size_cache(needs, &CacheWanted::new(config), CacheMemory::Given(bytes))?.max_model_len,
+        None => config.max_model_len.unwrap_or(needs.model_len),
+    };
+    Ok(CheckReport { architecture: model.config().architecture.clone(), max_model_len })
+}
+
+/// All that comes before the weights.
+struct Opened {
+    model: OpenedModel,
+    tokenizer: Tokenizer,
+    template: Option<ChatTemplate>,
+    needs: CacheNeeds,
+}
+
+/// The one way in, for [`load`] and [`check`]: whatever can be refused without reading a weight is refused here.
+fn open(path: &Path, config: &LocalModelConfig) -> Result<Opened, EngineError> {
+    config.check()?;
+    let model = Model::open(path, &config.load)?;
+    let needs =
+        CacheNeeds { model_len: model.config().max_position_embeddings, bytes_per_token: model.kv_bytes_per_token() };
+    check_max_model_len(needs, config.max_model_len)?;
+    if let Some(bytes) = config.kv_cache_memory {
+        size_cache(needs, &CacheWanted::new(config), CacheMemory::Given(bytes))?;
+    }
+    let (tokenizer, template) = load_text(path, config.load.dummy)?;
+    Ok(Opened { model, tokenizer, template, needs })
+}
+
+/// Who asks for int4 and gets none should not have to find out from the memory used.
+fn nothing_to_quantize(info: &ModelInfo, quantize: Quantize) -> Option<String> {
+    (quantize != Quantize::None && info.num_quantized_tensors == 0).then(|| {
+        format!(
+            "--quantize changed nothing: it is for dense matrices, and those of this model are quantised in the file already, \
+             or no multiple of 32 wide; stored are {}",
+            info.weight_format
+        )
+    })
 }
 
 fn load_text(path: &Path, is_dummy: bool) -> Result<(Tokenizer, Option<ChatTemplate>), EngineError> {
@@ -139,12 +183,67 @@ enum CacheMemory {
     Free(u64),
 }
 
+impl LocalModelConfig {
+    /// Refuses what no model could be loaded with on this machine, before there is one to look at.
+    ///
+    /// # Errors
+    /// The value, the limit and the next step.
+    pub fn check(&self) -> Result<(), EngineError> {
+        self.load.check()?;
+        check_cache_memory(self.kv_cache_memory, total_memory())
+    }
+}
+
+/// Pages of the cache are taken from the system when they are first written to, so without this a size that no machine
+/// has would be found out late, or in the middle of serving. Where the system names no total, nothing can be said.
+fn check_cache_memory(given: Option<u64>, total: Option<TotalMemory>) -> Result<(), EngineError> {
+    let (Some(given), Some(total)) = (given, total) else { return Ok(()) };
+    if given <= total.bytes {
+        return Ok(());
+    }
+    let whose = if total.is_of_group { "the limit of this process's control group," } else { "this machine's" };
+    Err(invalid(
+        "kv_cache_memory",
+        format!(
+            "--kv-cache-memory {} is more than {whose} {}: give less, or leave it out to take what is free",
+            in_units(given, f64::ceil),
+            in_units(total.bytes, f64::floor)
+        ),
+    ))
+}
+
+/// Bytes for people, with one decimal where it is not zero; `round` says to which side.
+fn in_units(bytes: u64, round: fn(f64) -> f64) -> String {
+    const UNITS: [(&str, u32); 6] = [("EiB", 60), ("PiB", 50), ("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)];
+    let (name, bits) = UNITS.into_iter().find(|&(_, bits)| bytes >> bits > 0).unwrap_or(("KiB", 10));
+    let size = round(bytes as f64 / (1_u64 << bits) as f64 * 10.0) / 10.0;
+    format!("{size} {name}")
+}
+
+/// What the model is, as far as its cache goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct CacheNeeds {
+    /// Tokens that it was made for.
+    model_len: usize,
+    bytes_per_token: usize,
+}
+
 /// What was asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct CacheWanted {
     max_model_len: Option<usize>,
     max_num_seqs: usize,
     block_size: usize,
+}
+
+impl CacheWanted {
+    fn new(config: &LocalModelConfig) -> Self {
+        Self {
+            max_model_len: config.max_model_len,
+            max_num_seqs: config.max_num_seqs,
+            block_size: config.load.block_size,
+        }
+    }
 }
 
 /// What there will be.
@@ -155,28 +254,31 @@ struct CacheSize {
     note: Option<String>,
 }
 
+fn check_max_model_len(needs: CacheNeeds, wanted: Option<usize>) -> Result<(), EngineError> {
+    let model_len = needs.model_len;
+    match wanted {
+        Some(0) => Err(invalid("max_model_len", "--max-model-len is 0, it must be at least 1".to_owned())),
+        Some(len) if len > model_len => Err(invalid(
+            "max_model_len",
+            format!("--max-model-len is {len}, this model was made for at most {model_len} tokens"),
+        )),
+        _ => Ok(()),
+    }
+}
+
 /// As many blocks as the memory holds, but not more than all sequences of a step could ever use.
-fn size_cache(info: &ModelInfo, wanted: &CacheWanted, memory: CacheMemory) -> Result<CacheSize, EngineError> {
+fn size_cache(needs: CacheNeeds, wanted: &CacheWanted, memory: CacheMemory) -> Result<CacheSize, EngineError> {
     let block_size = wanted.block_size;
     if block_size == 0 {
         return Err(invalid("block_size", "--block-size is 0, it must be at least 1".to_owned()));
     }
-    let model_len = info.max_position_embeddings;
-    match wanted.max_model_len {
-        Some(0) => return Err(invalid("max_model_len", "--max-model-len is 0, it must be at least 1".to_owned())),
-        Some(len) if len > model_len => {
-            return Err(invalid(
-                "max_model_len",
-                format!("--max-model-len is {len}, this model was made for at most {model_len} tokens"),
-            ));
-        }
-        _ => {}
-    }
+    check_max_model_len(needs, wanted.max_model_len)?;
+    let model_len = needs.model_len;
     let budget_bytes = match memory {
         CacheMemory::Given(bytes) => bytes,
         CacheMemory::Free(bytes) => bytes.saturating_sub(MARGIN_BYTES_MIN.max(bytes / MARGIN_SHARE)),
     };
-    let block_bytes = (info.kv_bytes_per_token as u64).saturating_mul(block_size as u64).max(1);
+    let block_bytes = (needs.bytes_per_token as u64).saturating_mul(block_size as u64).max(1);
     let num_affordable = (budget_bytes / block_bytes).min(SLOTS_MAX / block_size as u64) as usize;
     let wanted_len = wanted.max_model_len.unwrap_or(model_len);
     let num_needed = wanted_len.div_ceil(block_size);
@@ -231,8 +333,8 @@ mod tests {
     use super::*;
     use crate::testing::{fake_info, small_limits};
 
-    fn info() -> ModelInfo {
-        ModelInfo { max_position_embeddings: 8192, kv_bytes_per_token: 1024, ..fake_info(&small_limits()) }
+    fn needs() -> CacheNeeds {
+        CacheNeeds { model_len: 8192, bytes_per_token: 1024 }
     }
 
     fn wanted(max_model_len: Option<usize>, max_num_seqs: usize) -> CacheWanted {
@@ -243,41 +345,75 @@ mod tests {
 
     #[test]
     fn the_cache_takes_what_is_given() {
-        let size = size_cache(&info(), &wanted(None, 256), CacheMemory::Given(GIB)).unwrap();
+        let size = size_cache(needs(), &wanted(None, 256), CacheMemory::Given(GIB)).unwrap();
         assert_eq!(size, CacheSize { num_blocks: 65536, max_model_len: 8192, note: None });
     }
 
     #[test]
     fn the_cache_is_no_larger_than_all_sequences_together() {
-        let size = size_cache(&info(), &wanted(Some(100), 2), CacheMemory::Given(GIB)).unwrap();
+        let size = size_cache(needs(), &wanted(Some(100), 2), CacheMemory::Given(GIB)).unwrap();
         assert_eq!(size, CacheSize { num_blocks: 14, max_model_len: 100, note: None });
     }
 
     #[test]
     fn a_margin_of_free_memory_stays_free() {
-        let size = size_cache(&info(), &wanted(None, 256), CacheMemory::Free(2 * GIB)).unwrap();
+        let size = size_cache(needs(), &wanted(None, 256), CacheMemory::Free(2 * GIB)).unwrap();
         assert_eq!(size.num_blocks, 98304, "1.5 GiB of 2");
-        let size = size_cache(&info(), &wanted(None, 256), CacheMemory::Free(20 * GIB)).unwrap();
+        let size = size_cache(needs(), &wanted(None, 256), CacheMemory::Free(20 * GIB)).unwrap();
         assert_eq!(size.num_blocks, 131_072, "256 sequences of 8192 tokens, less than nine tenths of 20 GiB");
     }
 
     #[test]
     fn the_context_shrinks_to_what_fits_unless_it_was_asked_for() {
-        let size = size_cache(&info(), &wanted(None, 256), CacheMemory::Given(1 << 20)).unwrap();
+        let size = size_cache(needs(), &wanted(None, 256), CacheMemory::Given(1 << 20)).unwrap();
         assert_eq!((size.num_blocks, size.max_model_len), (64, 1024));
         assert!(size.note.unwrap().contains("1024 tokens"));
-        let error = size_cache(&info(), &wanted(Some(2048), 256), CacheMemory::Given(1 << 20)).unwrap_err();
+        let error = size_cache(needs(), &wanted(Some(2048), 256), CacheMemory::Given(1 << 20)).unwrap_err();
         assert!(error.to_string().contains("needs 2 MiB of KV cache and there are 1 MiB"), "{error}");
-        assert!(size_cache(&info(), &wanted(None, 256), CacheMemory::Given(100)).is_err());
-        assert!(size_cache(&info(), &wanted(None, 256), CacheMemory::Free(100)).is_err());
+        assert!(size_cache(needs(), &wanted(None, 256), CacheMemory::Given(100)).is_err());
+        assert!(size_cache(needs(), &wanted(None, 256), CacheMemory::Free(100)).is_err());
     }
 
     #[test]
     fn a_context_beyond_the_models_is_refused_with_the_number() {
-        let error = size_cache(&info(), &wanted(Some(8193), 256), CacheMemory::Given(GIB)).unwrap_err();
+        let error = size_cache(needs(), &wanted(Some(8193), 256), CacheMemory::Given(GIB)).unwrap_err();
         assert!(matches!(error, EngineError::Invalid { param: "max_model_len", .. }));
         assert!(error.to_string().contains("8192"), "{error}");
-        assert!(size_cache(&info(), &wanted(Some(0), 256), CacheMemory::Given(GIB)).is_err());
+        assert!(size_cache(needs(), &wanted(Some(0), 256), CacheMemory::Given(GIB)).is_err());
+    }
+
+    #[test]
+    fn a_cache_beyond_all_memory_is_refused_with_both_figures() {
+        let machine = TotalMemory { bytes: 24 * GIB - 1, is_of_group: false };
+        for fine in [None, Some(1), Some(machine.bytes)] {
+            check_cache_memory(fine, Some(machine)).unwrap();
+        }
+        check_cache_memory(Some(u64::MAX), None).unwrap();
+        let refused = |bytes, total| check_cache_memory(Some(bytes), Some(total)).unwrap_err();
+        let error = refused(10 << 40, machine);
+        assert!(matches!(error, EngineError::Invalid { param: "kv_cache_memory", .. }));
+        assert_eq!(
+            error.to_string(),
+            "--kv-cache-memory 10 TiB is more than this machine's 23.9 GiB: give less, or leave it out to take what is free"
+        );
+        // Rounded apart, so that the text never says that a number is more than itself.
+        let text = refused(machine.bytes + 1, machine).to_string();
+        assert!(text.contains("24 GiB is more than this machine's 23.9 GiB"), "{text}");
+        let text = refused(GIB, TotalMemory { bytes: GIB / 2, is_of_group: true }).to_string();
+        assert!(
+            text.contains("1 GiB is more than the limit of this process's control group, 512 MiB: give less"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn nothing_to_quantise_is_said() {
+        let stored = ModelInfo { weight_format: "Q4_1 (210), F32 (61)".to_owned(), ..fake_info(&small_limits()) };
+        assert_eq!(nothing_to_quantize(&stored, Quantize::None), None);
+        let note = nothing_to_quantize(&stored, Quantize::Int4).unwrap();
+        assert!(note.starts_with("--quantize changed nothing") && note.ends_with("Q4_1 (210), F32 (61)"), "{note}");
+        let changed = ModelInfo { num_quantized_tensors: 1, ..stored };
+        assert_eq!(nothing_to_quantize(&changed, Quantize::Int4), None);
     }
 
     #[test]

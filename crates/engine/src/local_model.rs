@@ -19,8 +19,9 @@ use bindery_scheduler::{Limits, TokenId};
 use tokio::sync::Semaphore;
 
 use crate::{
-    ChatTemplate, Engine, EngineConfig, EngineError, EngineHandle, FinishReason, RenderRequest, SamplingParams,
-    TokenRequest, Tokenizer,
+    ChatTemplate, Engine, EngineConfig, EngineError, EngineHandle, FinishReason, Grammar, RenderRequest,
+    SamplingParams, TokenRequest, Tokenizer,
+    grammar::{CompiledGrammar, GrammarCompiler},
     request::{MAX_SAMPLES, token_in_vocabulary},
 };
 
@@ -48,7 +49,11 @@ pub struct LocalModel {
     pub max_model_len: usize,
     /// Tokens the whole KV cache holds.
     max_cached_tokens: usize,
+    pub(crate) grammars: Arc<GrammarCompiler>,
+    /// One permit a core.
     tokenizing: Arc<Semaphore>,
+    /// One permit: a grammar that takes long to compile holds up other grammars, and nothing else.
+    compiling: Arc<Semaphore>,
     thread: Mutex<Option<Engine>>,
 }
 
@@ -84,6 +89,15 @@ pub struct LoadReport {
     pub full_length_requests: f64,
     /// What a person should know: a context that had to shrink, a model without an end token.
     pub notes: Vec<String>,
+}
+
+/// What [`LocalModel::check`] found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CheckReport {
+    /// As the file names it.
+    pub architecture: String,
+    /// Tokens that a sequence will have at most. Where no memory is given for the cache, what is free at the start decides.
+    pub max_model_len: usize,
 }
 
 /// What [`LocalModel::from_parts`] puts together.
@@ -138,12 +152,52 @@ pub struct TextRequest {
     pub include_stop_str_in_output: bool,
     /// Special tokens are not part of the text.
     pub skip_special_tokens: bool,
+    /// The form every answer must have, with the wire field it came in, for errors.
+    pub grammar: Option<(Arc<Grammar>, &'static str)>,
     /// Keep only the last so many tokens of the prompt.
     pub truncate_prompt_tokens: Option<usize>,
     /// Lower runs first.
     pub priority: i32,
     /// Cancelled when this has passed since [`LocalModel::generate`] was called.
     pub timeout: Option<Duration>,
+}
+
+impl TextRequest {
+    /// One answer to `prompt`, as long as the context allows, with the defaults of [`SamplingParams`]: fill in the rest by
+    /// struct update.
+    pub fn new(prompt: Prompt) -> Self {
+        Self {
+            request_id: String::new(),
+            prompt,
+            prompt_param: "prompt",
+            params: SamplingParams::default(),
+            max_tokens: None,
+            num_samples: 1,
+            best_of: None,
+            stop: Vec::new(),
+            include_stop_str_in_output: false,
+            grammar: None,
+            skip_special_tokens: true,
+            truncate_prompt_tokens: None,
+            priority: 0,
+            timeout: None,
+        }
+    }
+}
+
+/// A request that was checked and tokenised and is not queued yet. See [`LocalModel::prepare`].
+#[derive(Debug)]
+pub struct PreparedRequest {
+    answers: stream::Answers,
+    /// `None` where there is nothing to compute.
+    tokens: Option<TokenRequest>,
+}
+
+impl PreparedRequest {
+    /// Tokens of the prompt as it will be computed (after truncation).
+    pub fn num_prompt_tokens(&self) -> usize {
+        self.answers.prompt.len()
+    }
 }
 
 /// Text of one token, with what OpenAI's logprobs need.
@@ -243,6 +297,13 @@ impl LocalModel {
         crate::load::load(path, config, progress)
     }
 
+    /// Refuses what [`LocalModel::load`] would refuse, by the same checks, as far as that can be seen without reading
+    /// weights: options, formats, tokenizer and template, the length of a context, memory that was given for the cache.
+    /// Blocking, but short.
+    pub fn check(path: &Path, config: &LocalModelConfig) -> Result<CheckReport, EngineError> {
+        crate::load::check(path, config)
+    }
+
     /// Puts a loaded model (or a test's double) together with its text side and starts the engine.
     pub fn from_parts(model: Box<dyn StepModel>, parts: LocalModelParts) -> Result<Self, EngineError> {
         let LocalModelParts { tokenizer, template, info, limits, max_buffered_tokens } = parts;
@@ -251,26 +312,38 @@ impl LocalModel {
         let eos_token_ids = tokenizer.eos_token_ids().to_vec();
         let (thread, engine) = Engine::start(model, EngineConfig { limits, eos_token_ids, max_buffered_tokens })?;
         let num_cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let tokenizer = Arc::new(tokenizer);
         Ok(Self {
+            grammars: Arc::new(GrammarCompiler::new(Arc::clone(&tokenizer), engine.waker())),
             engine,
-            tokenizer: Arc::new(tokenizer),
+            tokenizer,
             template,
             info,
             max_model_len,
             max_cached_tokens,
             tokenizing: Arc::new(Semaphore::new(num_cores)),
+            compiling: Arc::new(Semaphore::new(1)),
             thread: Mutex::new(Some(thread)),
         })
     }
 
     /// Checks, tokenises (off the async threads), queues; then a stream of text.
     pub async fn generate(&self, request: TextRequest) -> Result<TextStream, EngineError> {
+        let prepared = self.prepare(request).await?;
+        Ok(self.submit_all(vec![prepared]).await?.pop().expect("each request has its stream"))
+    }
+
+    /// Checks and tokenises (off the async threads). What comes back holds no place in the queue: a caller may look at
+    /// what it would cost, and drop it.
+    pub async fn prepare(&self, request: TextRequest) -> Result<PreparedRequest, EngineError> {
         let deadline = Deadline::new(request.timeout);
         check_samples(&request)?;
         check_stop(&request.stop)?;
-        let (tokens, text) = self.prompt_tokens(&request).await?;
-        let mut params = request.params.clone();
-        params.max_tokens = self.max_tokens(&request, tokens.len())?;
+        let param = request.prompt_param;
+        let tokens = self.prompt_tokens(request.prompt, request.truncate_prompt_tokens, param);
+        let (tokens, text) = deadline.within(tokens).await?;
+        let mut params = request.params;
+        params.max_tokens = self.max_tokens(request.max_tokens, tokens.len(), param)?;
         deadline.check()?;
 
         let num_generated = request.best_of.unwrap_or(request.num_samples);
@@ -296,22 +369,41 @@ impl LocalModel {
             params.max_tokens = 1;
             params.min_tokens = 0;
             params.validate(self.info.vocab_size)?;
-            return Ok(TextStream::without_engine(answers));
+            return Ok(PreparedRequest { answers, tokens: None });
         }
+        let grammar = match request.grammar {
+            None => None,
+            Some((grammar, param)) => Some(deadline.within(self.compile(grammar, param)).await?),
+        };
+        let tokens = TokenRequest {
+            request_id: request.request_id,
+            prompt: answers.prompt.clone(),
+            params,
+            grammar,
+            num_samples: num_generated,
+            priority: request.priority,
+            deadline: deadline.at,
+        };
+        Ok(PreparedRequest { answers, tokens: Some(tokens) })
+    }
+
+    /// Queues all of them or none; then a stream of text each, in the same order.
+    pub async fn submit_all(&self, prepared: Vec<PreparedRequest>) -> Result<Vec<TextStream>, EngineError> {
         let submitted_at = Instant::now();
-        let tokens = self
-            .engine
-            .submit(TokenRequest {
-                request_id: request.request_id,
-                prompt: answers.prompt.clone(),
-                params,
-                num_samples: num_generated,
-                priority: request.priority,
-                deadline: deadline.at,
-            })
-            .await
-            .map_err(|error| deadline.exact(error))?;
-        Ok(TextStream::new(answers, tokens, submitted_at))
+        let mut work = Vec::with_capacity(prepared.len());
+        let mut answers = Vec::with_capacity(prepared.len());
+        for PreparedRequest { answers: wanted, tokens } in prepared {
+            answers.push((wanted, tokens.is_some()));
+            work.extend(tokens);
+        }
+        let mut streams = self.engine.submit_all(work).await?.into_iter();
+        let with_stream = |(answers, has_work): (stream::Answers, bool)| {
+            if !has_work {
+                return TextStream::without_engine(answers);
+            }
+            TextStream::new(answers, streams.next().expect("each request has its stream"), submitted_at)
+        };
+        Ok(answers.into_iter().map(with_stream).collect())
     }
 
     /// Renders the chat template.
@@ -333,22 +425,26 @@ impl LocalModel {
     }
 
     /// The prompt in tokens, at least one and all of them in the vocabulary; its text, where it came as text.
-    async fn prompt_tokens(&self, request: &TextRequest) -> Result<(Vec<TokenId>, Option<String>), EngineError> {
-        let param = request.prompt_param;
-        let (mut tokens, mut text) = match &request.prompt {
-            Prompt::Tokens(tokens) => (tokens.clone(), None),
+    async fn prompt_tokens(
+        &self,
+        prompt: Prompt,
+        num_kept: Option<usize>,
+        param: &'static str,
+    ) -> Result<(Vec<TokenId>, Option<String>), EngineError> {
+        let (mut tokens, mut text) = match prompt {
+            Prompt::Tokens(tokens) => (tokens, None),
             Prompt::Text { text, add_special_tokens } => {
-                if request.truncate_prompt_tokens.is_none() {
+                if num_kept.is_none() {
                     let num_tokens_min = self.tokenizer.min_tokens_for(text.len());
                     if num_tokens_min > self.max_model_len {
                         return Err(self.too_long(param, &format!("at least {num_tokens_min}")));
                     }
                 }
-                let tokens = self.tokenize(text.clone(), *add_special_tokens, param).await?;
-                (tokens, Some(text.clone()))
+                let (tokens, text) = self.tokenize(text, add_special_tokens, param).await?;
+                (tokens, Some(text))
             }
         };
-        if let Some(num_kept) = request.truncate_prompt_tokens {
+        if let Some(num_kept) = num_kept {
             if num_kept == 0 {
                 return Err(invalid(
                     "truncate_prompt_tokens",
@@ -372,18 +468,19 @@ impl LocalModel {
         Ok((tokens, text))
     }
 
-    /// On a blocking thread, at most one a core. The permit stays with the work, also when nobody waits for it any more.
+    /// On a blocking thread, at most one a core; the text comes back with its tokens, so that a long one is in memory once.
+    /// The permit stays with the work, also when nobody waits for it any more.
     async fn tokenize(
         &self,
         text: String,
         add_special_tokens: bool,
         param: &'static str,
-    ) -> Result<Vec<TokenId>, EngineError> {
+    ) -> Result<(Vec<TokenId>, String), EngineError> {
         let permit = Arc::clone(&self.tokenizing).acquire_owned().await.map_err(|_| EngineError::ShuttingDown)?;
         let tokenizer = Arc::clone(&self.tokenizer);
         let work = tokio::task::spawn_blocking(move || {
             let _permit = permit;
-            tokenizer.encode(&text, add_special_tokens)
+            tokenizer.encode(&text, add_special_tokens).map(|tokens| (tokens, text))
         });
         match work.await {
             Ok(Err(EngineError::Invalid { message, .. })) => Err(EngineError::Invalid { param, message }),
@@ -392,18 +489,37 @@ impl LocalModel {
         }
     }
 
+    /// Like [`LocalModel::tokenize`].
+    async fn compile(&self, grammar: Arc<Grammar>, param: &'static str) -> Result<CompiledGrammar, EngineError> {
+        let permit = Arc::clone(&self.compiling).acquire_owned().await.map_err(|_| EngineError::ShuttingDown)?;
+        let grammars = Arc::clone(&self.grammars);
+        let work = tokio::task::spawn_blocking(move || {
+            let _permit = permit;
+            grammars.compile(&grammar, param)
+        });
+        match work.await {
+            Ok(result) => result,
+            Err(_) => Err(invalid(param, format!("{param} makes the grammar compiler fail: simplify it"))),
+        }
+    }
+
     /// What was asked for if the context holds it, or what fits.
-    fn max_tokens(&self, request: &TextRequest, num_prompt_tokens: usize) -> Result<usize, EngineError> {
+    fn max_tokens(
+        &self,
+        wanted: Option<usize>,
+        num_prompt_tokens: usize,
+        param: &'static str,
+    ) -> Result<usize, EngineError> {
         let max_model_len = self.max_model_len;
-        match request.max_tokens {
+        match wanted {
             Some(max_tokens) => {
                 let num_tokens = num_prompt_tokens.saturating_add(max_tokens);
                 if num_tokens <= max_model_len {
                     return Ok(max_tokens);
                 }
-                let place = if request.prompt_param == "messages" { "messages" } else { "prompt" };
+                let place = if param == "messages" { "messages" } else { "prompt" };
                 Err(EngineError::ContextLengthExceeded {
-                    param: request.prompt_param,
+                    param,
                     message: format!(
                         "This model's maximum context length is {max_model_len} tokens. However, you requested \
                          {num_tokens} tokens ({num_prompt_tokens} in the {place}, {max_tokens} in the completion). \
@@ -412,7 +528,7 @@ impl LocalModel {
                 })
             }
             None => match max_model_len.min(self.max_cached_tokens).saturating_sub(num_prompt_tokens) {
-                0 => Err(self.too_long(request.prompt_param, &num_prompt_tokens.to_string())),
+                0 => Err(self.too_long(param, &num_prompt_tokens.to_string())),
                 max_tokens => Ok(max_tokens),
             },
         }
@@ -449,6 +565,13 @@ impl Deadline {
         Self { at, timeout_ms: timeout.map(|timeout| timeout.as_millis() as u64) }
     }
 
+    /// Waits no longer than until the deadline. Work on another thread goes on to its end, for nobody.
+    async fn within<T>(self, work: impl Future<Output = Result<T, EngineError>>) -> Result<T, EngineError> {
+        let Some(at) = self.at else { return work.await };
+        let passed = EngineError::DeadlineExceeded { timeout_ms: self.timeout_ms.unwrap_or(0) };
+        tokio::time::timeout_at(at.into(), work).await.unwrap_or(Err(passed))
+    }
+
     fn check(self) -> Result<(), EngineError> {
         match self.at {
             Some(at) if at <= Instant::now() => {
@@ -456,10 +579,6 @@ impl Deadline {
             }
             _ => Ok(()),
         }
-    }
-
-    fn exact(self, error: EngineError) -> EngineError {
-        stream::with_timeout(error, self.timeout_ms)
     }
 }
 
@@ -480,13 +599,18 @@ fn check_samples(request: &TextRequest) -> Result<(), EngineError> {
     }
 }
 
-fn check_stop(stop: &[String]) -> Result<(), EngineError> {
+/// Whether stop strings can be searched for: as many, and as long, as the limits above allow. [`LocalModel::prepare`]
+/// checks them; it is public for a caller that is about to copy them for many prompts.
+pub fn check_stop(stop: &[String]) -> Result<(), EngineError> {
     if stop.len() > MAX_STOP_STRINGS {
         let num_strings = stop.len();
         return Err(invalid("stop", format!("stop has {num_strings} strings, the limit is {MAX_STOP_STRINGS}")));
     }
     if stop.iter().any(String::is_empty) {
-        return Err(invalid("stop", "stop has an empty string, each must have at least one character".to_owned()));
+        return Err(invalid(
+            "stop",
+            "stop has an empty string, which would end every answer at once: leave it out".to_owned(),
+        ));
     }
     if let Some(long) = stop.iter().find(|text| text.len() > MAX_STOP_BYTES) {
         let num_bytes = long.len();

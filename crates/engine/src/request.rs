@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, ops::RangeInclusive, time::Instant};
 
 use bindery_scheduler::TokenId;
 
-use crate::EngineError;
+use crate::{EngineError, grammar::CompiledGrammar};
 
 /// Parallel samples of one request.
 pub const MAX_SAMPLES: u32 = 128;
@@ -99,12 +99,11 @@ impl SamplingParams {
         }
         in_range("presence_penalty", self.presence_penalty, -2.0..=2.0)?;
         in_range("frequency_penalty", self.frequency_penalty, -2.0..=2.0)?;
-        at_most("logit_bias", "entries", self.logit_bias.len(), MAX_LOGIT_BIASES)?;
+        self.check_lengths()?;
         for (&token, &bias) in &self.logit_bias {
             token_in_vocabulary("logit_bias", token, vocab_size)?;
             in_range("logit_bias", bias, -100.0..=100.0)?;
         }
-        at_most("stop_token_ids", "entries", self.stop_token_ids.len(), MAX_STOP_TOKENS)?;
         for &token in &self.stop_token_ids {
             token_in_vocabulary("stop_token_ids", token, vocab_size)?;
         }
@@ -117,6 +116,13 @@ impl SamplingParams {
         }
         at_most("logprobs", "tokens", self.logprobs.unwrap_or(0) as usize, MAX_LOGPROBS as usize)?;
         at_most("prompt_logprobs", "tokens", self.prompt_logprobs.unwrap_or(0) as usize, MAX_LOGPROBS as usize)
+    }
+
+    /// Only the lengths of the lists, as part of [`SamplingParams::validate`]: for a caller that is about to copy the
+    /// parameters for many prompts.
+    pub fn check_lengths(&self) -> Result<(), EngineError> {
+        at_most("logit_bias", "entries", self.logit_bias.len(), MAX_LOGIT_BIASES)?;
+        at_most("stop_token_ids", "entries", self.stop_token_ids.len(), MAX_STOP_TOKENS)
     }
 }
 
@@ -158,6 +164,8 @@ pub struct TokenRequest {
     pub prompt: Vec<TokenId>,
     /// How to sample.
     pub params: SamplingParams,
+    /// What every sample keeps to. With it, `ignore_eos` has no effect: an answer ends where its grammar does.
+    pub grammar: Option<CompiledGrammar>,
     /// Parallel samples, 1..=128.
     pub num_samples: u32,
     /// Lower runs first.

@@ -10,11 +10,11 @@ use std::{
     any::Any,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, mpsc},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use bindery_model::{ForwardBatch, ModelError, StepModel};
-use bindery_scheduler::{Limits, Refusal, Scheduler, StepPlan};
+use bindery_scheduler::{Limits, Refusal, Scheduler, SeqId, StepPlan};
 use tokio::sync::watch;
 
 use crate::{
@@ -27,7 +27,7 @@ use crate::{
         rows::{self, LogitRow},
         stats::{Phase, StatsRecorder},
     },
-    sample::Sampler,
+    sample::{SampleError, Sampler},
 };
 
 /// Bytes of logits that exist at one time. A vocabulary's rows are wide (a quarter million floats a row at worst), so a
@@ -35,6 +35,8 @@ use crate::{
 const LOGITS_BYTES_MAX: usize = 32 << 20;
 /// Rows of a slice at most, so that scores of a long prompt arrive in events of a readable size.
 const LOGIT_ROWS_MAX: usize = 256;
+/// How long a step waits for masks, all together, before it goes on without those who miss one.
+const MASK_PATIENCE: Duration = Duration::from_millis(1);
 /// Commands carried out between two steps at most. Aborts of what was queued come behind their submissions, so the
 /// bound only matters to a caller that submits and drops without end.
 const COMMANDS_MAX: usize = 1 << 16;
@@ -53,6 +55,8 @@ pub(crate) struct EngineLoop {
     started_at: Instant,
     /// The scheduler has work and could not plan any of it: nothing changes until a command or a deadline comes.
     is_stalled: bool,
+    /// Sequences whose next mask is not there yet, as far as is known.
+    awaiting_masks: Vec<SeqId>,
     // Of one step, reused:
     plan: StepPlan,
     batch: ForwardBatch,
@@ -87,6 +91,7 @@ impl EngineLoop {
             published,
             started_at: Instant::now(),
             is_stalled: false,
+            awaiting_masks: Vec::new(),
             plan: StepPlan::default(),
             batch: ForwardBatch::default(),
             rows: Vec::new(),
@@ -141,6 +146,7 @@ impl EngineLoop {
 
     /// The scheduler's plan, and the model's batch of it.
     fn schedule(&mut self) {
+        self.await_masks();
         let now = Instant::now();
         let now_ms = (now - self.started_at).as_millis() as u64;
         self.scheduler.plan(now_ms, &mut self.plan);
@@ -153,6 +159,22 @@ impl EngineLoop {
             self.pace.observe(&self.door, now, num_started);
         }
         rows::fill(&self.plan, &self.requests, &mut self.batch, &mut self.rows);
+    }
+
+    /// Holds the sequences whose masks are not there yet. A mask is usually ready long before the next step, so a moment's
+    /// patience, one for all of them, saves most from sitting one out.
+    fn await_masks(&mut self) {
+        if self.awaiting_masks.is_empty() {
+            return;
+        }
+        let deadline = Instant::now() + MASK_PATIENCE;
+        let Self { requests, scheduler, awaiting_masks, .. } = self;
+        awaiting_masks.retain(|&id| {
+            let Some(grammar) = requests.grammar_mut(id) else { return false };
+            let is_ready = grammar.is_ready(deadline);
+            scheduler.hold(id, !is_ready);
+            !is_ready
+        });
     }
 
     /// Forward pass, logits and sampling. An error or a panic in here leaves the scheduler untouched.
@@ -174,9 +196,8 @@ impl EngineLoop {
             self.copies.extend(self.plan.copies.iter().map(|copy| (copy.source.0, copy.target.0)));
             self.model.copy_blocks(&self.copies)?;
         }
-        self.model.forward(&self.batch)?;
-        self.recorder.lap(Phase::Forward);
-        Ok(())
+        let recorder = &mut self.recorder;
+        self.model.forward(&self.batch, &mut |phase| recorder.lap(Phase::Model(phase)))
     }
 
     fn sample(&mut self) -> Result<(), ModelError> {
@@ -190,7 +211,7 @@ impl EngineLoop {
             }
             let logits = &mut self.logits[..num_logits];
             self.model.logits(start..start + slice.len(), logits)?;
-            self.recorder.lap(Phase::Logits);
+            self.recorder.lap(Phase::Head);
             for (row, logits) in slice.iter().zip(logits.chunks_exact(vocab_size)) {
                 self.outcome.take_row(row, logits, &self.plan, &mut self.requests, &mut self.sampler);
             }
@@ -205,11 +226,12 @@ impl EngineLoop {
     fn commit(&mut self) {
         self.outcome.drop_failed();
         for (key, error) in std::mem::take(&mut self.outcome.failed) {
-            self.end_request(key, EngineError::Step { message: error.to_string() });
+            self.end_request(key, sample_error(&error));
         }
         self.scheduler.commit(&self.plan, &self.outcome.sampled);
         self.recorder.count_step(self.plan.num_batched_tokens());
         self.recorder.generation_tokens += self.outcome.sampled.len() as u64;
+        self.awaiting_masks.append(&mut self.outcome.advanced);
         for sequence in &self.plan.sequences {
             let key = key_of(sequence.id);
             let num_computed_tokens = sequence.num_computed_tokens + sequence.tokens.len();
@@ -299,6 +321,7 @@ impl EngineLoop {
                     self.requests.remove_if_ended(key);
                 }
             }
+            Command::Wake => {}
             Command::Stop => return None,
         }
         Some(())
@@ -372,10 +395,21 @@ impl EngineLoop {
     }
 }
 
+/// What a request is told whose row gave no token, by whose mistake it is.
+fn sample_error(error: &SampleError) -> EngineError {
+    let message = error.to_string();
+    match error {
+        SampleError::NotFinite { .. } => EngineError::Step { message },
+        SampleError::NothingAllowed { .. } => EngineError::Invalid { param: "logit_bias", message },
+        SampleError::Grammar { param, .. } => EngineError::Invalid { param, message },
+    }
+}
+
 /// What a refused request is told. The door decides by the same rules, so that a refusal need not wait for this thread.
 pub(crate) fn refusal_error(refusal: &Refusal, limits: &Limits) -> EngineError {
     match *refusal {
         Refusal::QueueFull { num_queued_requests, max_queued_requests } => EngineError::QueueFull {
+            num_asked: 1,
             num_queued: num_queued_requests,
             max_queued: max_queued_requests,
             retry_after: RETRY_AFTER_MIN,

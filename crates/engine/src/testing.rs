@@ -14,10 +14,12 @@ use std::{
     sync::{Arc, Mutex, mpsc},
 };
 
-use bindery_model::{BackendKind, ForwardBatch, KvCacheDtype, ModelError, ModelInfo, StepModel};
+use bindery_model::{BackendKind, ForwardBatch, KvCacheDtype, ModelError, ModelInfo, ModelPhase, StepModel};
 use bindery_scheduler::{Limits, TokenId};
 
-use crate::{ChatTemplate, EngineError, LocalModel, load::byte_tokenizer, local_model::LocalModelParts};
+use crate::{
+    ChatTemplate, EngineError, LocalModel, grammar::GrammarCompiler, load::byte_tokenizer, local_model::LocalModelParts,
+};
 
 /// 256 bytes, an end token, a beginning token, a plain special token, and padding.
 pub const VOCAB_SIZE: usize = 264;
@@ -37,6 +39,8 @@ pub struct FakeModelOptions {
     pub eos_bias: f32,
     /// Every `forward` waits here.
     pub gate: Option<Gate>,
+    /// Every grammar thread waits here after each mask it has computed, and computes no other meanwhile.
+    pub mask_gate: Option<Gate>,
     /// Every batch is noted here.
     pub batches: Option<Arc<Mutex<Vec<ForwardBatch>>>>,
 }
@@ -158,7 +162,7 @@ impl StepModel for FakeModel {
         Ok(())
     }
 
-    fn forward(&mut self, batch: &ForwardBatch) -> Result<(), ModelError> {
+    fn forward(&mut self, batch: &ForwardBatch, passed: &mut dyn FnMut(ModelPhase)) -> Result<(), ModelError> {
         if let Some(batches) = &self.options.batches {
             batches.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(batch.clone());
         }
@@ -171,7 +175,10 @@ impl StepModel for FakeModel {
             return Err(ModelError::Step("the fake model was told to fail".to_owned()));
         }
         self.write(batch)?;
+        passed(ModelPhase::Embed);
         self.rows = batch.logit_rows.iter().map(|&row| self.history(batch, row as usize)).collect::<Result<_, _>>()?;
+        use ModelPhase::{Attention, AttentionInputs, AttentionOutput, Mlp};
+        [AttentionInputs, Attention, AttentionOutput, Mlp].into_iter().for_each(passed);
         Ok(())
     }
 
@@ -234,6 +241,7 @@ pub fn fake_local_model_with_template(
     options: FakeModelOptions,
     template: Option<ChatTemplate>,
 ) -> Result<LocalModel, EngineError> {
+    let mask_gate = options.mask_gate.clone();
     let model = FakeModel::new(limits.block_size, limits.num_blocks, options);
     let parts = LocalModelParts {
         tokenizer: byte_tokenizer()?,
@@ -242,7 +250,16 @@ pub fn fake_local_model_with_template(
         limits,
         max_buffered_tokens: 1024,
     };
-    LocalModel::from_parts(Box::new(model), parts)
+    let mut local = LocalModel::from_parts(Box::new(model), parts)?;
+    if let Some(gate) = mask_gate {
+        let wake = local.engine.waker();
+        let gated = move || {
+            gate.pass();
+            wake();
+        };
+        local.grammars = Arc::new(GrammarCompiler::new(Arc::clone(&local.tokenizer), Arc::new(gated)));
+    }
+    Ok(local)
 }
 
 /// What the double says about itself.
@@ -263,6 +280,8 @@ pub fn fake_info(limits: &Limits) -> ModelInfo {
         eos_token_ids: vec![EOS.0],
         num_parameters: 0,
         weight_format: "none".to_owned(),
+        num_quantized_tensors: 0,
+        products: Vec::new(),
         weight_bytes: 0,
         stored_weight_bytes: 0,
         kv_bytes_per_token: 8,

@@ -36,7 +36,15 @@ fn start_gated(limits: &Limits, options: FakeModelOptions) -> (Engine, EngineHan
 }
 
 fn request(prompt: Vec<TokenId>, params: SamplingParams) -> TokenRequest {
-    TokenRequest { request_id: "test".to_owned(), prompt, params, num_samples: 1, priority: 0, deadline: None }
+    TokenRequest {
+        request_id: "test".to_owned(),
+        prompt,
+        params,
+        grammar: None,
+        num_samples: 1,
+        priority: 0,
+        deadline: None,
+    }
 }
 
 /// A prompt of `length` tokens that differs from others by its `start`.
@@ -401,7 +409,7 @@ async fn a_full_queue_refuses_at_once_and_has_room_again_later() {
     let waiting = handle.submit(request(prompt(1, 5), greedy(5))).await.unwrap();
     let given_up = handle.submit(request(prompt(2, 5), greedy(5))).await.unwrap();
     match handle.submit(request(prompt(3, 5), greedy(5))).await {
-        Err(EngineError::QueueFull { num_queued: 2, max_queued: 2, retry_after }) => {
+        Err(EngineError::QueueFull { num_asked: 1, num_queued: 2, max_queued: 2, retry_after }) => {
             assert!((1..=60).contains(&retry_after.as_secs()));
         }
         other => panic!("{other:?}"),

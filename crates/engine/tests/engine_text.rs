@@ -22,19 +22,9 @@ fn text_prompt(text: &str) -> Prompt {
 fn request(prompt: &str, max_tokens: usize) -> TextRequest {
     let logit_bias: BTreeMap<TokenId, f32> = (b'a'..=b'z').map(|letter| (TokenId(u32::from(letter)), 50.0)).collect();
     TextRequest {
-        request_id: "test".to_owned(),
-        prompt: text_prompt(prompt),
-        prompt_param: "prompt",
         params: SamplingParams { temperature: 0.0, logit_bias, ..SamplingParams::default() },
         max_tokens: Some(max_tokens),
-        num_samples: 1,
-        best_of: None,
-        stop: Vec::new(),
-        include_stop_str_in_output: false,
-        skip_special_tokens: true,
-        truncate_prompt_tokens: None,
-        priority: 0,
-        timeout: None,
+        ..TextRequest::new(text_prompt(prompt))
     }
 }
 

@@ -11,6 +11,7 @@ use crate::{
     batch::{BatchChecker, BatchLimits, ForwardBatch},
     config::DecoderConfig,
     error::ModelError,
+    model::{ModelPhase, ProductWeights},
     rope::Rope,
     weights::{LayerTensor, TensorRole, TensorView, WeightStore},
 };
@@ -42,24 +43,35 @@ struct LayerWeights<B: Backend> {
     mlp: MlpWeights<B>,
 }
 
+/// What loading has brought into memory.
+pub(crate) struct LoadedWeights {
+    pub(crate) num_bytes: u64,
+    /// See [`crate::ModelInfo::products`].
+    pub(crate) products: Vec<ProductWeights>,
+}
+
 impl<B: Backend> Decoder<B> {
     /// Takes the weights over one tensor at a time; `progress(bytes done, bytes in all)` counts them as stored.
-    /// The second value is the memory that they hold now.
     pub(crate) fn load(
         config: &DecoderConfig,
         store: &WeightStore,
         backend: B,
         block_size: usize,
         progress: &mut dyn FnMut(u64, u64),
-    ) -> Result<(Self, u64), ModelError> {
-        check_config(config)?;
-        let rope = Rope::new(&config.rotary)?;
+    ) -> Result<(Self, LoadedWeights), ModelError> {
+        let rope = Self::check(config)?;
         let mut loader = Loader { store, backend: &backend, config, progress, bytes_done: 0, bytes_held: 0 };
         let weights = loader.load()?;
-        let bytes_held = loader.bytes_held;
+        let loaded = LoadedWeights { num_bytes: loader.bytes_held, products: products(&weights) };
         let decoder =
             Self { config: config.clone(), weights, backend, rope, block_size, checker: None, num_kept_rows: 0 };
-        Ok((decoder, bytes_held))
+        Ok((decoder, loaded))
+    }
+
+    /// Whether the operations can carry the configuration out; the rotary embedding, which has its own rules.
+    pub(crate) fn check(config: &DecoderConfig) -> Result<Rope, ModelError> {
+        check_config(config)?;
+        Rope::new(&config.rotary)
     }
 
     pub(crate) fn backend(&self) -> &B {
@@ -92,7 +104,11 @@ impl<B: Backend> Decoder<B> {
         Ok(())
     }
 
-    pub(crate) fn forward(&mut self, batch: &ForwardBatch) -> Result<(), ModelError> {
+    pub(crate) fn forward(
+        &mut self,
+        batch: &ForwardBatch,
+        passed: &mut dyn FnMut(ModelPhase),
+    ) -> Result<(), ModelError> {
         self.num_kept_rows = 0;
         checker(&mut self.checker)?.check(batch)?;
         if batch.tokens.is_empty() {
@@ -102,14 +118,20 @@ impl<B: Backend> Decoder<B> {
         let step = Step { batch, cos: self.rope.cos(), sin: self.rope.sin() };
         let backend = &mut self.backend;
         backend.embed(&self.weights.embedding, step)?;
+        passed(ModelPhase::Embed);
         for (index, (weights, config)) in self.weights.layers.iter().zip(&self.config.layers).enumerate() {
             let layer = Layer { index, config };
             backend.attention_inputs(layer, &weights.attention, step)?;
+            passed(ModelPhase::AttentionInputs);
             backend.attention(layer, step)?;
+            passed(ModelPhase::Attention);
             backend.attention_output(&weights.attention, step)?;
+            passed(ModelPhase::AttentionOutput);
             backend.mlp(&weights.mlp, step)?;
+            passed(ModelPhase::Mlp);
         }
         backend.keep_rows(&batch.logit_rows)?;
+        passed(ModelPhase::Embed);
         self.num_kept_rows = batch.logit_rows.len();
         Ok(())
     }
@@ -175,6 +197,26 @@ fn check_config(config: &DecoderConfig) -> Result<(), ModelError> {
         return refuse("a sliding window of 0 tokens sees nothing".into());
     }
     Ok(())
+}
+
+/// The matrices of each part of a pass.
+fn products<B: Backend>(weights: &DecoderWeights<B>) -> Vec<ProductWeights> {
+    let of = |part, matrices: &mut dyn Iterator<Item = &B::Matrix>| {
+        let empty = ProductWeights { part, num_parameters: 0, num_bytes: 0, is_quantized: true };
+        matrices.fold(empty, |sum, matrix| ProductWeights {
+            part,
+            num_parameters: sum.num_parameters + B::num_parameters(matrix) as u64,
+            num_bytes: sum.num_bytes + B::matrix_bytes(matrix) as u64,
+            is_quantized: sum.is_quantized && B::is_quantized(matrix),
+        })
+    };
+    let layers = &weights.layers;
+    vec![
+        of("qkv", &mut layers.iter().flat_map(|l| [&l.attention.q, &l.attention.k, &l.attention.v]).map(|l| &l.weight)),
+        of("output", &mut layers.iter().map(|layer| &layer.attention.o.weight)),
+        of("mlp", &mut layers.iter().flat_map(|layer| [&layer.mlp.gate, &layer.mlp.up, &layer.mlp.down])),
+        of("head", &mut std::iter::once(weights.head.as_ref().unwrap_or(&weights.embedding))),
+    ]
 }
 
 /// Brings every tensor from the store to the backend, checking shapes on the way.
@@ -360,7 +402,7 @@ mod tests {
             sequences: vec![BatchSequence { rows: 0..20, block_table: 0..2, context_len: 20, adapter: None }],
             logit_rows: (0..20).collect(),
         };
-        decoder.forward(&batch).unwrap();
+        decoder.forward(&batch, &mut |_| ()).unwrap();
         let mut logits = vec![0.0; 20 * config.vocab_size];
         decoder.logits(0..20, &mut logits).unwrap();
         logits

@@ -15,10 +15,15 @@ mod rope;
 
 pub mod config;
 pub mod error;
+pub mod machine;
 pub mod memory;
 pub mod threads;
 pub mod weights;
 
 pub use batch::{BatchLimits, BatchSequence, ForwardBatch};
 pub use error::ModelError;
-pub use model::{BackendKind, Dtype, KvCacheDtype, LoadOptions, Model, ModelInfo, Quantize, StepModel};
+pub use machine::Machine;
+pub use model::{
+    BackendKind, Dtype, KvCacheDtype, LoadOptions, Model, ModelInfo, ModelPhase, OpenedModel, ProductWeights, Quantize,
+    StepModel,
+};

@@ -13,12 +13,12 @@ use bindery_kernels::{Cpu, Isa};
 use crate::{
     backend::{
         Backend,
-        cpu::{CpuBackend, ImportOptions},
+        cpu::{self, CpuBackend, ImportOptions},
         reference::ReferenceBackend,
     },
     batch::ForwardBatch,
     config::DecoderConfig,
-    decoder::Decoder,
+    decoder::{Decoder, LoadedWeights},
     error::ModelError,
     threads::physical_cores,
     weights::WeightStore,
@@ -37,7 +37,7 @@ pub enum Dtype {
     F16,
 }
 
-/// `--quantize`: what dense weights become at load.
+/// `--quantize`: what dense weights become at load. Quantised weights stay as they are stored, whatever it says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Quantize {
     /// As stored.
@@ -108,6 +108,39 @@ impl LoadOptions {
             dequantize: false,
         }
     }
+
+    /// Refuses values out of range, and those that no model could be loaded with.
+    pub fn check(&self) -> Result<(), ModelError> {
+        let refuse = |what: String| Err(ModelError::BadOption(what));
+        if self.block_size == 0 || self.block_size > MAX_BLOCK_SIZE {
+            return refuse(format!("--block-size {}: a block holds 1 to {MAX_BLOCK_SIZE} tokens", self.block_size));
+        }
+        if let Some(threads) = self.threads.filter(|threads| !(1..=MAX_THREADS).contains(threads)) {
+            return refuse(format!("--threads {threads}: it must be 1 to {MAX_THREADS}"));
+        }
+        if self.dequantize && self.quantize != Quantize::None {
+            return refuse("--quantize and dequantised weights exclude each other".into());
+        }
+        if self.backend == BackendKind::Reference {
+            if !matches!(self.dtype, Dtype::Auto | Dtype::F32) {
+                return refuse(format!("the reference backend computes in f32, not in {:?}", self.dtype));
+            }
+            if !matches!(self.kv_cache_dtype, KvCacheDtype::Auto | KvCacheDtype::F32) {
+                return refuse(format!(
+                    "the reference backend keeps keys and values in f32, not in {:?}",
+                    self.kv_cache_dtype
+                ));
+            }
+            if self.quantize != Quantize::None {
+                return refuse("the reference backend does not quantise: leave --quantize away".into());
+            }
+        }
+        if self.backend == BackendKind::Cpu {
+            isa()?;
+            cpu::kv_cache_dtype(import_options(self), self.kv_cache_dtype)?;
+        }
+        Ok(())
+    }
 }
 
 /// Threads above this are a mistake.
@@ -147,8 +180,12 @@ pub struct ModelInfo {
     pub eos_token_ids: Vec<u32>,
     /// Weights, counted once where tied.
     pub num_parameters: u64,
-    /// For people, e.g. "Q4_1 (210 tensors), f32 (61)".
+    /// For people, e.g. "Q4_1 (210), F32 (61)".
     pub weight_format: String,
+    /// Tensors that [`LoadOptions::quantize`] changed.
+    pub num_quantized_tensors: usize,
+    /// What the parts of a forward pass multiply with, in the order of a pass; norms and biases are left out.
+    pub products: Vec<ProductWeights>,
     /// Weights as they are held in memory.
     pub weight_bytes: u64,
     /// Weights as stored in the file.
@@ -169,6 +206,34 @@ pub struct ModelInfo {
     pub path: PathBuf,
 }
 
+/// A part of the forward pass; see [`StepModel::forward`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ModelPhase {
+    /// Embedding rows of the tokens, rotary angles, and the rows kept for the head.
+    Embed,
+    /// Norm, queries, keys and values, rotary embedding, writing to the pages.
+    AttentionInputs,
+    /// Attention over the pages.
+    Attention,
+    /// Output projection and residual.
+    AttentionOutput,
+    /// Norm, gate, up, activation, down and residual.
+    Mlp,
+}
+
+/// The matrices of one part of the forward pass, over all layers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProductWeights {
+    /// "qkv", "output", "mlp" or "head".
+    pub part: &'static str,
+    /// Weights: multiply-adds for one row.
+    pub num_parameters: u64,
+    /// As held in memory: what a step reads, however many rows it has.
+    pub num_bytes: u64,
+    /// Codes of at most 8 bits, multiplied with int8 activations (all matrices of the part).
+    pub is_quantized: bool,
+}
+
 /// What the engine asks of a model; `Model` is one, test doubles are others.
 pub trait StepModel: Send {
     /// Width of a row of logits.
@@ -176,8 +241,9 @@ pub trait StepModel: Send {
     /// Copies whole blocks (source, target) in every layer, in order, before the next forward.
     fn copy_blocks(&mut self, copies: &[(u32, u32)]) -> Result<(), ModelError>;
     /// Computes a batch: writes its keys and values, keeps the final hidden state of `logit_rows`. A batch that breaks
-    /// its contract is refused with [`ModelError::Step`] and changes nothing in the cache.
-    fn forward(&mut self, batch: &ForwardBatch) -> Result<(), ModelError>;
+    /// its contract is refused with [`ModelError::Step`] and changes nothing in the cache. `passed` is told each part of
+    /// the work as it ends, many times a step: who wants to know where the time goes looks at a clock there.
+    fn forward(&mut self, batch: &ForwardBatch, passed: &mut dyn FnMut(ModelPhase)) -> Result<(), ModelError>;
     /// Logits of rows `rows` (indices into the last batch's `logit_rows`), `out: [rows.len(), vocab_size]`.
     /// Called in slices, so that tokens x vocabulary never exists at once.
     fn logits(&mut self, rows: Range<usize>, out: &mut [f32]) -> Result<(), ModelError>;
@@ -205,42 +271,102 @@ macro_rules! on_decoder {
     };
 }
 
+/// A model's files, opened and checked: all that [`Model::load`] can refuse without reading a weight has been refused.
+#[derive(Debug)]
+pub struct OpenedModel {
+    store: WeightStore,
+    options: LoadOptions,
+    kv_cache_dtype: KvCacheDtype,
+}
+
+impl OpenedModel {
+    /// The model's structure.
+    pub fn config(&self) -> &DecoderConfig {
+        self.store.config()
+    }
+
+    /// All layers, keys and values, one token.
+    pub fn kv_bytes_per_token(&self) -> usize {
+        let config = self.config();
+        2 * config.num_layers() * config.num_kv_heads * config.head_dim * kv_bytes(self.kv_cache_dtype)
+    }
+
+    /// Reads the weights. `progress(bytes done, bytes in all)` is called after each tensor. The files are closed then.
+    pub fn load(self, progress: &mut dyn FnMut(u64, u64)) -> Result<Model, ModelError> {
+        let (config, options) = (self.config(), &self.options);
+        let block_size = options.block_size;
+        match options.backend {
+            BackendKind::Cpu => {
+                let cpu = Cpu::new(isa()?, options.threads.unwrap_or_else(physical_cores));
+                let backend = CpuBackend::new(cpu, config, import_options(options), self.kv_cache_dtype, block_size)?;
+                let (decoder, weights) = Decoder::load(config, &self.store, backend, block_size, progress)?;
+                let info = self.info(decoder.backend(), weights);
+                Ok(Model { decoder: AnyDecoder::Cpu(Box::new(decoder)), info })
+            }
+            BackendKind::Reference => {
+                let backend = ReferenceBackend::new(config, candle_core::Device::Cpu, block_size);
+                let (decoder, weights) = Decoder::load(config, &self.store, backend, block_size, progress)?;
+                let info = self.info(decoder.backend(), weights);
+                Ok(Model { decoder: AnyDecoder::Reference(Box::new(decoder)), info })
+            }
+        }
+    }
+
+    fn info<B: Backend>(&self, backend: &B, weights: LoadedWeights) -> ModelInfo {
+        let (config, store, options) = (self.config(), &self.store, &self.options);
+        let num_quantized_tensors = store.num_quantized_by(options.quantize);
+        ModelInfo {
+            architecture: config.architecture.clone(),
+            vocab_size: config.vocab_size,
+            num_layers: config.num_layers(),
+            hidden_size: config.hidden_size,
+            num_heads: config.num_heads,
+            num_kv_heads: config.num_kv_heads,
+            head_dim: config.head_dim,
+            intermediate_size: config.mlp.intermediate_size,
+            window: widest_window(config),
+            tied_embeddings: config.tied_embeddings,
+            max_position_embeddings: config.max_position_embeddings,
+            bos_token_id: config.bos_token_id,
+            eos_token_ids: config.eos_token_ids.clone(),
+            num_parameters: store.num_parameters(),
+            weight_format: match (options.quantize, num_quantized_tensors) {
+                (Quantize::None, _) | (_, 0) => store.describe_formats(),
+                (Quantize::Int8, num) => format!("{}; {num} quantised to int8 at load", store.describe_formats()),
+                (Quantize::Int4, num) => format!("{}; {num} quantised to int4 at load", store.describe_formats()),
+            },
+            num_quantized_tensors,
+            products: weights.products,
+            weight_bytes: weights.num_bytes,
+            stored_weight_bytes: store.num_bytes(),
+            kv_bytes_per_token: self.kv_bytes_per_token(),
+            kv_cache_dtype: self.kv_cache_dtype,
+            block_size: options.block_size,
+            threads: backend.threads(),
+            backend: options.backend,
+            device: backend.device(),
+            path: store.path().to_owned(),
+        }
+    }
+}
+
 impl Model {
     /// Reads a `.gguf` file or a directory with config.json and safetensors. `progress(bytes done, bytes in all)` is
     /// called after each tensor.
     pub fn load(path: &Path, options: &LoadOptions, progress: &mut dyn FnMut(u64, u64)) -> Result<Self, ModelError> {
-        check_options(options)?;
-        let store = if options.dummy { WeightStore::dummy(path)? } else { WeightStore::open(path)? };
-        Self::load_from(store, options, progress)
+        Self::open(path, options)?.load(progress)
     }
 
-    /// The same from an opened store, for a caller that needs its metadata first. It is closed afterwards.
-    #[allow(clippy::needless_pass_by_value, reason = "the mapped file shall not outlive the load")]
-    pub fn load_from(
-        store: WeightStore,
-        options: &LoadOptions,
-        progress: &mut dyn FnMut(u64, u64),
-    ) -> Result<Self, ModelError> {
-        check_options(options)?;
-        let (config, block_size) = (store.config(), options.block_size);
-        match options.backend {
-            BackendKind::Cpu => {
-                let import =
-                    ImportOptions { dtype: options.dtype, quantize: options.quantize, dequantize: options.dequantize };
-                let isa = Isa::from_env().map_err(|error| ModelError::BadOption(error.to_string()))?;
-                let cpu = Cpu::new(isa, options.threads.unwrap_or_else(physical_cores));
-                let backend = CpuBackend::new(cpu, config, import, options.kv_cache_dtype, block_size)?;
-                let (decoder, weight_bytes) = Decoder::load(config, &store, backend, block_size, progress)?;
-                let info = model_info(&store, options, decoder.backend(), weight_bytes);
-                Ok(Self { decoder: AnyDecoder::Cpu(Box::new(decoder)), info })
-            }
-            BackendKind::Reference => {
-                let backend = ReferenceBackend::new(config, candle_core::Device::Cpu, block_size);
-                let (decoder, weight_bytes) = Decoder::load(config, &store, backend, block_size, progress)?;
-                let info = model_info(&store, options, decoder.backend(), weight_bytes);
-                Ok(Self { decoder: AnyDecoder::Reference(Box::new(decoder)), info })
-            }
-        }
+    /// The part of [`Model::load`] that costs little: options, metadata and the table of tensors are read and checked.
+    pub fn open(path: &Path, options: &LoadOptions) -> Result<OpenedModel, ModelError> {
+        options.check()?;
+        let store = if options.dummy { WeightStore::dummy(path)? } else { WeightStore::open(path)? };
+        Decoder::<CpuBackend>::check(store.config())?;
+        let kv_cache_dtype = match options.backend {
+            BackendKind::Reference => KvCacheDtype::F32,
+            BackendKind::Cpu => cpu::kv_cache_dtype(import_options(options), options.kv_cache_dtype)?,
+        };
+        Ok(OpenedModel { store, options: options.clone(), kv_cache_dtype })
     }
 
     /// What was loaded.
@@ -263,8 +389,8 @@ impl StepModel for Model {
         on_decoder!(self, decoder => decoder.copy_blocks(copies))
     }
 
-    fn forward(&mut self, batch: &ForwardBatch) -> Result<(), ModelError> {
-        on_decoder!(self, decoder => decoder.forward(batch))
+    fn forward(&mut self, batch: &ForwardBatch, passed: &mut dyn FnMut(ModelPhase)) -> Result<(), ModelError> {
+        on_decoder!(self, decoder => decoder.forward(batch, passed))
     }
 
     fn logits(&mut self, rows: Range<usize>, out: &mut [f32]) -> Result<(), ModelError> {
@@ -272,67 +398,13 @@ impl StepModel for Model {
     }
 }
 
-fn check_options(options: &LoadOptions) -> Result<(), ModelError> {
-    let refuse = |what: String| Err(ModelError::BadOption(what));
-    if options.block_size == 0 || options.block_size > MAX_BLOCK_SIZE {
-        return refuse(format!("--block-size {}: a block holds 1 to {MAX_BLOCK_SIZE} tokens", options.block_size));
-    }
-    if let Some(threads) = options.threads.filter(|threads| !(1..=MAX_THREADS).contains(threads)) {
-        return refuse(format!("--threads {threads}: it must be 1 to {MAX_THREADS}"));
-    }
-    if options.dequantize && options.quantize != Quantize::None {
-        return refuse("--quantize and dequantised weights exclude each other".into());
-    }
-    if options.backend == BackendKind::Reference {
-        if !matches!(options.dtype, Dtype::Auto | Dtype::F32) {
-            return refuse(format!("the reference backend computes in f32, not in {:?}", options.dtype));
-        }
-        if !matches!(options.kv_cache_dtype, KvCacheDtype::Auto | KvCacheDtype::F32) {
-            return refuse(format!(
-                "the reference backend keeps keys and values in f32, not in {:?}",
-                options.kv_cache_dtype
-            ));
-        }
-        if options.quantize != Quantize::None {
-            return refuse("the reference backend does not quantise: leave --quantize away".into());
-        }
-    }
-    Ok(())
+/// The instruction set that the environment allows.
+fn isa() -> Result<Isa, ModelError> {
+    Isa::from_env().map_err(|error| ModelError::BadOption(error.to_string()))
 }
 
-fn model_info<B: Backend>(store: &WeightStore, options: &LoadOptions, backend: &B, weight_bytes: u64) -> ModelInfo {
-    let config = store.config();
-    let kv_cache_dtype = backend.kv_cache_dtype();
-    ModelInfo {
-        architecture: config.architecture.clone(),
-        vocab_size: config.vocab_size,
-        num_layers: config.num_layers(),
-        hidden_size: config.hidden_size,
-        num_heads: config.num_heads,
-        num_kv_heads: config.num_kv_heads,
-        head_dim: config.head_dim,
-        intermediate_size: config.mlp.intermediate_size,
-        window: widest_window(config),
-        tied_embeddings: config.tied_embeddings,
-        max_position_embeddings: config.max_position_embeddings,
-        bos_token_id: config.bos_token_id,
-        eos_token_ids: config.eos_token_ids.clone(),
-        num_parameters: store.num_parameters(),
-        weight_format: match options.quantize {
-            Quantize::None => store.describe_formats(),
-            Quantize::Int8 => format!("quantised to int8 at load, from {}", store.describe_formats()),
-            Quantize::Int4 => format!("quantised to int4 at load, from {}", store.describe_formats()),
-        },
-        weight_bytes,
-        stored_weight_bytes: store.num_bytes(),
-        kv_bytes_per_token: 2 * config.num_layers() * config.num_kv_heads * config.head_dim * kv_bytes(kv_cache_dtype),
-        kv_cache_dtype,
-        block_size: options.block_size,
-        threads: backend.threads(),
-        backend: options.backend,
-        device: backend.device(),
-        path: store.path().to_owned(),
-    }
+fn import_options(options: &LoadOptions) -> ImportOptions {
+    ImportOptions { dtype: options.dtype, quantize: options.quantize, dequantize: options.dequantize }
 }
 
 /// None where one layer sees everything.

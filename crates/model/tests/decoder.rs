@@ -261,37 +261,40 @@ fn a_bad_batch_is_refused_and_the_next_good_one_runs() {
         let vocab_size = model.vocab_size();
         let mut logits = vec![0.0; vocab_size];
 
-        assert!(step_message(model.forward(&one_token_batch(1))).contains("allocate_kv"));
+        assert!(step_message(model.forward(&one_token_batch(1), &mut |_| ())).contains("allocate_kv"));
         assert!(step_message(model.copy_blocks(&[(0, 1)])).contains("allocate_kv"));
         model.allocate_kv(2).unwrap();
         assert!(step_message(model.logits(0..1, &mut logits)).contains("the last batch kept 0"));
 
-        model.forward(&one_token_batch(1)).unwrap();
+        model.forward(&one_token_batch(1), &mut |_| ()).unwrap();
         model.logits(0..1, &mut logits).unwrap();
         assert!(logits.iter().all(|logit| logit.is_finite()));
         let good = logits.clone();
 
-        assert!(step_message(model.forward(&one_token_batch(vocab_size as u32))).contains("outside the vocabulary"));
+        assert!(
+            step_message(model.forward(&one_token_batch(vocab_size as u32), &mut |_| ()))
+                .contains("outside the vocabulary")
+        );
         // The rows of the batch before are gone too: they are not this batch's.
         assert!(step_message(model.logits(0..1, &mut logits)).contains("kept 0"));
         let mut far = one_token_batch(1);
         far.block_tables[0] = 2;
         far.slots[0] = 8;
-        assert!(step_message(model.forward(&far)).contains("block 2"));
+        assert!(step_message(model.forward(&far, &mut |_| ())).contains("block 2"));
         assert!(step_message(model.copy_blocks(&[(0, 2)])).contains("block 0 to 2"));
 
-        model.forward(&one_token_batch(1)).unwrap();
+        model.forward(&one_token_batch(1), &mut |_| ()).unwrap();
         assert!(step_message(model.logits(0..2, &mut logits)).contains("kept 1"));
         assert!(step_message(model.logits(0..1, &mut logits[1..])).contains("do not fit"));
         assert!(model.logits(1..1, &mut []).is_ok());
         model.logits(0..1, &mut logits).unwrap();
         assert_eq!(logits, good);
 
-        model.forward(&ForwardBatch::default()).unwrap();
+        model.forward(&ForwardBatch::default(), &mut |_| ()).unwrap();
         assert!(step_message(model.logits(0..1, &mut logits)).contains("kept 0"));
         assert!(model.allocate_kv(0).is_err());
         assert!(model.allocate_kv(usize::MAX).is_err());
-        model.forward(&one_token_batch(1)).unwrap();
+        model.forward(&one_token_batch(1), &mut |_| ()).unwrap();
     }
 }
 
@@ -303,9 +306,9 @@ fn a_cache_larger_than_memory_is_an_error_and_a_smaller_one_then_works() {
         // Just under 2^32 slots of 256 bytes or more: a terabyte.
         let refused = model.allocate_kv((1 << 28) - 1);
         assert!(matches!(refused, Err(ModelError::OutOfMemory(_))), "{backend:?}: {refused:?}");
-        assert!(step_message(model.forward(&one_token_batch(1))).contains("allocate_kv"));
+        assert!(step_message(model.forward(&one_token_batch(1), &mut |_| ())).contains("allocate_kv"));
         model.allocate_kv(1).unwrap();
-        model.forward(&one_token_batch(1)).unwrap();
+        model.forward(&one_token_batch(1), &mut |_| ()).unwrap();
     }
 }
 
@@ -327,6 +330,20 @@ fn options_that_cannot_be_honoured_are_refused_by_name() {
     check("F16", LoadOptions { kv_cache_dtype: KvCacheDtype::F16, ..reference.clone() });
     check("quantise", LoadOptions { quantize: bindery_model::Quantize::Int8, ..reference });
     check("exclude", LoadOptions { quantize: bindery_model::Quantize::Int8, dequantize: true, ..cpu });
+}
+
+#[test]
+fn info_tells_how_many_tensors_were_quantised() {
+    let load = |quantize| {
+        let options = LoadOptions { quantize, ..options(BackendKind::Cpu, 1) };
+        let model = Model::load(&checkpoint("tiny-llama"), &options, &mut |_, _| ()).unwrap();
+        (model.info().num_quantized_tensors, model.info().weight_format.clone())
+    };
+    let (num, stored) = load(bindery_model::Quantize::None);
+    assert_eq!(num, 0);
+    let (num, quantised) = load(bindery_model::Quantize::Int4);
+    assert!(num > 0);
+    assert_eq!(quantised, format!("{stored}; {num} quantised to int4 at load"));
 }
 
 #[test]

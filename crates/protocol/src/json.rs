@@ -3,12 +3,13 @@
 //!
 //! Invariant: none of them buffers its input, so an error keeps its path and memory stays with what is kept.
 
-use std::{fmt, marker::PhantomData};
+use std::{borrow::Cow, fmt, marker::PhantomData};
 
 use serde::{
     Deserialize, Deserializer,
-    de::{MapAccess, SeqAccess, Visitor, value::MapAccessDeserializer},
+    de::{DeserializeSeed, Error, MapAccess, SeqAccess, Visitor, value::MapAccessDeserializer},
 };
+use serde_json::{Map, Number, Value};
 use utoipa::{
     PartialSchema, ToSchema,
     openapi::{
@@ -78,6 +79,170 @@ impl<'de> Deserialize<'de> for IgnoredKey {
         }
         deserializer.deserialize_str(AnyKey)
     }
+}
+
+/// Values (objects, arrays, texts, numbers, ...) that a free-form field may hold. Expanded in memory one takes some thirty
+/// times the two bytes it may have in a body.
+pub const MAX_FREE_VALUES: usize = 1 << 18;
+
+/// A free-form object, bounded by [`MAX_FREE_VALUES`] while it is read; `null` is `None`.
+pub(crate) fn free_object<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Map<String, Value>>, D::Error> {
+    Option::<FreeObject>::deserialize(deserializer).map(|object| object.map(|FreeObject(map)| map))
+}
+
+/// An array of free-form objects, bounded together by [`MAX_FREE_VALUES`] while they are read; `null` is `None`.
+pub(crate) fn free_objects<'de, D>(deserializer: D) -> Result<Option<Vec<Map<String, Value>>>, D::Error>
+where
+    D: Deserializer<'de>,
+{
+    struct FreeObjects(Vec<Map<String, Value>>);
+    impl<'de> Deserialize<'de> for FreeObjects {
+        fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+            deserializer.deserialize_seq(ObjectsVisitor)
+        }
+    }
+    struct ObjectsVisitor;
+    impl<'de> Visitor<'de> for ObjectsVisitor {
+        type Value = FreeObjects;
+        fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+            f.write_str("a sequence")
+        }
+        fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<FreeObjects, A::Error> {
+            let mut num_left = MAX_FREE_VALUES;
+            let mut objects = Vec::new();
+            while let Some(object) = seq.next_element_seed(ObjectSeed(&mut num_left))? {
+                objects.push(object);
+            }
+            Ok(FreeObjects(objects))
+        }
+    }
+    Option::<FreeObjects>::deserialize(deserializer).map(|objects| objects.map(|FreeObjects(all)| all))
+}
+
+/// Values in a free-form object, itself among them.
+pub(crate) fn count_values(object: &Map<String, Value>) -> usize {
+    fn count(value: &Value) -> usize {
+        match value {
+            Value::Object(object) => count_values(object),
+            Value::Array(values) => 1 + values.iter().map(count).sum::<usize>(),
+            _ => 1,
+        }
+    }
+    1 + object.values().map(count).sum::<usize>()
+}
+
+/// The error of a field that holds more than [`MAX_FREE_VALUES`].
+pub(crate) fn too_many_values<E: Error>() -> E {
+    E::custom(format!("more than {MAX_FREE_VALUES} JSON values (objects, arrays, texts, numbers), which is the limit"))
+}
+
+struct FreeObject(Map<String, Value>);
+
+impl<'de> Deserialize<'de> for FreeObject {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        ObjectSeed(&mut { MAX_FREE_VALUES }).deserialize(deserializer).map(Self)
+    }
+}
+
+/// Any JSON, bounded by [`MAX_FREE_VALUES`] while it is read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FreeValue(pub Value);
+
+impl<'de> Deserialize<'de> for FreeValue {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        ValueSeed(&mut { MAX_FREE_VALUES }).deserialize(deserializer).map(Self)
+    }
+}
+
+impl PartialSchema for FreeValue {
+    fn schema() -> RefOr<Schema> {
+        Value::schema()
+    }
+}
+impl ToSchema for FreeValue {
+    fn name() -> Cow<'static, str> {
+        "JsonValue".into()
+    }
+}
+
+/// Reads an object, and takes each of its values from what is left.
+struct ObjectSeed<'a>(&'a mut usize);
+
+impl<'de> DeserializeSeed<'de> for ObjectSeed<'_> {
+    type Value = Map<String, Value>;
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for ObjectSeed<'_> {
+    type Value = Map<String, Value>;
+    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str("a map")
+    }
+    fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Self::Value, A::Error> {
+        let num_left = self.0;
+        take_one(num_left)?;
+        let mut object = Map::new();
+        while let Some(key) = entries.next_key::<String>()? {
+            object.insert(key, entries.next_value_seed(ValueSeed(num_left))?);
+        }
+        Ok(object)
+    }
+}
+
+/// Reads any value, and takes it and what it holds from what is left. The parser bounds the nesting.
+struct ValueSeed<'a>(&'a mut usize);
+
+impl<'de> DeserializeSeed<'de> for ValueSeed<'_> {
+    type Value = Value;
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for ValueSeed<'_> {
+    type Value = Value;
+    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str("any value")
+    }
+    fn visit_bool<E: Error>(self, value: bool) -> Result<Value, E> {
+        take_one(self.0).map(|()| Value::Bool(value))
+    }
+    fn visit_i64<E: Error>(self, value: i64) -> Result<Value, E> {
+        take_one(self.0).map(|()| value.into())
+    }
+    fn visit_u64<E: Error>(self, value: u64) -> Result<Value, E> {
+        take_one(self.0).map(|()| value.into())
+    }
+    fn visit_f64<E: Error>(self, value: f64) -> Result<Value, E> {
+        take_one(self.0).map(|()| Number::from_f64(value).map_or(Value::Null, Value::Number))
+    }
+    fn visit_str<E: Error>(self, text: &str) -> Result<Value, E> {
+        take_one(self.0).map(|()| text.into())
+    }
+    fn visit_string<E: Error>(self, text: String) -> Result<Value, E> {
+        take_one(self.0).map(|()| text.into())
+    }
+    fn visit_unit<E: Error>(self) -> Result<Value, E> {
+        take_one(self.0).map(|()| Value::Null)
+    }
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Value, A::Error> {
+        take_one(self.0)?;
+        let mut values = Vec::new();
+        while let Some(value) = seq.next_element_seed(ValueSeed(self.0))? {
+            values.push(value);
+        }
+        Ok(Value::Array(values))
+    }
+    fn visit_map<A: MapAccess<'de>>(self, entries: A) -> Result<Value, A::Error> {
+        ObjectSeed(self.0).visit_map(entries).map(Value::Object)
+    }
+}
+
+fn take_one<E: Error>(num_left: &mut usize) -> Result<(), E> {
+    *num_left = num_left.checked_sub(1).ok_or_else(too_many_values)?;
+    Ok(())
 }
 
 /// Reads `T` from an object and from nothing else: derived structs would also take an array of their fields in order,
@@ -183,13 +348,19 @@ impl<'de> Deserialize<'de> for ModeOrObject {
     }
 }
 
+// Names in the API's description are for its readers, to whom how a field is parsed means nothing.
+
 /// The schema of "any JSON".
 impl PartialSchema for Present {
     fn schema() -> RefOr<Schema> {
         ObjectBuilder::new().description(Some("known, not supported yet: refused")).into()
     }
 }
-impl ToSchema for Present {}
+impl ToSchema for Present {
+    fn name() -> Cow<'static, str> {
+        "Unsupported".into()
+    }
+}
 
 impl PartialSchema for OneOrMany {
     fn schema() -> RefOr<Schema> {
@@ -197,7 +368,11 @@ impl PartialSchema for OneOrMany {
         OneOfBuilder::new().item(string()).item(ArrayBuilder::new().items(string())).into()
     }
 }
-impl ToSchema for OneOrMany {}
+impl ToSchema for OneOrMany {
+    fn name() -> Cow<'static, str> {
+        "StringOrStrings".into()
+    }
+}
 
 impl PartialSchema for ModeOrObject {
     fn schema() -> RefOr<Schema> {
@@ -205,4 +380,8 @@ impl PartialSchema for ModeOrObject {
         OneOfBuilder::new().item(of(Type::String)).item(of(Type::Object)).into()
     }
 }
-impl ToSchema for ModeOrObject {}
+impl ToSchema for ModeOrObject {
+    fn name() -> Cow<'static, str> {
+        "ToolChoice".into()
+    }
+}

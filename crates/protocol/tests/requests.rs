@@ -101,8 +101,8 @@ fn content_is_text_or_parts() {
 fn refused_fields_are_seen_whatever_they_hold() {
     for value in [json!(1), json!(-1), json!(0.5), json!("x"), json!(true), json!([1, [2]]), json!({"a": {"b": null}})]
     {
-        let request: CompletionRequest = serde_json::from_value(json!({"structured_outputs": value})).unwrap();
-        assert!(request.structured_outputs.is_some(), "{value}");
+        let request: CompletionRequest = serde_json::from_value(json!({"logits_processors": value})).unwrap();
+        assert!(request.logits_processors.is_some(), "{value}");
     }
 }
 

@@ -43,6 +43,8 @@ pub(crate) struct Sequence {
     pub(crate) num_prompt_logits_emitted: usize,
     /// Samples that begin when the prompt is computed, in order.
     pub(crate) pending_samples: Vec<PendingSample>,
+    /// The caller cannot sample for it yet; see [`crate::Scheduler::hold`].
+    pub(crate) is_held: bool,
     /// Whether any plan has named it yet.
     pub(crate) was_scheduled: bool,
     /// Requests that started ahead of it while it was the first that blocks could not hold.

@@ -281,3 +281,91 @@ fn only_the_last_plan_can_be_committed() {
     scheduler.plan(0, &mut StepPlan::default());
     scheduler.commit(&StepPlan::default(), &[]);
 }
+
+#[test]
+fn a_held_sequence_sits_out_and_the_others_go_on() {
+    let mut scheduler = Scheduler::new(limits());
+    scheduler.add(request(1, 3, 20)).unwrap();
+    scheduler.add(request(2, 3, 20)).unwrap();
+    step(&mut scheduler, |_| false);
+    scheduler.hold(SeqId(1), true);
+    scheduler.hold(SeqId(77), true);
+    scheduler.add(request(3, 5, 2)).unwrap();
+    assert_eq!(scheduled(&step(&mut scheduler, |_| false)), [(2, 1), (3, 5)], "the first in order is held");
+    // It keeps what it holds, and nothing moves while all are held.
+    scheduler.hold(SeqId(2), true);
+    scheduler.hold(SeqId(3), true);
+    let num_free_blocks = scheduler.stats().num_free_blocks;
+    assert!(step(&mut scheduler, |_| false).is_empty());
+    assert!(scheduler.has_work());
+    assert_eq!(scheduler.stats().num_free_blocks, num_free_blocks);
+    // Released, it goes on where it was: position 3 is its fourth.
+    scheduler.hold(SeqId(1), false);
+    let plan = step(&mut scheduler, |_| false);
+    assert_eq!((scheduled(&plan), plan.positions), (vec![(1, 1)], vec![3]));
+    assert!(scheduler.abort(SeqId(2)) && scheduler.abort(SeqId(3)));
+    step(&mut scheduler, |_| true);
+    assert!(!scheduler.has_work());
+    assert_eq!(scheduler.stats().num_free_blocks, 16);
+}
+
+#[test]
+fn a_held_sequence_gives_way_like_any_other() {
+    let mut scheduler = Scheduler::new(Limits { num_blocks: 4, ..limits() });
+    scheduler.add(request(1, 7, 8)).unwrap();
+    scheduler.add(request(2, 3, 8)).unwrap();
+    step(&mut scheduler, |_| false);
+    scheduler.hold(SeqId(2), true);
+    let mut num_preempted = 0;
+    for _ in 0..6 {
+        num_preempted += step(&mut scheduler, |_| false).preempted.len();
+    }
+    assert_eq!(num_preempted, 1, "the first needs all four blocks");
+    // The last token of the first: then the other one is computed again, held or not, since it does not run any more.
+    step(&mut scheduler, |id| id == SeqId(1));
+    assert_eq!(scheduled(&step(&mut scheduler, |_| false)), [(2, 4)]);
+    assert!(step(&mut scheduler, |_| false).is_empty(), "and is held again");
+    scheduler.hold(SeqId(2), false);
+    assert_eq!(scheduled(&step(&mut scheduler, |_| true)), [(2, 1)]);
+    assert!(!scheduler.has_work());
+}
+
+/// Random holds and releases over random requests: whoever is held and runs is in no plan, and once all are released
+/// everything ends with every block free.
+#[test]
+fn holds_at_random_lose_nothing() {
+    let mut state = 0x1234_5678_9abc_def1_u64;
+    let mut random = move |bound: u64| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state % bound
+    };
+    for _ in 0..200 {
+        let mut scheduler = Scheduler::new(Limits { num_blocks: 8 + random(12) as usize, ..limits() });
+        let mut num_tokens_left: Vec<u64> = (0..6).map(|_| 1 + random(14)).collect();
+        for (id, &num_tokens) in (0..).zip(&num_tokens_left) {
+            scheduler.add(request(id, 1 + random(12) as u32, num_tokens as usize)).unwrap();
+        }
+        let mut plan = StepPlan::default();
+        for at in 0..400 {
+            let held: Vec<bool> = (0..6).map(|_| at < 200 && random(3) == 0).collect();
+            (0..).zip(&held).for_each(|(id, &is_held)| scheduler.hold(SeqId(id), is_held));
+            scheduler.plan(0, &mut plan);
+            for one in &plan.sequences {
+                let may_run = !held[one.id.0 as usize] || one.num_computed_tokens == 0;
+                assert!(may_run, "{:?} is held and runs, yet it is in the plan", one.id);
+            }
+            let sample = |&id: &SeqId| {
+                let num_left = &mut num_tokens_left[id.0 as usize];
+                *num_left -= 1;
+                Sampled { id, token: TokenId(7), finished: *num_left == 0 }
+            };
+            let sampled: Vec<Sampled> = plan.samples.iter().map(sample).collect();
+            scheduler.commit(&plan, &sampled);
+        }
+        assert!(!scheduler.has_work(), "all were released for 200 steps");
+        let stats = scheduler.stats();
+        assert_eq!(stats.num_free_blocks, stats.num_blocks);
+    }
+}

@@ -1,7 +1,7 @@
 //! Bytes to typed requests: the body limit, JSON with errors that name the field, and the names of fields nobody read.
 //!
 //! Invariant: a body is never held beyond its limit, a large one is never parsed on an async thread, and whatever is
-//! wrong with it is a 400 (or 413, or 408), in words.
+//! wrong with it is a 400 (or 408, 413, 415), in words.
 
 use std::{error::Error as _, fmt::Write as _, time::Duration};
 
@@ -22,6 +22,8 @@ use crate::{
 
 /// Names of ignored fields that are kept for the warning.
 const MAX_IGNORED_FIELDS: usize = 32;
+/// Of arrays and objects: serde_json's own bound.
+const MAX_NESTING: usize = 127;
 /// Longest name of an ignored field in the warning.
 const MAX_FIELD_CHARS: usize = 64;
 
@@ -48,6 +50,7 @@ impl<T: DeserializeOwned + Send + 'static> FromRequest<SharedState> for ApiJson<
             .cloned()
             .ok_or_else(|| ApiError::internal("unknown", &"the route has no request context"))?;
         check_content_type(&parts.headers)?;
+        check_content_encoding(&parts.headers)?;
         let timeout = request_timeout(&parts.headers, &state.limits)?;
         let bytes = read_body(&parts.headers, body, &state.limits).await?;
         let parsed = if bytes.len() <= state.limits.max_inline_parse_bytes {
@@ -75,6 +78,16 @@ fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {
         "content-type",
         format!("content-type is {}: send JSON, with content-type application/json", quote(text)),
     ))
+}
+
+/// A compressed body is not decompressed, as the body limit would have to hold for both forms of it; read as it is, it
+/// would only look like broken JSON.
+fn check_content_encoding(headers: &HeaderMap) -> Result<(), ApiError> {
+    let codings = headers.get_all(header::CONTENT_ENCODING).iter();
+    let coded = codings.map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned()).find(|value| {
+        !value.split(',').map(str::trim).all(|coding| coding.is_empty() || coding.eq_ignore_ascii_case("identity"))
+    });
+    coded.map_or(Ok(()), |coding| Err(ApiError::ContentEncoding { coding }))
 }
 
 /// Seconds (`30`, `2.5`) or a duration as people write it (`30s`, `500ms`).
@@ -157,14 +170,18 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<(T, Warnings), ApiError> {
         let tracked = serde_path_to_error::Deserializer::new(&mut json, &mut track);
         serde_ignored::deserialize(tracked, |path| warnings.ignored(&path))
     };
-    let value = value.map_err(|error| json_error(&error, &track.path().to_string()))?;
-    json.end().map_err(|error| json_error(&error, "."))?;
+    let value = value.map_err(|error| json_error(&error, &track.path().to_string(), text))?;
+    json.end().map_err(|error| json_error(&error, ".", text))?;
     Ok((value, warnings))
 }
 
 /// A parser's error in the API's words, with the field it is about.
-fn json_error(error: &serde_json::Error, path: &str) -> ApiError {
+fn json_error(error: &serde_json::Error, path: &str, body: &str) -> ApiError {
     let text = error.to_string();
+    if text.starts_with("recursion limit exceeded") {
+        let message = format!("the body nests arrays and objects more than {MAX_NESTING} deep, which is the limit");
+        return ApiError::Invalid { param: None, message };
+    }
     if !error.is_data() {
         return ApiError::Invalid { param: None, message: format!("the body is not valid JSON: {}", shorten(&text)) };
     }
@@ -179,10 +196,37 @@ fn json_error(error: &serde_json::Error, path: &str) -> ApiError {
             }
         }
     }
-    let what = in_plain_words(what);
+    let what = out_of_range(what, error, body).unwrap_or_else(|| in_plain_words(what));
     let message = if param.is_empty() { what } else { format!("{}: {what}", shorten(&param)) };
     ApiError::Invalid { param: (!param.is_empty()).then(|| shorten(&param)), message }
 }
+
+/// A whole number that no 64 bits hold is a float to the parser, or unsigned where signed was expected. Its sender, who
+/// wrote a whole number, is told the range instead.
+fn out_of_range(what: &str, error: &serde_json::Error, body: &str) -> Option<String> {
+    let (found, expected) = what.rsplit_once(", expected ")?;
+    let range = match expected {
+        "i64" => format!("a whole number from {} to {}", i64::MIN, i64::MAX),
+        "u32" => TOKEN_ID.to_owned(),
+        _ => return None,
+    };
+    let number =
+        found.strip_prefix("invalid type: floating point `").or(found.strip_prefix("invalid value: integer `"))?;
+    let number: f64 = number.strip_suffix('`')?.parse().ok()?;
+    const LIMIT: f64 = i64::MAX as f64;
+    if number.fract() != 0.0 || number.abs() < LIMIT {
+        return None;
+    }
+    // As it was sent: it ends where the parser stopped.
+    let line = body.split('\n').nth(error.line().checked_sub(1)?)?;
+    let read = line.get(..error.column()).unwrap_or_default();
+    let sent = &read[read.trim_end_matches(|c: char| c.is_ascii_digit() || "+-.eE".contains(c)).len()..];
+    let shown = if sent.parse() == Ok(number) { sent.to_owned() } else { format!("{number:e}") };
+    Some(format!("{} is out of range, expected {range}", shorten(&shown)))
+}
+
+/// What a token id is, for errors.
+const TOKEN_ID: &str = "a token id (a whole number from 0 to 4294967295)";
 
 /// serde names Rust's types, and repeats a wrong string whole.
 fn in_plain_words(what: &str) -> String {
@@ -193,7 +237,7 @@ fn in_plain_words(what: &str) -> String {
     let expected = match expected.trim_start_matches(", expected ") {
         "" => return shorten(found),
         "i64" | "u64" => "a whole number",
-        "u32" => "a token id (a whole number from 0 to 4294967295)",
+        "u32" => TOKEN_ID,
         "f64" => "a number",
         "a boolean" => "true or false",
         "a sequence" => "an array",
@@ -268,7 +312,7 @@ fn write_path(path: &serde_ignored::Path, out: &mut String) {
 
 #[cfg(test)]
 mod tests {
-    use bindery_protocol::openai::{ChatCompletionRequest, CompletionRequest};
+    use bindery_protocol::openai::{ChatCompletionRequest, CompletionRequest, TokenizeRequest};
     use serde_json::json;
 
     use super::*;
@@ -305,12 +349,28 @@ mod tests {
             Some("stop_token_ids[1]"),
             "stop_token_ids[1]: invalid value: integer `-1`, expected a token id (a whole number from 0 to 4294967295)",
         );
-        check_completion(
-            r#"{"seed": 99999999999999999999}"#,
-            Some("seed"),
-            "seed: invalid type: floating point `1e+20`, expected a whole number",
-        );
         check_completion("[1]", None, "invalid type: sequence, expected a JSON object with `model` and `prompt`");
+    }
+
+    #[test]
+    fn whole_numbers_beyond_64_bits_are_told_the_range() {
+        let range = "a whole number from -9223372036854775808 to 9223372036854775807";
+        for sent in ["18446744073709551616", "9223372036854775808", "-9223372036854775809e2", "1e30", "-1E+30"] {
+            let message = format!("seed: {sent} is out of range, expected {range}");
+            check_completion(&format!(r#"{{"seed": {sent}}}"#), Some("seed"), &message);
+            check_completion(&format!("{{\n \"n\": 1, \"seed\":{sent}\n ,\"best_of\": 1}}"), Some("seed"), &message);
+        }
+        check_completion(
+            r#"{"stop_token_ids": [1e30]}"#,
+            Some("stop_token_ids[0]"),
+            "stop_token_ids[0]: 1e30 is out of range, expected a token id (a whole number from 0 to 4294967295)",
+        );
+        let (_, long) = refused::<CompletionRequest>(format!(r#"{{"n": {}}}"#, "9".repeat(300)).as_bytes());
+        assert!(long.starts_with("n: 9999") && long.contains("… is out of range"), "{long}");
+        // The least and the most are numbers like others.
+        for sent in ["-9223372036854775808", "9223372036854775807"] {
+            assert!(parse::<CompletionRequest>(format!(r#"{{"seed": {sent}}}"#).as_bytes()).is_ok(), "{sent}");
+        }
     }
 
     #[test]
@@ -336,8 +396,65 @@ mod tests {
             refused::<CompletionRequest>(b"{\"prompt\": \"\xff\"}").1,
             "the body is not UTF-8: the first wrong byte is at 12"
         );
-        let deep = format!("{{\"guided_json\": {}1{}}}", "[".repeat(100_000), "]".repeat(100_000));
-        assert!(refused::<CompletionRequest>(deep.as_bytes()).1.contains("recursion limit"));
+    }
+
+    #[test]
+    fn nesting_is_bounded_in_every_field_that_is_read() {
+        let body = |field: &str, depth: usize| {
+            let arrays = format!("{}1{}", "[".repeat(depth), "]".repeat(depth));
+            format!(r#"{{"messages": [], "{field}": {{"a": {arrays}}}}}"#)
+        };
+        let limit = "the body nests arrays and objects more than 127 deep, which is the limit";
+        let chat = |field, depth| parse::<ChatCompletionRequest>(body(field, depth).as_bytes());
+        for field in ["guided_json", "chat_template_kwargs"] {
+            // The body and the field's own object are two.
+            assert!(chat(field, MAX_NESTING - 2).is_ok(), "{field}");
+            for depth in [MAX_NESTING - 1, 100_000] {
+                let refused = chat(field, depth).map(|_| ()).expect_err("too deep").to_body().error;
+                assert_eq!((refused.param, refused.message.as_str()), (None, limit), "{field} {depth}");
+            }
+        }
+        // What nobody reads is passed over without recursion.
+        assert!(chat("unknown", 100_000).is_ok());
+    }
+
+    /// What is kept as free JSON takes some thirty times its bytes.
+    #[test]
+    fn free_json_is_bounded_by_the_number_of_its_values() {
+        use bindery_protocol::json::MAX_FREE_VALUES;
+        let zeros = |count: usize| format!("[{}]", vec!["0"; count].join(","));
+        let kwargs = |zeros: &str| format!(r#"{{"messages": [], "chat_template_kwargs": {{"a": {zeros}}}}}"#);
+        let calls =
+            |zeros: &str| format!(r#"{{"messages": [{{"role": "assistant", "tool_calls": [{{"a": {zeros}}}]}}]}}"#);
+        // The object and the array count, too.
+        for body in [kwargs(&zeros(MAX_FREE_VALUES - 2)), calls(&zeros(MAX_FREE_VALUES - 2))] {
+            assert!(parse::<ChatCompletionRequest>(body.as_bytes()).is_ok());
+        }
+        for field in [r#""guided_json""#, r#""structured_outputs": {"json""#] {
+            let close = "}".repeat(1 + field.matches('{').count());
+            let body = |zeros: &str| format!(r#"{{"prompt": "a", {field}: {zeros}{close}"#);
+            assert!(parse::<CompletionRequest>(body(&zeros(MAX_FREE_VALUES - 1)).as_bytes()).is_ok());
+            let (_, message) = refused::<CompletionRequest>(body(&zeros(MAX_FREE_VALUES)).as_bytes());
+            assert!(message.contains("more than 262144 JSON values"), "{message}");
+        }
+        let half = format!(r#"{{"role": "assistant", "tool_calls": [{{"a": {}}}]}}"#, zeros(MAX_FREE_VALUES / 2));
+        let many_empty = format!(r#"{{"role": "assistant", "tool_calls": [{}]}}"#, vec!["{}"; 300_000].join(","));
+        for (body, param) in [
+            (kwargs(&zeros(MAX_FREE_VALUES - 1)), "chat_template_kwargs.a"),
+            (kwargs(&zeros(5_000_000)), "chat_template_kwargs.a"),
+            (calls(&zeros(MAX_FREE_VALUES - 1)), "messages[0].tool_calls[0].a"),
+            (format!(r#"{{"messages": [{many_empty}]}}"#), "messages[0].tool_calls"),
+            (format!(r#"{{"messages": [{half}, {half}]}}"#), "messages"),
+        ] {
+            let (found, message) = refused::<ChatCompletionRequest>(body.as_bytes());
+            assert!(found.as_deref().is_some_and(|found| found.starts_with(param)), "{param}: {found:?}");
+            assert!(message.contains("more than 262144 JSON values"), "{message}");
+            let (_, same) = refused::<TokenizeRequest>(body.as_bytes());
+            assert_eq!(same, message);
+        }
+        // Fields that nobody keeps are passed over at no cost but reading.
+        let unknown = format!(r#"{{"messages": [], "unknown": {}}}"#, zeros(1_000_000));
+        assert!(parse::<ChatCompletionRequest>(unknown.as_bytes()).is_ok());
     }
 
     #[test]
@@ -350,7 +467,7 @@ mod tests {
     #[test]
     fn unknown_fields_are_named_with_their_path() {
         let body = json!({"prompt": "a", "user": "me", "stream_options": {"include_usage": true, "mood": 1},
-            "a;b,c\n": [1, 2], "structured_outputs": {"x": [{"y": 1}]}});
+            "a;b,c\n": [1, 2], "logits_processors": {"x": [{"y": 1}]}});
         let (_, warnings) = parse::<CompletionRequest>(body.to_string().as_bytes()).unwrap();
         let mut headers = HeaderMap::new();
         warnings.write(&mut headers);

@@ -13,7 +13,7 @@ pub struct ServerConfig {
     pub api_keys: Vec<String>,
     /// For the routes that change the server. It opens no model route.
     pub admin_key: Option<String>,
-    /// Largest request body.
+    /// `--max-body-size`: largest request body.
     pub max_body_bytes: usize,
     /// How long running requests may go on after the signal to stop.
     pub shutdown_timeout: Duration,
@@ -67,10 +67,6 @@ pub struct Limits {
     pub max_prompt_scores: usize,
     /// More messages in one conversation are refused with 400.
     pub max_messages: usize,
-    /// More stop strings are refused with 400.
-    pub max_stop_strings: usize,
-    /// A longer stop string is refused with 400.
-    pub max_stop_bytes: usize,
     /// A longer text given to `/tokenize` or rendered for it, or more tokens given to `/detokenize` than this many
     /// bytes could be, are refused with 400.
     pub max_tokenize_bytes: usize,
@@ -101,8 +97,6 @@ impl Limits {
             max_choices: 1024,
             max_prompt_scores: 1 << 19,
             max_messages: 16384,
-            max_stop_strings: 64,
-            max_stop_bytes: 1024,
             max_tokenize_bytes: 4 << 20,
             max_request_timeout: Duration::from_secs(24 * 60 * 60),
             max_connections: 4096,

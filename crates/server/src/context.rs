@@ -25,7 +25,7 @@ use axum::{
 };
 use futures::FutureExt;
 use http_body::{Frame, SizeHint};
-use tracing::{Instrument, Span};
+use tracing::{Instrument, Level, Span};
 
 use crate::{
     error::ApiError,
@@ -38,6 +38,8 @@ const MAX_REQUEST_ID_LEN: usize = 128;
 const CLIENT_GONE: u16 = 499;
 /// The route logged where none matched.
 const NO_ROUTE: &str = "none";
+/// Asked every few seconds by whoever watches the server: their successes would be most of its log.
+const PROBES: [&str; 3] = ["/health", "/ready", "/metrics"];
 
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -125,17 +127,26 @@ impl Drop for AccessRecord {
     fn drop(&mut self) {
         let counts = &self.context.counts;
         self.state.metrics.count_http_request(&self.method, &self.route, self.status);
-        self.span.in_scope(|| {
-            tracing::info!(
-                status = self.status,
-                stream_error = counts.stream_error.get(),
-                latency_ms = (self.context.started.elapsed().as_secs_f64() * 1e4).round() / 10.0,
-                model = counts.model.get(),
-                prompt_tokens = counts.num_prompt_tokens.load(Ordering::Relaxed),
-                completion_tokens = counts.num_completion_tokens.load(Ordering::Relaxed),
-                "request done"
-            );
-        });
+        // No prompt has been computed without tokens, so a request without any has nothing to count.
+        let num_prompt_tokens = Some(counts.num_prompt_tokens.load(Ordering::Relaxed)).filter(|&count| count > 0);
+        let num_completion_tokens = num_prompt_tokens.map(|_| counts.num_completion_tokens.load(Ordering::Relaxed));
+        // The level of an event is fixed where it stands in the code.
+        macro_rules! log_at {
+            ($level:expr) => {
+                tracing::event!(
+                    $level,
+                    status = self.status,
+                    stream_error = counts.stream_error.get(),
+                    latency_ms = (self.context.started.elapsed().as_secs_f64() * 1e4).round() / 10.0,
+                    model = counts.model.get(),
+                    prompt_tokens = num_prompt_tokens,
+                    completion_tokens = num_completion_tokens,
+                    "request done"
+                )
+            };
+        }
+        let is_routine = PROBES.contains(&self.route.as_str()) && self.status < 400;
+        self.span.in_scope(|| if is_routine { log_at!(Level::DEBUG) } else { log_at!(Level::INFO) });
     }
 }
 

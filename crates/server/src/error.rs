@@ -37,6 +37,8 @@ pub(crate) enum ApiError {
     UnknownRoute { method: Method, path: String },
     /// The route exists, but not for this method.
     MethodNotAllowed { method: Method, path: String },
+    /// The body is compressed.
+    ContentEncoding { coding: String },
     /// The body is over the limit.
     BodyTooLarge { limit_bytes: usize },
     /// The body did not arrive.
@@ -97,6 +99,7 @@ impl ApiError {
             Self::MissingKey | Self::WrongKey => StatusCode::UNAUTHORIZED,
             Self::UnknownModel { .. } | Self::UnknownRoute { .. } => StatusCode::NOT_FOUND,
             Self::MethodNotAllowed { .. } => StatusCode::METHOD_NOT_ALLOWED,
+            Self::ContentEncoding { .. } => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::BodyTimeout { .. } | Self::DeadlineExceeded { .. } | Self::SlowReader { .. } => {
                 StatusCode::REQUEST_TIMEOUT
@@ -127,6 +130,7 @@ impl ApiError {
             Self::UnknownModel { .. } => Some("model_not_found"),
             Self::UnknownRoute { .. } => Some("unknown_url"),
             Self::MethodNotAllowed { .. } => Some("method_not_allowed"),
+            Self::ContentEncoding { .. } => Some("unsupported_content_encoding"),
             Self::BodyTooLarge { .. } => Some("request_too_large"),
             Self::BodyTimeout { .. } | Self::DeadlineExceeded { .. } => Some("request_timeout"),
             Self::SlowReader { .. } => Some("slow_reader"),
@@ -156,6 +160,7 @@ impl ApiError {
             Self::Invalid { param, .. } => param.as_deref(),
             Self::Unsupported { param, .. } | Self::ContextLength { param, .. } => Some(param),
             Self::UnknownModel { .. } => Some("model"),
+            Self::ContentEncoding { .. } => Some("content-encoding"),
             _ => None,
         }
     }
@@ -182,8 +187,15 @@ impl ApiError {
                     shorten(path)
                 )
             }
+            Self::ContentEncoding { coding } => format!(
+                "the body's content-encoding is {}, and this server takes no compressed bodies: send plain JSON, without a \
+                 content-encoding",
+                quote(coding)
+            ),
             Self::BodyTooLarge { limit_bytes } => {
-                format!("the body is larger than {limit_bytes} bytes: send less, or raise the server's body limit")
+                format!(
+                    "the body is larger than {limit_bytes} bytes: send less, or start the server with a larger --max-body-size"
+                )
             }
             Self::BodyTimeout { timeout } => {
                 format!("the body did not arrive within {} s: send the request again", timeout.as_secs())
@@ -224,6 +236,10 @@ impl IntoResponse for ApiError {
         if let Some(retry_after) = self.retry_after() {
             // Whole seconds, and at least one: 0 would mean "at once".
             headers.insert(header::RETRY_AFTER, HeaderValue::from(retry_after.as_secs_f64().ceil().max(1.0) as u64));
+        }
+        if matches!(self, Self::ContentEncoding { .. }) {
+            // RFC 9110, 15.5.16: what would have been accepted.
+            headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
         }
         if matches!(self, Self::MissingKey | Self::WrongKey) {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));

@@ -12,8 +12,8 @@ use std::{
 
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use bindery_engine::{
-    EngineError, FinishReason, RequestTimings, StopReason as EngineStopReason, TextEvent, TextRequest, TextStream,
-    TokenText,
+    EngineError, FinishReason, PreparedRequest, RequestTimings, StopReason as EngineStopReason, TextEvent, TextRequest,
+    TextStream, TokenText,
 };
 use bindery_protocol::openai::{PromptTokensDetails, StopReason, Usage};
 use futures::{
@@ -117,7 +117,7 @@ fn scores_per_prompt_token(request: &TextRequest) -> usize {
 }
 
 impl Generation {
-    /// Queues every prompt, or none: where one is refused, those already queued are dropped again.
+    /// Queues every prompt, or none: all are tokenised and what they cost together is checked before the first is queued.
     pub(crate) async fn start(
         state: &SharedState,
         serving: &Serving,
@@ -136,10 +136,11 @@ impl Generation {
         let scores_per_token: Vec<usize> = requests.iter().map(scores_per_prompt_token).collect();
         let num_samples = requests.first().map_or(1, |request| request.num_samples as usize);
         let timeout = requests.first().and_then(|request| request.timeout);
-        let started = try_join_all(requests.into_iter().map(|request| serving.model.generate(request)));
-        let streams = started.await.map_err(|error| ApiError::from_engine(error, &context.id))?;
-        let num_scores: usize =
-            streams.iter().zip(scores_per_token).map(|(stream, scores)| stream.num_prompt_tokens() * scores).sum();
+        let failed = |error| ApiError::from_engine(error, &context.id);
+        let prepared = try_join_all(requests.into_iter().map(|request| serving.model.prepare(request)));
+        let prepared = prepared.await.map_err(failed)?;
+        let scores = |(request, per_token): (&PreparedRequest, &usize)| request.num_prompt_tokens() * per_token;
+        let num_scores: usize = prepared.iter().zip(&scores_per_token).map(scores).sum();
         let limit = state.limits.max_prompt_scores;
         if num_scores > limit {
             let message = format!(
@@ -148,6 +149,7 @@ impl Generation {
             );
             return Err(ApiError::invalid("prompt_logprobs", message));
         }
+        let streams = serving.model.submit_all(prepared).await.map_err(failed)?;
         let progress = |stream: &TextStream| {
             let text = match prompt_text {
                 PromptText::NotWanted => String::new(),
@@ -156,7 +158,7 @@ impl Generation {
             Ok(PromptProgress { text, ..PromptProgress::default() })
         };
         let prompts: Result<Vec<_>, _> = streams.iter().map(progress).collect();
-        let prompts = prompts.map_err(|error| ApiError::from_engine(error, &context.id))?;
+        let prompts = prompts.map_err(failed)?;
         let num_choices = streams.len() * num_samples;
         let merged = streams.into_iter().enumerate().map(|(prompt, stream)| items(prompt, stream)).collect();
         Ok(Self {

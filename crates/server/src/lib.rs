@@ -32,6 +32,7 @@ mod openapi;
 mod routes;
 mod sampling;
 mod sse;
+mod structured;
 
 mod metrics;
 

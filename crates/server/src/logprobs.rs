@@ -2,8 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use bindery_engine::TokenId;
-use bindery_engine::{TokenText, local_model::TopToken};
+use bindery_engine::{TokenId, TokenText, local_model::TopToken};
 use bindery_protocol::openai::{
     ChatLogprobs, ChatTokenLogprob, ChatTopLogprob, CompletionLogprobs, PromptLogprob, PromptLogprobs,
 };
@@ -119,7 +118,7 @@ fn is_continuation(byte: u8) -> bool {
 
 /// vLLM's `prompt_logprobs`.
 pub(crate) fn prompt_logprobs(tokens: &[TokenText]) -> PromptLogprobs {
-    tokens
+    let places = tokens
         .iter()
         .map(|token| {
             let logprob = token.logprob?;
@@ -139,7 +138,8 @@ pub(crate) fn prompt_logprobs(tokens: &[TokenText]) -> PromptLogprobs {
             });
             Some(candidates)
         })
-        .collect()
+        .collect();
+    PromptLogprobs(places)
 }
 
 #[cfg(test)]
@@ -196,7 +196,7 @@ mod tests {
 
     #[test]
     fn prompt_logprobs_hold_the_candidates_and_the_token_with_ranks() {
-        let lists = prompt_logprobs(&[token(1, b"a", None), token(2, b"b", Some(-2.0))]);
+        let PromptLogprobs(lists) = prompt_logprobs(&[token(1, b"a", None), token(2, b"b", Some(-2.0))]);
         assert_eq!(lists[0], None);
         let second = lists[1].as_ref().unwrap();
         assert_eq!(second["9"].rank, Some(1));

@@ -7,7 +7,7 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::http::Method;
-use bindery_engine::EngineStats;
+use bindery_engine::{EngineStats, engine::STEP_PHASES};
 use prometheus::{
     Encoder, Histogram, HistogramOpts, IntCounterVec, Opts, Registry, TextEncoder,
     proto::{self, LabelPair, MetricFamily, MetricType},
@@ -27,8 +27,6 @@ const REQUEST_LATENCY_BOUNDS: &[f64] = &[
 /// Shown while there is no engine; the engine brings its own.
 const ITERATION_TOKENS_BOUNDS: &[f64] =
     &[1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0];
-/// Shown while there is no engine; the engine brings its own.
-const STEP_PHASES: &[&str] = &["schedule", "forward", "logits", "sample", "emit"];
 
 /// The routes and methods whose counters exist from the start.
 const ROUTES: &[(&str, &str)] = &[
@@ -346,7 +344,7 @@ mod tests {
             "vllm:cache_config_info{block_size=\"0\",num_gpu_blocks=\"0\"} 1",
             "vllm:lora_requests_info{max_lora=\"0\",running_lora_adapters=\"\",waiting_lora_adapters=\"\"} ",
             "bindery_kv_slots_wasted{model_name=\"m\"} 0",
-            "bindery_step_phase_seconds_total{model_name=\"m\",phase=\"forward\"} 0",
+            "bindery_step_phase_seconds_total{model_name=\"m\",phase=\"attention\"} 0",
             "bindery_http_requests_total{method=\"POST\",route=\"/v1/completions\",status=\"200\"} 0",
         ] {
             assert!(text.lines().any(|line| line.starts_with(name)), "{name} is not in\n{text}");

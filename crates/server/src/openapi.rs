@@ -99,4 +99,46 @@ mod tests {
         }
         assert!(num_references > 20, "only {num_references} references");
     }
+
+    /// A client's generator makes a class of each.
+    #[test]
+    fn components_are_named_for_what_they_are() {
+        let api: Value = serde_json::from_str(openapi_json()).unwrap();
+        let names: Vec<&str> = api["components"]["schemas"].as_object().unwrap().keys().map(String::as_str).collect();
+        // Types of Rust, and those of ours that only say how a field is parsed.
+        let strange =
+            "Vec Option Box String Value Map BTreeMap HashMap Object FreeValue Present OneOrMany ModeOrObject";
+        for name in &names {
+            assert!(name.starts_with(char::is_uppercase), "{name}");
+            assert!(name.chars().all(|c| c.is_ascii_alphanumeric()), "{name}");
+            assert!(strange.split(' ').all(|strange| strange != *name), "{name}");
+        }
+        let places = &api["components"]["schemas"]["PromptLogprobs"];
+        assert_eq!(places["type"], "array", "{places}");
+        assert!(places.to_string().contains("#/components/schemas/PromptLogprob\""), "{places}");
+        for answer in ["ChatCompletion", "CompletionChoice"] {
+            let field = api["components"]["schemas"][answer]["properties"]["prompt_logprobs"].to_string();
+            assert!(field.contains("#/components/schemas/PromptLogprobs\""), "{answer}: {field}");
+        }
+        assert!(names.contains(&"PromptLogprob"), "{names:?}");
+    }
+
+    #[test]
+    fn every_refusal_of_a_route_is_described() {
+        let api: Value = serde_json::from_str(openapi_json()).unwrap();
+        let check = |path: &str, method: &str, statuses: &[&str]| {
+            let responses = api["paths"][path][method]["responses"].as_object().unwrap();
+            assert_eq!(responses.keys().collect::<Vec<_>>(), statuses, "{path}");
+            for (status, response) in responses.iter().filter(|(status, _)| *status != "200") {
+                let schema = &response["content"]["application/json"]["schema"]["$ref"];
+                assert_eq!(schema, "#/components/schemas/ErrorResponse", "{path} {status}");
+                assert!(response["description"].as_str().is_some_and(|text| !text.is_empty()), "{path} {status}");
+            }
+        };
+        for path in ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"] {
+            check(path, "post", &["200", "400", "401", "404", "408", "413", "415", "503"]);
+        }
+        check("/v1/models", "get", &["200", "401", "503"]);
+        check("/v1/models/{id}", "get", &["200", "401", "404", "503"]);
+    }
 }

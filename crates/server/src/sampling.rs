@@ -3,16 +3,17 @@
 //! Here numbers become whole, absent becomes a default, and what is known but not supported is refused by name. Ranges
 //! that depend on the model, or that sampling itself needs, are the engine's to check.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
-use bindery_engine::TokenId;
-use bindery_engine::{Prompt, SamplingParams, TextRequest};
-use bindery_protocol::openai::{SamplingFields, StreamOptions};
+use bindery_engine::{
+    Grammar, Prompt, SamplingParams, TextRequest, TokenId, local_model::check_stop, request::MAX_SAMPLES,
+};
+use bindery_protocol::openai::{SamplingFields, StreamOptions, completions::UsageField};
 
-use crate::{body::Warnings, config::Limits, error::ApiError};
+use crate::{body::Warnings, context::RequestContext, error::ApiError, generation::Generation, structured};
 
 /// Most choices of one prompt.
-const MAX_N: i64 = 128;
+pub(crate) const MAX_N: i64 = MAX_SAMPLES as i64;
 /// Most alternatives in log-probabilities.
 const MAX_LOGPROBS: i64 = 20;
 
@@ -35,6 +36,17 @@ pub(crate) enum UsageInStream {
     Every,
 }
 
+impl UsageInStream {
+    /// What a chunk before the last one carries. Counting walks all choices, so it is done only where it is wanted.
+    pub(crate) fn of_chunk(self, generation: &Generation) -> UsageField {
+        match self {
+            Self::Never => UsageField::Absent,
+            Self::Last => UsageField::Null,
+            Self::Every => UsageField::Counted(generation.usage()),
+        }
+    }
+}
+
 /// The shared fields, checked.
 #[derive(Clone, Debug)]
 pub(crate) struct Sampling {
@@ -44,6 +56,7 @@ pub(crate) struct Sampling {
     pub(crate) stop: Vec<String>,
     pub(crate) include_stop_str_in_output: bool,
     pub(crate) skip_special_tokens: bool,
+    pub(crate) grammar: Option<(Arc<Grammar>, &'static str)>,
     pub(crate) truncate_prompt_tokens: Option<usize>,
     pub(crate) add_special_tokens: Option<bool>,
     pub(crate) tokens_as_ids: bool,
@@ -64,12 +77,13 @@ pub(crate) struct RouteRules {
 
 impl Sampling {
     pub(crate) fn new(
-        fields: SamplingFields,
+        mut fields: SamplingFields,
         rules: &RouteRules,
-        limits: &Limits,
+        context: &RequestContext,
         warnings: &mut Warnings,
     ) -> Result<Self, ApiError> {
         refuse_unsupported(&fields)?;
+        let grammar = structured::grammar(&mut fields)?;
         if fields.cache_salt.is_some() {
             warnings.note("cache_salt has no effect yet");
         }
@@ -117,19 +131,25 @@ impl Sampling {
             seed: fields.seed.map(|value| value as u64),
             min_tokens: fields.min_tokens.map_or(Ok(0), |value| whole("min_tokens", value, 0, i64::from(u32::MAX)))?
                 as usize,
-            max_tokens: max_tokens.unwrap_or(defaults.max_tokens),
             stop_token_ids: fields.stop_token_ids.unwrap_or_default().into_iter().map(TokenId).collect(),
             ignore_eos: fields.ignore_eos.unwrap_or(false),
-            logprobs: None,
             prompt_logprobs,
+            ..defaults
         };
+        let stop = fields.stop.map(|stop| stop.0).unwrap_or_default();
+        // The engine checks them too, but after every prompt has its copy.
+        params
+            .check_lengths()
+            .and_then(|()| check_stop(&stop))
+            .map_err(|error| ApiError::from_engine(error, &context.id))?;
         Ok(Self {
             params,
             max_tokens,
             num_samples: fields.n.map_or(Ok(1), |value| whole("n", value, 1, MAX_N))? as u32,
-            stop: stop_strings(fields.stop.map(|stop| stop.0).unwrap_or_default(), limits)?,
+            stop,
             include_stop_str_in_output: fields.include_stop_str_in_output.unwrap_or(false),
             skip_special_tokens: fields.skip_special_tokens.unwrap_or(true),
+            grammar,
             truncate_prompt_tokens,
             add_special_tokens: fields.add_special_tokens,
             tokens_as_ids: fields.return_tokens_as_token_ids.unwrap_or(false),
@@ -154,6 +174,7 @@ impl Sampling {
             stop: self.stop.clone(),
             include_stop_str_in_output: self.include_stop_str_in_output,
             skip_special_tokens: self.skip_special_tokens,
+            grammar: self.grammar.clone(),
             truncate_prompt_tokens: self.truncate_prompt_tokens,
             priority: self.priority,
             timeout: prompt.timeout,
@@ -203,32 +224,8 @@ fn delivery(stream: bool, options: Option<StreamOptions>) -> Result<Delivery, Ap
     }
 }
 
-fn stop_strings(stop: Vec<String>, limits: &Limits) -> Result<Vec<String>, ApiError> {
-    if stop.len() > limits.max_stop_strings {
-        return Err(ApiError::invalid(
-            "stop",
-            format!("stop has {} strings, the limit is {}", stop.len(), limits.max_stop_strings),
-        ));
-    }
-    for text in &stop {
-        if text.is_empty() {
-            return Err(ApiError::invalid("stop", "stop holds an empty string, which would end every answer at once"));
-        }
-        if text.len() > limits.max_stop_bytes {
-            let (len, limit) = (text.len(), limits.max_stop_bytes);
-            return Err(ApiError::invalid("stop", format!("a stop string has {len} bytes, the limit is {limit}")));
-        }
-    }
-    Ok(stop)
-}
-
 fn refuse_unsupported(fields: &SamplingFields) -> Result<(), ApiError> {
     for (param, present) in [
-        ("structured_outputs", fields.structured_outputs.is_some()),
-        ("guided_json", fields.guided_json.is_some()),
-        ("guided_regex", fields.guided_regex.is_some()),
-        ("guided_choice", fields.guided_choice.is_some()),
-        ("guided_grammar", fields.guided_grammar.is_some()),
         ("use_beam_search", fields.use_beam_search == Some(true)),
         ("logits_processors", fields.logits_processors.is_some()),
     ] {
@@ -236,18 +233,5 @@ fn refuse_unsupported(fields: &SamplingFields) -> Result<(), ApiError> {
             return Err(ApiError::unsupported(param, format!("{param} is not supported yet: leave it out")));
         }
     }
-    match fields.response_format.as_ref().map(|format| format.kind.as_str()) {
-        None | Some("text") => Ok(()),
-        Some(kind @ ("json_object" | "json_schema" | "structural_tag")) => Err(ApiError::unsupported(
-            "response_format",
-            format!("response_format {kind} is not supported yet: use text, or leave it out"),
-        )),
-        Some(other) => Err(ApiError::invalid(
-            "response_format.type",
-            format!(
-                "response_format.type is {}, it must be text, json_object or json_schema",
-                crate::error::quote(other)
-            ),
-        )),
-    }
+    Ok(())
 }

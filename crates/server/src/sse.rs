@@ -12,7 +12,6 @@ use axum::{
         sse::{Event as SseEvent, KeepAlive, Sse},
     },
 };
-use bindery_protocol::openai::Usage;
 use futures::{Stream, StreamExt, stream};
 
 use crate::{
@@ -27,10 +26,10 @@ const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(15);
 
 /// What a route makes of a generation's events. Chunks are appended to `out` as JSON texts.
 pub(crate) trait ChunkEncoder: Send + 'static {
-    /// An event; `usage` is what has been counted up to it.
-    fn event(&mut self, event: Event, usage: Usage, out: &mut VecDeque<String>);
+    /// An event of `generation`, which has counted it already.
+    fn event(&mut self, event: Event, generation: &Generation, out: &mut VecDeque<String>);
     /// Everything has ended well.
-    fn end(&mut self, usage: Usage, out: &mut VecDeque<String>);
+    fn end(&mut self, generation: &Generation, out: &mut VecDeque<String>);
 }
 
 /// The streamed response.
@@ -81,14 +80,14 @@ impl<E: ChunkEncoder> Progress<E> {
     async fn advance(&mut self) -> Option<()> {
         let generation = self.generation.as_mut()?;
         match generation.next().await {
-            Some(Ok(event)) => self.encoder.event(event, generation.usage(), &mut self.pending),
+            Some(Ok(event)) => self.encoder.event(event, generation, &mut self.pending),
             Some(Err(error)) => {
                 let _ = self.context.counts.stream_error.set(error.status().as_u16());
                 self.pending.push_back(error.to_json());
                 self.generation = None;
             }
             None => {
-                self.encoder.end(generation.usage(), &mut self.pending);
+                self.encoder.end(generation, &mut self.pending);
                 self.pending.push_back("[DONE]".to_owned());
                 self.generation = None;
             }

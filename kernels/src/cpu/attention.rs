@@ -75,8 +75,20 @@ struct Scratch {
     pages: Vec<f32>,
 }
 
+/// Memory the calling thread keeps between calls, so that a step no larger than one before allocates nothing.
+#[derive(Default)]
+struct CallScratch {
+    /// Rows that a sequence names, while they are checked.
+    named: Vec<bool>,
+    pieces: Vec<Piece>,
+    /// Piece and span of each task, where spans are computed apart.
+    tasks: Vec<(usize, usize)>,
+    states: Vec<f32>,
+}
+
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
+    static CALL_SCRATCH: RefCell<CallScratch> = RefCell::default();
 }
 
 impl Cpu {
@@ -91,42 +103,52 @@ impl Cpu {
         args: &AttentionArgs<'_>,
         out: &mut [f32],
     ) {
-        check(q, cache, sequences, args, out);
+        // Taken, not borrowed: a panic in a check leaves an empty one behind and nothing locked.
+        let mut scratch = CALL_SCRATCH.take();
+        check(q, cache, sequences, args, out, &mut scratch.named);
         let (keys, values) = cache.planes(layer);
         let kernels = self.kernels;
         match cache.shape().dtype {
             KvDtype::F32 => {
                 let call = Call { q, args, sequences, shape: cache.shape(), keys: cast(keys), values: cast(values) };
-                self.attend::<f32>(kernels.attention_f32, &call, out);
+                self.attend::<f32>(kernels.attention_f32, &call, out, &mut scratch);
             }
             KvDtype::F16 => {
                 let call = Call { q, args, sequences, shape: cache.shape(), keys: cast(keys), values: cast(values) };
-                self.attend::<f16>(kernels.attention_f16, &call, out);
+                self.attend::<f16>(kernels.attention_f16, &call, out, &mut scratch);
             }
             KvDtype::Bf16 => {
                 let call = Call { q, args, sequences, shape: cache.shape(), keys: cast(keys), values: cast(values) };
-                self.attend::<bf16>(kernels.attention_bf16, &call, out);
+                self.attend::<bf16>(kernels.attention_bf16, &call, out, &mut scratch);
             }
         }
+        CALL_SCRATCH.set(scratch);
     }
 
-    fn attend<E: Sync>(&self, kernel: unsafe fn(&mut SpanTask<'_, E>), call: &Call<'_, E>, out: &mut [f32]) {
-        let mut pieces = Vec::new();
+    fn attend<E: Sync>(
+        &self,
+        kernel: unsafe fn(&mut SpanTask<'_, E>),
+        call: &Call<'_, E>,
+        out: &mut [f32],
+        scratch: &mut CallScratch,
+    ) {
+        let CallScratch { pieces, tasks, states, .. } = scratch;
+        pieces.clear();
         let mut visits = 0;
         for (index, sequence) in call.sequences.iter().enumerate() {
             visits += sequence.rows.len() * sequence.context_len * call.args.num_heads;
-            call.pieces_of(index, sequence, &mut pieces);
+            call.pieces_of(index, sequence, pieces);
         }
         let out = &SharedMut::new(out);
         if visits < MIN_REGION_VISITS || self.threads() == 1 {
-            for piece in &pieces {
+            for piece in pieces.iter() {
                 call.run_piece(kernel, piece, out);
             }
         } else if pieces.len() >= self.threads() * super::PIECES_PER_THREAD || pieces.iter().all(|p| p.num_spans == 1) {
-            put_longest_first(&mut pieces);
+            put_longest_first(pieces);
             self.pool.run(pieces.len(), |index| call.run_piece(kernel, &pieces[index], out));
         } else {
-            self.attend_by_spans(kernel, call, &mut pieces, out);
+            self.attend_by_spans(kernel, call, pieces, out, tasks, states);
         }
     }
 
@@ -137,9 +159,11 @@ impl Cpu {
         call: &Call<'_, E>,
         pieces: &mut [Piece],
         out: &SharedMut<f32>,
+        tasks: &mut Vec<(usize, usize)>,
+        states: &mut Vec<f32>,
     ) {
         let mut num_queries = 0;
-        let mut tasks = Vec::new();
+        tasks.clear();
         for (index, piece) in pieces.iter_mut().enumerate() {
             piece.partial_query = num_queries;
             num_queries += piece.num_spans * call.queries_of(piece);
@@ -147,8 +171,9 @@ impl Cpu {
         }
         let pieces = &*pieces;
         let stride = call.state_len();
-        let mut states = vec![0.0; num_queries * stride];
-        let shared = &SharedMut::new(&mut states);
+        // What is left over from earlier is written before it is read.
+        states.resize(states.len().max(num_queries * stride), 0.0);
+        let shared = &SharedMut::new(&mut states[..num_queries * stride]);
         self.pool.run(tasks.len(), |task| {
             let (piece, span) = (&pieces[tasks[task].0], tasks[task].1);
             let queries = call.queries_of(piece);
@@ -174,14 +199,21 @@ impl Cpu {
 
 /// What is drawn last should be short.
 fn put_longest_first(pieces: &mut [Piece]) {
-    pieces.sort_by_key(|piece| std::cmp::Reverse(piece.num_spans));
+    pieces.sort_unstable_by_key(|piece| std::cmp::Reverse(piece.num_spans));
 }
 
 fn cast<E: bytemuck::Pod>(plane: &[u8]) -> &[E] {
     bytemuck::cast_slice(plane)
 }
 
-fn check(q: &[f32], cache: &KvCache, sequences: &[AttentionSequence<'_>], args: &AttentionArgs<'_>, out: &[f32]) {
+fn check(
+    q: &[f32],
+    cache: &KvCache,
+    sequences: &[AttentionSequence<'_>],
+    args: &AttentionArgs<'_>,
+    out: &[f32],
+    named: &mut Vec<bool>,
+) {
     let shape = cache.shape();
     let width = args.num_heads * shape.head_dim;
     assert!(
@@ -195,7 +227,8 @@ fn check(q: &[f32], cache: &KvCache, sequences: &[AttentionSequence<'_>], args: 
     if let Some(slopes) = args.alibi_slopes {
         assert_eq!(slopes.len(), args.num_heads, "{} slopes for {} heads", slopes.len(), args.num_heads);
     }
-    let mut named = vec![false; q.len() / width];
+    named.clear();
+    named.resize(q.len() / width, false);
     for AttentionSequence { rows, context_len, block_table } in sequences {
         assert!(rows.start <= rows.end && rows.end <= named.len(), "rows {rows:?} of {}", named.len());
         for row in rows.clone() {

@@ -10,7 +10,6 @@ use half::{bf16, f16};
 
 use super::task::{DenseTask, QuantGroup, QuantTask, RopeRow, SpanTask};
 use crate::KernelError;
-use crate::pack::{PackedW4, PackedW8};
 
 /// The environment variable that forces an instruction set.
 pub const ISA_VARIABLE: &str = "BINDERY_ISA";
@@ -25,6 +24,8 @@ pub enum Isa {
     Neon,
     /// AVX2, FMA, F16C.
     Avx2,
+    /// The same with the 256-bit form of VNNI's dot products (AVX-VNNI).
+    AvxVnni,
     /// AVX-512 F, BW, VL, DQ.
     Avx512,
     /// The same with VNNI's dot products.
@@ -33,7 +34,7 @@ pub enum Isa {
 
 impl Isa {
     /// Every set that has a name.
-    pub const ALL: [Self; 5] = [Self::Scalar, Self::Neon, Self::Avx2, Self::Avx512, Self::Avx512Vnni];
+    pub const ALL: [Self; 6] = [Self::Scalar, Self::Neon, Self::Avx2, Self::AvxVnni, Self::Avx512, Self::Avx512Vnni];
 
     /// As written in `BINDERY_ISA`.
     pub fn name(self) -> &'static str {
@@ -41,6 +42,7 @@ impl Isa {
             Self::Scalar => "scalar",
             Self::Neon => "neon",
             Self::Avx2 => "avx2",
+            Self::AvxVnni => "avxvnni",
             Self::Avx512 => "avx512",
             Self::Avx512Vnni => "avx512vnni",
         }
@@ -81,7 +83,7 @@ impl Isa {
     /// Rows of a quantised tile.
     pub(crate) fn quant_tile_rows(self) -> usize {
         match self {
-            Self::Scalar | Self::Neon | Self::Avx2 => 8,
+            Self::Scalar | Self::Neon | Self::Avx2 | Self::AvxVnni => 8,
             Self::Avx512 | Self::Avx512Vnni => 16,
         }
     }
@@ -100,8 +102,7 @@ fn names(sets: impl Iterator<Item = Isa>) -> String {
 /// One instruction set's kernels. Each entry's common duty (`# Safety`): the machine has the set's features, and the
 /// task's ranges lie within its buffers (the constructors in `task.rs` and the safe operations check them).
 pub(crate) struct Kernels {
-    pub(crate) w4: unsafe fn(&QuantTask<'_, PackedW4>),
-    pub(crate) w8: unsafe fn(&QuantTask<'_, PackedW8>),
+    pub(crate) quantized: unsafe fn(&QuantTask<'_>),
     pub(crate) dense_f32: unsafe fn(&DenseTask<'_, f32>),
     pub(crate) dense_f16: unsafe fn(&DenseTask<'_, f16>),
     pub(crate) dense_bf16: unsafe fn(&DenseTask<'_, bf16>),
@@ -121,6 +122,10 @@ pub(crate) struct Kernels {
     pub(crate) exp_sub_sum: unsafe fn(&mut [f32], f32) -> f32,
     /// Row and its maximum: the sum of exp(x - max).
     pub(crate) sum_exp_sub: unsafe fn(&[f32], f32) -> f32,
+    /// Rounds of f32 multiply-adds to operations.
+    pub(crate) spin_f32: unsafe fn(usize) -> u64,
+    /// Rounds of int8 dot products to operations.
+    pub(crate) spin_int8: unsafe fn(usize) -> u64,
 }
 
 impl Kernels {
@@ -130,6 +135,8 @@ impl Kernels {
             Isa::Scalar => Some(&super::scalar::KERNELS),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => x86::has_avx2().then_some(&super::avx2::KERNELS),
+            #[cfg(target_arch = "x86_64")]
+            Isa::AvxVnni => (x86::has_avx2() && x86::has_avx_vnni()).then_some(&super::avx2::KERNELS_VNNI),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => x86::has_avx512().then_some(&super::avx512::KERNELS),
             #[cfg(target_arch = "x86_64")]
@@ -145,6 +152,10 @@ mod x86 {
 
     pub(super) fn has_avx2() -> bool {
         is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+    }
+
+    pub(super) fn has_avx_vnni() -> bool {
+        is_x86_feature_detected!("avxvnni")
     }
 
     pub(super) fn has_avx512() -> bool {

@@ -5,11 +5,11 @@
 
 use std::ops::Range;
 
-use super::Cpu;
 use super::activations::Activations;
 use super::pool::SharedMut;
 use super::task::{DenseTask, Output, QuantTask};
-use crate::matrix::{Dense, DenseElement, Matrix};
+use super::{Cpu, PIECES_PER_THREAD};
+use crate::matrix::{DENSE_TILE_ROWS, Dense, DenseElement, Matrix};
 
 /// Bytes of activations that a block of rows may take: it is read again for every weight tile, so it should stay in
 /// the second-level cache, which is at least 256 KiB on every machine in question.
@@ -31,50 +31,88 @@ impl Cpu {
         self.product(x, w, bias, out, true);
     }
 
+    /// Several products of the same activations in one parallel region: each `out = x . w^T (+ bias)`.
+    pub fn matmul_all<const N: usize>(&self, x: &Activations, products: [Product<'_>; N]) {
+        self.products(x, &products.map(|Product { weights, bias, out }| self.part(x, weights, bias, out, false)));
+    }
+
     fn product(&self, x: &Activations, w: &Matrix, bias: Option<&[f32]>, out: &mut [f32], accumulate: bool) {
+        self.products(x, &[self.part(x, w, bias, out, accumulate)]);
+    }
+
+    /// A product, checked.
+    fn part<'a>(
+        &self,
+        x: &Activations,
+        w: &'a Matrix,
+        bias: Option<&'a [f32]>,
+        out: &'a mut [f32],
+        accumulate: bool,
+    ) -> Part<'a> {
         let (m, rows, cols) = (x.num_rows(), w.rows(), w.cols());
         assert_eq!(x.cols(), cols, "activations of {} columns meet a matrix of {cols} inputs", x.cols());
         assert_eq!(out.len(), m * rows, "a product of {m} x {rows} into a buffer of {}", out.len());
         if let Some(bias) = bias {
             assert_eq!(bias.len(), rows, "a bias of {} for {rows} outputs", bias.len());
         }
-        let out = &Output { elements: SharedMut::new(out), rows, bias, accumulate };
-        let kernels = self.kernels;
-        match w {
-            Matrix::W4(w) => {
-                self.check_tile(w.frame.tile_rows);
-                let x = x.quantized_rows();
-                self.blocks(w.frame.tiles(), w.frame.tile_rows, m, cols, size_of::<i8>(), |tiles, m| {
-                    // SAFETY: the table fits the machine; shapes were checked above; pieces have disjoint tiles.
-                    unsafe { (kernels.w4)(&QuantTask { weights: w, x, m, tiles, out }) }
-                });
+        let (tiles, tile_rows) = match w {
+            Matrix::Quantized(w) => {
+                self.check_tile(w.tile_rows);
+                (w.tiles(), w.tile_rows)
             }
-            Matrix::W8(w) => {
-                self.check_tile(w.frame.tile_rows);
-                let x = x.quantized_rows();
-                self.blocks(w.frame.tiles(), w.frame.tile_rows, m, cols, size_of::<i8>(), |tiles, m| {
-                    // SAFETY: as for W4.
-                    unsafe { (kernels.w8)(&QuantTask { weights: w, x, m, tiles, out }) }
-                });
-            }
-            Matrix::F32(w) => self.dense(kernels.dense_f32, x, w, out),
-            Matrix::F16(w) => self.dense(kernels.dense_f16, x, w, out),
-            Matrix::Bf16(w) => self.dense(kernels.dense_bf16, x, w, out),
-        }
+            Matrix::F32(w) => (w.tiles(), DENSE_TILE_ROWS),
+            Matrix::F16(w) => (w.tiles(), DENSE_TILE_ROWS),
+            Matrix::Bf16(w) => (w.tiles(), DENSE_TILE_ROWS),
+        };
+        let out = Output { elements: SharedMut::new(out), rows, bias, accumulate };
+        Part { weights: w, tiles, tile_macs: tile_rows * cols * m, out }
     }
 
-    fn dense<E: DenseElement>(
-        &self,
-        kernel: unsafe fn(&DenseTask<'_, E>),
-        x: &Activations,
-        w: &Dense<E>,
-        out: &Output<'_>,
-    ) {
-        let tile_rows = crate::matrix::DENSE_TILE_ROWS;
-        self.blocks(w.tiles(), tile_rows, x.num_rows(), w.cols, size_of::<f32>(), |tiles, m| {
-            // SAFETY: the table fits the machine; shapes were checked by `product`; pieces have disjoint tiles.
-            unsafe { kernel(&DenseTask { weights: w, x: x.rows(), m, tiles, out }) }
+    /// One region for all parts: pieces of tiles, shared out by the work in them.
+    fn products<const N: usize>(&self, x: &Activations, parts: &[Part<'_>; N]) {
+        if x.num_rows() == 0 {
+            return;
+        }
+        let macs = |part: &Part<'_>| part.tiles * part.tile_macs;
+        let total: usize = parts.iter().map(macs).sum();
+        let num_wanted = (self.threads() * PIECES_PER_THREAD).min(total / MIN_PIECE_MACS);
+        if num_wanted <= 1 || self.threads() == 1 {
+            for part in parts {
+                self.tiles(x, part, 0..part.tiles);
+            }
+            return;
+        }
+        let num_pieces: [usize; N] = std::array::from_fn(|at| {
+            let part = &parts[at];
+            (num_wanted * macs(part) / total.max(1)).clamp(1, part.tiles.max(1))
         });
+        self.pool.run(num_pieces.iter().sum(), |mut index| {
+            for (part, &num_pieces) in parts.iter().zip(&num_pieces) {
+                if index < num_pieces {
+                    let tiles = index * part.tiles / num_pieces..(index + 1) * part.tiles / num_pieces;
+                    return self.tiles(x, part, tiles);
+                }
+                index -= num_pieces;
+            }
+        });
+    }
+
+    /// Every one of `tiles` meets every activation row once.
+    fn tiles(&self, x: &Activations, part: &Part<'_>, tiles: Range<usize>) {
+        let (kernels, out) = (self.kernels, &part.out);
+        match part.weights {
+            Matrix::Quantized(w) => {
+                let x_rows = x.quantized_rows();
+                blocks(x, size_of::<i8>(), |m| {
+                    let tiles = tiles.clone();
+                    // SAFETY: the table fits the machine; `part` has checked the shapes; pieces have disjoint tiles.
+                    unsafe { (kernels.quantized)(&QuantTask { weights: w, x: x_rows, m, tiles, out }) }
+                });
+            }
+            Matrix::F32(w) => dense(kernels.dense_f32, x, w, out, &tiles),
+            Matrix::F16(w) => dense(kernels.dense_f16, x, w, out, &tiles),
+            Matrix::Bf16(w) => dense(kernels.dense_bf16, x, w, out, &tiles),
+        }
     }
 
     fn check_tile(&self, tile_rows: usize) {
@@ -85,29 +123,46 @@ impl Cpu {
             self.isa
         );
     }
+}
 
-    /// Calls `block(tiles, rows)` so that every tile meets every activation row once.
-    fn blocks(
-        &self,
-        tiles: usize,
-        tile_rows: usize,
-        m: usize,
-        cols: usize,
-        element_bytes: usize,
-        block: impl Fn(Range<usize>, Range<usize>) + Sync,
-    ) {
-        if m == 0 {
-            return;
-        }
-        let block_rows = (ROW_BLOCK_BYTES / (cols * element_bytes).max(1)).max(MIN_BLOCK_ROWS);
-        let min_tiles = MIN_PIECE_MACS.div_ceil((tile_rows * cols * m).max(1));
-        self.split(tiles, min_tiles, |tiles| {
-            let mut start = 0;
-            while start < m {
-                let end = (start + block_rows).min(m);
-                block(tiles.clone(), start..end);
-                start = end;
-            }
-        });
+/// One of several products in a call.
+#[derive(Debug)]
+pub struct Product<'a> {
+    /// `[outputs, inputs]`
+    pub weights: &'a Matrix,
+    /// `[outputs]`
+    pub bias: Option<&'a [f32]>,
+    /// `[rows, outputs]`
+    pub out: &'a mut [f32],
+}
+
+/// A product whose shapes are checked.
+struct Part<'a> {
+    weights: &'a Matrix,
+    tiles: usize,
+    /// Multiply-adds of a tile with all activation rows.
+    tile_macs: usize,
+    out: Output<'a>,
+}
+
+fn dense<E: DenseElement>(
+    kernel: unsafe fn(&DenseTask<'_, E>),
+    x: &Activations,
+    w: &Dense<E>,
+    out: &Output<'_>,
+    tiles: &Range<usize>,
+) {
+    blocks(x, size_of::<f32>(), |m| {
+        // SAFETY: the table fits the machine; `part` has checked the shapes; pieces have disjoint tiles.
+        unsafe { kernel(&DenseTask { weights: w, x: x.rows(), m, tiles: tiles.clone(), out }) }
+    });
+}
+
+/// Calls `block` with consecutive ranges that cover the rows, each small enough for the cache.
+fn blocks(x: &Activations, element_bytes: usize, block: impl Fn(Range<usize>)) {
+    let m = x.num_rows();
+    let block_rows = (ROW_BLOCK_BYTES / (x.cols() * element_bytes).max(1)).max(MIN_BLOCK_ROWS);
+    for start in (0..m).step_by(block_rows) {
+        block(start..(start + block_rows).min(m));
     }
 }

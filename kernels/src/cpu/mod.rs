@@ -8,6 +8,7 @@ pub(crate) mod attention;
 pub(crate) mod dispatch;
 pub(crate) mod logits;
 pub(crate) mod matmul;
+pub(crate) mod peak;
 pub(crate) mod rope;
 pub(crate) mod rows;
 pub(crate) mod write_kv;

@@ -10,7 +10,7 @@ use super::attention::AttentionArgs;
 use super::pool::SharedMut;
 use super::rope::RopeStyle;
 use crate::matrix::{Dense, DenseElement};
-use crate::pack::GROUP;
+use crate::pack::{GROUP, Quantized};
 
 /// A group of 32 activations in int8: x is about `scale * code`. What a kernel needs of a group lies together, so that
 /// one pointer serves a row.
@@ -24,6 +24,8 @@ pub(crate) struct QuantGroup {
     pub(crate) sum: i32,
     /// scale * sum, what a weight group's minimum is multiplied with.
     pub(crate) scaled_sum: f32,
+    /// The sum of the first 16 codes, for weights whose groups are that long.
+    pub(crate) first_sum: i32,
 }
 
 /// Activation rows in int8 groups.
@@ -64,8 +66,8 @@ impl Output<'_> {
 }
 
 /// A part of a quantised product: activation rows `m` by weight tiles `tiles`.
-pub(crate) struct QuantTask<'a, W> {
-    pub(crate) weights: &'a W,
+pub(crate) struct QuantTask<'a> {
+    pub(crate) weights: &'a Quantized,
     pub(crate) x: QuantRows<'a>,
     pub(crate) m: Range<usize>,
     pub(crate) tiles: Range<usize>,

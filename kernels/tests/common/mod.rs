@@ -4,7 +4,8 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 
 use bindery_kernels::{
-    Activations, AttentionSequence, Cpu, Isa, KvCache, KvDtype, KvShape, Matrix, PackedW4, PackedW8, RowW4, RowW8,
+    Activations, AttentionSequence, CodeBits, Cpu, Isa, KvCache, KvDtype, KvShape, Matrix, QuantFormat, QuantRow,
+    Quantized, Scaling,
 };
 use half::{bf16, f16};
 
@@ -38,41 +39,54 @@ impl Random {
 /// Families of weight matrices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Family {
-    W4,
-    W4WithMins,
-    W8,
-    W8WithMins,
+    Quantized(QuantFormat),
     F32,
     F16,
     Bf16,
 }
 
+pub(crate) const W4: Family = single(CodeBits::Four, false);
+pub(crate) const W4_WITH_MINS: Family = single(CodeBits::Four, true);
+pub(crate) const W8: Family = single(CodeBits::Eight, false);
+
+const fn single(bits: CodeBits, with_mins: bool) -> Family {
+    Family::Quantized(QuantFormat { bits, scaling: Scaling::Single, with_mins })
+}
+
 impl Family {
-    pub(crate) const ALL: [Self; 7] =
-        [Self::W4, Self::W4WithMins, Self::W8, Self::W8WithMins, Self::F32, Self::F16, Self::Bf16];
+    pub(crate) fn all() -> Vec<Self> {
+        QuantFormat::all().into_iter().map(Self::Quantized).chain([Self::F32, Self::F16, Self::Bf16]).collect()
+    }
 
     pub(crate) fn is_quantized(self) -> bool {
-        matches!(self, Self::W4 | Self::W4WithMins | Self::W8 | Self::W8WithMins)
+        matches!(self, Self::Quantized(_))
+    }
+
+    /// Inputs come in multiples of this.
+    pub(crate) fn span(self) -> usize {
+        match self {
+            Self::Quantized(format) => format.scale_span(),
+            Self::F32 | Self::F16 | Self::Bf16 => 1,
+        }
     }
 
     /// A matrix of random weights; the same numbers for every instruction set.
     pub(crate) fn matrix(self, isa: Isa, rows: usize, cols: usize, seed: u64) -> Matrix {
         let mut random = Random(seed);
         match self {
-            Self::W4 | Self::W4WithMins => {
-                Matrix::W4(PackedW4::pack(isa, rows, cols, self == Self::W4WithMins, |_, row| {
-                    let RowW4 { codes, scales, mins } = row;
-                    codes.fill_with(|| random.below(16) as u8);
-                    scales.fill_with(|| f16::from_f32(random.unit() / 8.0));
-                    mins.fill_with(|| f16::from_f32(random.unit()));
-                }))
-            }
-            Self::W8 | Self::W8WithMins => {
-                Matrix::W8(PackedW8::pack(isa, rows, cols, self == Self::W8WithMins, |_, row| {
-                    let RowW8 { codes, scales, mins } = row;
-                    codes.fill_with(|| random.below(256) as u8 as i8);
-                    scales.fill_with(|| f16::from_f32(random.unit() / 128.0));
-                    mins.fill_with(|| f16::from_f32(random.unit()));
+            Self::Quantized(format) => {
+                let (first, num_codes) = (i32::from(*format.codes().start()), 1 << format.bits.count());
+                let num_subs = if format.scaling == Scaling::Nibbles { 16 } else { 256 };
+                Matrix::Quantized(Quantized::pack(isa, rows, cols, format, |_, row| {
+                    let QuantRow { codes, scales, mins, sub_scales, sub_mins } = row;
+                    codes.fill_with(|| (first + random.below(num_codes) as i32) as i8);
+                    // Weights of about one, whatever the ranges.
+                    let upper = if sub_scales.is_empty() { 2.0 } else { 4.0 / num_subs as f32 };
+                    scales.fill_with(|| f16::from_f32(random.unit() * upper / num_codes as f32));
+                    mins.fill_with(|| f16::from_f32(random.unit() * upper / 2.0));
+                    let mut sub = || (random.below(num_subs) as i32 - (num_subs / 2 * (num_subs / 256)) as i32) as i8;
+                    sub_scales.fill_with(&mut sub);
+                    sub_mins.fill_with(&mut sub);
                 }))
             }
             Self::F32 => Matrix::pack_f32(isa, rows, cols, |_, row| row.fill_with(|| random.unit())),

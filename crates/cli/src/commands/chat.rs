@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use anyhow::Context as _;
 use bindery_engine::{LocalModel, Prompt, RenderRequest, SamplingParams, TextEvent, TextRequest};
 use bindery_hub::FetchOptions;
 use futures::StreamExt as _;
@@ -26,7 +27,7 @@ use crate::{
     terminal::{self, Style},
 };
 
-/// Of one line of input.
+/// Of one line of piped input; a longer one ends the program, as its rest would be taken for the next turn.
 const MAX_LINE_BYTES: u64 = 1 << 20;
 
 const HELP: &str = "\
@@ -287,26 +288,12 @@ impl Backend {
 }
 
 fn text_request(text: String, sampling: Sampling) -> TextRequest {
-    let max_tokens = sampling.max_tokens.map(|tokens| tokens as usize);
-    let mut params =
-        SamplingParams { temperature: sampling.temperature, seed: sampling.seed, ..SamplingParams::default() };
-    if let Some(max_tokens) = max_tokens {
-        params.max_tokens = max_tokens;
-    }
     TextRequest {
         request_id: "chat".to_owned(),
-        prompt: Prompt::Text { text, add_special_tokens: false },
         prompt_param: "messages",
-        params,
-        max_tokens,
-        num_samples: 1,
-        best_of: None,
-        stop: Vec::new(),
-        include_stop_str_in_output: false,
-        skip_special_tokens: true,
-        truncate_prompt_tokens: None,
-        priority: 0,
-        timeout: None,
+        params: SamplingParams { temperature: sampling.temperature, seed: sampling.seed, ..SamplingParams::default() },
+        max_tokens: sampling.max_tokens.map(|tokens| tokens as usize),
+        ..TextRequest::new(Prompt::Text { text, add_special_tokens: false })
     }
 }
 
@@ -332,13 +319,13 @@ fn explain(error: &ClientError) -> Failure {
 /// Where turns come from. Reading blocks, so it happens on a thread of its own.
 enum Lines {
     Typed { editor: Option<Box<DefaultEditor>>, history: Option<PathBuf> },
-    Piped,
+    Piped { num_read: usize },
 }
 
 impl Lines {
     fn open(is_interactive: bool) -> anyhow::Result<Self> {
         if !is_interactive {
-            return Ok(Self::Piped);
+            return Ok(Self::Piped { num_read: 0 });
         }
         let mut editor = DefaultEditor::new()?;
         let history = FetchOptions::from_env(true).ok().map(|options| options.cache_dir.join("chat-history"));
@@ -373,13 +360,16 @@ impl Lines {
                     Err(error) => return Err(error.into()),
                 }
             },
-            Self::Piped => {
+            Self::Piped { num_read } => {
+                *num_read += 1;
+                let number = *num_read;
                 let read = tokio::task::spawn_blocking(|| {
-                    let mut line = String::new();
-                    let num_bytes = std::io::stdin().lock().take(MAX_LINE_BYTES).read_line(&mut line)?;
-                    std::io::Result::Ok((num_bytes > 0).then_some(line))
+                    let mut line = Vec::new();
+                    std::io::stdin().lock().take(MAX_LINE_BYTES + 1).read_until(b'\n', &mut line)?;
+                    std::io::Result::Ok(line)
                 });
-                signals.unless_stopped(read).await.ok_or(Interrupted)??.map_err(Into::into)
+                let line = signals.unless_stopped(read).await.ok_or(Interrupted)??.context("cannot read the input")?;
+                Ok(piped_line(line, number)?)
             }
         }
     }
@@ -391,6 +381,26 @@ impl Lines {
             }
             // A history that cannot be kept is no reason to fail at the end.
             let _ = editor.save_history(history);
+        }
+    }
+}
+
+/// A line of piped input, counted from 1, as a text; None at the end of input.
+fn piped_line(line: Vec<u8>, number: usize) -> Result<Option<String>, Failure> {
+    if line.len() as u64 > MAX_LINE_BYTES {
+        return Err(Failure::new(format!("line {number} of the input has more than {MAX_LINE_BYTES} bytes"))
+            .hint("a line is a turn: break it up, or send it to a server's /v1/chat/completions"));
+    }
+    match String::from_utf8(line) {
+        Ok(text) => Ok((!text.is_empty()).then_some(text)),
+        Err(error) => {
+            let at = error.utf8_error().valid_up_to();
+            Err(Failure::new(format!(
+                "line {number} of the input is not UTF-8: byte {:#04x} at its place {} begins no character",
+                error.as_bytes()[at],
+                at + 1
+            ))
+            .hint("convert it first, for example with iconv"))
         }
     }
 }

@@ -1,33 +1,49 @@
 //! `bindery check CONFIG`: what a config file means, with the environment as it is now; `--explain` documents every key.
+//!
+//! It goes the way of `serve`, by the same functions, until something would be fetched, read in bulk or listened on. What
+//! `serve` would refuse on this machine is refused here with the same words; what could not be looked at is named.
 
-use std::fmt::Write as _;
+use std::{fmt::Write as _, net::SocketAddr, path::PathBuf};
 
+use bindery_engine::local_model::CheckReport;
 use bindery_hub::{Cards, FetchOptions, ModelRef, inventory};
 
 use crate::{
-    args::{CheckArgs, ServeArgs},
-    commands::models::{plain_table, show},
+    args::{CheckArgs, ServeArgs, variable_behind},
+    commands::{
+        models::{plain_table, show},
+        serve::{Address, bind},
+    },
     config::{
         self,
         keys::{KEYS, Kind},
     },
     failure::Failure,
+    local,
     settings::{Settings, merge, model_from_environment},
-    terminal::{self, Style},
+    terminal::{self, Style, thousands},
 };
 
-pub(crate) fn run(args: &CheckArgs) -> anyhow::Result<()> {
+pub(crate) async fn run(args: CheckArgs) -> anyhow::Result<()> {
     if args.explain {
         terminal::print(&explain())?;
+    } else if args.config.is_none() {
+        return Err(Failure::usage("no config file was named: `bindery check FILE` says what a file means")
+            .hint("`bindery check --explain` documents every key of one")
+            .into());
     }
     let Some(path) = &args.config else { return Ok(()) };
     let file = config::read(path)?;
-    let mut environment =
-        ServeArgs::from_environment().map_err(|error| Failure::usage(first_line(&error.to_string())))?;
+    let mut environment = ServeArgs::from_environment().map_err(|error| {
+        let variable = variable_behind(&error).map_or_else(String::new, |variable| format!(" variable {variable}"));
+        Failure::usage(first_line(&error.to_string())).hint(format!("the value comes from the environment{variable}"))
+    })?;
     environment.model = model_from_environment();
     let flags = ServeArgs { config: Some(path.clone()), ..environment.clone() };
     let settings = Settings::resolve(flags)?;
     let effective = merge(environment.clone(), file.clone());
+    let address = bind(&settings).await?;
+    let model = Model::find(&settings).await?;
 
     let style = Style::for_stdout();
     let mut table = plain_table();
@@ -43,54 +59,101 @@ pub(crate) fn run(args: &CheckArgs) -> anyhow::Result<()> {
         table.add_row([format!("{}.{}", key.section, key.name), value, origin]);
     }
     let mut text = format!("{}\n\n", show(&mut table));
-    for line in meaning(&settings) {
+    for line in listening(&settings, &address).into_iter().chain(model.meaning(&settings)) {
         let _ = writeln!(text, "{line}");
     }
-    let _ = writeln!(text, "{}", style.good(&format!("{} is valid", path.display())));
+    let so_far = if model.report.is_some() { "" } else { ", as far as could be seen without the model's files" };
+    let _ = writeln!(text, "{}", style.good(&format!("{} is valid{so_far}", path.display())));
     terminal::print(&text)?;
     Ok(())
 }
 
-/// The settings in sentences.
-fn meaning(settings: &Settings) -> Vec<String> {
-    let source = &settings.model.source;
-    let mut lines =
-        vec![format!("It would listen on {}:{} and serve {source}.", settings.host, settings.port), model_line(source)];
-    let is_loopback =
-        settings.host == "localhost" || settings.host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback());
-    lines.push(match (settings.api_keys.len(), is_loopback) {
-        (0, true) => "No key would be asked for; only this machine could connect.".to_owned(),
-        (0, false) => {
-            "Warning: no key would be asked for, and other machines could connect. Set BINDERY_API_KEY before you start it.".to_owned()
-        }
-        (1, _) => "Clients would have to send the key of BINDERY_API_KEY.".to_owned(),
-        (count, _) => format!("Clients would have to send one of the {count} keys of BINDERY_API_KEY."),
-    });
+/// Where it would listen and who could connect, in sentences.
+fn listening(settings: &Settings, address: &Address) -> Vec<String> {
+    let mut lines = vec![format!("It would listen on {}.", settings.host_and_port())];
+    let (Address::Reserved(_, resolved) | Address::InUse(resolved)) = address;
+    if let Address::InUse(_) = address {
+        lines.push("Another program is using this port now: a start would fail until it ends.".to_owned());
+    }
+    lines.push(who_could_connect(settings, *resolved));
     lines
 }
 
-fn model_line(source: &str) -> String {
-    let described = ModelRef::parse(source).and_then(|reference| {
-        Ok(match reference {
+fn who_could_connect(settings: &Settings, address: SocketAddr) -> String {
+    match settings.api_keys.len() {
+        0 if settings.is_open_to_others(address.ip()) => {
+            "Warning: no key would be asked for, and other machines could connect. Set BINDERY_API_KEY before you start it."
+                .to_owned()
+        }
+        0 => "No key would be asked for; only this machine could connect.".to_owned(),
+        1 => "Clients would have to send the key of BINDERY_API_KEY.".to_owned(),
+        count => format!("Clients would have to send one of the {count} keys of BINDERY_API_KEY."),
+    }
+}
+
+/// The model that a config names.
+struct Model {
+    /// What it is, in a sentence without its full stop.
+    described: String,
+    path: Option<PathBuf>,
+    /// None where its files are not here.
+    report: Option<CheckReport>,
+    may_fetch: bool,
+}
+
+impl Model {
+    async fn find(settings: &Settings) -> anyhow::Result<Self> {
+        let options = FetchOptions::from_env(settings.model.offline)?;
+        let reference = ModelRef::parse(&settings.model.source)?;
+        let path = inventory::locate_model(&reference, &options)?;
+        let described = match reference {
             ModelRef::Card(name) => {
-                let options = FetchOptions::from_env(true)?;
                 let cards = Cards::load(options.cards_dir.as_deref())?;
                 let card = cards.find(&name)?;
-                let cached = match inventory::locate(card, &options) {
-                    Some(path) => format!("it is cached at {}", path.display()),
-                    None => "it is not cached and would be fetched first".to_owned(),
-                };
-                format!("{name} is the card of {} ({}); {cached}.", card.title, card.license)
+                format!("{name}, the card of {} ({})", card.title, card.license)
             }
-            ModelRef::Hub { repo, file: Some(file), .. } => {
-                format!("The model is the file {file} of {repo} on the hub.")
+            ModelRef::Hub { repo, file: Some(file), .. } => format!("the file {file} of {repo} on the hub"),
+            ModelRef::Hub { repo, file: None, .. } => format!("the repository {repo} on the hub"),
+            ModelRef::Directory(path) => format!("the folder {}", path.display()),
+            ModelRef::File(path) => format!("the file {}", path.display()),
+        };
+        let report = match path.clone() {
+            Some(path) => Some(local::check(path, &settings.model.local).await?),
+            None => None,
+        };
+        Ok(Self { described, path, report, may_fetch: !options.offline })
+    }
+
+    /// In sentences.
+    fn meaning(&self, settings: &Settings) -> Vec<String> {
+        let mut lines = vec![format!("It would serve {}.", self.described)];
+        if let (Some(report), Some(path)) = (&self.report, &self.path) {
+            lines.push(format!(
+                "Its files are at {}: {}, contexts of up to {} tokens.",
+                path.display(),
+                report.architecture,
+                thousands(report.max_model_len as u64)
+            ));
+            if settings.model.local.kv_cache_memory.is_none() {
+                let not_checked = "Not checked: whether the memory that is free at the start holds such a context \
+                                   (kv_cache_memory is not set).";
+                lines.push(not_checked.to_owned());
             }
-            ModelRef::Hub { repo, file: None, .. } => format!("The model is the repository {repo} on the hub."),
-            ModelRef::Directory(path) => format!("The model is the folder {}.", path.display()),
-            ModelRef::File(path) => format!("The model is the file {}.", path.display()),
-        })
-    });
-    described.unwrap_or_else(|error| format!("Warning: {error}."))
+        } else {
+            lines.push(if self.may_fetch {
+                "Its files are not on this machine and would be fetched first.".to_owned()
+            } else {
+                "Warning: its files are not on this machine and the network may not be used: a start would fail until \
+                     they are here."
+                    .to_owned()
+            });
+            lines.push(
+                "Not checked, as that takes the files: the model's format, max_model_len and kv_cache_memory."
+                    .to_owned(),
+            );
+        }
+        lines
+    }
 }
 
 fn explain() -> String {

@@ -20,7 +20,7 @@ pub(crate) fn run(command: Command) -> anyhow::Result<()> {
         Command::Bench(args) => block_on(bench::run(*args)),
         Command::Pull(args) => block_on(pull::run(args)),
         Command::Models(args) => block_on(models::run(args)),
-        Command::Check(args) => check::run(&args),
+        Command::Check(args) => block_on(check::run(args)),
         Command::Completions { shell } => completions::run(shell),
     }
 }

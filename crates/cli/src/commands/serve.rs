@@ -21,7 +21,7 @@ use crate::{
     args::{LogFormat, ServeArgs},
     failure::{Failure, Interrupted},
     local, logging,
-    settings::{MAX_BODY_BYTES, Settings},
+    settings::Settings,
     signals::StopSignals,
     terminal::{self, Style},
 };
@@ -33,7 +33,14 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
     let settings = Settings::resolve(args)?;
     logging::init(settings.log_format);
     let mut signals = StopSignals::listen()?;
-    let (socket, address) = bind(&settings).await?;
+    let (socket, address) = match bind(&settings).await? {
+        Address::Reserved(socket, address) => (socket, address),
+        Address::InUse(_) => {
+            return Err(Failure::new(format!("{} is in use by another program", settings.host_and_port()))
+                .hint("choose another port with --port, or 0 for any free one")
+                .into());
+        }
+    };
     warn_if_open(&settings, address.ip());
     let files = signals.unless_stopped(local::fetch(&settings.model)).await.ok_or(Interrupted)??;
 
@@ -46,7 +53,7 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
         served_model_names: names.clone(),
         api_keys: settings.api_keys.clone(),
         admin_key: settings.admin_key.clone(),
-        max_body_bytes: MAX_BODY_BYTES,
+        max_body_bytes: settings.max_body_bytes,
         shutdown_timeout: settings.shutdown_timeout,
         digest: files.digest.clone(),
         license: files.license.clone(),
@@ -97,29 +104,42 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
     outcome
 }
 
+/// What became of the address to listen on.
+pub(super) enum Address {
+    Reserved(TcpSocket, SocketAddr),
+    /// Right, and taken by another program now.
+    InUse(SocketAddr),
+}
+
 /// Reserves the address without listening yet.
-async fn bind(settings: &Settings) -> anyhow::Result<(TcpSocket, SocketAddr)> {
-    let shown = format!("{}:{}", settings.host, settings.port);
+pub(super) async fn bind(settings: &Settings) -> anyhow::Result<Address> {
+    let shown = settings.host_and_port();
     let resolved = tokio::net::lookup_host((settings.host.as_str(), settings.port)).await;
     let address = resolved
         .ok()
         .and_then(|mut addresses| addresses.next())
-        .ok_or_else(|| Failure::new(format!("the host {} has no address", settings.host)).hint("check --host"))?;
+        .ok_or_else(|| Failure::new(format!("the host {} has no address", settings.host)).hint("check the host (--host, BINDERY_HOST, or host in [server]): an address, or a name that this machine resolves"))?;
     let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
     // A port whose last server has just ended is free.
     #[cfg(unix)]
     socket.set_reuseaddr(true)?;
-    socket.bind(address).map_err(|error| match error.kind() {
-        std::io::ErrorKind::AddrInUse => Failure::new(format!("{shown} is in use by another program"))
-            .hint("choose another port with --port, or 0 for any free one"),
-        std::io::ErrorKind::PermissionDenied => Failure::new(format!("this user may not listen on {shown}"))
-            .hint("ports below 1024 often need privileges; try --port 8000"),
-        std::io::ErrorKind::AddrNotAvailable => Failure::new(format!("this machine has no address {}", settings.host))
-            .hint("0.0.0.0 listens on every address"),
-        _ => Failure::new(format!("cannot listen on {shown}: {error}")),
-    })?;
-    let address = socket.local_addr()?;
-    Ok((socket, address))
+    match socket.bind(address) {
+        Ok(()) => {
+            let address = socket.local_addr()?;
+            Ok(Address::Reserved(socket, address))
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => Ok(Address::InUse(address)),
+        Err(error) => Err(match error.kind() {
+            std::io::ErrorKind::PermissionDenied => Failure::new(format!("this user may not listen on {shown}"))
+                .hint("ports below 1024 often need privileges; try --port 8000"),
+            std::io::ErrorKind::AddrNotAvailable => {
+                Failure::new(format!("this machine has no address {}", settings.host))
+                    .hint("0.0.0.0 listens on every address")
+            }
+            _ => Failure::new(format!("cannot listen on {shown}: {error}")),
+        }
+        .into()),
+    }
 }
 
 fn warn_if_open(settings: &Settings, address: IpAddr) {

@@ -22,7 +22,7 @@ const LATER_SECTIONS: [&str; 9] =
 pub(crate) fn read(path: &Path) -> anyhow::Result<ServeArgs> {
     let shown = path.display();
     let fail = |error: std::io::Error| {
-        Failure::usage(format!("cannot read the config file {shown}: {error}")).hint("check the path given to --config")
+        Failure::usage(format!("cannot read the config file {shown}: {error}")).hint("check the path")
     };
     let size = std::fs::metadata(path).map_err(fail)?.len();
     if size > MAX_CONFIG_BYTES {
@@ -31,7 +31,15 @@ pub(crate) fn read(path: &Path) -> anyhow::Result<ServeArgs> {
         ))
         .into());
     }
-    let text = std::fs::read_to_string(path).map_err(fail)?;
+    let text = String::from_utf8(std::fs::read(path).map_err(fail)?).map_err(|error| {
+        let (at, bytes) = (error.utf8_error().valid_up_to(), error.as_bytes());
+        let line = bytes[..at].split(|&byte| byte == b'\n').count();
+        Failure::usage(format!(
+            "{shown}:{line}: the config file is not UTF-8: byte {:#04x} begins no character",
+            bytes[at]
+        ))
+        .hint("save it as UTF-8, the encoding of TOML")
+    })?;
     parse(&text).map_err(|problem| {
         let place = problem.line.map_or_else(|| format!("{shown}"), |line| format!("{shown}:{line}"));
         let failure = Failure::usage(format!("{place}: {}", problem.message));

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::support::{Ended, Script, Server, run};
 
@@ -10,7 +10,12 @@ fn script() -> Script {
     Script { pieces: vec!["one", " two", " three"], usage: Some((7, 4)), ..Script::default() }
 }
 
-fn json(ended: &Ended) -> Value {
+/// Runs it against a server; `flags` are separated by blanks.
+fn bench(server: &Server, flags: &str) -> Ended {
+    run(&["bench", "--url", &server.url].into_iter().chain(flags.split_whitespace()).collect::<Vec<_>>())
+}
+
+fn report_of(ended: &Ended) -> Value {
     assert_eq!(ended.code, 0, "{}", ended.stderr);
     serde_json::from_str(&ended.stdout).unwrap()
 }
@@ -18,23 +23,9 @@ fn json(ended: &Ended) -> Value {
 #[test]
 fn every_request_is_sent_once_and_counted_by_usage() {
     let server = Server::start(script());
-    let ended = run(&[
-        "bench",
-        "--url",
-        &server.url,
-        "--concurrency",
-        "1,4",
-        "--num-requests",
-        "6",
-        "--rounds",
-        "2",
-        "--output-tokens",
-        "4",
-        "--input-words",
-        "5",
-        "--json",
-    ]);
-    let report = json(&ended);
+    let ended =
+        bench(&server, "--concurrency 1,4 --num-requests 6 --rounds 2 --output-tokens 4 --input-words 5 --json");
+    let report = report_of(&ended);
     for (row, clients) in report["rows"].as_array().unwrap().iter().zip([1, 4]) {
         assert_eq!(row["load"]["clients"], clients);
         assert_eq!((&row["answered"], &row["failed"]), (&12.into(), &0.into()));
@@ -59,42 +50,16 @@ fn every_request_is_sent_once_and_counted_by_usage() {
 #[test]
 fn without_usage_pieces_are_counted() {
     let server = Server::start(Script { usage: None, ..script() });
-    let ended = run(&[
-        "bench",
-        "--url",
-        &server.url,
-        "--concurrency",
-        "1",
-        "--num-requests",
-        "2",
-        "--rounds",
-        "1",
-        "--output-tokens",
-        "3",
-        "--json",
-    ]);
-    assert_eq!(json(&ended)["rows"][0]["mean_output_tokens"], 3.0);
+    let ended = bench(&server, "--concurrency 1 --num-requests 2 --rounds 1 --output-tokens 3 --json");
+    assert_eq!(report_of(&ended)["rows"][0]["mean_output_tokens"], 3.0);
 }
 
 #[test]
 fn failures_are_counted_and_quoted() {
     let server = Server::start(Script { refuse_every: Some(5), ..script() });
-    let arguments = [
-        "bench",
-        "--url",
-        &server.url,
-        "--concurrency",
-        "2",
-        "--num-requests",
-        "10",
-        "--rounds",
-        "1",
-        "--output-tokens",
-        "4",
-        "--json",
-    ];
-    let ended = run(&arguments);
-    let report = json(&ended);
+    let arguments = "--concurrency 2 --num-requests 10 --rounds 1 --output-tokens 4 --json";
+    let ended = bench(&server, arguments);
+    let report = report_of(&ended);
     // Requests 5 and 10 of all 11, the first of which warms up.
     assert_eq!((&report["rows"][0]["answered"], &report["rows"][0]["failed"]), (&8.into(), &2.into()));
     assert_eq!(report["rows"][0]["failures"]["503: the queue is full"], 2);
@@ -104,21 +69,8 @@ fn failures_are_counted_and_quoted() {
 #[test]
 fn an_open_loop_sends_all_of_its_requests() {
     let server = Server::start(script());
-    let ended = run(&[
-        "bench",
-        "--url",
-        &server.url,
-        "--rate",
-        "500,1000",
-        "--num-requests",
-        "20",
-        "--rounds",
-        "1",
-        "--output-tokens",
-        "4",
-        "--json",
-    ]);
-    let report = json(&ended);
+    let ended = bench(&server, "--rate 500,1000 --num-requests 20 --rounds 1 --output-tokens 4 --json");
+    let report = report_of(&ended);
     assert_eq!(report["rows"][0]["load"]["requests_per_second"], 500.0);
     for row in report["rows"].as_array().unwrap() {
         assert_eq!(row["answered"], 20);
@@ -129,19 +81,7 @@ fn an_open_loop_sends_all_of_its_requests() {
 #[test]
 fn the_table_has_a_row_a_load_and_names_what_was_sent() {
     let server = Server::start(script());
-    let ended = run(&[
-        "bench",
-        "--url",
-        &server.url,
-        "--concurrency",
-        "1,2",
-        "--num-requests",
-        "2",
-        "--rounds",
-        "1",
-        "--output-tokens",
-        "4",
-    ]);
+    let ended = bench(&server, "--concurrency 1,2 --num-requests 2 --rounds 1 --output-tokens 4");
     assert_eq!(ended.code, 0, "{}", ended.stderr);
     for expected in ["OUT TOK/S", "TTFT ms", "ITL ms", "E2E s", "scripted at", "110 words in (7 tokens), 4 tokens out"]
     {
@@ -153,40 +93,15 @@ fn the_table_has_a_row_a_load_and_names_what_was_sent() {
 #[test]
 fn answers_of_another_length_are_warned_about() {
     let server = Server::start(script());
-    let ended = run(&[
-        "bench",
-        "--url",
-        &server.url,
-        "--concurrency",
-        "1",
-        "--num-requests",
-        "2",
-        "--rounds",
-        "1",
-        "--output-tokens",
-        "64",
-    ]);
+    let ended = bench(&server, "--concurrency 1 --num-requests 2 --rounds 1 --output-tokens 64");
     assert!(ended.stderr.contains("answers have 4.0 tokens on average instead of 64"), "{}", ended.stderr);
 }
 
 #[test]
 fn two_servers_take_turns_with_the_same_prompts() {
     let (a, b) = (Server::start(script()), Server::start(script()));
-    let ended = run(&[
-        "bench",
-        "--url",
-        &a.url,
-        "--compare",
-        &b.url,
-        "--concurrency",
-        "1",
-        "--num-requests",
-        "3",
-        "--rounds",
-        "2",
-        "--output-tokens",
-        "4",
-    ]);
+    let ended =
+        bench(&a, &format!("--compare {} --concurrency 1 --num-requests 3 --rounds 2 --output-tokens 4", b.url));
     assert_eq!(ended.code, 0, "{}", ended.stderr);
     assert!(ended.stdout.contains("A/B") && ended.stdout.contains("x "), "{}", ended.stdout);
     let prompts = |server: &Server| server.asked().iter().map(|(_, body)| body["prompt"].clone()).collect::<Vec<_>>();
@@ -197,49 +112,42 @@ fn two_servers_take_turns_with_the_same_prompts() {
 #[test]
 fn a_server_that_refuses_ignore_eos_is_told_apart_and_can_be_tested() {
     let server = Server::start(Script { refuses_ignore_eos: true, ..script() });
-    let arguments = [
-        "bench",
-        "--url",
-        &server.url,
-        "--concurrency",
-        "1",
-        "--num-requests",
-        "1",
-        "--rounds",
-        "1",
-        "--output-tokens",
-        "4",
-    ];
-    let refused = run(&arguments);
+    let arguments = "--concurrency 1 --num-requests 1 --rounds 1 --output-tokens 4";
+    let refused = bench(&server, arguments);
     assert_eq!(refused.code, 1);
     assert!(
         refused.stderr.contains("unknown field ignore_eos") && refused.stderr.contains("--no-ignore-eos"),
         "{}",
         refused.stderr
     );
-    assert_eq!(run(&[&arguments[..], &["--no-ignore-eos"]].concat()).code, 0);
+    assert_eq!(bench(&server, &format!("{arguments} --no-ignore-eos")).code, 0);
+}
+
+#[test]
+fn a_bad_request_is_hinted_at_by_what_the_server_said() {
+    let hint = |error: Value| {
+        let ended = bench(&Server::start(Script { bad_request: Some(error), ..script() }), "--concurrency 1");
+        assert_eq!(ended.code, 1, "{}", ended.stderr);
+        ended.stderr.lines().find_map(|line| line.strip_prefix("hint: ").map(str::to_owned))
+    };
+    let shorten = Some("ask for less with --input-words or --output-tokens".to_owned());
+    assert_eq!(hint(json!({"message": "64 tokens are the limit", "code": "context_length_exceeded"})), shorten);
+    // As vLLM says it, whose code is a number.
+    let words = "This model's maximum context length is 64 tokens. However, you requested 174 tokens.";
+    assert_eq!(hint(json!({"message": words, "code": 400})), shorten);
+    let refused = hint(json!({"message": "extra fields not permitted: ignore_eos"}));
+    assert!(refused.is_some_and(|hint| hint.contains("--no-ignore-eos")));
+    assert_eq!(hint(json!({"message": "stream_options is not known"})), None);
 }
 
 #[test]
 fn the_chat_route_can_be_tested_and_the_key_is_sent() {
     let server = Server::start(Script { key: Some("k"), ..script() });
-    let base = [
-        "bench",
-        "--url",
-        &server.url,
-        "--concurrency",
-        "1",
-        "--num-requests",
-        "1",
-        "--rounds",
-        "1",
-        "--output-tokens",
-        "4",
-    ];
-    let refused = run(&base);
+    let base = "--concurrency 1 --num-requests 1 --rounds 1 --output-tokens 4";
+    let refused = bench(&server, base);
     assert_eq!(refused.code, 1);
     assert!(refused.stderr.contains("hint: give the server's key"), "{}", refused.stderr);
-    let ended = run(&[&base[..], &["--api-key", "k", "--endpoint", "chat"]].concat());
+    let ended = bench(&server, &format!("{base} --api-key k --endpoint chat"));
     assert_eq!(ended.code, 0, "{}", ended.stderr);
     assert!(server.asked().iter().all(|(route, body)| route == "chat" && body["messages"][0]["role"] == "user"));
 }
@@ -258,7 +166,15 @@ fn nobody_there_is_a_clear_error() {
 #[test]
 fn a_stream_that_is_cut_has_failed() {
     let server = Server::start(Script { cuts: true, ..script() });
-    let ended = run(&["bench", "--url", &server.url, "--concurrency", "1", "--num-requests", "2"]);
+    let ended = bench(&server, "--concurrency 1 --num-requests 2");
     assert_eq!(ended.code, 1);
     assert!(ended.stderr.contains("it ended without [DONE]"), "{}", ended.stderr);
+}
+
+#[test]
+fn a_profile_of_another_server_is_refused_by_name() {
+    let server = Server::start(script());
+    let ended = run(&["bench", "--url", &server.url, "--profile"]);
+    assert_eq!(ended.code, 1, "{}", ended.stderr);
+    assert!(ended.stderr.contains("--profile needs a Bindery as the first server"), "{}", ended.stderr);
 }

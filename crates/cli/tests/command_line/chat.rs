@@ -7,7 +7,7 @@ use serde_json::json;
 use crate::support::{Ended, Script, Server, bindery};
 
 /// Types these lines, then ends the input.
-fn talk(arguments: &[&str], lines: &str) -> Ended {
+fn talk(arguments: &[&str], lines: impl AsRef<[u8]>) -> Ended {
     let home = tempfile::tempdir().unwrap();
     let mut child = bindery(home.path())
         .arg("chat")
@@ -17,7 +17,8 @@ fn talk(arguments: &[&str], lines: &str) -> Ended {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    child.stdin.take().unwrap().write_all(lines.as_bytes()).unwrap();
+    // Who has refused a line reads no further.
+    let _ = child.stdin.take().unwrap().write_all(lines.as_ref());
     let ended = Ended::from(child.wait_with_output().unwrap());
     if let Ok(saved) = std::fs::read_to_string(home.path().join("saved.json")) {
         return Ended { stderr: format!("{}{saved}", ended.stderr), ..ended };
@@ -94,6 +95,24 @@ fn a_failing_turn_ends_a_piped_chat_with_its_reason() {
     let ended = talk(&["--url", &cut.url], "one\n");
     assert_eq!(ended.code, 1);
     assert!(ended.stderr.contains("the stream was cut"), "{}", ended.stderr);
+}
+
+#[test]
+fn a_line_that_cannot_be_a_turn_is_named_by_its_number() {
+    let server = Server::start(script());
+    let ended = talk(&["--url", &server.url], b"one\nca\xe7a\n");
+    assert_eq!((ended.code, ended.stdout.as_str()), (1, "Hello, wörld\n"));
+    let expected = "error: line 2 of the input is not UTF-8: byte 0xe7 at its place 3 begins no character\n\
+                    hint: convert it first, for example with iconv\n";
+    assert_eq!(ended.stderr, expected);
+
+    // The longest line there may be ends in a character of two bytes.
+    let longest = format!("{}ä", "x".repeat((1 << 20) - 2));
+    let ended = talk(&["--url", &server.url], &longest);
+    assert_eq!(ended.code, 0, "{}", ended.stderr);
+    let ended = talk(&["--url", &server.url], format!("x{longest}\n"));
+    assert_eq!((ended.code, ended.stdout.as_str()), (1, ""));
+    assert!(ended.stderr.contains("line 1 of the input has more than 1048576 bytes"), "{}", ended.stderr);
 }
 
 #[test]

@@ -4,5 +4,6 @@
 mod bench;
 mod chat;
 mod config;
+mod serving;
 mod support;
 mod usage;

@@ -73,6 +73,8 @@ pub(crate) struct Script {
     pub(crate) cuts: bool,
     pub(crate) key: Option<&'static str>,
     pub(crate) refuses_ignore_eos: bool,
+    /// Every request is refused with 400 and this error object.
+    pub(crate) bad_request: Option<Value>,
 }
 
 /// What it was asked: route and body.
@@ -130,6 +132,9 @@ fn answer(
     }
     if script.refuses_ignore_eos && body.get("ignore_eos").is_some() {
         return refuse(StatusCode::BAD_REQUEST, "unknown field ignore_eos");
+    }
+    if let Some(error) = script.bad_request {
+        return (StatusCode::BAD_REQUEST, Json(json!({"error": error}))).into_response();
     }
     let number = {
         let mut asked = asked.lock().unwrap();

@@ -20,6 +20,8 @@ fn unknown_flags_and_bad_values_are_usage_errors() {
         vec!["serve", "--max-model-len", "0"],
         vec!["serve", "--kv-cache-memory", "lots"],
         vec!["serve", "--kv-cache-memory", "0"],
+        vec!["serve", "--max-body-size", "lots"],
+        vec!["serve", "--max-body-size", "0"],
         vec!["serve", "--shutdown-timeout", "soon"],
         vec!["serve", "--log-format", "xml"],
         vec!["serve", "--device", "tpu"],
@@ -46,6 +48,17 @@ fn unknown_flags_and_bad_values_are_usage_errors() {
 }
 
 #[test]
+fn a_wrong_time_is_answered_with_what_is_expected_alone() {
+    for time in ["bogus", "30", "5 parsecs", ""] {
+        let ended = run(&["serve", "--shutdown-timeout", time]);
+        assert_eq!(ended.code, 2, "{time}");
+        let expected =
+            format!("error: invalid value '{time}' for '--shutdown-timeout <TIME>': expected a time like 30s or 2m\n");
+        assert!(ended.stderr.starts_with(&expected), "{}", ended.stderr);
+    }
+}
+
+#[test]
 fn cuda_is_refused_clearly() {
     for device in ["cuda", "cuda:1"] {
         let ended = run(&["serve", "--device", device]);
@@ -68,6 +81,7 @@ fn help_and_version_go_to_stdout() {
         "--kv-cache-memory",
         "--max-num-batched-tokens",
         "--api-key",
+        "--max-body-size",
         "--shutdown-timeout",
         "[default: 8000]",
     ] {
@@ -140,6 +154,7 @@ fn a_file_that_is_no_model_fails_at_load_with_its_name() {
         let ended = Ended::from(command.output().unwrap());
         assert_eq!((ended.code, ended.stdout.as_str()), (1, ""), "{verb}: {}", ended.stderr);
         assert!(ended.stderr.contains("error: cannot load ./broken.gguf"), "{verb}: {}", ended.stderr);
+        assert_eq!(ended.stderr.matches("broken.gguf").count(), 1, "{verb}: {}", ended.stderr);
     }
 }
 
@@ -221,4 +236,22 @@ fn verify_and_remove_work_on_cached_cards() {
     assert_eq!(go(&["models", "remove", "toy"]).code, 0);
     assert!(!path.exists());
     assert_eq!(go(&["models", "remove", "toy"]).code, 1);
+}
+
+#[test]
+fn a_cache_that_cannot_be_created_is_told_once_with_a_way_out() {
+    let home = tempfile::tempdir().unwrap();
+    std::fs::write(home.path().join("file"), "").unwrap();
+    let cache = home.path().join("file/cache");
+    for verb in [&["pull", "smollm2-135m"][..], &["serve", "--port", "0"]] {
+        let mut command = bindery(home.path());
+        let ended: Ended =
+            command.args(verb).env("BINDERY_CACHE", &cache).env("HF_HUB_OFFLINE", "0").output().unwrap().into();
+        assert_eq!((ended.code, ended.stdout.as_str()), (1, ""), "{}", ended.stderr);
+        let lines: Vec<&str> = ended.stderr.lines().filter(|line| !line.starts_with("note: ")).collect();
+        let [error, hint] = lines[..] else { panic!("an error and a hint: {}", ended.stderr) };
+        let expected = format!("error: the cache folder {} cannot be created: ", cache.display());
+        assert!(error.starts_with(&expected) && error.matches("os error").count() == 1, "{error}");
+        assert!(hint.starts_with("hint: set BINDERY_CACHE to a folder"), "{hint}");
+    }
 }

@@ -52,21 +52,23 @@ impl Door {
         })
     }
 
-    /// A place in the queue, or the refusal.
-    pub(crate) fn enter(self: &Arc<Self>) -> Result<Ticket, EngineError> {
+    /// So many places in the queue, or the refusal: a group that does not fit takes none.
+    pub(crate) fn enter(self: &Arc<Self>, num_asked: usize) -> Result<Vec<Ticket>, EngineError> {
         if self.is_closed() {
             return Err(EngineError::ShuttingDown);
         }
         let max_queued = self.max_queued_requests;
-        let taken = self
-            .num_queued
-            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |queued| (queued < max_queued).then_some(queued + 1));
+        let taken = self.num_queued.fetch_update(Ordering::AcqRel, Ordering::Acquire, |queued| {
+            queued.checked_add(num_asked).filter(|&queued| queued <= max_queued)
+        });
         if let Err(num_queued) = taken {
-            return Err(EngineError::QueueFull { num_queued, max_queued, retry_after: self.retry_after(num_queued) });
+            let retry_after = self.retry_after(num_queued);
+            return Err(EngineError::QueueFull { num_asked, num_queued, max_queued, retry_after });
         }
-        self.num_unfinished.fetch_add(1, Ordering::AcqRel);
-        let key = self.next_key.fetch_add(1, Ordering::Relaxed);
-        Ok(Ticket { door: Arc::clone(self), key, is_queued: true })
+        self.num_unfinished.fetch_add(num_asked, Ordering::AcqRel);
+        let first_key = self.next_key.fetch_add(num_asked as u64, Ordering::Relaxed);
+        let keys = first_key..first_key + num_asked as u64;
+        Ok(keys.map(|key| Ticket { door: Arc::clone(self), key, is_queued: true }).collect())
     }
 
     /// Lets nobody in any more.
@@ -171,27 +173,49 @@ impl QueuePace {
 mod tests {
     use super::*;
 
+    fn enter_alone(door: &Arc<Door>) -> Result<Ticket, EngineError> {
+        door.enter(1).map(|mut tickets| tickets.pop().unwrap())
+    }
+
     #[test]
     fn places_are_bounded_and_come_back() {
         let door = Door::new(2);
-        let first = door.enter().unwrap();
-        let mut second = door.enter().unwrap();
-        assert!(matches!(door.enter(), Err(EngineError::QueueFull { num_queued: 2, max_queued: 2, .. })));
+        let first = enter_alone(&door).unwrap();
+        let mut second = enter_alone(&door).unwrap();
+        assert!(matches!(door.enter(1), Err(EngineError::QueueFull { num_queued: 2, max_queued: 2, .. })));
         assert!(second.leave_queue());
         assert!(!second.leave_queue(), "a place is given back once");
-        let third = door.enter().unwrap();
+        let third = enter_alone(&door).unwrap();
         assert_eq!((door.num_queued(), door.num_unfinished()), (2, 3));
         drop((first, second, third));
         assert_eq!((door.num_queued(), door.num_unfinished()), (0, 0));
         door.close();
-        assert!(matches!(door.enter(), Err(EngineError::ShuttingDown)));
+        assert!(matches!(door.enter(1), Err(EngineError::ShuttingDown)));
+    }
+
+    #[test]
+    fn a_group_takes_all_its_places_or_none() {
+        let door = Door::new(3);
+        let alone = enter_alone(&door).unwrap();
+        for num_asked in [3, 4, usize::MAX] {
+            let refusal = door.enter(num_asked).unwrap_err();
+            assert!(matches!(refusal, EngineError::QueueFull { num_queued: 1, .. }), "{refusal:?}");
+            assert_eq!((door.num_queued(), door.num_unfinished()), (1, 1), "nothing was taken");
+        }
+        let group = door.enter(2).unwrap();
+        let mut keys: Vec<u64> = group.iter().chain([&alone]).map(Ticket::key).collect();
+        keys.sort_unstable();
+        keys.dedup();
+        assert_eq!((keys.len(), door.num_queued(), door.num_unfinished()), (3, 3, 3));
+        drop((alone, group));
+        assert_eq!((door.num_queued(), door.num_unfinished()), (0, 0));
     }
 
     #[test]
     fn retry_after_follows_the_pace_of_the_queue() {
         let door = Door::new(10);
-        let tickets: Vec<_> = (0..10).map(|_| door.enter().unwrap()).collect();
-        let retry_after = || match door.enter() {
+        let tickets: Vec<_> = (0..10).map(|_| enter_alone(&door).unwrap()).collect();
+        let retry_after = || match door.enter(1) {
             Err(EngineError::QueueFull { retry_after, .. }) => retry_after,
             other => panic!("{other:?}"),
         };

@@ -11,6 +11,7 @@ use rustc_hash::FxHashMap;
 use super::{PromptScores, Submission, admission::Ticket, stream::Outbox};
 use crate::{
     EngineError, TokenEvent,
+    grammar::GrammarState,
     request::MAX_SAMPLES,
     sample::{PreparedSampling, SampleState},
 };
@@ -41,7 +42,9 @@ pub(crate) struct Live {
     pub(crate) ticket: Ticket,
     pub(crate) sampling: PreparedSampling,
     /// One a sample; `None` once it has ended.
-    pub(crate) samples: Vec<Option<SampleState>>,
+    pub(crate) samples: Vec<Option<LiveSample>>,
+    /// The wire field its grammar came in, for errors.
+    pub(crate) grammar_param: &'static str,
     pub(crate) num_prompt_tokens: usize,
     /// Prompt tokens that were computed at least once.
     pub(crate) num_counted_prompt_tokens: usize,
@@ -53,15 +56,26 @@ pub(crate) struct Live {
     pub(crate) outbox: Arc<Outbox>,
 }
 
+/// A sample that has not ended.
+#[derive(Debug)]
+pub(crate) struct LiveSample {
+    pub(crate) state: SampleState,
+    pub(crate) grammar: Option<GrammarState>,
+}
+
 impl Live {
     /// The record, and the sequence for the scheduler.
     pub(crate) fn new(submission: Submission) -> (Self, bindery_scheduler::SequenceSpec) {
-        let samples = (0..submission.spec.samples.len() as u32).map(|index| Some(SampleState::new(index))).collect();
+        let mut grammars = submission.grammars.into_iter();
+        let samples = (0..submission.spec.samples.len() as u32)
+            .map(|index| Some(LiveSample { state: SampleState::new(index), grammar: grammars.next() }))
+            .collect();
         let live = Self {
             request_id: submission.request_id,
             ticket: submission.ticket,
             sampling: submission.sampling,
             samples,
+            grammar_param: submission.grammar_param,
             num_prompt_tokens: submission.num_prompt_tokens,
             num_counted_prompt_tokens: 0,
             prompt_scores: submission.prompt_scores,
@@ -160,6 +174,11 @@ impl LiveRequests {
         if self.by_key.get(&key).is_some_and(Live::has_ended) {
             self.remove(key);
         }
+    }
+
+    /// The grammar of a sequence that has not ended.
+    pub(crate) fn grammar_mut(&mut self, id: SeqId) -> Option<&mut GrammarState> {
+        self.by_key.get_mut(&key_of(id))?.samples.get_mut(sample_of(id) as usize)?.as_mut()?.grammar.as_mut()
     }
 
     pub(crate) fn get_mut(&mut self, key: u64) -> Option<&mut Live> {

@@ -6,16 +6,17 @@
 
 use std::sync::Arc;
 
-use bindery_scheduler::{Sampled, StepPlan, TokenId};
+use bindery_scheduler::{Sampled, SeqId, StepPlan, TokenId};
 
 use super::{
-    live::{Live, LiveRequests, key_of, sample_of},
+    live::{Live, LiveRequests, LiveSample, key_of, sample_of},
     rows::LogitRow,
     stream::Outbox,
 };
 use crate::{
     TokenEvent, TokenLogprobs,
-    sample::{RawDistribution, SampleError, SampleState, Sampler},
+    grammar::GrammarState,
+    sample::{RawDistribution, SampleError, Sampler},
 };
 
 /// Reused from step to step.
@@ -24,6 +25,8 @@ pub(crate) struct Outcome {
     pub(crate) sampled: Vec<Sampled>,
     pub(crate) events: Vec<(Arc<Outbox>, u64, TokenEvent)>,
     pub(crate) failed: Vec<(u64, SampleError)>,
+    /// Sequences whose next mask a worker has begun with.
+    pub(crate) advanced: Vec<SeqId>,
     /// Requests that end with this step without generating anything.
     pub(crate) scored: Vec<(u64, Arc<Outbox>)>,
     scores: Vec<Option<TokenLogprobs>>,
@@ -35,6 +38,7 @@ impl Outcome {
         self.sampled.clear();
         self.events.clear();
         self.failed.clear();
+        self.advanced.clear();
         self.scored.clear();
         self.scores.clear();
     }
@@ -71,7 +75,7 @@ impl Outcome {
     ) -> Result<(), SampleError> {
         let mut distribution = None;
         if row.scored_prompt_index.is_some() || live.sampling.logprobs.is_some() {
-            let position = live.samples.iter().flatten().next().map_or(0, SampleState::num_generated_tokens);
+            let position = live.samples.iter().flatten().next().map_or(0, |sample| sample.state.num_generated_tokens());
             distribution = Some(RawDistribution::new(logits).ok_or(SampleError::NotFinite { position })?);
         }
         let logprobs_of = |sampler: &mut Sampler, token: TokenId, num_top: u32| {
@@ -87,12 +91,19 @@ impl Outcome {
         }
         for &id in &plan.samples[row.samples.clone()] {
             let sample = sample_of(id);
-            let Some(state) = &mut live.samples[sample as usize] else { continue };
-            let token = sampler.sample(logits, &live.sampling, state, None)?;
+            let Some(LiveSample { state, grammar }) = &mut live.samples[sample as usize] else { continue };
+            let mask = grammar.as_mut().map(GrammarState::mask).transpose();
+            let position = state.num_generated_tokens();
+            let param = live.grammar_param;
+            let mask = mask.map_err(|reason| SampleError::Grammar { param, position, reason })?;
+            let token = sampler.sample(logits, &live.sampling, state, mask)?;
             let logprobs = live.sampling.logprobs.and_then(|num_top| logprobs_of(sampler, token, num_top));
             let finish = state.record(token, &live.sampling);
             if finish.is_some() {
                 live.samples[sample as usize] = None;
+            } else if let Some(grammar) = grammar {
+                grammar.advance(token);
+                self.advanced.push(id);
             }
             self.sampled.push(Sampled { id, token, finished: finish.is_some() });
             let event = TokenEvent::Token { sample, token, logprobs, finish };

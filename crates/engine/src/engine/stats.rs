@@ -4,6 +4,7 @@
 
 use std::time::{Duration, Instant};
 
+use bindery_model::ModelPhase;
 use bindery_scheduler::SchedulerStats;
 
 /// Upper bounds of the buckets of tokens per step; powers of two up to the largest usual token budget.
@@ -53,19 +54,31 @@ pub struct EngineStats {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Phase {
     Schedule,
-    Forward,
-    Logits,
+    Model(ModelPhase),
+    Head,
     Sample,
     Emit,
 }
 
-const PHASES: [(Phase, &str); 5] = [
-    (Phase::Schedule, "schedule"),
-    (Phase::Forward, "forward"),
-    (Phase::Logits, "logits"),
-    (Phase::Sample, "sample"),
-    (Phase::Emit, "emit"),
-];
+/// Names of the phases of a step, in its order.
+pub const STEP_PHASES: [&str; 9] = ["schedule", "embed", "qkv", "attention", "output", "mlp", "head", "sample", "emit"];
+
+impl Phase {
+    /// In [`STEP_PHASES`].
+    fn index(self) -> usize {
+        match self {
+            Self::Schedule => 0,
+            Self::Model(ModelPhase::Embed) => 1,
+            Self::Model(ModelPhase::AttentionInputs) => 2,
+            Self::Model(ModelPhase::Attention) => 3,
+            Self::Model(ModelPhase::AttentionOutput) => 4,
+            Self::Model(ModelPhase::Mlp) => 5,
+            Self::Head => 6,
+            Self::Sample => 7,
+            Self::Emit => 8,
+        }
+    }
+}
 
 /// Counts for [`EngineStats`] on the engine's thread.
 #[derive(Debug)]
@@ -76,7 +89,7 @@ pub(crate) struct StatsRecorder {
     num_steps: u64,
     iteration_tokens_counts: [u64; ITERATION_TOKENS_BOUNDS.len() + 1],
     iteration_tokens_sum: u64,
-    phase_times: [Duration; PHASES.len()],
+    phase_times: [Duration; STEP_PHASES.len()],
     since: Instant,
 }
 
@@ -89,7 +102,7 @@ impl StatsRecorder {
             num_steps: 0,
             iteration_tokens_counts: [0; ITERATION_TOKENS_BOUNDS.len() + 1],
             iteration_tokens_sum: 0,
-            phase_times: [Duration::ZERO; PHASES.len()],
+            phase_times: [Duration::ZERO; STEP_PHASES.len()],
             since: Instant::now(),
         }
     }
@@ -102,7 +115,7 @@ impl StatsRecorder {
     /// The time since the last lap was spent in `phase`.
     pub(crate) fn lap(&mut self, phase: Phase) {
         let now = Instant::now();
-        self.phase_times[phase as usize] += now - self.since;
+        self.phase_times[phase.index()] += now - self.since;
         self.since = now;
     }
 
@@ -135,10 +148,7 @@ impl StatsRecorder {
             iteration_tokens_bounds: ITERATION_TOKENS_BOUNDS.to_vec(),
             iteration_tokens_counts: self.iteration_tokens_counts.to_vec(),
             iteration_tokens_sum: self.iteration_tokens_sum,
-            phase_seconds: PHASES
-                .iter()
-                .map(|&(phase, name)| (name, self.phase_times[phase as usize].as_secs_f64()))
-                .collect(),
+            phase_seconds: STEP_PHASES.into_iter().zip(self.phase_times.iter().map(Duration::as_secs_f64)).collect(),
             prefix_cache_queries: 0,
             prefix_cache_hits: 0,
         }

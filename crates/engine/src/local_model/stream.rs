@@ -242,7 +242,7 @@ fn empty_answer(sample: u32) -> TextEvent {
 }
 
 /// The engine knows a deadline, the caller gave a duration: the error tells the latter.
-pub(super) fn with_timeout(error: EngineError, timeout_ms: Option<u64>) -> EngineError {
+fn with_timeout(error: EngineError, timeout_ms: Option<u64>) -> EngineError {
     match (error, timeout_ms) {
         (EngineError::DeadlineExceeded { .. }, Some(timeout_ms)) => EngineError::DeadlineExceeded { timeout_ms },
         (error, _) => error,

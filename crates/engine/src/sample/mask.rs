@@ -32,6 +32,17 @@ impl TokenMask {
         self.words.get(token.0 as usize / 32).is_some_and(|word| word >> (token.0 % 32) & 1 == 1)
     }
 
+    /// Whether nothing but some of `tokens` may come next.
+    pub fn allows_only<'a>(&self, tokens: impl Iterator<Item = &'a bindery_scheduler::TokenId>) -> bool {
+        let mut others = self.clone();
+        for token in tokens {
+            if let Some(word) = others.words.get_mut(token.0 as usize / 32) {
+                *word &= !(1 << (token.0 % 32));
+            }
+        }
+        others.words.iter().all(|&word| word == 0)
+    }
+
     /// Sets forbidden tokens to minus infinity.
     pub(super) fn apply(&self, logits: &mut [f32]) {
         let mut words = self.words.iter();

@@ -29,7 +29,7 @@ pub use random::uniform;
 use crate::request::{FinishReason, SamplingParams};
 
 /// Why a row gives no token.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SampleError {
     /// NaN or plus infinity: a broken model or broken weights.
     #[error("the model computed logits that are not finite numbers at generated token {position}: check its weights")]
@@ -44,6 +44,16 @@ pub enum SampleError {
     NothingAllowed {
         /// Index of the token that was to be sampled.
         position: usize,
+    },
+    /// The grammar has become too large to be followed any further.
+    #[error("{param} failed at generated token {position}: {reason}; use a simpler one")]
+    Grammar {
+        /// The wire field it came in.
+        param: &'static str,
+        /// Index of the token that was to be sampled.
+        position: usize,
+        /// llguidance's word.
+        reason: String,
     },
 }
 
@@ -219,7 +229,12 @@ impl Sampler {
             mask.apply(work);
         }
         if prepared.masks_end_tokens(state.num_generated_tokens) {
-            for token in prepared.eos_token_ids.iter().chain(&prepared.stop_token_ids) {
+            let end_tokens = || prepared.eos_token_ids.iter().chain(&prepared.stop_token_ids);
+            if mask.is_some_and(|mask| mask.allows_only(end_tokens())) {
+                // Where a grammar has come to its end, min_tokens cannot make the answer longer.
+                return;
+            }
+            for token in end_tokens() {
                 if let Some(logit) = work.get_mut(token.0 as usize) {
                     *logit = f32::NEG_INFINITY;
                 }

@@ -154,7 +154,9 @@ fn history() -> impl Strategy<Value = Vec<TokenId>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(600))]
+    // Half of all cases are too near to a tie for the twin to decide; proptest gives up after a thousand of them, which
+    // many cases reach.
+    #![proptest_config(ProptestConfig { max_global_rejects: 1 << 20, ..ProptestConfig::with_cases(600) })]
 
     /// The token drawn is the one at whose share of the naive distribution the random number falls.
     #[test]

@@ -255,6 +255,11 @@ impl Tokenizer {
         self.table.piece(token).map_or(&[], |piece| piece.bytes)
     }
 
+    /// Whether [`Tokenizer::token_bytes`] of a sequence's tokens, put together, are its text.
+    pub fn spells_bytes(&self) -> bool {
+        self.decoder != DecoderKind::Opaque
+    }
+
     /// As it stands in the vocabulary ("Ġthe", "<|im_end|>").
     pub fn token_str(&self, token: TokenId) -> Option<&str> {
         self.table.name(token)

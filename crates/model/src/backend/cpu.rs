@@ -6,10 +6,10 @@
 
 use std::{mem, ops::Range};
 
-use bindery_kernels::{Activations, AttentionArgs, AttentionSequence, Cpu, KvCache, KvDtype, KvShape, Matrix};
+use bindery_kernels::{Activations, AttentionArgs, AttentionSequence, Cpu, KvCache, KvDtype, KvShape, Matrix, Product};
 
 use crate::{
-    backend::{AttentionWeights, Backend, Layer, MlpWeights, Step},
+    backend::{AttentionWeights, Backend, Layer, Linear, MlpWeights, Step},
     config::{Activation, DecoderConfig},
     error::ModelError,
     model::{Dtype, KvCacheDtype, Quantize},
@@ -33,7 +33,6 @@ pub(crate) struct CpuBackend {
     config: DecoderConfig,
     import: ImportOptions,
     kv_shape: KvShape,
-    kv_cache_dtype: KvCacheDtype,
     /// None until allocated.
     cache: Option<KvCache>,
     buffers: Buffers,
@@ -72,16 +71,12 @@ impl CpuBackend {
         kv_cache_dtype: KvCacheDtype,
         block_size: usize,
     ) -> Result<Self, ModelError> {
-        let (kv_cache_dtype, dtype) = match kv_cache_dtype {
-            KvCacheDtype::Auto if import.dtype == Dtype::F32 || import.dequantize => (KvCacheDtype::F32, KvDtype::F32),
-            KvCacheDtype::Auto | KvCacheDtype::F16 => (KvCacheDtype::F16, KvDtype::F16),
-            KvCacheDtype::F32 => (KvCacheDtype::F32, KvDtype::F32),
-            KvCacheDtype::Bf16 => (KvCacheDtype::Bf16, KvDtype::Bf16),
-            KvCacheDtype::Int8 => {
-                return Err(ModelError::BadOption(
-                    "--kv-cache-dtype int8 is not there yet: use auto, f32, f16 or bf16".into(),
-                ));
-            }
+        let kv_cache_dtype = self::kv_cache_dtype(import, kv_cache_dtype)?;
+        let dtype = match kv_cache_dtype {
+            KvCacheDtype::F32 => KvDtype::F32,
+            KvCacheDtype::F16 => KvDtype::F16,
+            KvCacheDtype::Bf16 => KvDtype::Bf16,
+            KvCacheDtype::Auto | KvCacheDtype::Int8 => unreachable!("chosen above, or refused"),
         };
         let kv_shape = KvShape {
             num_layers: config.num_layers(),
@@ -91,7 +86,19 @@ impl CpuBackend {
             dtype,
         };
         let config = config.clone();
-        Ok(Self { cpu, config, import, kv_shape, kv_cache_dtype, cache: None, buffers: Buffers::default() })
+        Ok(Self { cpu, config, import, kv_shape, cache: None, buffers: Buffers::default() })
+    }
+}
+
+/// What keys and values are kept as: what was asked for, or what suits the weights. Refuses what has no kernels.
+pub(crate) fn kv_cache_dtype(import: ImportOptions, wanted: KvCacheDtype) -> Result<KvCacheDtype, ModelError> {
+    match wanted {
+        KvCacheDtype::Auto if import.dtype == Dtype::F32 || import.dequantize => Ok(KvCacheDtype::F32),
+        KvCacheDtype::Auto => Ok(KvCacheDtype::F16),
+        KvCacheDtype::F32 | KvCacheDtype::F16 | KvCacheDtype::Bf16 => Ok(wanted),
+        KvCacheDtype::Int8 => {
+            Err(ModelError::BadOption("--kv-cache-dtype int8 is not there yet: use auto, f32, f16 or bf16".into()))
+        }
     }
 }
 
@@ -113,9 +120,8 @@ fn recycled<'b>(mut sequences: Vec<AttentionSequence<'_>>) -> Vec<AttentionSeque
     sequences.into_iter().map(|_| unreachable!("it was cleared")).collect()
 }
 
-/// Whether a product with this weight reads its input as int8.
-fn is_quantized(weight: &Matrix) -> bool {
-    matches!(weight, Matrix::W4(_) | Matrix::W8(_))
+fn product<'a>(linear: &'a Linear<CpuBackend>, out: &'a mut [f32]) -> Product<'a> {
+    Product { weights: &linear.weight, bias: linear.bias.as_deref(), out }
 }
 
 impl Backend for CpuBackend {
@@ -128,10 +134,6 @@ impl Backend for CpuBackend {
 
     fn threads(&self) -> usize {
         self.cpu.threads()
-    }
-
-    fn kv_cache_dtype(&self) -> KvCacheDtype {
-        self.kv_cache_dtype
     }
 
     fn import_matrix(&self, tensor: &TensorView<'_>) -> Result<Matrix, ModelError> {
@@ -153,6 +155,14 @@ impl Backend for CpuBackend {
 
     fn matrix_bytes(matrix: &Matrix) -> usize {
         matrix.size_bytes()
+    }
+
+    fn num_parameters(matrix: &Matrix) -> usize {
+        matrix.rows() * matrix.cols()
+    }
+
+    fn is_quantized(matrix: &Matrix) -> bool {
+        matrix.is_quantized()
     }
 
     fn vector_bytes(vector: &Vec<f32>) -> usize {
@@ -196,11 +206,12 @@ impl Backend for CpuBackend {
         let values = sized(values, rows * num_kv_heads * head_dim)?;
 
         let projections = [&weights.q, &weights.k, &weights.v];
-        let quantized = projections.iter().any(|projection| is_quantized(&projection.weight));
+        let quantized = projections.iter().any(|projection| projection.weight.is_quantized());
         cpu.rms_norm(hidden, rows, &weights.norm, self.config.norm.eps, quantized, activations);
-        cpu.matmul(activations, &weights.q.weight, weights.q.bias.as_deref(), queries);
-        cpu.matmul(activations, &weights.k.weight, weights.k.bias.as_deref(), keys);
-        cpu.matmul(activations, &weights.v.weight, weights.v.bias.as_deref(), values);
+        cpu.matmul_all(
+            activations,
+            [product(&weights.q, queries), product(&weights.k, keys), product(&weights.v, values)],
+        );
         let rotary = &self.config.rotary;
         if layer.config.rotary && rotary.dim > 0 {
             cpu.rope(queries, rows, num_heads, head_dim, rotary.dim, rotary.style, step.cos, step.sin);
@@ -238,7 +249,7 @@ impl Backend for CpuBackend {
         let Buffers { hidden, activations, attended, .. } = &mut self.buffers;
         let hidden = &mut hidden[..rows * self.config.hidden_size];
         let attended = &attended[..rows * width];
-        self.cpu.prepare(attended, rows, width, is_quantized(&weights.o.weight), activations);
+        self.cpu.prepare(attended, rows, width, weights.o.weight.is_quantized(), activations);
         self.cpu.matmul_add(activations, &weights.o.weight, weights.o.bias.as_deref(), hidden);
         Ok(())
     }
@@ -252,14 +263,19 @@ impl Backend for CpuBackend {
         let up = sized(up, rows * intermediate_size)?;
         let inner = sized(inner, rows * intermediate_size)?;
 
-        let quantized = is_quantized(&weights.gate) || is_quantized(&weights.up);
+        let quantized = weights.gate.is_quantized() || weights.up.is_quantized();
         cpu.rms_norm(hidden, rows, &weights.norm, self.config.norm.eps, quantized, activations);
-        cpu.matmul(activations, &weights.gate, None, gate);
-        cpu.matmul(activations, &weights.up, None, up);
+        cpu.matmul_all(
+            activations,
+            [
+                Product { weights: &weights.gate, bias: None, out: gate },
+                Product { weights: &weights.up, bias: None, out: up },
+            ],
+        );
         match self.config.mlp.activation {
             Activation::Silu => cpu.silu_mul(gate, up, inner),
         }
-        cpu.prepare(inner, rows, intermediate_size, is_quantized(&weights.down), activations);
+        cpu.prepare(inner, rows, intermediate_size, weights.down.is_quantized(), activations);
         cpu.matmul_add(activations, &weights.down, None, hidden);
         Ok(())
     }
@@ -278,7 +294,7 @@ impl Backend for CpuBackend {
         let hidden_size = self.config.hidden_size;
         let Buffers { activations, kept, .. } = &mut self.buffers;
         let kept = &kept[rows.start * hidden_size..rows.end * hidden_size];
-        self.cpu.rms_norm(kept, rows.len(), norm, self.config.norm.eps, is_quantized(head), activations);
+        self.cpu.rms_norm(kept, rows.len(), norm, self.config.norm.eps, head.is_quantized(), activations);
         self.cpu.matmul(activations, head, None, out);
         Ok(())
     }

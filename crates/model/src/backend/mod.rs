@@ -12,7 +12,7 @@ pub(crate) mod reference;
 
 use std::ops::Range;
 
-use crate::{batch::ForwardBatch, config::LayerConfig, error::ModelError, model::KvCacheDtype, weights::TensorView};
+use crate::{batch::ForwardBatch, config::LayerConfig, error::ModelError, weights::TensorView};
 
 /// One step as every operation sees it.
 #[derive(Clone, Copy, Debug)]
@@ -79,8 +79,6 @@ pub(crate) trait Backend: Send + Sized {
     fn device(&self) -> String;
     /// Threads that compute.
     fn threads(&self) -> usize;
-    /// What keys and values are stored as.
-    fn kv_cache_dtype(&self) -> KvCacheDtype;
 
     // --- loading ---
 
@@ -90,6 +88,10 @@ pub(crate) trait Backend: Send + Sized {
     fn import_vector(&self, tensor: &TensorView<'_>) -> Result<Self::Vector, ModelError>;
     /// Memory held by a matrix.
     fn matrix_bytes(matrix: &Self::Matrix) -> usize;
+    /// Elements of a matrix.
+    fn num_parameters(matrix: &Self::Matrix) -> usize;
+    /// Whether its products are integer ones.
+    fn is_quantized(matrix: &Self::Matrix) -> bool;
     /// Memory held by a vector.
     fn vector_bytes(vector: &Self::Vector) -> usize;
     /// Replaces the cache by an empty one of `num_blocks` blocks.

@@ -13,7 +13,6 @@ use crate::{
     batch::BatchSequence,
     config::{Activation, DecoderConfig, RopeStyle},
     error::ModelError,
-    model::KvCacheDtype,
     weights::TensorView,
 };
 
@@ -174,10 +173,6 @@ impl Backend for ReferenceBackend {
         candle_core::utils::get_num_threads()
     }
 
-    fn kv_cache_dtype(&self) -> KvCacheDtype {
-        KvCacheDtype::F32
-    }
-
     fn import_matrix(&self, tensor: &TensorView<'_>) -> Result<Tensor, ModelError> {
         self.tensor(&tensor.to_f32()?, (tensor.rows, tensor.cols)).map_err(failed)
     }
@@ -188,6 +183,14 @@ impl Backend for ReferenceBackend {
 
     fn matrix_bytes(matrix: &Tensor) -> usize {
         matrix.elem_count() * size_of::<f32>()
+    }
+
+    fn num_parameters(matrix: &Tensor) -> usize {
+        matrix.elem_count()
+    }
+
+    fn is_quantized(_matrix: &Tensor) -> bool {
+        false
     }
 
     fn vector_bytes(vector: &Tensor) -> usize {

@@ -1,17 +1,207 @@
-//! Stored blocks to f32, one function a format, bit for bit what ggml's own dequantisation gives.
+//! Stored blocks: what each of ggml's formats keeps where, to neutral codes and scales, and to f32.
 //!
 //! It must not know tensors or files. Its invariant: `bytes` and `out` cover the same whole blocks (asserted), and every
 //! bit pattern gives some number: a bad scale gives NaN or infinity here and an error in `import`.
 //!
-//! Source: the block structures of `ggml-common.h`; the order of the float operations is ggml's, so that results agree
-//! exactly with the files' other readers (tested against candle's).
+//! Source: the block structures of `ggml-common.h`, drawn above each reader. Dequantised values have ggml's order of float
+//! operations (upper scale by sub-scale, by code, plus minimum), so they agree exactly with the files' other readers
+//! (tested against candle's).
 
+use bindery_kernels::{GROUP, QuantRow, SUPER_GROUP, Scaling};
 use half::{bf16, f16};
 
 use super::WeightFormat;
 
-/// Blocks of the K formats have this many elements.
-const SUPER_BLOCK: usize = 256;
+/// Groups of the K formats that have the shorter ones.
+const SHORT_GROUPS: usize = SUPER_GROUP / 16;
+
+/// One block as a kernel wants it: a weight is `scale * sub_scale * code + min * sub_min`. What a format does not have
+/// is left as it was.
+pub(super) struct Block {
+    /// `[block elements]`
+    pub(super) codes: [i8; SUPER_GROUP],
+    pub(super) scale: f16,
+    /// What is added: the sign is turned where ggml takes minimums off.
+    pub(super) min: f16,
+    /// `[groups]`
+    pub(super) sub_scales: [i8; SHORT_GROUPS],
+    pub(super) sub_mins: [i8; SHORT_GROUPS],
+}
+
+impl Block {
+    pub(super) fn new() -> Self {
+        Self {
+            codes: [0; SUPER_GROUP],
+            scale: f16::ZERO,
+            min: f16::ZERO,
+            sub_scales: [0; SHORT_GROUPS],
+            sub_mins: [0; SHORT_GROUPS],
+        }
+    }
+
+    /// Reads one block of a format that is not dense.
+    fn read(&mut self, format: WeightFormat, bytes: &[u8]) {
+        match format {
+            WeightFormat::Q4_0 => self.q4_0(bytes),
+            WeightFormat::Q4_1 => self.q4_1(bytes),
+            WeightFormat::Q5_0 => self.q5_0(bytes),
+            WeightFormat::Q5_1 => self.q5_1(bytes),
+            WeightFormat::Q8_0 => self.q8_0(bytes),
+            WeightFormat::Q2K => self.q2_k(bytes),
+            WeightFormat::Q3K => self.q3_k(bytes),
+            WeightFormat::Q4K => self.q4_k(bytes),
+            WeightFormat::Q5K => self.q5_k(bytes),
+            WeightFormat::Q6K => self.q6_k(bytes),
+            WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16 => unreachable!("{format} has no blocks"),
+        }
+    }
+
+    /// Writes codes from what the file stores, less the value that stands for zero.
+    fn set_codes<const N: usize>(&mut self, zero: i8, stored: impl Fn(usize) -> u8) {
+        for (i, code) in self.codes[..N].iter_mut().enumerate() {
+            *code = stored(i).cast_signed() - zero;
+        }
+    }
+
+    // scale f16 | 32 nibbles
+    fn q4_0(&mut self, block: &[u8]) {
+        self.scale = half_at(block, 0);
+        self.set_codes::<GROUP>(8, |i| nibble(&block[2..18], i));
+    }
+
+    // scale f16 | minimum f16 | 32 nibbles
+    fn q4_1(&mut self, block: &[u8]) {
+        (self.scale, self.min) = (half_at(block, 0), half_at(block, 2));
+        self.set_codes::<GROUP>(0, |i| nibble(&block[4..20], i));
+    }
+
+    // scale f16 | fifth bits u32 | 32 nibbles
+    fn q5_0(&mut self, block: &[u8]) {
+        self.scale = half_at(block, 0);
+        self.set_codes::<GROUP>(16, |i| nibble(&block[6..22], i) | fifth_bit(&block[2..6], i));
+    }
+
+    // scale f16 | minimum f16 | fifth bits u32 | 32 nibbles
+    fn q5_1(&mut self, block: &[u8]) {
+        (self.scale, self.min) = (half_at(block, 0), half_at(block, 2));
+        self.set_codes::<GROUP>(0, |i| nibble(&block[8..24], i) | fifth_bit(&block[4..8], i));
+    }
+
+    // scale f16 | 32 int8
+    fn q8_0(&mut self, block: &[u8]) {
+        self.scale = half_at(block, 0);
+        self.set_codes::<GROUP>(0, |i| block[2..34][i]);
+    }
+
+    // 16 x (scale, minimum) nibbles | 256 x 2 bits | scale f16 | minimum f16
+    fn q2_k(&mut self, block: &[u8]) {
+        (self.scale, self.min) = (half_at(block, 80), -half_at(block, 82));
+        for (group, &both) in block[..SHORT_GROUPS].iter().enumerate() {
+            self.sub_scales[group] = (both & 0xF).cast_signed();
+            self.sub_mins[group] = (both >> 4).cast_signed();
+        }
+        self.set_codes::<SUPER_GROUP>(0, |i| two_bits(&block[16..80], i));
+    }
+
+    // 256 x third bit | 256 x 2 bits | 16 x 6-bit scale, packed in 12 bytes | scale f16
+    fn q3_k(&mut self, block: &[u8]) {
+        self.scale = half_at(block, 108);
+        let scales = &block[96..108];
+        for (group, sub_scale) in self.sub_scales.iter_mut().enumerate() {
+            // Low four bits: nibbles of bytes 0 to 7; high two: bit pairs of bytes 8 to 11.
+            let low = scales[group % 8] >> (4 * (group / 8)) & 0xF;
+            let high = scales[8 + group % 4] >> (2 * (group / 4)) & 3;
+            *sub_scale = (low | high << 4).cast_signed() - 32;
+        }
+        let third_bit = |i: usize| block[i % 32] >> (i / 32) & 1;
+        self.set_codes::<SUPER_GROUP>(4, |i| two_bits(&block[32..96], i) | third_bit(i) << 2);
+    }
+
+    // scale f16 | minimum f16 | 8 x 6-bit (scale, minimum) | 256 nibbles
+    fn q4_k(&mut self, block: &[u8]) {
+        self.six_bit_pairs(block);
+        self.set_codes::<SUPER_GROUP>(0, |i| paired_nibble(&block[16..144], i));
+    }
+
+    // scale f16 | minimum f16 | 8 x 6-bit (scale, minimum) | 256 x fifth bit | 256 nibbles
+    fn q5_k(&mut self, block: &[u8]) {
+        self.six_bit_pairs(block);
+        let fifth_bit = |i: usize| block[16 + i % 32] >> (i / 32) & 1;
+        self.set_codes::<SUPER_GROUP>(0, |i| paired_nibble(&block[48..176], i) | fifth_bit(i) << 4);
+    }
+
+    /// What Q4_K and Q5_K begin with: two f16, then 8 scales and 8 minimums of six bits each in 12 bytes.
+    fn six_bit_pairs(&mut self, block: &[u8]) {
+        (self.scale, self.min) = (half_at(block, 0), -half_at(block, 2));
+        let packed = &block[4..16];
+        for group in 0..8 {
+            let (scale, min) = if group < 4 {
+                (packed[group] & 63, packed[group + 4] & 63)
+            } else {
+                let low = packed[group + 4];
+                (low & 0xF | packed[group - 4] >> 6 << 4, low >> 4 | packed[group] >> 6 << 4)
+            };
+            (self.sub_scales[group], self.sub_mins[group]) = (scale.cast_signed(), min.cast_signed());
+        }
+    }
+
+    // 256 nibbles | 256 x upper 2 bits | 16 x int8 scale | scale f16
+    fn q6_k(&mut self, block: &[u8]) {
+        self.scale = half_at(block, 208);
+        for (sub_scale, &byte) in self.sub_scales.iter_mut().zip(&block[192..208]) {
+            *sub_scale = byte.cast_signed();
+        }
+        let nibble = |i: usize| block[64 * (i / 128) + i % 64] >> (4 * (i / 64 % 2)) & 0xF;
+        self.set_codes::<SUPER_GROUP>(32, |i| nibble(i) | two_bits(&block[128..192], i) << 4);
+    }
+}
+
+/// The f16 at byte `at`.
+fn half_at(block: &[u8], at: usize) -> f16 {
+    f16::from_le_bytes([block[at], block[at + 1]])
+}
+
+/// Of 16 bytes: low nibbles are elements 0 to 15, high nibbles 16 to 31.
+fn nibble(packed: &[u8], i: usize) -> u8 {
+    packed[i % 16] >> (4 * (i / 16)) & 0xF
+}
+
+/// Bit i of a 32-bit word, where the fifth bit of a code belongs.
+fn fifth_bit(word: &[u8], i: usize) -> u8 {
+    (word[i / 8] >> (i % 8) & 1) << 4
+}
+
+/// Element `i` of 256 lies in the byte `32 * (i / 128) + i % 32` of its 2-bit field, at bit pair `i / 32 % 4`.
+fn two_bits(packed: &[u8], i: usize) -> u8 {
+    packed[32 * (i / 128) + i % 32] >> (2 * (i / 32 % 4)) & 3
+}
+
+/// Element `i` of 256 lies in the byte `32 * (i / 64) + i % 32`, in the low nibble for the first 32 of each 64.
+fn paired_nibble(packed: &[u8], i: usize) -> u8 {
+    packed[32 * (i / 64) + i % 32] >> (4 * (i / 32 % 2)) & 0xF
+}
+
+/// Whole blocks of a row to neutral codes and scales, `bytes: [blocks, block_bytes]`, for a format that is not dense.
+pub(super) fn unpack(format: WeightFormat, bytes: &[u8], out: &mut QuantRow<'_>) {
+    let quant = format.quant_format().expect("the caller keeps dense formats away");
+    let elements = quant.scale_span();
+    let groups = quant.group().map_or(0, |group| elements / group);
+    let mut block = Block::new();
+    for (i, bytes) in bytes.chunks_exact(format.block_bytes()).enumerate() {
+        block.read(format, bytes);
+        out.codes[i * elements..][..elements].copy_from_slice(&block.codes[..elements]);
+        out.scales[i] = block.scale;
+        if quant.with_mins {
+            out.mins[i] = block.min;
+        }
+        if quant.scaling != Scaling::Single {
+            out.sub_scales[i * groups..][..groups].copy_from_slice(&block.sub_scales[..groups]);
+            if quant.with_mins {
+                out.sub_mins[i * groups..][..groups].copy_from_slice(&block.sub_mins[..groups]);
+            }
+        }
+    }
+}
 
 /// Dequantises whole blocks: `bytes: [blocks, block_bytes]`, `out: [blocks, block_elements]`.
 pub(super) fn dequantize(format: WeightFormat, bytes: &[u8], out: &mut [f32]) {
@@ -26,16 +216,13 @@ pub(super) fn dequantize(format: WeightFormat, bytes: &[u8], out: &mut [f32]) {
         WeightFormat::F32 => dense(bytes, out, f32::from_le_bytes),
         WeightFormat::F16 => dense(bytes, out, |b| f16::from_le_bytes(b).to_f32()),
         WeightFormat::Bf16 => dense(bytes, out, |b| bf16::from_le_bytes(b).to_f32()),
-        WeightFormat::Q4_0 => blocks(bytes, out, q4_0),
-        WeightFormat::Q4_1 => blocks(bytes, out, q4_1),
-        WeightFormat::Q5_0 => blocks(bytes, out, q5_0),
-        WeightFormat::Q5_1 => blocks(bytes, out, q5_1),
-        WeightFormat::Q8_0 => blocks(bytes, out, q8_0),
-        WeightFormat::Q2K => blocks(bytes, out, q2_k),
-        WeightFormat::Q3K => blocks(bytes, out, q3_k),
-        WeightFormat::Q4K => blocks(bytes, out, q4_k),
-        WeightFormat::Q5K => blocks(bytes, out, q5_k),
-        WeightFormat::Q6K => blocks(bytes, out, q6_k),
+        _ => {
+            let mut block = Block::new();
+            for (bytes, out) in bytes.chunks_exact(block_bytes).zip(out.chunks_exact_mut(block_elements)) {
+                block.read(format, bytes);
+                block.dequantize(format, out);
+            }
+        }
     }
 }
 
@@ -45,176 +232,21 @@ fn dense<const N: usize>(bytes: &[u8], out: &mut [f32], convert: impl Fn([u8; N]
     }
 }
 
-fn blocks<const BYTES: usize, const ELEMENTS: usize>(
-    bytes: &[u8],
-    out: &mut [f32],
-    one: impl Fn(&[u8; BYTES], &mut [f32; ELEMENTS]),
-) {
-    for (block, out) in bytes.as_chunks::<BYTES>().0.iter().zip(out.as_chunks_mut::<ELEMENTS>().0) {
-        one(block, out);
-    }
-}
-
-/// The f16 at byte `at`.
-pub(super) fn half_at(block: &[u8], at: usize) -> f16 {
-    f16::from_le_bytes([block[at], block[at + 1]])
-}
-
-/// 16 bytes of nibbles to 32 codes: low nibbles are elements 0 to 15, high nibbles 16 to 31.
-pub(super) fn nibbles(packed: &[u8], codes: &mut [u8]) {
-    let (low, high) = codes.split_at_mut(16);
-    for ((low, high), &byte) in low.iter_mut().zip(high).zip(packed) {
-        *low = byte & 0xF;
-        *high = byte >> 4;
-    }
-}
-
-/// Codes 0 to 31 of the five-bit formats: nibbles, and a word whose bit i is the fifth bit of element i.
-pub(super) fn five_bits(fifth: &[u8], packed: &[u8], codes: &mut [u8]) {
-    nibbles(packed, codes);
-    let fifth = u32::from_le_bytes([fifth[0], fifth[1], fifth[2], fifth[3]]);
-    for (i, code) in codes.iter_mut().enumerate() {
-        *code |= ((fifth >> i) as u8 & 1) << 4;
-    }
-}
-
-// scale f16 | 32 nibbles
-fn q4_0(block: &[u8; 18], out: &mut [f32; 32]) {
-    let scale = half_at(block, 0).to_f32();
-    let mut codes = [0; 32];
-    nibbles(&block[2..], &mut codes);
-    for (out, code) in out.iter_mut().zip(codes) {
-        *out = f32::from(code as i8 - 8) * scale;
-    }
-}
-
-// scale f16 | minimum f16 | 32 nibbles
-fn q4_1(block: &[u8; 20], out: &mut [f32; 32]) {
-    let (scale, min) = (half_at(block, 0).to_f32(), half_at(block, 2).to_f32());
-    let mut codes = [0; 32];
-    nibbles(&block[4..], &mut codes);
-    for (out, code) in out.iter_mut().zip(codes) {
-        *out = f32::from(code) * scale + min;
-    }
-}
-
-// scale f16 | fifth bits u32 | 32 nibbles
-fn q5_0(block: &[u8; 22], out: &mut [f32; 32]) {
-    let scale = half_at(block, 0).to_f32();
-    let mut codes = [0; 32];
-    five_bits(&block[2..6], &block[6..], &mut codes);
-    for (out, code) in out.iter_mut().zip(codes) {
-        *out = f32::from(code as i8 - 16) * scale;
-    }
-}
-
-// scale f16 | minimum f16 | fifth bits u32 | 32 nibbles
-fn q5_1(block: &[u8; 24], out: &mut [f32; 32]) {
-    let (scale, min) = (half_at(block, 0).to_f32(), half_at(block, 2).to_f32());
-    let mut codes = [0; 32];
-    five_bits(&block[4..8], &block[8..], &mut codes);
-    for (out, code) in out.iter_mut().zip(codes) {
-        *out = f32::from(code) * scale + min;
-    }
-}
-
-// scale f16 | 32 int8
-fn q8_0(block: &[u8; 34], out: &mut [f32; 32]) {
-    let scale = half_at(block, 0).to_f32();
-    for (out, &code) in out.iter_mut().zip(&block[2..]) {
-        *out = f32::from(code as i8) * scale;
-    }
-}
-
-/// Element `i` of a super-block lies in the byte `32 * (i / 128) + i % 32` of its 2-bit field, at bit pair `i / 32 % 4`.
-fn two_bits(packed: &[u8], i: usize) -> u8 {
-    packed[32 * (i / 128) + i % 32] >> (2 * (i / 32 % 4)) & 3
-}
-
-// 16 x (scale, minimum) nibbles | 256 x 2 bits | scale f16 | minimum f16
-fn q2_k(block: &[u8; 84], out: &mut [f32; SUPER_BLOCK]) {
-    let (scales, packed) = (&block[..16], &block[16..80]);
-    let (scale, min) = (half_at(block, 80).to_f32(), half_at(block, 82).to_f32());
-    for (group, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
-        let group_scale = scale * f32::from(scales[group] & 0xF);
-        let group_min = min * f32::from(scales[group] >> 4);
-        for (i, out) in out.iter_mut().enumerate() {
-            *out = group_scale * f32::from(two_bits(packed, group * 16 + i)) - group_min;
-        }
-    }
-}
-
-// 256 x third bit | 256 x 2 bits | 16 x 6-bit scale, packed in 12 bytes | scale f16
-fn q3_k(block: &[u8; 110], out: &mut [f32; SUPER_BLOCK]) {
-    let (third, packed, scales) = (&block[..32], &block[32..96], &block[96..108]);
-    let scale = half_at(block, 108).to_f32();
-    for (group, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
-        // Low four bits: nibbles of bytes 0 to 7; high two: bit pairs of bytes 8 to 11.
-        let low = scales[group % 8] >> (4 * (group / 8)) & 0xF;
-        let high = scales[8 + group % 4] >> (2 * (group / 4)) & 3;
-        let group_scale = scale * (f32::from(low | high << 4) - 32.0);
-        for (i, out) in out.iter_mut().enumerate() {
-            let element = group * 16 + i;
-            // The third bit counts negatively: where it is clear, 4 is taken off.
-            let offset = if third[element % 32] >> (element / 32) & 1 == 0 { 4 } else { 0 };
-            *out = group_scale * f32::from(two_bits(packed, element) as i8 - offset);
-        }
-    }
-}
-
-/// Scale and minimum number `group` (0 to 7), six bits each, of the 12 bytes that Q4_K and Q5_K share.
-fn six_bit_pair(packed: &[u8], group: usize) -> (f32, f32) {
-    let (scale, min) = if group < 4 {
-        (packed[group] & 63, packed[group + 4] & 63)
-    } else {
-        let low = packed[group + 4];
-        (low & 0xF | packed[group - 4] >> 6 << 4, low >> 4 | packed[group] >> 6 << 4)
-    };
-    (f32::from(scale), f32::from(min))
-}
-
-/// Element `i` lies in the byte `32 * (i / 64) + i % 32`, in the low nibble for the first 32 of each 64.
-fn paired_nibble(packed: &[u8], i: usize) -> u8 {
-    packed[32 * (i / 64) + i % 32] >> (4 * (i / 32 % 2)) & 0xF
-}
-
-// scale f16 | minimum f16 | 8 x 6-bit (scale, minimum) | 256 nibbles
-fn q4_k(block: &[u8; 144], out: &mut [f32; SUPER_BLOCK]) {
-    let (scale, min) = (half_at(block, 0).to_f32(), half_at(block, 2).to_f32());
-    let packed = &block[16..];
-    for (group, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
-        let (group_scale, group_min) = six_bit_pair(&block[4..16], group);
-        let (group_scale, group_min) = (scale * group_scale, min * group_min);
-        for (i, out) in out.iter_mut().enumerate() {
-            *out = group_scale * f32::from(paired_nibble(packed, group * 32 + i)) - group_min;
-        }
-    }
-}
-
-// scale f16 | minimum f16 | 8 x 6-bit (scale, minimum) | 256 x fifth bit | 256 nibbles
-fn q5_k(block: &[u8; 176], out: &mut [f32; SUPER_BLOCK]) {
-    let (scale, min) = (half_at(block, 0).to_f32(), half_at(block, 2).to_f32());
-    let (fifth, packed) = (&block[16..48], &block[48..]);
-    for (group, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
-        let (group_scale, group_min) = six_bit_pair(&block[4..16], group);
-        let (group_scale, group_min) = (scale * group_scale, min * group_min);
-        for (i, out) in out.iter_mut().enumerate() {
-            let code = paired_nibble(packed, group * 32 + i) | (fifth[i] >> group & 1) << 4;
-            *out = group_scale * f32::from(code) - group_min;
-        }
-    }
-}
-
-// 256 nibbles | 256 x upper 2 bits | 16 x int8 scale | scale f16
-fn q6_k(block: &[u8; 210], out: &mut [f32; SUPER_BLOCK]) {
-    let (low, high, scales) = (&block[..128], &block[128..192], &block[192..208]);
-    let scale = half_at(block, 208).to_f32();
-    for (group, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
-        let group_scale = scale * f32::from(scales[group] as i8);
-        for (i, out) in out.iter_mut().enumerate() {
-            let element = group * 16 + i;
-            let nibble = low[64 * (element / 128) + element % 64] >> (4 * (element / 64 % 2)) & 0xF;
-            *out = group_scale * f32::from((nibble | two_bits(high, element) << 4) as i8 - 32);
+impl Block {
+    /// `out: [block elements]`
+    fn dequantize(&self, format: WeightFormat, out: &mut [f32]) {
+        let quant = format.quant_format().expect("a block format");
+        let group = quant.group().expect("the kernels know it, as the formats' test shows");
+        let times = |upper: f16, sub: i8| {
+            if quant.scaling == Scaling::Single { upper.to_f32() } else { upper.to_f32() * f32::from(sub) }
+        };
+        for (index, (out, codes)) in out.chunks_mut(group).zip(self.codes.chunks(group)).enumerate() {
+            let scale = times(self.scale, self.sub_scales[index]);
+            let min = times(self.min, self.sub_mins[index]);
+            for (out, &code) in out.iter_mut().zip(codes) {
+                let product = scale * f32::from(code);
+                *out = if quant.with_mins { product + min } else { product };
+            }
         }
     }
 }

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use bindery_kernels::{CodeBits, QuantFormat, Scaling};
+
 use super::gguf::GgmlType;
 
 /// How a tensor's elements are stored. The block formats are ggml's.
@@ -94,7 +96,26 @@ impl WeightFormat {
 
     /// f32, f16 or bf16: no blocks, no scales.
     pub fn is_dense(self) -> bool {
-        matches!(self, Self::F32 | Self::F16 | Self::Bf16)
+        self.quant_format().is_none()
+    }
+
+    /// What the weights are made of; none for dense formats. With [`blocks`](super::blocks), this is all there is to say
+    /// about a block format.
+    pub(crate) fn quant_format(self) -> Option<QuantFormat> {
+        let (bits, scaling, with_mins) = match self {
+            Self::F32 | Self::F16 | Self::Bf16 => return None,
+            Self::Q4_0 => (CodeBits::Four, Scaling::Single, false),
+            Self::Q4_1 => (CodeBits::Four, Scaling::Single, true),
+            Self::Q5_0 => (CodeBits::Five, Scaling::Single, false),
+            Self::Q5_1 => (CodeBits::Five, Scaling::Single, true),
+            Self::Q8_0 => (CodeBits::Eight, Scaling::Single, false),
+            Self::Q2K => (CodeBits::Two, Scaling::Nibbles, true),
+            Self::Q3K => (CodeBits::Three, Scaling::TwoLevel, false),
+            Self::Q4K => (CodeBits::Four, Scaling::TwoLevel, true),
+            Self::Q5K => (CodeBits::Five, Scaling::TwoLevel, true),
+            Self::Q6K => (CodeBits::Six, Scaling::TwoLevel, false),
+        };
+        Some(QuantFormat { bits, scaling, with_mins })
     }
 
     /// All names, for messages.
@@ -118,6 +139,11 @@ mod tests {
         for &format in WeightFormat::ALL {
             assert_eq!(WeightFormat::from_ggml_id(format.ggml_id()), Some(format));
             assert!(GgmlType::from_id(format.ggml_id()).is_some());
+            // A block is what shares an f16 scale, and the kernels compute it.
+            if let Some(quant) = format.quant_format() {
+                assert_eq!(format.block_elements(), quant.scale_span());
+                assert!(quant.group().is_some());
+            }
         }
     }
 }

@@ -1,45 +1,30 @@
 //! Stored tensors to the packed matrices of the `cpu` backend.
 //!
-//! Quantised sources keep their codes and scales where a family of the kernels can hold them exactly (Q4_0 and Q4_1 as
-//! W4; Q5_0, Q5_1 and Q8_0 as W8); what it cannot hold is refused by name. Dense sources become the dtype asked for, or are
-//! quantised. One row at a time passes through; the only copy of the whole is the packed one. It must not know which
+//! Quantised sources keep their codes, scales and minimums exactly, in as many bits as the file spends on codes and with
+//! scales as compact as there. Dense sources become the dtype asked for, or are quantised. One row at a time passes through; the only copy of the whole is the packed one. It must not know which
 //! layer a tensor belongs to. Its invariant: a matrix that is returned holds finite numbers only.
 
-use bindery_kernels::{Isa, Matrix, PackedW4, PackedW8, RowW4, RowW8};
+use bindery_kernels::{CodeBits, Isa, Matrix, QuantFormat, Quantized, Scaling};
 use half::{bf16, f16};
 
 use super::{
-    TensorView, WeightFormat,
-    blocks::{five_bits, half_at, nibbles},
+    TensorView, WeightFormat, blocks,
     names::TensorKind,
     quantize::{self, Effort, GROUP},
     view::{Pages, TensorData},
 };
 use crate::{Dtype, ModelError, Quantize};
 
-/// What the `cpu` backend computes.
-const COMPUTED: &[WeightFormat] = &[
-    WeightFormat::F32,
-    WeightFormat::F16,
-    WeightFormat::Bf16,
-    WeightFormat::Q4_0,
-    WeightFormat::Q4_1,
-    WeightFormat::Q5_0,
-    WeightFormat::Q5_1,
-    WeightFormat::Q8_0,
-];
+/// What `Quantize::Int4` makes.
+const INT4: QuantFormat = QuantFormat { bits: CodeBits::Four, scaling: Scaling::Single, with_mins: true };
+/// What `Quantize::Int8` makes.
+const INT8: QuantFormat = QuantFormat { bits: CodeBits::Eight, scaling: Scaling::Single, with_mins: false };
 
 /// What a tensor becomes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Target {
-    /// Codes and scales as stored, in the four-bit family.
-    KeepW4 {
-        mins: bool,
-    },
-    /// Codes and scales as stored, in the eight-bit family.
-    KeepW8 {
-        mins: bool,
-    },
+    /// Codes and scales as stored.
+    Keep(QuantFormat),
     F32,
     F16,
     Bf16,
@@ -49,18 +34,17 @@ enum Target {
 }
 
 impl TensorView<'_> {
-    /// Packed for the `cpu` backend. Norms and biases become f32. Quantised stays quantised as stored, except that
-    /// `Quantize::Int4` takes eight-bit sources down too. Dense becomes `quantize`, or `dtype` (Auto: as stored); a dense
-    /// matrix whose inputs are not a multiple of 32 is not quantised. Source pages are released as it goes.
+    /// Packed for the `cpu` backend. Norms and biases become f32. Quantised stays quantised as stored: whoever made the
+    /// file chose its bits tensor by tensor, and rounding twice loses more than rounding once. Dense becomes `quantize`
+    /// (see [`TensorView::is_quantized_by`]), or `dtype` (Auto: as stored). Source pages are released as it goes.
     ///
-    /// Errors name the tensor: a format without kernels, a scale or element that is not finite, a value too large for
+    /// Errors name the tensor: a scale or element that is not finite, a value too large for
     /// the target, a file that changed.
     pub fn import(&self, isa: Isa, dtype: Dtype, quantize: Quantize) -> Result<Matrix, ModelError> {
-        let target = self.target(dtype, quantize)?;
+        let target = self.target(dtype, quantize);
         let pages = self.start_reading()?;
         match target {
-            Target::KeepW4 { mins } => self.keep_w4(isa, mins, pages),
-            Target::KeepW8 { mins } => self.keep_w8(isa, mins, pages),
+            Target::Keep(format) => self.keep(isa, format, pages),
             Target::F32 => self.dense_f32(isa, pages),
             Target::F16 => self.dense_f16(isa, pages),
             Target::Bf16 => self.dense_bf16(isa, pages),
@@ -70,60 +54,36 @@ impl TensorView<'_> {
         .map_err(|what| self.bad(what))
     }
 
-    fn target(&self, dtype: Dtype, quantize: Quantize) -> Result<Target, ModelError> {
+    /// Whether import quantises it: a dense matrix whose inputs are a multiple of 32, if anything is to be quantised.
+    pub fn is_quantized_by(&self, quantize: Quantize) -> bool {
+        let can_be = self.kind == TensorKind::Matrix && self.format.is_dense() && self.cols.is_multiple_of(GROUP);
+        can_be && quantize != Quantize::None
+    }
+
+    fn target(&self, dtype: Dtype, quantize: Quantize) -> Target {
         if self.kind == TensorKind::Vector {
-            return Ok(Target::F32);
+            return Target::F32;
         }
-        let divides = self.cols.is_multiple_of(GROUP);
-        match (self.format, quantize) {
-            (WeightFormat::Q5_0 | WeightFormat::Q5_1 | WeightFormat::Q8_0, Quantize::Int4) => Ok(Target::Int4),
-            (WeightFormat::Q4_0, _) => Ok(Target::KeepW4 { mins: false }),
-            (WeightFormat::Q4_1, _) => Ok(Target::KeepW4 { mins: true }),
-            (WeightFormat::Q5_0 | WeightFormat::Q8_0, _) => Ok(Target::KeepW8 { mins: false }),
-            (WeightFormat::Q5_1, _) => Ok(Target::KeepW8 { mins: true }),
-            (format, Quantize::Int8) if format.is_dense() && divides => Ok(Target::Int8),
-            (format, Quantize::Int4) if format.is_dense() && divides => Ok(Target::Int4),
-            (format, _) if format.is_dense() => Ok(match (dtype, format) {
+        match (self.format.quant_format(), quantize) {
+            (Some(stored), _) => Target::Keep(stored),
+            (None, Quantize::Int8) if self.is_quantized_by(quantize) => Target::Int8,
+            (None, Quantize::Int4) if self.is_quantized_by(quantize) => Target::Int4,
+            (None, _) => match (dtype, self.format) {
                 (Dtype::F32, _) | (Dtype::Auto, WeightFormat::F32) => Target::F32,
                 (Dtype::F16, _) | (Dtype::Auto, WeightFormat::F16) => Target::F16,
                 (Dtype::Bf16 | Dtype::Auto, _) => Target::Bf16,
-            }),
-            (format, _) => Err(ModelError::Unsupported(format!(
-                "tensor {:?} is stored as {format}, which the cpu backend does not compute yet; it computes {}",
-                self.name,
-                WeightFormat::list(COMPUTED)
-            ))),
+            },
         }
     }
 
-    fn keep_w4(&self, isa: Isa, mins: bool, mut pages: Pages<'_>) -> Result<Matrix, String> {
+    fn keep(&self, isa: Isa, format: QuantFormat, mut pages: Pages<'_>) -> Result<Matrix, String> {
         let mut problem = Problem::default();
-        let packed = PackedW4::pack(isa, self.rows, self.cols, mins, |row, out| {
+        let packed = Quantized::pack(isa, self.rows, self.cols, format, |row, mut out| {
             pages.reach(row);
-            let stored = self.stored_row(row);
-            if mins {
-                unpack_q4_1(stored, &mut *out.codes, &mut *out.scales, &mut *out.mins);
-            } else {
-                unpack_q4_0(stored, &mut *out.codes, &mut *out.scales);
-            }
+            blocks::unpack(self.format, self.stored_row(row), &mut out);
             problem.check_scales(row, out.scales, out.mins);
         });
-        problem.or(Matrix::W4(packed))
-    }
-
-    fn keep_w8(&self, isa: Isa, mins: bool, mut pages: Pages<'_>) -> Result<Matrix, String> {
-        let mut problem = Problem::default();
-        let packed = PackedW8::pack(isa, self.rows, self.cols, mins, |row, out| {
-            pages.reach(row);
-            let stored = self.stored_row(row);
-            match self.format {
-                WeightFormat::Q5_0 => unpack_q5_0(stored, &mut *out.codes, &mut *out.scales),
-                WeightFormat::Q5_1 => unpack_q5_1(stored, &mut *out.codes, &mut *out.scales, &mut *out.mins),
-                _ => unpack_q8_0(stored, &mut *out.codes, &mut *out.scales),
-            }
-            problem.check_scales(row, out.scales, out.mins);
-        });
-        problem.or(Matrix::W8(packed))
+        problem.or(Matrix::Quantized(packed))
     }
 
     fn dense_f32(&self, isa: Isa, mut pages: Pages<'_>) -> Result<Matrix, String> {
@@ -173,7 +133,7 @@ impl TensorView<'_> {
     fn quantized_int8(&self, isa: Isa, mut pages: Pages<'_>) -> Result<Matrix, String> {
         let mut problem = Problem::default();
         let mut values = vec![0.0; self.cols];
-        let packed = PackedW8::pack(isa, self.rows, self.cols, false, |row, out: RowW8<'_>| {
+        let packed = Quantized::pack(isa, self.rows, self.cols, INT8, |row, out| {
             pages.reach(row);
             self.read_row(row, &mut values);
             problem.check_values(row, &values);
@@ -185,7 +145,7 @@ impl TensorView<'_> {
                 }
             }
         });
-        problem.or(Matrix::W8(packed))
+        problem.or(Matrix::Quantized(packed))
     }
 
     fn quantized_int4(&self, isa: Isa, mut pages: Pages<'_>) -> Result<Matrix, String> {
@@ -195,7 +155,7 @@ impl TensorView<'_> {
         };
         let mut problem = Problem::default();
         let mut values = vec![0.0; self.cols];
-        let packed = PackedW4::pack(isa, self.rows, self.cols, true, |row, out: RowW4<'_>| {
+        let packed = Quantized::pack(isa, self.rows, self.cols, INT4, |row, out| {
             pages.reach(row);
             self.read_row(row, &mut values);
             problem.check_values(row, &values);
@@ -208,7 +168,7 @@ impl TensorView<'_> {
                 }
             }
         });
-        problem.or(Matrix::W4(packed))
+        problem.or(Matrix::Quantized(packed))
     }
 }
 
@@ -243,59 +203,6 @@ impl Problem {
         match self.0 {
             None => Ok(value),
             Some(problem) => Err(problem),
-        }
-    }
-}
-
-// Rows as stored to neutral codes; the block layouts are drawn in `blocks`.
-
-fn unpack_q4_0(stored: &[u8], codes: &mut [u8], scales: &mut [f16]) {
-    for ((block, codes), scale) in stored.as_chunks::<18>().0.iter().zip(codes.chunks_exact_mut(GROUP)).zip(scales) {
-        *scale = half_at(block, 0);
-        nibbles(&block[2..], codes);
-    }
-}
-
-fn unpack_q4_1(stored: &[u8], codes: &mut [u8], scales: &mut [f16], mins: &mut [f16]) {
-    let lines = scales.iter_mut().zip(mins);
-    for ((block, codes), (scale, min)) in
-        stored.as_chunks::<20>().0.iter().zip(codes.chunks_exact_mut(GROUP)).zip(lines)
-    {
-        (*scale, *min) = (half_at(block, 0), half_at(block, 2));
-        nibbles(&block[4..], codes);
-    }
-}
-
-fn unpack_q5_0(stored: &[u8], codes: &mut [i8], scales: &mut [f16]) {
-    for ((block, codes), scale) in stored.as_chunks::<22>().0.iter().zip(codes.chunks_exact_mut(GROUP)).zip(scales) {
-        *scale = half_at(block, 0);
-        let mut raw = [0; GROUP];
-        five_bits(&block[2..6], &block[6..], &mut raw);
-        for (code, raw) in codes.iter_mut().zip(raw) {
-            *code = raw as i8 - 16;
-        }
-    }
-}
-
-fn unpack_q5_1(stored: &[u8], codes: &mut [i8], scales: &mut [f16], mins: &mut [f16]) {
-    let lines = scales.iter_mut().zip(mins);
-    for ((block, codes), (scale, min)) in
-        stored.as_chunks::<24>().0.iter().zip(codes.chunks_exact_mut(GROUP)).zip(lines)
-    {
-        (*scale, *min) = (half_at(block, 0), half_at(block, 2));
-        let mut raw = [0; GROUP];
-        five_bits(&block[4..8], &block[8..], &mut raw);
-        for (code, raw) in codes.iter_mut().zip(raw) {
-            *code = raw as i8;
-        }
-    }
-}
-
-fn unpack_q8_0(stored: &[u8], codes: &mut [i8], scales: &mut [f16]) {
-    for ((block, codes), scale) in stored.as_chunks::<34>().0.iter().zip(codes.chunks_exact_mut(GROUP)).zip(scales) {
-        *scale = half_at(block, 0);
-        for (code, &byte) in codes.iter_mut().zip(&block[2..]) {
-            *code = byte as i8;
         }
     }
 }

@@ -32,7 +32,7 @@ use self::{
     view::TensorData,
 };
 pub use self::{format::WeightFormat, view::TensorView};
-use crate::{ModelError, config::DecoderConfig};
+use crate::{ModelError, Quantize, config::DecoderConfig};
 
 /// A tensor by what it does; a table per source maps its names to these.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -242,6 +242,11 @@ impl WeightStore {
     /// Bytes of all tensors that the model uses, as stored.
     pub fn num_bytes(&self) -> u64 {
         self.tensors.values().map(|tensor| self.view(tensor).num_bytes()).sum()
+    }
+
+    /// Tensors that import quantises; a tied head counts once.
+    pub fn num_quantized_by(&self, quantize: Quantize) -> usize {
+        self.tensors.values().filter(|tensor| self.view(tensor).is_quantized_by(quantize)).count()
     }
 
     /// "Q4_1 (210), F32 (61)": formats by how many tensors have them, most first.

@@ -37,7 +37,7 @@ pub(super) fn int8(group: &[f32; GROUP], codes: &mut [i8; GROUP]) -> Option<f16>
 }
 
 /// Quantises a group of finite numbers to codes, scale and minimum. None where one of the two leaves the range of f16.
-pub(super) fn int4(group: &[f32; GROUP], codes: &mut [u8; GROUP], effort: Effort) -> Option<(f16, f16)> {
+pub(super) fn int4(group: &[f32; GROUP], codes: &mut [i8; GROUP], effort: Effort) -> Option<(f16, f16)> {
     let (low, high) = group.iter().fold((f32::MAX, f32::MIN), |(low, high), &x| (low.min(x), high.max(x)));
     let range = high - low;
     let mut best = Line::new(group, range / INT4_MAX, low)?;
@@ -121,10 +121,10 @@ impl Line {
         Self::new(group, scale, (sum - scale * self.codes) / n)
     }
 
-    fn write_codes(&self, group: &[f32; GROUP], codes: &mut [u8; GROUP]) {
+    fn write_codes(&self, group: &[f32; GROUP], codes: &mut [i8; GROUP]) {
         let (inverse, min) = (inverse(self.scale), self.min.to_f32());
         for (out, &x) in codes.iter_mut().zip(group) {
-            *out = code(x, min, inverse) as u8;
+            *out = code(x, min, inverse) as i8;
         }
     }
 }
@@ -159,7 +159,7 @@ mod tests {
     fn int4_values(group: &[f32; GROUP], effort: Effort) -> Option<[f32; GROUP]> {
         let mut codes = [0; GROUP];
         let (scale, min) = int4(group, &mut codes, effort)?;
-        assert!(codes.iter().all(|&code| code <= 15));
+        assert!(codes.iter().all(|code| (0..=15).contains(code)));
         Some(codes.map(|code| scale.to_f32() * f32::from(code) + min.to_f32()))
     }
 

@@ -103,7 +103,7 @@ impl Harness {
         wanted: impl Fn(usize) -> bool,
     ) -> Vec<(usize, usize, Row)> {
         let (batch, kept) = self.batch(work, wanted);
-        self.model.forward(&batch).unwrap();
+        self.model.forward(&batch, &mut |_| ()).unwrap();
         let vocab_size = self.model.vocab_size();
         let mut rows = Vec::with_capacity(kept.len());
         for start in (0..kept.len()).step_by(LOGIT_SLICE) {

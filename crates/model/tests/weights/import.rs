@@ -2,11 +2,12 @@
 
 use std::fs::OpenOptions;
 
-use bindery_kernels::{Cpu, Isa, Matrix};
+use bindery_kernels::{CodeBits, Cpu, Isa, Matrix};
 use bindery_model::{
-    Dtype, ModelError, Quantize,
-    weights::{LayerTensor, TensorRole, TensorView, WeightFormat, WeightStore},
+    Dtype, Quantize,
+    weights::{LayerTensor, TensorRole, TensorView, WeightFormat, WeightStore, gguf::GgufFile},
 };
+use candle_core::quantized::GgmlDType;
 use half::f16;
 use proptest::prelude::*;
 use safetensors::Dtype as StoredDtype;
@@ -33,8 +34,14 @@ fn rows_of(matrix: &Matrix) -> Vec<f32> {
 
 fn family(matrix: &Matrix) -> &'static str {
     match matrix {
-        Matrix::W4(_) => "w4",
-        Matrix::W8(_) => "w8",
+        Matrix::Quantized(w) => match w.format().bits {
+            CodeBits::Two => "w2",
+            CodeBits::Three => "w3",
+            CodeBits::Four => "w4",
+            CodeBits::Five => "w5",
+            CodeBits::Six => "w6",
+            CodeBits::Eight => "w8",
+        },
         Matrix::F32(_) => "f32",
         Matrix::F16(_) => "f16",
         Matrix::Bf16(_) => "bf16",
@@ -70,12 +77,44 @@ struct Stored {
     family: &'static str,
 }
 
-const QUANTIZED: [Stored; 5] = [
+const QUANTIZED: [Stored; 10] = [
     Stored { type_id: 2, block: (32, 18), halves: &[0], family: "w4" },
     Stored { type_id: 3, block: (32, 20), halves: &[0, 2], family: "w4" },
-    Stored { type_id: 6, block: (32, 22), halves: &[0], family: "w8" },
-    Stored { type_id: 7, block: (32, 24), halves: &[0, 2], family: "w8" },
+    Stored { type_id: 6, block: (32, 22), halves: &[0], family: "w5" },
+    Stored { type_id: 7, block: (32, 24), halves: &[0, 2], family: "w5" },
     Stored { type_id: 8, block: (32, 34), halves: &[0], family: "w8" },
+    Stored { type_id: 10, block: (256, 84), halves: &[80, 82], family: "w2" },
+    Stored { type_id: 11, block: (256, 110), halves: &[108], family: "w3" },
+    Stored { type_id: 12, block: (256, 144), halves: &[0, 2], family: "w4" },
+    Stored { type_id: 13, block: (256, 176), halves: &[0, 2], family: "w5" },
+    Stored { type_id: 14, block: (256, 210), halves: &[208], family: "w6" },
+];
+
+/// What layout and padding may cost beside the bytes of the file.
+const MAX_OVERHEAD: f64 = 1.05;
+
+/// The down projection of `with_blocks` as candle reads its bytes.
+fn dequantized_by_candle(type_id: u32, down: &TensorView<'_>, disk: &OnDisk) -> Vec<f32> {
+    use candle_core::{Device, quantized::ggml_file::qtensor_from_ggml};
+    let ty = CANDLE_TYPES.iter().find(|(id, _)| *id == type_id).unwrap().1;
+    let file = GgufFile::open(&disk.path).unwrap();
+    let range = file.tensor(down.name).unwrap().range.clone();
+    let bytes = &std::fs::read(&disk.path).unwrap()[range];
+    let tensor = qtensor_from_ggml(ty, bytes, vec![down.rows, down.cols], &Device::Cpu).unwrap();
+    tensor.dequantize(&Device::Cpu).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+const CANDLE_TYPES: [(u32, GgmlDType); 10] = [
+    (2, GgmlDType::Q4_0),
+    (3, GgmlDType::Q4_1),
+    (6, GgmlDType::Q5_0),
+    (7, GgmlDType::Q5_1),
+    (8, GgmlDType::Q8_0),
+    (10, GgmlDType::Q2K),
+    (11, GgmlDType::Q3K),
+    (12, GgmlDType::Q4K),
+    (13, GgmlDType::Q5K),
+    (14, GgmlDType::Q6K),
 ];
 
 fn import(view: &TensorView<'_>, dtype: Dtype, quantize: Quantize) -> Matrix {
@@ -85,16 +124,19 @@ fn import(view: &TensorView<'_>, dtype: Dtype, quantize: Quantize) -> Matrix {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(32))]
 
-    /// Codes, f16 scales and minimums as stored: packed rows equal dequantised rows bit for bit.
+    /// Codes, scales and minimums as stored: packed rows equal candle's dequantised rows bit for bit, and take no more
+    /// memory than the file.
     #[test]
     fn quantised_sources_keep_every_bit(seed in any::<u64>()) {
         for Stored { type_id, block, halves, family: expected_family } in QUANTIZED {
             let disk = with_blocks(type_id, block, halves, seed);
             let store = WeightStore::open(&disk.path).unwrap();
             let down = store.tensor(DOWN).unwrap().unwrap();
-            let dequantized = down.to_f32().unwrap();
+            let dequantized = dequantized_by_candle(type_id, &down, &disk);
             for isa in isas() {
                 let matrix = down.import(isa, Dtype::Auto, Quantize::None).unwrap();
+                let ratio = matrix.size_bytes() as f64 / down.num_bytes() as f64;
+                prop_assert!(ratio <= MAX_OVERHEAD, "{}: {ratio}", down.format);
                 prop_assert_eq!((matrix.rows(), matrix.cols()), (32, 256));
                 prop_assert_eq!(family(&matrix), expected_family);
                 for (packed, stored) in rows_of(&matrix).iter().zip(&dequantized) {
@@ -106,30 +148,17 @@ proptest! {
 }
 
 #[test]
-fn dtype_and_quantise_leave_four_bit_sources_as_they_are() {
+fn dtype_and_quantise_leave_quantised_sources_as_they_are() {
     for Stored { type_id, block, halves, family: expected_family } in QUANTIZED {
         let disk = with_blocks(type_id, block, halves, 7);
         let store = WeightStore::open(&disk.path).unwrap();
         let down = store.tensor(DOWN).unwrap().unwrap();
-        assert_eq!(family(&import(&down, Dtype::F32, Quantize::Int8)), expected_family);
-        // Eight-bit sources can be taken down; four-bit ones are there.
-        assert_eq!(family(&import(&down, Dtype::Auto, Quantize::Int4)), "w4");
-    }
-}
-
-#[test]
-fn formats_without_kernels_are_named_with_those_that_run() {
-    for (type_id, bytes, halves, name) in
-        [(10, 84, &[80, 82][..], "Q2_K"), (12, 144, &[0, 2], "Q4_K"), (14, 210, &[208], "Q6_K")]
-    {
-        let disk = with_blocks(type_id, (256, bytes), halves, 3);
-        let store = WeightStore::open(&disk.path).unwrap();
-        let down = store.tensor(DOWN).unwrap().unwrap();
-        assert_eq!(down.to_f32().unwrap().len(), 32 * 256, "the reference backend reads it");
-        let error = down.import(Isa::Scalar, Dtype::Auto, Quantize::None).err().unwrap();
-        assert!(matches!(error, ModelError::Unsupported(_)));
-        let text = error.to_string();
-        assert!(["blk.0.ffn_down.weight", name, "Q4_1", "Q8_0"].iter().all(|word| text.contains(word)), "{text}");
+        let stored = down.to_f32().unwrap();
+        for quantize in [Quantize::Int8, Quantize::Int4] {
+            let matrix = import(&down, Dtype::F32, quantize);
+            assert_eq!(family(&matrix), expected_family, "{} under {quantize:?}", down.format);
+            assert_eq!(rows_of(&matrix), stored, "{} under {quantize:?}", down.format);
+        }
     }
 }
 

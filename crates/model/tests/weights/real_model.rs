@@ -34,6 +34,7 @@ fn the_default_model_is_what_its_card_says() {
     assert_eq!((&config.rotary.scaling, config.tied_embeddings), (&RopeScaling::None, true));
     assert_eq!((config.bos_token_id, config.eos_token_ids.as_slice()), (Some(1), &[2][..]));
     assert_eq!(store.describe_formats(), "Q4_1 (210), F32 (61), Q8_0 (1)");
+    assert_eq!(store.num_quantized_by(Quantize::Int4), 0, "its embedding is stored as Q8_0 and stays so");
     assert_eq!(store.num_parameters(), 134_515_008);
     let gguf = store.gguf().unwrap();
     assert_eq!(gguf.strings("tokenizer.ggml.tokens").unwrap().len(), 49152);

@@ -21,7 +21,9 @@ use super::{
     request::{StopReason, generating_request},
     usage::Usage,
 };
-use crate::json::{ModeOrObject, Present, from_object};
+use crate::json::{
+    MAX_FREE_VALUES, ModeOrObject, Present, count_values, free_object, free_objects, from_object, too_many_values,
+};
 
 generating_request! {
     /// A conversation to continue.
@@ -32,6 +34,7 @@ generating_request! {
         #[serde(default)]
         pub model: Option<String>,
         /// The conversation so far.
+        #[serde(deserialize_with = "messages")]
         pub messages: Vec<ChatMessage>,
         /// Most tokens to generate; the newer name of `max_tokens`.
         #[serde(default)]
@@ -58,7 +61,7 @@ generating_request! {
         #[serde(default)]
         pub reasoning_effort: Option<String>,
         /// Further variables of the template (vLLM).
-        #[serde(default)]
+        #[serde(default, deserialize_with = "free_object")]
         #[schema(value_type = Option<Object>)]
         pub chat_template_kwargs: Option<Map<String, Value>>,
         /// Not supported: the model's own template is used.
@@ -98,7 +101,7 @@ pub struct ChatMessage {
     #[serde(default)]
     pub name: Option<String>,
     /// What the assistant called.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "free_objects")]
     #[schema(value_type = Option<Vec<Object>>)]
     pub tool_calls: Option<Vec<Map<String, Value>>>,
     /// Which call a tool's turn answers.
@@ -110,6 +113,44 @@ pub struct ChatMessage {
     /// What the assistant refused to say, in place of content.
     #[serde(default)]
     pub refusal: Option<String>,
+}
+
+/// A conversation; the `tool_calls` of all its messages together are bounded by [`MAX_FREE_VALUES`] while it is read.
+pub(super) fn messages<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<ChatMessage>, D::Error> {
+    struct MessagesVisitor;
+    impl<'de> Visitor<'de> for MessagesVisitor {
+        type Value = Vec<ChatMessage>;
+        fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+            f.write_str("a sequence")
+        }
+        fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<ChatMessage>, A::Error> {
+            let mut messages = Vec::new();
+            let mut num_values = 0;
+            while let Some(message) = seq.next_element::<ChatMessage>()? {
+                num_values += message.tool_calls.iter().flatten().map(count_values).sum::<usize>();
+                if num_values > MAX_FREE_VALUES {
+                    return Err(too_many_values());
+                }
+                messages.push(message);
+            }
+            Ok(messages)
+        }
+    }
+    deserializer.deserialize_seq(MessagesVisitor)
+}
+
+/// [`messages`] of a field that may be absent or `null`.
+pub(super) fn optional_messages<'de, D>(deserializer: D) -> Result<Option<Vec<ChatMessage>>, D::Error>
+where
+    D: Deserializer<'de>,
+{
+    struct Messages(Vec<ChatMessage>);
+    impl<'de> Deserialize<'de> for Messages {
+        fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+            messages(deserializer).map(Self)
+        }
+    }
+    Option::<Messages>::deserialize(deserializer).map(|messages| messages.map(|Messages(all)| all))
 }
 
 /// Whose turn it is.

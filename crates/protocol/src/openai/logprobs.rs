@@ -50,7 +50,10 @@ pub struct CompletionLogprobs {
 }
 
 /// vLLM's `prompt_logprobs`: for each token of the prompt the candidates by token id; null for the first.
-pub type PromptLogprobs = Vec<Option<BTreeMap<String, PromptLogprob>>>;
+// Not an alias, which would stand in the API's description under the name of what it is an alias of.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(transparent)]
+pub struct PromptLogprobs(pub Vec<Option<BTreeMap<String, PromptLogprob>>>);
 
 /// One candidate at one place of the prompt.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]

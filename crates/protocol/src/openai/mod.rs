@@ -21,6 +21,8 @@ pub use completions::{Completion, CompletionChoice, CompletionPrompt, Completion
 pub use error::{ErrorBody, ErrorResponse};
 pub use logprobs::{ChatLogprobs, ChatTokenLogprob, ChatTopLogprob, CompletionLogprobs, PromptLogprob, PromptLogprobs};
 pub use models::{ModelCard, ModelList};
-pub use request::{LogitBias, ResponseFormat, SamplingFields, StopReason, StreamOptions};
+pub use request::{
+    JsonSchemaFormat, LogitBias, ResponseFormat, SamplingFields, StopReason, StreamOptions, StructuredOutputs,
+};
 pub use tokenize::{DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse};
 pub use usage::{PromptTokensDetails, Usage};

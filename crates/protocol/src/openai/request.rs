@@ -73,18 +73,18 @@ macro_rules! generating_request {
             priority: i64,
             /// Accepted; without effect until there is a prefix cache to salt.
             cache_salt: String,
-            /// Only `{"type": "text"}` yet.
+            /// The form of the answer: text, any JSON object, or JSON by a schema.
             response_format: $crate::openai::request::ResponseFormat,
-            /// Not supported yet.
-            structured_outputs: $crate::json::Present,
-            /// Not supported yet.
-            guided_json: $crate::json::Present,
-            /// Not supported yet.
-            guided_regex: $crate::json::Present,
-            /// Not supported yet.
-            guided_choice: $crate::json::Present,
-            /// Not supported yet.
-            guided_grammar: $crate::json::Present,
+            /// The form of the answer (vLLM): JSON by a schema, a regular expression, a choice, a grammar.
+            structured_outputs: $crate::openai::request::StructuredOutputs,
+            /// The older form of `structured_outputs.json` (vLLM).
+            guided_json: $crate::json::FreeValue,
+            /// The older form of `structured_outputs.regex` (vLLM).
+            guided_regex: String,
+            /// The older form of `structured_outputs.choice` (vLLM).
+            guided_choice: Vec<String>,
+            /// The older form of `structured_outputs.grammar` (vLLM).
+            guided_grammar: String,
             /// Not supported.
             use_beam_search: bool,
             /// Not supported.
@@ -137,12 +137,65 @@ pub struct ResponseFormat {
     pub kind: String,
     /// With `json_schema`.
     #[serde(default)]
-    pub json_schema: Option<crate::json::Present>,
+    pub json_schema: Option<JsonSchemaFormat>,
+}
+
+/// `response_format.json_schema`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, ToSchema)]
+#[serde(remote = "Self")]
+pub struct JsonSchemaFormat {
+    /// For the client's own use.
+    #[serde(default)]
+    pub name: Option<String>,
+    /// For the client's own use.
+    #[serde(default)]
+    pub description: Option<String>,
+    /// The schema.
+    #[serde(default)]
+    pub schema: Option<crate::json::FreeValue>,
+    /// Accepted; the schema is kept to in any case.
+    #[serde(default)]
+    pub strict: Option<bool>,
+}
+
+/// `structured_outputs` (vLLM): one of its first five fields.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, ToSchema)]
+#[serde(remote = "Self")]
+pub struct StructuredOutputs {
+    /// A JSON schema, as an object or as its text.
+    #[serde(default)]
+    pub json: Option<crate::json::FreeValue>,
+    /// A regular expression that the whole answer matches.
+    #[serde(default)]
+    pub regex: Option<String>,
+    /// The answer is one of these.
+    #[serde(default)]
+    pub choice: Option<Vec<String>>,
+    /// A grammar in llguidance's variant of Lark's syntax.
+    #[serde(default)]
+    pub grammar: Option<String>,
+    /// Any JSON object.
+    #[serde(default)]
+    pub json_object: Option<bool>,
+    /// No white space between the tokens of JSON.
+    #[serde(default)]
+    pub disable_any_whitespace: Option<bool>,
+    /// A regular expression for the white space between the tokens of JSON.
+    #[serde(default)]
+    pub whitespace_pattern: Option<String>,
+    /// Not supported yet.
+    #[serde(default)]
+    pub structural_tag: Option<crate::json::Present>,
+    /// Not supported yet.
+    #[serde(default)]
+    pub disable_additional_properties: Option<bool>,
 }
 
 from_object! {
     StreamOptions: "an object such as {\"include_usage\": true}",
     ResponseFormat: "an object such as {\"type\": \"text\"}",
+    JsonSchemaFormat: "an object such as {\"name\": \"answer\", \"schema\": {\"type\": \"object\"}}",
+    StructuredOutputs: "an object such as {\"choice\": [\"yes\", \"no\"]}",
 }
 
 /// `logit_bias`: an object from token ids (as strings, JSON has no other keys) to numbers.

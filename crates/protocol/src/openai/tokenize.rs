@@ -4,8 +4,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
-use super::chat::ChatMessage;
-use crate::json::{Present, from_object};
+use super::chat::{ChatMessage, optional_messages};
+use crate::json::{Present, free_object, from_object};
 
 /// A text or a conversation to turn into tokens: exactly one of `prompt` and `messages`.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, ToSchema)]
@@ -18,7 +18,7 @@ pub struct TokenizeRequest {
     #[serde(default)]
     pub prompt: Option<String>,
     /// A conversation; the chat template turns it into a text.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "optional_messages")]
     pub messages: Option<Vec<ChatMessage>>,
     /// Default true for `prompt`, false for `messages` (the template writes them itself).
     #[serde(default)]
@@ -30,7 +30,7 @@ pub struct TokenizeRequest {
     #[serde(default)]
     pub continue_final_message: Option<bool>,
     /// Further variables of the template.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "free_object")]
     #[schema(value_type = Option<Object>)]
     pub chat_template_kwargs: Option<Map<String, Value>>,
     /// Not supported.

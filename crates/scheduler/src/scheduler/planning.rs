@@ -2,7 +2,7 @@
 //! plan before all four agree.
 //!
 //! 1. `share_tokens`: seats go to the first `max_num_seqs` running ones. Those one token behind get it first, then
-//!    prompt chunks fill the budget. A prompt that cannot end in this step leaves up to half of what there is to
+//!    prompt chunks fill the budget; one that is held gets none. A prompt that cannot end in this step leaves up to half of what there is to
 //!    later prompts that can, so a huge one halves its own pace at worst and does not block the small ones behind it.
 //! 2. `admit`: waiting ones join while seats, tokens and blocks last. Enough blocks means: for all tokens it knows,
 //!    beside what the running ones still need for theirs, and a little room for them to grow (the watermark). So a
@@ -142,12 +142,14 @@ impl Scheduler {
             num_seats: self.limits.max_num_seqs - num_seated,
             yielded: None,
         };
-        let Some(&(_, first)) = self.running.first() else { return budget };
+        let seated = &self.running[..num_seated];
+        let runnable = seated.iter().map(|&(_, index)| index).find(|&index| !self.sequences[index].is_held);
+        let Some(first) = runnable else { return budget };
 
         let num_kept = usize::from(self.sequences[first].num_uncomputed_tokens() > 1);
         for &(_, index) in &self.running[..num_seated] {
             let sequence = &mut self.sequences[index];
-            if sequence.num_uncomputed_tokens() == 1 {
+            if sequence.num_uncomputed_tokens() == 1 && !sequence.is_held {
                 if budget.num_tokens == num_kept {
                     self.marks.first_in_order_kept_a_token += num_kept as u64;
                     break;
@@ -158,8 +160,8 @@ impl Scheduler {
         }
         for &(_, index) in &self.running[..num_seated] {
             let sequence = &mut self.sequences[index];
-            if sequence.num_uncomputed_tokens() > 1 && budget.offer(index, sequence) == OfferOutcome::ScheduledInYielded
-            {
+            let wants_tokens = sequence.num_uncomputed_tokens() > 1 && !sequence.is_held;
+            if wants_tokens && budget.offer(index, sequence) == OfferOutcome::ScheduledInYielded {
                 self.marks.ended_in_yielded_budget += 1;
             }
         }

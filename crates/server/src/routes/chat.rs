@@ -12,8 +12,7 @@ use bindery_protocol::{
     json::ModeOrObject,
     openai::{
         ChatCompletion, ChatCompletionChoice, ChatCompletionChunk, ChatCompletionChunkChoice, ChatCompletionRequest,
-        ChatContent, ChatDelta, ChatLogprobs, ChatMessage, ChatResponseMessage, ErrorResponse, Role, Usage,
-        completions::UsageField,
+        ChatContent, ChatDelta, ChatLogprobs, ChatMessage, ChatResponseMessage, Role, completions::UsageField,
     },
 };
 use serde_json::{Map, Value, json};
@@ -26,6 +25,7 @@ use crate::{
     generation::{Event, Generation, PromptText},
     logprobs::{TokenStyle, chat_logprobs, prompt_logprobs},
     router::Serving,
+    routes::refusals::{BodyRefusals, GateRefusals},
     sampling::{Delivery, RequestPrompt, RouteRules, Sampling, UsageInStream, num_logprobs},
     sse::{self, ChunkEncoder},
     state::{SharedState, unix_seconds},
@@ -35,11 +35,8 @@ use crate::{
 #[utoipa::path(post, path = "/v1/chat/completions", tag = "generation", security((), ("bearer" = [])),
     request_body = ChatCompletionRequest, responses(
     (status = 200, description = "answers; with `stream`, server-sent events of `chat.completion.chunk`", body = ChatCompletion),
-    (status = 400, description = "a field is wrong", body = ErrorResponse),
-    (status = 401, description = "no or wrong key", body = ErrorResponse),
-    (status = 404, description = "unknown model", body = ErrorResponse),
-    (status = 413, description = "body too large", body = ErrorResponse),
-    (status = 503, description = "loading, draining or full", body = ErrorResponse),
+    BodyRefusals,
+    GateRefusals,
 ))]
 pub(crate) async fn create(
     State(state): State<SharedState>,
@@ -63,7 +60,7 @@ pub(crate) async fn create(
         max_tokens_param,
         max_model_len: serving.model.max_model_len,
     };
-    let mut sampling = Sampling::new(request.take_sampling(), &rules, &state.limits, &mut warnings)?;
+    let mut sampling = Sampling::new(request.take_sampling(), &rules, &context, &mut warnings)?;
     sampling.params.logprobs = logprobs(request.logprobs, request.top_logprobs)?;
     let mut kwargs = request.chat_template_kwargs.unwrap_or_default();
     if let Some(effort) = request.reasoning_effort {
@@ -110,29 +107,49 @@ fn refuse_unsupported(request: &ChatCompletionRequest) -> Result<(), ApiError> {
             matches!(choice, Some(ModeOrObject::Mode(mode)) if mode != "none" && mode != "auto")
         }
     };
-    for (param, present, hint) in [
-        ("tools", request.tools.as_ref().is_some_and(|tools| !tools.is_empty()), "not supported yet: leave it out"),
+    for (param, present, message) in [
+        (
+            "tools",
+            request.tools.as_ref().is_some_and(|tools| !tools.is_empty()),
+            "tools are not supported yet: leave them out",
+        ),
         // Without tools "auto" and "none" ask for what happens anyway.
-        ("tool_choice", mode_is_set(&request.tool_choice), "only none is supported yet"),
-        ("functions", request.functions.is_some(), "the old form of tools and is not supported"),
-        ("function_call", mode_is_set(&request.function_call), "the old form of tool_choice and is not supported"),
-        ("chat_template", request.chat_template.is_some(), "not supported: the model's own template is used"),
-        ("documents", request.documents.is_some(), "not supported yet: put the texts into messages"),
+        (
+            "tool_choice",
+            mode_is_set(&request.tool_choice),
+            "tool_choice can only be none or auto, as tools are not supported yet: leave it out",
+        ),
+        (
+            "functions",
+            request.functions.is_some(),
+            "functions, the old form of tools, are not supported: leave them out",
+        ),
+        (
+            "function_call",
+            mode_is_set(&request.function_call),
+            "function_call, the old form of tool_choice, is not supported: leave it out",
+        ),
+        (
+            "chat_template",
+            request.chat_template.is_some(),
+            "chat_template is not supported: leave it out, and the model's own template is used",
+        ),
+        ("documents", request.documents.is_some(), "documents are not supported yet: put the texts into messages"),
         (
             "continue_final_message",
             request.continue_final_message == Some(true),
-            "not supported yet: use /v1/completions to continue a text",
+            "continue_final_message is not supported yet: use /v1/completions to continue a text",
         ),
-        ("echo", request.echo == Some(true), "not supported here: use /v1/completions"),
+        ("echo", request.echo == Some(true), "echo is not supported here: use /v1/completions"),
         (
             "modalities",
             request.modalities.as_ref().is_some_and(|kinds| kinds.iter().any(|kind| kind != "text")),
-            "only text here",
+            "modalities can only be text: this server answers in nothing else",
         ),
-        ("audio", request.audio.is_some(), "not supported: this server answers in text"),
+        ("audio", request.audio.is_some(), "audio is not supported, as this server answers in text: leave it out"),
     ] {
         if present {
-            return Err(ApiError::unsupported(param, format!("{param} is {hint}")));
+            return Err(ApiError::unsupported(param, message));
         }
     }
     Ok(())
@@ -333,12 +350,8 @@ impl ChunkWriter {
 }
 
 impl ChunkEncoder for ChunkWriter {
-    fn event(&mut self, event: Event, usage: Usage, out: &mut VecDeque<String>) {
-        let usage = match self.usage {
-            UsageInStream::Never => UsageField::Absent,
-            UsageInStream::Last => UsageField::Null,
-            UsageInStream::Every => UsageField::Counted(usage),
-        };
+    fn event(&mut self, event: Event, generation: &Generation, out: &mut VecDeque<String>) {
+        let usage = self.usage.of_chunk(generation);
         let piece = |index, delta| ChatCompletionChunkChoice {
             index,
             delta,
@@ -375,9 +388,9 @@ impl ChunkEncoder for ChunkWriter {
         }
     }
 
-    fn end(&mut self, usage: Usage, out: &mut VecDeque<String>) {
+    fn end(&mut self, generation: &Generation, out: &mut VecDeque<String>) {
         if self.usage != UsageInStream::Never {
-            out.push_back(self.chunk(Vec::new(), UsageField::Counted(usage)));
+            out.push_back(self.chunk(Vec::new(), UsageField::Counted(generation.usage())));
         }
     }
 }
@@ -404,6 +417,33 @@ mod tests {
             let body = error.to_body().error;
             (body.param, body.message)
         })
+    }
+
+    #[test]
+    fn what_is_refused_is_refused_in_a_sentence() {
+        let refused = |fields: Value| {
+            let mut body = json!({"messages": []});
+            body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+            let request: ChatCompletionRequest = serde_json::from_value(body).unwrap();
+            refuse_unsupported(&request).map_err(|error| error.to_body().error.message).unwrap_err()
+        };
+        let choice = "tool_choice can only be none or auto, as tools are not supported yet: leave it out";
+        assert_eq!(refused(json!({"tool_choice": "required"})), choice);
+        assert_eq!(refused(json!({"tool_choice": {"type": "function"}})), choice);
+        for (field, value) in [
+            ("tools", json!([{}])),
+            ("functions", json!([])),
+            ("function_call", json!({"name": "f"})),
+            ("chat_template", json!("")),
+            ("documents", json!([])),
+            ("continue_final_message", json!(true)),
+            ("echo", json!(true)),
+            ("modalities", json!(["audio"])),
+            ("audio", json!({})),
+        ] {
+            let message = refused(json!({field: value}));
+            assert!(message.starts_with(field) && message.contains(": "), "{message}");
+        }
     }
 
     #[test]

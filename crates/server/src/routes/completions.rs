@@ -9,11 +9,10 @@ use axum::{
     extract::State,
     response::{IntoResponse, Response},
 };
-use bindery_engine::TokenId;
-use bindery_engine::{Prompt, TokenText};
+use bindery_engine::{Prompt, TokenId, TokenText};
 use bindery_protocol::openai::{
-    Completion, CompletionChoice, CompletionLogprobs, CompletionPrompt, CompletionRequest, ErrorResponse,
-    PromptLogprobs, StopReason, Usage, completions::UsageField,
+    Completion, CompletionChoice, CompletionLogprobs, CompletionPrompt, CompletionRequest, PromptLogprobs, StopReason,
+    completions::UsageField,
 };
 
 use crate::{
@@ -23,7 +22,8 @@ use crate::{
     generation::{Event, Generation, PromptText},
     logprobs::{CompletionLogprobsWriter, TokenStyle, prompt_logprobs},
     router::Serving,
-    sampling::{Delivery, RequestPrompt, RouteRules, Sampling, UsageInStream, num_logprobs, whole},
+    routes::refusals::{BodyRefusals, GateRefusals},
+    sampling::{Delivery, MAX_N, RequestPrompt, RouteRules, Sampling, UsageInStream, num_logprobs, whole},
     sse::{self, ChunkEncoder},
     state::{SharedState, unix_seconds},
 };
@@ -36,11 +36,8 @@ const OBJECT: &str = "text_completion";
 #[utoipa::path(post, path = "/v1/completions", tag = "generation", security((), ("bearer" = [])),
     request_body = CompletionRequest, responses(
     (status = 200, description = "continuations; with `stream`, server-sent events of the same shape", body = Completion),
-    (status = 400, description = "a field is wrong", body = ErrorResponse),
-    (status = 401, description = "no or wrong key", body = ErrorResponse),
-    (status = 404, description = "unknown model", body = ErrorResponse),
-    (status = 413, description = "body too large", body = ErrorResponse),
-    (status = 503, description = "loading, draining or full", body = ErrorResponse),
+    BodyRefusals,
+    GateRefusals,
 ))]
 pub(crate) async fn create(
     State(state): State<SharedState>,
@@ -60,7 +57,7 @@ pub(crate) async fn create(
         max_tokens_param: "max_tokens",
         max_model_len: serving.model.max_model_len,
     };
-    let mut sampling = Sampling::new(request.take_sampling(), &rules, &state.limits, &mut warnings)?;
+    let mut sampling = Sampling::new(request.take_sampling(), &rules, &context, &mut warnings)?;
     let best_of = best_of(request.best_of, &sampling)?;
     let logprobs = request.logprobs.map(|count| num_logprobs("logprobs", count)).transpose()?;
     let wants_prompt_logprobs = sampling.params.prompt_logprobs.is_some();
@@ -110,7 +107,7 @@ pub(crate) async fn create(
 
 fn best_of(best_of: Option<i64>, sampling: &Sampling) -> Result<Option<u32>, ApiError> {
     let Some(value) = best_of else { return Ok(None) };
-    let best_of = whole("best_of", value, i64::from(sampling.num_samples), 128)? as u32;
+    let best_of = whole("best_of", value, i64::from(sampling.num_samples), MAX_N)? as u32;
     if best_of > sampling.num_samples && matches!(sampling.delivery, Delivery::Stream(_)) {
         return Err(ApiError::invalid(
             "best_of",
@@ -274,12 +271,8 @@ impl ChunkWriter {
 }
 
 impl ChunkEncoder for ChunkWriter {
-    fn event(&mut self, event: Event, usage: Usage, out: &mut VecDeque<String>) {
-        let usage = match self.usage {
-            UsageInStream::Never => UsageField::Absent,
-            UsageInStream::Last => UsageField::Null,
-            UsageInStream::Every => UsageField::Counted(usage),
-        };
+    fn event(&mut self, event: Event, generation: &Generation, out: &mut VecDeque<String>) {
+        let usage = self.usage.of_chunk(generation);
         for piece in self.answer.pieces(event) {
             let has_logprobs = piece.logprobs.as_ref().is_some_and(|logprobs| !logprobs.tokens.is_empty());
             // Text held back (half a character, the beginning of a stop string) is no news yet.
@@ -300,9 +293,9 @@ impl ChunkEncoder for ChunkWriter {
         }
     }
 
-    fn end(&mut self, usage: Usage, out: &mut VecDeque<String>) {
+    fn end(&mut self, generation: &Generation, out: &mut VecDeque<String>) {
         if self.usage != UsageInStream::Never {
-            out.push_back(self.chunk(Vec::new(), UsageField::Counted(usage)));
+            out.push_back(self.chunk(Vec::new(), UsageField::Counted(generation.usage())));
         }
     }
 }

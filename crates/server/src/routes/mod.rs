@@ -4,4 +4,5 @@ pub(crate) mod chat;
 pub(crate) mod completions;
 pub(crate) mod models;
 pub(crate) mod operations;
+pub(crate) mod refusals;
 pub(crate) mod tokenize;

@@ -9,14 +9,14 @@ use bindery_protocol::openai::{ErrorResponse, ModelCard, ModelList};
 use crate::{
     error::ApiError,
     router::Serving,
+    routes::refusals::GateRefusals,
     state::{AppState, SharedState},
 };
 
 /// The models you may name, the served base first.
 #[utoipa::path(get, path = "/v1/models", tag = "models", security((), ("bearer" = [])), responses(
     (status = 200, description = "the models", body = ModelList),
-    (status = 401, description = "no or wrong key", body = ErrorResponse),
-    (status = 503, description = "loading or draining", body = ErrorResponse),
+    GateRefusals,
 ))]
 pub(crate) async fn list(State(state): State<SharedState>, Extension(serving): Extension<Serving>) -> Json<ModelList> {
     let data = state.config.served_model_names.iter().map(|name| card(&state, &serving, name)).collect();
@@ -27,9 +27,8 @@ pub(crate) async fn list(State(state): State<SharedState>, Extension(serving): E
 #[utoipa::path(get, path = "/v1/models/{id}", tag = "models", security((), ("bearer" = [])),
     params(("id" = String, Path, description = "the model's name; it may contain slashes")), responses(
     (status = 200, description = "the model", body = ModelCard),
-    (status = 401, description = "no or wrong key", body = ErrorResponse),
     (status = 404, description = "no such model", body = ErrorResponse),
-    (status = 503, description = "loading or draining", body = ErrorResponse),
+    GateRefusals,
 ))]
 pub(crate) async fn get(
     State(state): State<SharedState>,

@@ -3,18 +3,18 @@
 //! Both work on blocking threads, a bounded number at a time, on a bounded amount of text.
 
 use axum::{Extension, Json, extract::State};
-use bindery_engine::RenderRequest;
-use bindery_engine::TokenId;
-use bindery_protocol::openai::{
-    DetokenizeRequest, DetokenizeResponse, ErrorResponse, TokenizeRequest, TokenizeResponse,
-};
+use bindery_engine::{RenderRequest, TokenId};
+use bindery_protocol::openai::{DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse};
 
 use crate::{
     body::{ApiJson, Warnings},
     context::RequestContext,
     error::ApiError,
     router::Serving,
-    routes::chat::{render_chat, template_messages, template_source},
+    routes::{
+        chat::{render_chat, template_messages, template_source},
+        refusals::{BodyRefusals, GateRefusals},
+    },
     state::SharedState,
 };
 
@@ -31,11 +31,8 @@ fn answer<T>(value: T, warnings: &Warnings) -> Answer<T> {
 #[utoipa::path(post, path = "/tokenize", tag = "text", security((), ("bearer" = [])),
     request_body = TokenizeRequest, responses(
     (status = 200, description = "the tokens", body = TokenizeResponse),
-    (status = 400, description = "a field is wrong", body = ErrorResponse),
-    (status = 401, description = "no or wrong key", body = ErrorResponse),
-    (status = 404, description = "unknown model", body = ErrorResponse),
-    (status = 413, description = "body too large", body = ErrorResponse),
-    (status = 503, description = "loading or draining", body = ErrorResponse),
+    BodyRefusals,
+    GateRefusals,
 ))]
 pub(crate) async fn tokenize(
     State(state): State<SharedState>,
@@ -106,11 +103,8 @@ async fn text_of(
 #[utoipa::path(post, path = "/detokenize", tag = "text", security((), ("bearer" = [])),
     request_body = DetokenizeRequest, responses(
     (status = 200, description = "the text", body = DetokenizeResponse),
-    (status = 400, description = "a field is wrong", body = ErrorResponse),
-    (status = 401, description = "no or wrong key", body = ErrorResponse),
-    (status = 404, description = "unknown model", body = ErrorResponse),
-    (status = 413, description = "body too large", body = ErrorResponse),
-    (status = 503, description = "loading or draining", body = ErrorResponse),
+    BodyRefusals,
+    GateRefusals,
 ))]
 pub(crate) async fn detokenize(
     State(state): State<SharedState>,

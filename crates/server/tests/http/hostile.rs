@@ -157,13 +157,31 @@ fn wrong_fields() -> Vec<(Value, &'static str)> {
         (json!({"prompt_logprobs": 21}), "prompt_logprobs"),
         (json!({"prompt_logprobs": 1, "stream": true}), "prompt_logprobs"),
         (json!({"priority": 3000000000i64}), "priority"),
-        (json!({"response_format": {"type": "json_object"}}), "response_format"),
-        (json!({"response_format": {"type": "json_schema", "json_schema": {}}}), "response_format"),
+        (json!({"response_format": {"type": "structural_tag"}}), "response_format"),
+        (json!({"response_format": {"type": "json_schema"}}), "response_format.json_schema"),
+        (json!({"response_format": {"type": "json_schema", "json_schema": {}}}), "response_format.json_schema.schema"),
+        (
+            json!({"response_format": {"type": "json_schema", "json_schema": {"schema": "{"}}}),
+            "response_format.json_schema.schema",
+        ),
+        (
+            json!({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "poem"}}}}),
+            "response_format",
+        ),
         (json!({"response_format": {"type": "poem"}}), "response_format.type"),
         (json!({"response_format": "text"}), "response_format"),
-        (json!({"structured_outputs": {"choice": ["a"]}}), "structured_outputs"),
-        (json!({"guided_json": {}}), "guided_json"),
-        (json!({"guided_regex": "a*"}), "guided_regex"),
+        (json!({"structured_outputs": {}}), "structured_outputs"),
+        (json!({"structured_outputs": {"choice": []}}), "structured_outputs"),
+        (json!({"structured_outputs": {"choice": ["a", ""]}}), "structured_outputs"),
+        (json!({"structured_outputs": {"choice": ["a"], "regex": "a"}}), "structured_outputs"),
+        (json!({"structured_outputs": {"choice": [1]}}), "structured_outputs.choice[0]"),
+        (json!({"structured_outputs": {"structural_tag": {}}}), "structured_outputs.structural_tag"),
+        (json!({"structured_outputs": {"regex": "(a"}}), "structured_outputs"),
+        (json!({"structured_outputs": {"grammar": "root ::= \"a\""}}), "structured_outputs"),
+        (json!({"structured_outputs": {"json": {"$ref": "http://127.0.0.1/x"}}}), "structured_outputs"),
+        (json!({"structured_outputs": {"json": 7}}), "structured_outputs"),
+        (json!({"guided_json": [1]}), "guided_json"),
+        (json!({"guided_regex": "a*", "guided_choice": ["a"]}), "guided_choice"),
         (json!({"use_beam_search": true}), "use_beam_search"),
     ]
 }
@@ -214,6 +232,27 @@ async fn wrong_fields_of_completions_are_named() {
         assert_eq!(response.status(), 400, "{inside}");
         let error: Value = response.json().await.unwrap();
         assert!(error["error"]["param"].as_str().unwrap().ends_with(']'), "{error}");
+    }
+    check_unharmed(&server).await;
+}
+
+/// What every prompt of a request gets a copy of has to be bounded before the copies are made: the engine's own check
+/// comes after. That the prompts are wrong as well shows which check was first.
+#[tokio::test(flavor = "multi_thread")]
+async fn lists_are_bounded_before_they_are_copied_for_every_prompt() {
+    let server = Server::start();
+    let biases: serde_json::Map<String, Value> = (0..1025).map(|token| (token.to_string(), json!(1))).collect();
+    for (fields, param) in [
+        (json!({"stop": vec!["x"; 65]}), "stop"),
+        (json!({"stop": ["x".repeat(1025)]}), "stop"),
+        (json!({"stop": vec!["x".repeat(1000); 9]}), "stop"),
+        (json!({"stop": ["a", ""]}), "stop"),
+        (json!({"stop_token_ids": vec![1; 257]}), "stop_token_ids"),
+        (json!({"logit_bias": biases}), "logit_bias"),
+    ] {
+        let body = with(&json!({"prompt": []}), &fields);
+        let about = format!("{param}: {}", body.to_string().chars().take(60).collect::<String>());
+        check_error(server.post(COMPLETIONS, &body).await, 400, Some(param), &about).await;
     }
     check_unharmed(&server).await;
 }
@@ -345,6 +384,8 @@ async fn bodies_over_the_limit_are_413_however_they_come() {
         let body = format!("{{\"prompt\": \"{}\"}}", "x".repeat(2 << 20));
         let code = check_error(server.post_bytes(route, body.clone()).await, 413, None, route).await;
         assert_eq!(code.as_deref(), Some("request_too_large"));
+        let told = server.post_bytes(route, body.clone()).await.text().await.unwrap();
+        assert!(told.contains("larger than 1048576 bytes") && told.contains("--max-body-size"), "{told}");
         // Without a length: the limit holds while reading.
         let pieces: Vec<Result<Vec<u8>, std::io::Error>> =
             body.as_bytes().chunks(10_000).map(|c| Ok(c.to_vec())).collect();
@@ -353,6 +394,31 @@ async fn bodies_over_the_limit_are_413_however_they_come() {
         // Exactly at the limit is a matter of the JSON.
         let padded = format!("{}{{}}", " ".repeat((1 << 20) - 2));
         assert_ne!(server.post_bytes(route, padded).await.status(), 413, "{route}");
+    }
+    check_unharmed(&server).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_compressed_body_is_refused_by_the_name_of_its_coding() {
+    let server = Server::start();
+    let post = |route: &str, codings: &[&str]| {
+        let request = server.request(Method::POST, route).header("content-type", "application/json");
+        let request = codings.iter().fold(request, |request, coding| request.header("content-encoding", *coding));
+        request.body(json!({"prompt": "hello", "max_tokens": 1}).to_string()).send()
+    };
+    for route in JSON_ROUTES {
+        for codings in [&["gzip"][..], &["br"], &["deflate"], &["zstd"], &["identity, GZIP"], &["identity", "x-own"]] {
+            let response = post(route, codings).await.unwrap();
+            assert_eq!(response.headers()["accept-encoding"], "identity", "{route} {codings:?}");
+            let code = check_error(response, 415, Some("content-encoding"), &format!("{route} {codings:?}")).await;
+            assert_eq!(code.as_deref(), Some("unsupported_content_encoding"));
+        }
+    }
+    let message: Value = post(COMPLETIONS, &["gzip"]).await.unwrap().json().await.unwrap();
+    let message = message["error"]["message"].as_str().unwrap();
+    assert!(message.contains("'gzip'") && message.contains("send plain JSON"), "{message}");
+    for codings in [&["identity"][..], &["Identity", "identity"], &[""]] {
+        assert_eq!(post(COMPLETIONS, codings).await.unwrap().status(), 200, "{codings:?}");
     }
     check_unharmed(&server).await;
 }
@@ -421,7 +487,7 @@ async fn unknown_routes_and_methods_are_json_too() {
 }
 
 /// Names that mean something to one of the routes, and some that do not.
-const FIELDS: [&str; 48] = [
+const FIELDS: [&str; 53] = [
     "model",
     "prompt",
     "messages",
@@ -460,6 +526,11 @@ const FIELDS: [&str; 48] = [
     "priority",
     "cache_salt",
     "response_format",
+    "json_schema",
+    "schema",
+    "structured_outputs",
+    "regex",
+    "choice",
     "tools",
     "tool_choice",
     "tool_calls",

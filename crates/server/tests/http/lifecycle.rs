@@ -157,19 +157,35 @@ async fn a_full_queue_is_a_503_with_retry_after() {
     .await
     .unwrap();
     let second = server.post(COMPLETIONS, &body).await;
-    assert_eq!((first.status(), second.status()), (reqwest::StatusCode::OK, reqwest::StatusCode::OK));
-    // Several prompts are one request: all or none. (The place that the first of them took comes back with the next
-    // step, which is held here.)
+    // Several prompts are one request: all or none. The place that one of them could have had stays free, although the
+    // step that runs is held.
     check_unavailable(server.post(COMPLETIONS, &json!({"prompt": ["a", "b"]})).await, "queue_full").await;
+    let third = server.post(COMPLETIONS, &body).await;
+    for stream in [&first, &second, &third] {
+        assert_eq!(stream.status(), reqwest::StatusCode::OK);
+    }
     check_unavailable(server.post(COMPLETIONS, &body).await, "queue_full").await;
     // More than the whole queue: trying again would never help.
     let hopeless = server.post(COMPLETIONS, &json!({"prompt": ["a", "b", "c"]})).await;
     check_error(hopeless, 400, Some("prompt"), "3 prompts").await;
     drop(keeper);
-    for stream in [first, second] {
+    for stream in [first, second, third] {
         assert!(events(&stream.text().await.unwrap()).1);
     }
     server.wait_until_empty().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_would_score_too_much_is_refused_before_anything_runs() {
+    let mut setup = Setup::new();
+    setup.limits.max_prompt_scores = 20;
+    let server = setup.start();
+    // Three prompts of four tokens, each score beside two alternatives: 36.
+    let body = json!({"prompt": ["four", "more", "here"], "prompt_logprobs": 2, "max_tokens": 1});
+    check_error(server.post(COMPLETIONS, &body).await, 400, Some("prompt_logprobs"), "36 scores").await;
+    server.wait_until_empty().await;
+    assert_eq!(server.stats().num_steps, 0, "no prompt was computed");
+    server.ok(COMPLETIONS, &json!({"prompt": "four", "prompt_logprobs": 2, "max_tokens": 1})).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -14,7 +14,7 @@ kernel_table!(
     LANES, Lanes512, "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq", block: 4, wide_block: 8,
     rest: scalar::TABLE
 );
-quant_table!(TABLE, Rows16, "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq", columns: 4, rest: LANES);
+quant_table!(TABLE, Rows16, "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq", columns: 8, rest: LANES);
 quant_table!(
     TABLE_VNNI, Rows16Vnni, "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni", columns: 8, rest: LANES
 );

@@ -12,6 +12,7 @@ pub(super) mod attention;
 pub(super) mod block;
 pub(super) mod dense;
 pub(super) mod exp;
+pub(super) mod peak;
 pub(super) mod quant;
 pub(super) mod rows;
 
@@ -69,33 +70,42 @@ pub(super) trait QuantLanes: Copy {
     const ROWS: usize;
     /// ROWS f32.
     type Floats: Copy;
-    /// `[ROWS, 4]` codes of 0..=15.
-    type Nibbles: Copy;
-    /// `[ROWS, 4]` codes of -128..=127, ready for `dot8`.
+    /// `[ROWS, 4]` unsigned codes, short enough that some dot products fit `Narrow`.
+    type Codes: Copy;
+    /// `[ROWS, 4]` codes of -128..=127, ready for `dot_bytes`.
     type Bytes: Copy;
-    /// Sums of one group of W4, in whatever width holds them.
-    type Sums4: Copy;
-    /// Sums of one group of W8.
-    type Sums8: Copy;
+    /// ROWS dot products in 32 bits.
+    type Sums: Copy;
+    /// Dot products being summed, in whatever width is quickest: 16 bits where that saves widening.
+    type Narrow: Copy;
+    /// What `load_bytes` adds to codes: sets that multiply unsigned by signed shift them into range.
+    const BYTES_OFFSET: i32;
 
-    /// One load, two vectors: low nibbles, high nibbles.
-    unsafe fn load_nibbles(from: *const u8) -> (Self::Nibbles, Self::Nibbles);
+    /// A vector of codes as it lies there.
+    unsafe fn load_codes(from: *const u8) -> Self::Codes;
+    /// In every byte, bits `from..from + width` moved down to `to`, all others clear. The three are constants.
+    unsafe fn field(vector: Self::Codes, from: usize, width: usize, to: usize) -> Self::Codes;
+    unsafe fn or(a: Self::Codes, b: Self::Codes) -> Self::Codes;
     unsafe fn load_bytes(from: *const i8) -> Self::Bytes;
-    unsafe fn zero4() -> Self::Sums4;
-    unsafe fn zero8() -> Self::Sums8;
-    /// Adds the dot products of each row's four codes with the four activations at `x`.
-    unsafe fn dot4(sums: Self::Sums4, codes: Self::Nibbles, x: *const i8) -> Self::Sums4;
-    unsafe fn dot8(sums: Self::Sums8, codes: Self::Bytes, x: *const i8) -> Self::Sums8;
-    /// A group's dot products.
-    unsafe fn finish4(sums: Self::Sums4) -> Self::Floats;
-    /// A group's dot products less 8 times the sum of its activations: codes with 8 as zero.
-    unsafe fn finish4_centred(sums: Self::Sums4, x_sum: i32) -> Self::Floats;
-    /// A group's dot products; the sum of its activations is there for sets that shift codes into unsigned range.
-    unsafe fn finish8(sums: Self::Sums8, x_sum: i32) -> Self::Floats;
+    unsafe fn zero_sums() -> Self::Sums;
+    unsafe fn splat_sums(sum: i32) -> Self::Sums;
+    /// Begins a narrow sum that `widen` will add to these.
+    unsafe fn narrow(sums: Self::Sums) -> Self::Narrow;
+    /// Adds the dot products of each row's four codes with the four activations at `x`. Pair sums of all that is added
+    /// before `widen` stay below 2^15.
+    unsafe fn dot(sums: Self::Narrow, codes: Self::Codes, x: *const i8) -> Self::Narrow;
+    /// Adds a narrow sum to those it was begun with.
+    unsafe fn widen(sums: Self::Sums, narrow: Self::Narrow) -> Self::Sums;
+    unsafe fn dot_bytes(sums: Self::Sums, codes: Self::Bytes, x: *const i8) -> Self::Sums;
+    unsafe fn to_floats(sums: Self::Sums) -> Self::Floats;
 
     unsafe fn zero() -> Self::Floats;
     unsafe fn splat(x: f32) -> Self::Floats;
     unsafe fn load_scales(from: *const f16) -> Self::Floats;
+    /// ROWS bytes.
+    unsafe fn load_sub_scales(from: *const i8) -> Self::Floats;
+    /// ROWS bytes: low nibbles, high nibbles.
+    unsafe fn load_sub_nibbles(from: *const i8) -> (Self::Floats, Self::Floats);
     unsafe fn load(from: *const f32) -> Self::Floats;
     unsafe fn store(x: Self::Floats, to: *mut f32);
     unsafe fn add(a: Self::Floats, b: Self::Floats) -> Self::Floats;
@@ -151,6 +161,25 @@ macro_rules! lane_functions {
 }
 pub(super) use lane_functions;
 
+/// The bits at `from` of every byte moved down to `to` by a shift of 16-bit lanes, whose count must be a literal; both
+/// places are constants at every call, so one arm is left.
+macro_rules! move_bits {
+    ($vector:expr, $from:expr, $to:expr, $right:ident) => {
+        match $from - $to {
+            0 => $vector,
+            1 => $right::<1>($vector),
+            2 => $right::<2>($vector),
+            3 => $right::<3>($vector),
+            4 => $right::<4>($vector),
+            5 => $right::<5>($vector),
+            6 => $right::<6>($vector),
+            7 => $right::<7>($vector),
+            _ => unreachable!("a byte has eight bits"),
+        }
+    };
+}
+pub(super) use move_bits;
+
 /// One instruction set's table: each algorithm over [`Lanes`] compiled with its features, the others taken from `rest`.
 ///
 /// `block` is how many vectors four broadcasts meet in dense products and attention, `wide_block` how many one broadcast
@@ -165,7 +194,7 @@ macro_rules! kernel_table {
             use half::{bf16, f16};
 
             use crate::cpu::dispatch::Kernels;
-            use crate::cpu::generic::{attention, dense, rows};
+            use crate::cpu::generic::{attention, dense, peak, rows};
             use crate::cpu::task::{DenseTask, QuantGroup, RopeRow, SpanTask};
 
             /// A function with the set's features around a generic one.
@@ -232,6 +261,12 @@ macro_rules! kernel_table {
                 unsafe { rows::sum_exp_sub::<$lanes>(row, max) }
             }
 
+            #[target_feature(enable = $features)]
+            unsafe fn spin_f32(rounds: usize) -> u64 {
+                // SAFETY: the table's duty, as above.
+                unsafe { peak::spin_f32::<$lanes, { 4 + 2 * $block }>(rounds) }
+            }
+
             Kernels {
                 dense_f32,
                 dense_f16,
@@ -246,6 +281,7 @@ macro_rules! kernel_table {
                 max,
                 exp_sub_sum,
                 sum_exp_sub,
+                spin_f32,
                 ..$rest
             }
         };
@@ -258,22 +294,60 @@ macro_rules! quant_table {
     ($table:ident, $quant:ty, $features:literal, columns: $columns:literal, rest: $rest:expr) => {
         pub(in crate::cpu) const $table: crate::cpu::dispatch::Kernels = {
             use crate::cpu::dispatch::Kernels;
-            use crate::cpu::generic::quant;
+            use crate::cpu::generic::peak;
+            use crate::cpu::generic::quant::{self, Eight, Five, Four, Nibbles, Single, Six, Three, Two, TwoLevel};
             use crate::cpu::task::QuantTask;
-            use crate::pack::{PackedW4, PackedW8};
+            use crate::pack::{CodeBits, Scaling};
 
-            #[target_feature(enable = $features)]
-            unsafe fn w4(task: &QuantTask<'_, PackedW4>) {
-                // SAFETY: the table's duty: the machine has the features, the task's ranges are right.
-                unsafe { quant::w4::<$quant, $columns>(task) }
+            /// One format, a function of its own: profiles name it, and compiling stays quick.
+            macro_rules! entry {
+                ($name:ident, $codes:ty, $scales:ty) => {
+                    #[inline(never)]
+                    #[target_feature(enable = $features)]
+                    unsafe fn $name(task: &QuantTask<'_>) {
+                        // SAFETY: the table's duty: the machine has the features, the task's ranges are right.
+                        unsafe { quant::multiply::<$quant, $codes, $scales, $columns>(task) }
+                    }
+                };
             }
-            #[target_feature(enable = $features)]
-            unsafe fn w8(task: &QuantTask<'_, PackedW8>) {
+            entry!(two_nibbles_mins, Two, Nibbles);
+            entry!(three_two_level, Three, TwoLevel<false>);
+            entry!(four_single, Four, Single<false>);
+            entry!(four_single_mins, Four, Single<true>);
+            entry!(four_two_level_mins, Four, TwoLevel<true>);
+            entry!(five_single, Five, Single<false>);
+            entry!(five_single_mins, Five, Single<true>);
+            entry!(five_two_level_mins, Five, TwoLevel<true>);
+            entry!(six_two_level, Six, TwoLevel<false>);
+            entry!(eight_single, Eight, Single<false>);
+
+            unsafe fn quantized(task: &QuantTask<'_>) {
+                let format = task.weights.format;
                 // SAFETY: the table's duty, as above.
-                unsafe { quant::w8::<$quant, $columns>(task) }
+                unsafe {
+                    match (format.bits, format.scaling, format.with_mins) {
+                        (CodeBits::Two, Scaling::Nibbles, true) => two_nibbles_mins(task),
+                        (CodeBits::Three, Scaling::TwoLevel, false) => three_two_level(task),
+                        (CodeBits::Four, Scaling::Single, false) => four_single(task),
+                        (CodeBits::Four, Scaling::Single, true) => four_single_mins(task),
+                        (CodeBits::Four, Scaling::TwoLevel, true) => four_two_level_mins(task),
+                        (CodeBits::Five, Scaling::Single, false) => five_single(task),
+                        (CodeBits::Five, Scaling::Single, true) => five_single_mins(task),
+                        (CodeBits::Five, Scaling::TwoLevel, true) => five_two_level_mins(task),
+                        (CodeBits::Six, Scaling::TwoLevel, false) => six_two_level(task),
+                        (CodeBits::Eight, Scaling::Single, false) => eight_single(task),
+                        _ => unreachable!("`Quantized::pack` refuses formats that `QuantFormat::group` does not know"),
+                    }
+                }
             }
 
-            Kernels { w4, w8, ..$rest }
+            #[target_feature(enable = $features)]
+            unsafe fn spin_int8(rounds: usize) -> u64 {
+                // SAFETY: the table's duty, as above.
+                unsafe { peak::spin_int8::<$quant>(rounds) }
+            }
+
+            Kernels { quantized, spin_int8, ..$rest }
         };
     };
 }

@@ -65,13 +65,15 @@ pub(in crate::cpu) unsafe fn quantize<L: Lanes>(x: &[f32], out: &mut [QuantGroup
                 first.store_i8(group.codes.as_mut_ptr());
                 second.store_i8(group.codes.as_mut_ptr().add(WIDTH));
                 // Whole numbers of at most 32 * 127: exact in f32.
-                let sum = first.add(second).join_add();
+                let first_sum = first.join_add();
+                let sum = first_sum + second.join_add();
                 group.scale = magnitude / 127.0;
                 group.sum = sum as i32;
                 group.scaled_sum = group.scale * sum;
+                group.first_sum = first_sum as i32;
             } else {
                 let scale = if magnitude.is_finite() { 0.0 } else { f32::NAN };
-                *group = QuantGroup { codes: [0; GROUP], scale, sum: 0, scaled_sum: scale * 0.0 };
+                *group = QuantGroup { codes: [0; GROUP], scale, sum: 0, scaled_sum: scale * 0.0, first_sum: 0 };
             }
         }
     }
@@ -150,6 +152,23 @@ pub(in crate::cpu) unsafe fn max<L: Lanes>(row: &[f32]) -> f32 {
     }
 }
 
+/// exp(x - max) of the row's last `len % 16` elements, and zeroes, which change no sum.
+///
+/// # Safety
+/// As [`Lanes`].
+#[inline(always)]
+unsafe fn exp_sub_tail<L: Lanes>(row: &[f32], maxes: L) -> [f32; WIDTH] {
+    let mut last = [0.0; WIDTH];
+    if row.len().is_multiple_of(WIDTH) {
+        return last;
+    }
+    // SAFETY: both arrays have 16 elements; the rest is the caller's duty.
+    unsafe { exp(L::load(tail(row, f32::NEG_INFINITY).as_ptr()).sub(maxes)).store(last.as_mut_ptr()) };
+    // The filling is not always zero by now (-inf less -inf is NaN).
+    last[row.len() % WIDTH..].fill(0.0);
+    last
+}
+
 /// # Safety
 /// As [`Lanes`].
 #[inline(always)]
@@ -164,15 +183,11 @@ pub(in crate::cpu) unsafe fn exp_sub_sum<L: Lanes>(row: &mut [f32], max: f32) ->
             y.store(row.as_mut_ptr().add(i));
             sum = sum.add(y);
         }
-        let rest = row.len() - whole;
-        if rest > 0 {
-            let mut last = [0.0; WIDTH];
-            exp(L::load(tail(row, f32::NEG_INFINITY).as_ptr()).sub(maxes)).store(last.as_mut_ptr());
-            // The filling is not always zero by now (-inf less -inf is NaN).
-            last[rest..].fill(0.0);
-            sum = sum.add(L::load(last.as_ptr()));
-            row[whole..].copy_from_slice(&last[..rest]);
+        let last = exp_sub_tail(row, maxes);
+        for (x, y) in row[whole..].iter_mut().zip(last) {
+            *x = y;
         }
+        sum = sum.add(L::load(last.as_ptr()));
         sum.join_add()
     }
 }
@@ -189,13 +204,7 @@ pub(in crate::cpu) unsafe fn sum_exp_sub<L: Lanes>(row: &[f32], max: f32) -> f32
         for i in (0..whole).step_by(WIDTH) {
             sum = sum.add(exp(L::load(row.as_ptr().add(i)).sub(maxes)));
         }
-        let rest = row.len() - whole;
-        if rest > 0 {
-            let mut last = [0.0; WIDTH];
-            exp(L::load(tail(row, f32::NEG_INFINITY).as_ptr()).sub(maxes)).store(last.as_mut_ptr());
-            last[rest..].fill(0.0);
-            sum = sum.add(L::load(last.as_ptr()));
-        }
+        sum = sum.add(L::load(exp_sub_tail(row, maxes).as_ptr()));
         sum.join_add()
     }
 }

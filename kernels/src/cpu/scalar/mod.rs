@@ -8,11 +8,11 @@ mod dense;
 pub(crate) mod exp;
 mod logits;
 mod norm;
+mod peak;
+mod quant;
 pub(crate) mod quantize;
 pub(crate) mod rope;
 mod silu;
-mod w4;
-mod w8;
 
 use super::dispatch::Kernels;
 
@@ -33,8 +33,7 @@ pub(crate) fn join_lanes(mut lanes: [f32; LANES]) -> f32 {
 
 /// All entries: what the other sets lack is this.
 pub(super) const TABLE: Kernels = Kernels {
-    w4: w4::multiply,
-    w8: w8::multiply,
+    quantized: quant::multiply,
     dense_f32: dense::multiply,
     dense_f16: dense::multiply,
     dense_bf16: dense::multiply,
@@ -48,6 +47,8 @@ pub(super) const TABLE: Kernels = Kernels {
     max: logits::max,
     exp_sub_sum: logits::exp_sub_sum,
     sum_exp_sub: logits::sum_exp_sub,
+    spin_f32: peak::spin_f32,
+    spin_int8: peak::spin_int8,
 };
 
 pub(super) static KERNELS: Kernels = TABLE;

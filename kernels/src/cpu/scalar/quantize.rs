@@ -26,5 +26,6 @@ pub(super) unsafe fn quantize(x: &[f32], out: &mut [QuantGroup]) {
         group.scale = scale;
         group.sum = group.codes.iter().map(|&code| i32::from(code)).sum();
         group.scaled_sum = scale * group.sum as f32;
+        group.first_sum = group.codes[..GROUP / 2].iter().map(|&code| i32::from(code)).sum();
     }
 }

@@ -34,6 +34,16 @@ pub(crate) enum Arrivals {
     Rate(f64),
 }
 
+impl Arrivals {
+    /// For people.
+    pub(crate) fn name(self) -> String {
+        match self {
+            Self::Clients(clients) => format!("{clients} clients"),
+            Self::Rate(rate) => format!("{rate} requests/s"),
+        }
+    }
+}
+
 /// What every request of a run shares.
 #[derive(Clone, Debug)]
 pub(crate) struct Shape {

@@ -4,12 +4,15 @@
 //! drifts on the machine hits both. Prompts are random, distinct and the same for both.
 
 mod load;
+mod profile;
 mod prompts;
 mod report;
+mod roofline;
 
 use std::{fmt::Write as _, sync::Arc, time::Duration};
 
 use bindery_engine::LocalModel;
+use bindery_model::Machine;
 use bindery_server::{ModelSlot, ServerConfig};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
@@ -19,13 +22,15 @@ use crate::{
     client::{Client, ClientError},
     failure::{Failure, Interrupted},
     local,
-    settings::{MAX_BODY_BYTES, ModelSettings, model_from_environment},
+    settings::{DEFAULT_MAX_BODY_BYTES, ModelSettings, model_from_environment},
     signals::StopSignals,
     terminal,
 };
 use load::{Arrivals, Round, Shape, Target, round};
+use profile::Profile;
 use prompts::Prompts;
 use report::{Report, Row};
+use roofline::Roofs;
 
 pub(crate) async fn run(args: BenchArgs) -> anyhow::Result<()> {
     let mut signals = StopSignals::listen()?;
@@ -63,12 +68,28 @@ async fn measure(args: BenchArgs) -> anyhow::Result<()> {
     };
     let mut next_number = 0;
     let mut rows = Vec::new();
+    let mut profiles = Vec::new();
     for arrivals in loads {
+        let before = if args.profile || args.roofline { Some(profile_of(&targets[0]).await?) } else { None };
         rows.push(measure_load(&targets, &shape, arrivals, &args, &mut next_number).await);
+        if let Some(before) = before {
+            profiles.push((arrivals.name(), profile_of(&targets[0]).await?.since(&before)));
+        }
     }
+    let mut info = None;
     if let Some(own) = own {
+        info = args.roofline.then(|| own.model.info.clone());
         own.stop().await?;
     }
+    // After the loads, and with nothing else of ours running.
+    let roofline = match info {
+        Some(info) => {
+            let machine = Machine::new(Some(info.threads))?;
+            let roofs = tokio::task::spawn_blocking(move || Roofs::measure(&machine)).await?;
+            Some((roofs, info))
+        }
+        None => None,
+    };
     let report = Report {
         servers: ["A", "B"]
             .into_iter()
@@ -76,6 +97,8 @@ async fn measure(args: BenchArgs) -> anyhow::Result<()> {
             .map(|(label, t)| (label, t.client.url().to_owned(), t.model.clone()))
             .collect(),
         rows,
+        profiles,
+        roofline,
         settings: settings_json(&args),
         output_tokens: args.output_tokens,
     };
@@ -86,6 +109,20 @@ async fn measure(args: BenchArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// What the server has counted so far.
+async fn profile_of(target: &Target) -> anyhow::Result<Profile> {
+    let url = target.client.url();
+    let metrics = match target.client.metrics().await {
+        Err(ClientError::Refused { .. }) => String::new(),
+        answer => answer.map_err(|error| explain(&error, url))?,
+    };
+    Profile::parse(&metrics).ok_or_else(|| {
+        Failure::new(format!("{url} does not say where its steps spend their time"))
+            .hint("--profile needs a Bindery as the first server: leave it out, or swap --url and --compare")
+            .into()
+    })
+}
+
 async fn measure_load(
     targets: &[Target],
     shape: &Arc<Shape>,
@@ -93,10 +130,11 @@ async fn measure_load(
     args: &BenchArgs,
     next_number: &mut u64,
 ) -> Vec<Row> {
-    let (num_requests, name) = match arrivals {
-        Arrivals::Clients(clients) => (args.num_requests.unwrap_or((2 * clients).max(8)), format!("{clients} clients")),
-        Arrivals::Rate(rate) => (args.num_requests.unwrap_or(32), format!("{rate} requests/s")),
-    };
+    let num_requests = args.num_requests.unwrap_or(match arrivals {
+        Arrivals::Clients(clients) => (2 * clients).max(8),
+        Arrivals::Rate(_) => 32,
+    });
+    let name = arrivals.name();
     let total = u64::from(num_requests) * u64::from(args.rounds) * targets.len() as u64;
     let bar = terminal::count_bar(&name, total);
     let mut rounds: Vec<Vec<Round>> = vec![Vec::new(); targets.len()];
@@ -152,8 +190,19 @@ fn explain(error: &ClientError, url: &str) -> Failure {
         ClientError::Connect { .. } => Failure::new(error.to_string()).hint("start the server first, or check the URL"),
         ClientError::Refused { status: 401 | 403, .. } => Failure::new(format!("{url} answered {error}"))
             .hint("give the server's key with --api-key or BINDERY_API_KEY"),
-        ClientError::Refused { status: 400, .. } => Failure::new(format!("{url} answered {error}"))
-            .hint("a server that refuses ignore_eos is tested with --no-ignore-eos"),
+        ClientError::Refused { status: 400, code, message } => {
+            let failure = Failure::new(format!("{url} answered {error}"));
+            // Servers other than ours say it in OpenAI's words, under a code of their own.
+            let is_too_long = code.as_deref() == Some("context_length_exceeded")
+                || message.to_lowercase().contains("maximum context length");
+            if is_too_long {
+                failure.hint("ask for less with --input-words or --output-tokens")
+            } else if message.contains("ignore_eos") {
+                failure.hint("a server that refuses ignore_eos is tested with --no-ignore-eos")
+            } else {
+                failure
+            }
+        }
         _ => Failure::new(format!("{url}: {error}")),
     }
 }
@@ -183,7 +232,7 @@ impl OwnServer {
             served_model_names: vec![files.name.clone()],
             api_keys: Vec::new(),
             admin_key: None,
-            max_body_bytes: MAX_BODY_BYTES,
+            max_body_bytes: DEFAULT_MAX_BODY_BYTES,
             shutdown_timeout: Duration::from_secs(1),
             digest: files.digest.clone(),
             license: files.license.clone(),

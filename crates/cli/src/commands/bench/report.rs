@@ -2,10 +2,15 @@
 
 use std::{collections::BTreeMap, fmt::Write as _, time::Duration};
 
+use bindery_model::ModelInfo;
 use comfy_table::{Cell, CellAlignment};
 use serde_json::{Value, json};
 
-use super::load::{Arrivals, Round};
+use super::{
+    load::{Arrivals, Round},
+    profile::{self, Profile},
+    roofline::{self, Roofs},
+};
 use crate::commands::models::{plain_table, show};
 
 /// Rounds further apart than this share of their median are not to be trusted.
@@ -160,6 +165,10 @@ pub(crate) struct Report {
     pub(crate) servers: Vec<(&'static str, String, String)>,
     /// For each load: the servers' rows in order.
     pub(crate) rows: Vec<Vec<Row>>,
+    /// Of the first server, by load; empty unless asked for.
+    pub(crate) profiles: Vec<(String, Profile)>,
+    /// Where the model ran in this process and it was asked for.
+    pub(crate) roofline: Option<(Roofs, ModelInfo)>,
     pub(crate) settings: Value,
     pub(crate) output_tokens: u32,
 }
@@ -219,6 +228,10 @@ impl Report {
             }
         }
         let _ = writeln!(text, "\n{}", show(&mut table));
+        text.push_str(&profile::table(&self.profiles));
+        if let Some((roofs, info)) = &self.roofline {
+            text.push_str(&roofline::table(roofs, info, &self.profiles));
+        }
         text
     }
 
@@ -278,6 +291,8 @@ impl Report {
         json!({
             "bindery": env!("CARGO_PKG_VERSION"), "settings": self.settings, "servers": servers, "rows": rows,
             "ratios_a_over_b": ratios,
+            "profiles": self.profiles.iter().map(|(load, profile)| json!({"load": load, "steps_of_a": profile.json()})).collect::<Vec<_>>(),
+            "roofline": self.roofline.as_ref().map(|(roofs, info)| roofline::json(roofs, info, &self.profiles)),
         })
     }
 

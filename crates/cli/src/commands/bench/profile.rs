@@ -1,0 +1,136 @@
+//! Where a server's steps spent their time, by what it counts itself (`bindery_step_phase_seconds_total`).
+//!
+//! It reads a metrics text before and after a load and takes the difference; it must not measure anything itself.
+
+use std::fmt::Write as _;
+
+use comfy_table::{Cell, CellAlignment};
+use serde_json::{Value, json};
+
+use crate::commands::models::{plain_table, show};
+
+const PHASE_SECONDS: &str = "bindery_step_phase_seconds_total";
+/// A histogram of tokens a step: its count is the number of steps, its sum the tokens in them.
+const NUM_STEPS: &str = "vllm:iteration_tokens_total_count";
+const NUM_TOKENS: &str = "vllm:iteration_tokens_total_sum";
+const NUM_SAMPLED: &str = "vllm:generation_tokens_total";
+
+/// Time by phase, in the order of the server's text.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct Profile {
+    pub(crate) phases: Vec<(String, f64)>,
+    pub(crate) num_steps: f64,
+    /// Rows computed.
+    pub(crate) num_tokens: f64,
+    /// Tokens sampled: rows of logits, where no prompt is scored.
+    pub(crate) num_sampled: f64,
+}
+
+impl Profile {
+    /// `None` for a server that does not count its phases.
+    pub(crate) fn parse(metrics: &str) -> Option<Self> {
+        let mut profile = Self::default();
+        for line in metrics.lines().filter(|line| !line.starts_with('#')) {
+            let Some((series, value)) = line.rsplit_once(' ') else { continue };
+            let Ok(value) = value.parse::<f64>() else { continue };
+            let (name, labels) = series.split_once('{').unwrap_or((series, ""));
+            match name {
+                PHASE_SECONDS => {
+                    let (_, rest) = labels.split_once("phase=\"")?;
+                    let (phase, _) = rest.split_once('"')?;
+                    profile.phases.push((phase.to_owned(), value));
+                }
+                NUM_STEPS => profile.num_steps += value,
+                NUM_TOKENS => profile.num_tokens += value,
+                NUM_SAMPLED => profile.num_sampled += value,
+                _ => {}
+            }
+        }
+        // Prometheus' text sorts its series by name; what a step does has an order of its own.
+        let place = |phase: &str| bindery_engine::engine::STEP_PHASES.iter().position(|name| *name == phase);
+        profile.phases.sort_by_key(|(phase, _)| place(phase).unwrap_or(usize::MAX));
+        (!profile.phases.is_empty()).then_some(profile)
+    }
+
+    /// What was added since `before`.
+    pub(crate) fn since(&self, before: &Self) -> Self {
+        let earlier =
+            |phase: &str| before.phases.iter().find(|(name, _)| name == phase).map_or(0.0, |(_, value)| *value);
+        Self {
+            phases: self.phases.iter().map(|(phase, value)| (phase.clone(), value - earlier(phase))).collect(),
+            num_steps: self.num_steps - before.num_steps,
+            num_tokens: self.num_tokens - before.num_tokens,
+            num_sampled: self.num_sampled - before.num_sampled,
+        }
+    }
+
+    fn seconds(&self) -> f64 {
+        self.phases.iter().map(|(_, seconds)| seconds).sum()
+    }
+
+    pub(crate) fn json(&self) -> Value {
+        let phases: serde_json::Map<String, Value> =
+            self.phases.iter().map(|(phase, seconds)| (phase.clone(), json!(seconds))).collect();
+        json!({"steps": self.num_steps, "tokens": self.num_tokens, "seconds": phases})
+    }
+}
+
+/// One column a load: milliseconds a step and share of the steps' time.
+pub(crate) fn table(columns: &[(String, Profile)]) -> String {
+    let Some((_, first)) = columns.first() else { return String::new() };
+    let right = |text: String| Cell::new(text).set_alignment(CellAlignment::Right);
+    let mut table = plain_table();
+    let mut header = vec![Cell::new("PHASE")];
+    header.extend(columns.iter().map(|(name, _)| right(format!("{name}: ms a step, share"))));
+    table.set_header(header);
+    let cell = |profile: &Profile, seconds: f64| {
+        let (steps, all) = (profile.num_steps.max(1.0), profile.seconds().max(1e-12));
+        right(format!("{:.3} {:5.1} %", seconds * 1e3 / steps, seconds / all * 100.0))
+    };
+    for (index, (phase, _)) in first.phases.iter().enumerate() {
+        let mut cells = vec![Cell::new(phase)];
+        cells.extend(columns.iter().map(|(_, profile)| cell(profile, profile.phases[index].1)));
+        table.add_row(cells);
+    }
+    let mut cells = vec![Cell::new("all")];
+    cells.extend(columns.iter().map(|(_, profile)| cell(profile, profile.seconds())));
+    table.add_row(cells);
+    let mut cells = vec![Cell::new("steps, tokens a step")];
+    cells.extend(columns.iter().map(|(_, profile)| {
+        right(format!("{}, {:.1}", profile.num_steps, profile.num_tokens / profile.num_steps.max(1.0)))
+    }));
+    table.add_row(cells);
+    let mut text = String::from("where the steps of A spent their time\n");
+    let _ = writeln!(text, "\n{}", show(&mut table));
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BEFORE: &str = "# TYPE bindery_step_phase_seconds_total counter\n\
+        bindery_step_phase_seconds_total{model_name=\"m\",phase=\"attention\"} 1.5\n\
+        bindery_step_phase_seconds_total{model_name=\"m\",phase=\"schedule\"} 0.5\n\
+        vllm:iteration_tokens_total_count{model_name=\"m\"} 10\n\
+        vllm:iteration_tokens_total_sum{model_name=\"m\"} 100\n\
+        vllm:generation_tokens_total{model_name=\"m\"} 30\n";
+
+    #[test]
+    fn the_difference_of_two_texts_is_in_the_order_of_a_step() {
+        let before = Profile::parse(BEFORE).unwrap();
+        assert_eq!(before.phases, [("schedule".to_owned(), 0.5), ("attention".to_owned(), 1.5)]);
+        let after = BEFORE.replace(" 1.5", " 4.5").replace(" 0.5", " 1.5").replace(" 10\n", " 12\n");
+        let profile = Profile::parse(&after).unwrap().since(&before);
+        assert_eq!(profile.phases, [("schedule".to_owned(), 1.0), ("attention".to_owned(), 3.0)]);
+        assert_eq!((profile.num_steps, profile.num_tokens, before.num_sampled), (2.0, 0.0, 30.0));
+        let text = table(&[("8 clients".to_owned(), profile)]);
+        assert!(text.contains("1500.000  75.0 %") && text.contains("2000.000 100.0 %"), "{text}");
+    }
+
+    #[test]
+    fn another_servers_metrics_are_none() {
+        assert_eq!(Profile::parse("vllm:iteration_tokens_total_count 3\nup 1\n"), None);
+        assert_eq!(Profile::parse(""), None);
+    }
+}

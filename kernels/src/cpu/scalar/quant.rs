@@ -1,0 +1,37 @@
+//! Quantised product.
+//!
+//! One f32 accumulator an output walks the groups of weights in ascending order. Within a group the integer sum is
+//! exact, and so is the group's scale; it is multiplied with the activations' first, then one fused multiply-add takes
+//! the group in, and one more its minimum.
+
+use crate::cpu::task::QuantTask;
+use crate::pack::GROUP;
+
+/// # Safety
+/// Safe in fact; unsafe to fit the table.
+pub(super) unsafe fn multiply(task: &QuantTask<'_>) {
+    let w = task.weights;
+    // Two groups of weights may share a group of activations.
+    let parts = GROUP / w.group_len();
+    for row in task.tiles.start * w.tile_rows..(task.tiles.end * w.tile_rows).min(w.rows) {
+        for m in task.m.clone() {
+            let x = &task.x.rows[m * task.x.groups..(m + 1) * task.x.groups];
+            let mut sum = 0.0_f32;
+            for (group, x) in x.iter().enumerate() {
+                let codes = w.group(row, group);
+                let parts_of_codes = codes.chunks(GROUP / parts).zip(x.codes.chunks(GROUP / parts));
+                for (part, (codes, x_codes)) in parts_of_codes.enumerate() {
+                    let index = group * parts + part;
+                    let dot: i32 = codes.iter().zip(x_codes).map(|(&w, &x)| i32::from(w) * i32::from(x)).sum();
+                    sum = (dot as f32).mul_add(w.scale(row, index) * x.scale, sum);
+                    if let Some(min) = w.min(row, index) {
+                        let x_sum: i32 = x_codes.iter().map(|&x| i32::from(x)).sum();
+                        sum = min.mul_add(x.scale * x_sum as f32, sum);
+                    }
+                }
+            }
+            // SAFETY: the task owns its tiles' rows.
+            unsafe { task.out.store(m, row, &[sum]) };
+        }
+    }
+}
