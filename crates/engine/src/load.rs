@@ -4,11 +4,11 @@
 //! The sizing is a pure function of numbers ([`size_cache`]), so that it can be tested without memory. It must not know
 //! what is served afterwards. Its invariant: a sequence of `max_model_len` tokens always fits the cache alone.
 
-use std::{fs, path::Path, time::Instant};
+use std::{path::Path, time::Instant};
 
 use bindery_model::{
     Model, ModelInfo, OpenedModel, Quantize,
-    memory::{TotalMemory, total_memory},
+    memory::{TotalMemory, available_memory_bytes, total_memory},
     weights::gguf::GgufFile,
 };
 use bindery_scheduler::Limits;
@@ -23,8 +23,6 @@ use crate::{
 const MARGIN_BYTES_MIN: u64 = 512 << 20;
 /// Share of the free memory that is left free: one tenth.
 const MARGIN_SHARE: u64 = 10;
-/// Assumed free where the system does not say.
-const UNKNOWN_MEMORY_BYTES: u64 = 4 << 30;
 /// Slots are numbered in 32 bits.
 const SLOTS_MAX: u64 = u32::MAX as u64;
 
@@ -52,13 +50,7 @@ pub(crate) fn load(
     notes.extend(nothing_to_quantize(&info, config.load.quantize));
     let memory = match config.kv_cache_memory {
         Some(bytes) => CacheMemory::Given(bytes),
-        None => CacheMemory::Free(free_memory_bytes().unwrap_or_else(|| {
-            notes.push(format!(
-                "this system does not say how much memory is free: {} GiB assumed, see --kv-cache-memory",
-                UNKNOWN_MEMORY_BYTES >> 30
-            ));
-            UNKNOWN_MEMORY_BYTES
-        })),
+        None => CacheMemory::Free(available_memory_bytes()),
     };
     let wanted = CacheWanted::new(config);
     let size = size_cache(needs, &wanted, memory)?;
@@ -311,23 +303,6 @@ fn invalid(param: &'static str, message: String) -> EngineError {
     EngineError::Invalid { param, message }
 }
 
-/// What this process may still use: the machine's available memory, or what its control group leaves, whichever is less.
-fn free_memory_bytes() -> Option<u64> {
-    let machine = fs::read_to_string("/proc/meminfo").ok().and_then(|text| available_in_meminfo(&text));
-    let read = |path: &str| fs::read_to_string(path).ok().and_then(|text| text.trim().parse::<u64>().ok());
-    let left = |limit: &str, used: &str| Some(read(limit)?.saturating_sub(read(used)?));
-    let group = left("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current")
-        .or_else(|| left("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"));
-    [machine, group].into_iter().flatten().min()
-}
-
-/// The line `MemAvailable:   12345 kB`.
-fn available_in_meminfo(text: &str) -> Option<u64> {
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    kib.checked_mul(1024)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -414,13 +389,6 @@ mod tests {
         assert!(note.starts_with("--quantize changed nothing") && note.ends_with("Q4_1 (210), F32 (61)"), "{note}");
         let changed = ModelInfo { num_quantized_tensors: 1, ..stored };
         assert_eq!(nothing_to_quantize(&changed, Quantize::Int4), None);
-    }
-
-    #[test]
-    fn meminfo_is_read() {
-        assert_eq!(available_in_meminfo("MemTotal: 10 kB\nMemAvailable:       20 kB\n"), Some(20480));
-        assert_eq!(available_in_meminfo("MemTotal: 10 kB\n"), None);
-        assert_eq!(available_in_meminfo("MemAvailable: twenty kB\n"), None);
     }
 
     #[test]

@@ -226,6 +226,10 @@ impl EngineLoop {
     fn commit(&mut self) {
         self.outcome.drop_failed();
         for (key, error) in std::mem::take(&mut self.outcome.failed) {
+            // A sample that ended in this very step is none of the request's any more, but still the scheduler's.
+            for &id in self.plan.samples.iter().filter(|&&id| key_of(id) == key) {
+                self.scheduler.abort(id);
+            }
             self.end_request(key, sample_error(&error));
         }
         self.scheduler.commit(&self.plan, &self.outcome.sampled);

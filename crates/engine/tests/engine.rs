@@ -373,6 +373,29 @@ async fn logits_that_are_not_numbers_fail_their_request_alone() {
     assert_eq!(assert_idle(&handle).await.num_failed_steps, 0);
 }
 
+/// One sample of a request ends in the very step in which another fails: the request is told, the others go on.
+#[tokio::test]
+async fn a_sample_that_ends_as_its_sibling_fails_costs_nobody_else() {
+    let prompt_of_both = prompt(4, 3);
+    let params = SamplingParams { ignore_eos: true, ..seeded(11, 2) };
+    let first_of = |sample| naive(&prompt_of_both, &params, sample)[0];
+    assert_ne!(first_of(0), first_of(1), "the test wants rows that differ");
+    let options = FakeModelOptions { nan_on: Some(first_of(1)), ..FakeModelOptions::default() };
+    let (_engine, handle, keeper) = start_gated(&small_limits(), options);
+    let bystander = request(prompt(5, 3), greedy(20));
+    assert!(!naive(&bystander.prompt, &bystander.params, 0).contains(&first_of(1)), "the test wants a healthy one");
+    let both = TokenRequest { num_samples: 2, ..request(prompt_of_both.clone(), params.clone()) };
+    let (both, bystander_stream) =
+        (handle.submit(both).await.unwrap(), handle.submit(bystander.clone()).await.unwrap());
+    drop(keeper);
+    let error = collect(both, 2).await.error.unwrap().to_string();
+    assert!(error.contains("not finite numbers"), "{error}");
+    let found = collect(bystander_stream, 1).await;
+    assert!(found.error.is_none(), "{:?}", found.error);
+    assert_eq!(found.tokens[0], naive(&bystander.prompt, &bystander.params, 0));
+    assert_eq!(assert_idle(&handle).await.num_failed_steps, 0);
+}
+
 #[tokio::test]
 async fn a_deadline_ends_a_request_in_any_state() {
     let limits = Limits { max_num_seqs: 1, ..small_limits() };

@@ -239,8 +239,8 @@ impl Scheduler {
 
     /// Fills `plan` with the next step. Cannot fail; an empty plan means that nothing can run.
     ///
-    /// Whenever something is alive that is not held, the plan is not empty, and the first in order of those that are not
-    /// held is in it. A plan that is not empty must be given to [`Self::commit`] or [`Self::fail`] before the next one is made: until then the step may still
+    /// Whenever something is alive and nothing is held, the plan is not empty, and the first in order is in it. Where some
+    /// are held, the first in order of the others is in it, unless earlier ones that are held have all the blocks. A plan that is not empty must be given to [`Self::commit`] or [`Self::fail`] before the next one is made: until then the step may still
     /// write to blocks that an [`Self::abort`] frees, which is safe because only `plan` hands blocks out.
     ///
     /// `now_ms` is a fact for orders that depend on time; the present order does not.
@@ -355,19 +355,20 @@ impl Scheduler {
         true
     }
 
-    /// A sample that sits out the steps from now on, or no longer: what its next token depends on (a grammar's mask) is not
-    /// there yet. It keeps its seat and its blocks, and may be preempted like any other; one that does not run yet, or
-    /// waits for another sample to compute its prompt, is not held up. Ids that are not alive are ignored.
+    /// A sample that is in no plan's [`StepPlan::samples`] from now on, or no longer: what its next token depends on (a
+    /// grammar's mask) is not there yet. It keeps its blocks but takes no seat, and may be preempted like any other; then
+    /// it is computed again up to its last token but one. Ids that are not alive, and samples without a token yet, are
+    /// ignored.
     pub fn hold(&mut self, id: SeqId, is_held: bool) {
         if let Some(&index) = self.index_of.get(&id) {
             let sequence = &mut self.sequences[index];
-            if sequence.id == id {
+            if sequence.id == id && !sequence.generated.is_empty() {
                 sequence.is_held = is_held;
             }
         }
     }
 
-    /// Whether anything is alive: then the next plan is not empty, unless all of it is held.
+    /// Whether anything is alive: then the next plan is not empty, unless something is held.
     pub fn has_work(&self) -> bool {
         self.sequences.len() > 0
     }

@@ -60,6 +60,11 @@ impl Sequence {
         self.num_known_tokens() - self.num_computed_tokens
     }
 
+    /// What a step may compute of it: a held one stops short of the token that it would be sampled after.
+    pub(crate) fn num_wanted_tokens(&self) -> usize {
+        self.num_uncomputed_tokens() - usize::from(self.is_held)
+    }
+
     /// The step in flight computes the last token it knows.
     pub(crate) fn catches_up(&self) -> bool {
         self.num_scheduled_tokens > 0 && self.num_scheduled_tokens == self.num_uncomputed_tokens()

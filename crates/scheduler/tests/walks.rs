@@ -15,6 +15,7 @@ enum Call {
     /// Steps in a row: walks that reach deep states stay short.
     Steps(usize),
     Abort(usize),
+    Hold(usize, bool),
     StepWithAborts(Vec<usize>),
     FailedStep(Vec<usize>),
 }
@@ -31,6 +32,7 @@ fn walk(limits: Limits, calls: &[Call]) -> World {
             Call::Abort(n) => {
                 let _nobody = !world.abort_nth(*n);
             }
+            Call::Hold(n, is_held) => world.hold_nth(*n, *is_held),
             Call::StepWithAborts(aborted) => {
                 world.step(now_ms, &StepFate { aborted: aborted.clone(), has_failed: false });
             }
@@ -77,6 +79,7 @@ fn call() -> impl Strategy<Value = Call> {
         4 => Just(Call::Step),
         4 => (2_usize..9).prop_map(Call::Steps),
         2 => (0_usize..100).prop_map(Call::Abort),
+        3 => (0_usize..100, any::<bool>()).prop_map(|(n, is_held)| Call::Hold(n, is_held)),
         2 => picks().prop_map(Call::StepWithAborts),
         1 => picks().prop_map(Call::FailedStep),
     ]

@@ -1,9 +1,10 @@
 //! How a step is chosen. Four passes over the sequences in order, each a short function; nothing is written to the
 //! plan before all four agree.
 //!
-//! 1. `share_tokens`: seats go to the first `max_num_seqs` running ones. Those one token behind get it first, then
-//!    prompt chunks fill the budget; one that is held gets none. A prompt that cannot end in this step leaves up to half of what there is to
-//!    later prompts that can, so a huge one halves its own pace at worst and does not block the small ones behind it.
+//! 1. `share_tokens`: seats go to the first `max_num_seqs` running ones that have something to compute (one that is
+//!    held stops short of its last token, so it needs no seat there). Those one token behind get it first, then prompt
+//!    chunks fill the budget. A prompt that cannot end in this step leaves up to half of what there is to later prompts
+//!    that can, so a huge one halves its own pace at worst and does not block the small ones behind it.
 //! 2. `admit`: waiting ones join while seats, tokens and blocks last. Enough blocks means: for all tokens it knows,
 //!    beside what the running ones still need for theirs, and a little room for them to grow (the watermark). So a
 //!    new prompt does not start a chain of preemptions. Alone, anything that fits runs.
@@ -69,7 +70,7 @@ impl Budget {
     /// Schedules as many of the sequence's tokens as it may have.
     fn offer(&mut self, index: u32, sequence: &mut Sequence) -> OfferOutcome {
         let priority = sequence.key.priority;
-        let num_wanted = sequence.num_uncomputed_tokens();
+        let num_wanted = sequence.num_wanted_tokens();
         let num_yielded = match &self.yielded {
             Some(yielded)
                 if priority < yielded.priority
@@ -136,18 +137,18 @@ impl Scheduler {
     // --- 1. seats and tokens ---------------------------------------------------------------------------------------
 
     fn share_tokens(&mut self) -> Budget {
-        let num_seated = self.running.len().min(self.limits.max_num_seqs);
+        let (num_passed, num_seated) = self.seated();
         let mut budget = Budget {
             num_tokens: self.limits.max_num_batched_tokens,
             num_seats: self.limits.max_num_seqs - num_seated,
             yielded: None,
         };
-        let seated = &self.running[..num_seated];
-        let runnable = seated.iter().map(|&(_, index)| index).find(|&index| !self.sequences[index].is_held);
-        let Some(first) = runnable else { return budget };
+        let seated = &self.running[..num_passed];
+        let mut wanting = seated.iter().map(|&(_, index)| index).filter(|&index| self.wants_tokens(index));
+        let Some(first) = wanting.next() else { return budget };
 
         let num_kept = usize::from(self.sequences[first].num_uncomputed_tokens() > 1);
-        for &(_, index) in &self.running[..num_seated] {
+        for &(_, index) in &self.running[..num_passed] {
             let sequence = &mut self.sequences[index];
             if sequence.num_uncomputed_tokens() == 1 && !sequence.is_held {
                 if budget.num_tokens == num_kept {
@@ -158,21 +159,37 @@ impl Scheduler {
                 budget.num_tokens -= 1;
             }
         }
-        for &(_, index) in &self.running[..num_seated] {
+        for &(_, index) in &self.running[..num_passed] {
             let sequence = &mut self.sequences[index];
-            let wants_tokens = sequence.num_uncomputed_tokens() > 1 && !sequence.is_held;
-            if wants_tokens && budget.offer(index, sequence) == OfferOutcome::ScheduledInYielded {
+            let is_behind = sequence.num_uncomputed_tokens() > 1;
+            if is_behind && budget.offer(index, sequence) == OfferOutcome::ScheduledInYielded {
                 self.marks.ended_in_yielded_budget += 1;
             }
         }
         budget
     }
 
+    fn wants_tokens(&self, index: u32) -> bool {
+        self.sequences[index].num_wanted_tokens() > 0
+    }
+
+    /// How many of the running ones are passed until all seats are taken, and how many of those take one.
+    fn seated(&self) -> (usize, usize) {
+        let mut num_seated = 0;
+        for (at, &(_, index)) in self.running.iter().enumerate() {
+            if num_seated == self.limits.max_num_seqs {
+                return (at, num_seated);
+            }
+            num_seated += usize::from(self.wants_tokens(index));
+        }
+        (self.running.len(), num_seated)
+    }
+
     /// What nobody could use of the yielded tokens goes back to the prompt that left them.
     fn return_yielded(&mut self, budget: &Budget) {
         if let Some(yielded) = &budget.yielded {
             let sequence = &mut self.sequences[yielded.index];
-            let num_left = sequence.num_uncomputed_tokens() - sequence.num_scheduled_tokens;
+            let num_left = sequence.num_wanted_tokens() - sequence.num_scheduled_tokens;
             sequence.num_scheduled_tokens += num_left.min(yielded.num_tokens + budget.num_tokens);
         }
     }
