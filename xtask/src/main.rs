@@ -19,7 +19,9 @@ cargo xtask <verb>
           everything CI runs: format, lints, unit, property and whole-system tests, docs
           --full       also what takes long: more property cases, longer churn over HTTP, Miri over the kernels without
                        intrinsics and the kernels on emulated aarch64, where the machine has what they need
-          --install    installs cargo-deny where it is missing (other missing tools are named, skipped and counted)
+          --install    installs what is missing: cargo-deny; with --full also Miri, the aarch64 target and, as root on
+                       Debian, its emulator and linker (else what is missing is named, skipped and counted; as root in CI
+                       cargo-deny is installed without being asked)
           --no-python  leave out the client SDK tests (skipped aloud)
   lint    format and lints only
   docs    the API documentation, warnings denied
@@ -106,6 +108,9 @@ fn test(steps: &mut Steps, options: &TestOptions) -> Result<()> {
     }
     licences(steps, options.install)?;
     if options.full {
+        if options.install {
+            install_full(steps);
+        }
         miri(steps)?;
         emulated_aarch64(steps)?;
     }
@@ -159,6 +164,11 @@ fn python_tests(steps: &mut Steps, model: &Path, full: bool, extra: &[String]) -
             steps.skip("client SDK tests: no python3 found (set BINDERY_PYTHON to one)");
             return Ok(());
         }
+        // Debian's python3 comes without it.
+        if !Command::new(&python).args(["-c", "import venv, ensurepip"]).output().is_ok_and(|o| o.status.success()) {
+            steps.skip("client SDK tests: python3 has no venv (Debian: apt-get install python3-venv)");
+            return Ok(());
+        }
         steps.run("python environment", Command::new(&python).args(["-m", "venv", "--clear"]).arg(&venv))?;
         let mut install = Command::new(&venv_python);
         install.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r"]).arg(&requirements);
@@ -180,8 +190,13 @@ fn python_tests(steps: &mut Steps, model: &Path, full: bool, extra: &[String]) -
 
 fn licences(steps: &mut Steps, install: bool) -> Result<()> {
     let present = || cargo().args(["deny", "--version"]).output().is_ok_and(|output| output.status.success());
-    if !present() && install {
-        steps.run("install cargo-deny", cargo().args(["install", "--locked", "cargo-deny@0.20.2"]))?;
+    let is_root_in_ci = env::var_os("CI").is_some() && is_root();
+    if !present() && (install || is_root_in_ci) {
+        let mut install = cargo();
+        install.args(["install", "--quiet", "--locked", "cargo-deny@0.20.2"]);
+        // A folder of the checkout's compilers would be cleaned with it.
+        install.env_remove("CARGO_TARGET_DIR");
+        steps.attempt("install cargo-deny", &mut install);
     }
     if present() {
         steps.run("licences, bans and sources", cargo().args(["deny", "check", "licenses", "bans", "sources"]))
@@ -189,6 +204,23 @@ fn licences(steps: &mut Steps, install: bool) -> Result<()> {
         steps.skip("licences: cargo-deny is not installed (cargo install --locked cargo-deny)");
         Ok(())
     }
+}
+
+/// What `--full` needs beyond `cargo xtask test`. What cannot be had is skipped where it is wanted.
+fn install_full(steps: &mut Steps) {
+    let mut nightly = Command::new("rustup");
+    nightly.args(["toolchain", "install", "nightly", "--profile", "minimal", "--component", "miri,rust-src"]);
+    steps.attempt("install Miri", &mut nightly);
+    steps.attempt("install the aarch64 target", Command::new("rustup").args(["target", "add", AARCH64]));
+    if is_root() {
+        let mut tools = Command::new("apt-get");
+        tools.args(["install", "-y", "-qq", "qemu-user", "gcc-aarch64-linux-gnu", "libc6-dev-arm64-cross"]);
+        steps.attempt("install the emulator and its linker", tools.env("DEBIAN_FRONTEND", "noninteractive"));
+    }
+}
+
+fn is_root() -> bool {
+    Command::new("id").arg("-u").output().is_ok_and(|output| output.stdout.trim_ascii() == b"0")
 }
 
 fn miri(steps: &mut Steps) -> Result<()> {
@@ -206,17 +238,18 @@ fn miri(steps: &mut Steps) -> Result<()> {
     }
 }
 
+const AARCH64: &str = "aarch64-unknown-linux-gnu";
+
 fn emulated_aarch64(steps: &mut Steps) -> Result<()> {
-    const TARGET: &str = "aarch64-unknown-linux-gnu";
     let has_target = Command::new("rustc")
-        .args(["--print", "target-libdir", "--target", TARGET])
+        .args(["--print", "target-libdir", "--target", AARCH64])
         .output()
         .is_ok_and(|output| Path::new(String::from_utf8_lossy(&output.stdout).trim()).is_dir());
     let has_tool =
         |name: &str| Command::new(name).arg("--version").output().is_ok_and(|output| output.status.success());
     if has_target && has_tool("qemu-aarch64") && has_tool("aarch64-linux-gnu-gcc") {
         let mut test = cargo();
-        test.args(["test", "--package", "bindery-kernels", "--target", TARGET])
+        test.args(["test", "--package", "bindery-kernels", "--target", AARCH64])
             .env("CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER", "aarch64-linux-gnu-gcc")
             .env("CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER", "qemu-aarch64 -cpu max -L /usr/aarch64-linux-gnu");
         steps.run("kernels on emulated aarch64", &mut test)
@@ -270,6 +303,14 @@ impl Steps {
         }
         self.end();
         Ok(())
+    }
+
+    /// Like `run`, but its failure is only told.
+    fn attempt(&mut self, name: &str, command: &mut Command) {
+        if let Err(error) = self.run(name, command) {
+            self.current = None;
+            println!("--- {error:#}");
+        }
     }
 
     fn skip(&mut self, what: &str) {

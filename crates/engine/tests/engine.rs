@@ -662,7 +662,7 @@ async fn run_client(handle: EngineHandle, index: u32, client: Client) {
 fn churn_leaves_nothing_behind() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let mut runner = proptest::test_runner::TestRunner::new_with_rng(
-        ProptestConfig::with_cases(24),
+        ProptestConfig::with_cases(if std::env::var_os("BINDERY_TEST_FULL").is_some() { 1_000 } else { 24 }),
         TestRng::deterministic_rng(proptest::test_runner::RngAlgorithm::ChaCha),
     );
     let clients = prop::collection::vec(client(), 1..40);

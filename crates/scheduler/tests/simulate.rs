@@ -28,7 +28,7 @@ fn every_world_keeps_every_promise_and_takes_every_rare_branch() {
             let seed: u64 = seed.parse().unwrap();
             seed..seed + 1
         }
-        Err(_) => 0..1_500,
+        Err(_) => 0..if std::env::var_os("BINDERY_TEST_FULL").is_some() { 100_000 } else { 1_500 },
     };
     let is_whole = seeds.end - seeds.start > 1;
     let mut total = Report::default();

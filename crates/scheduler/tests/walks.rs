@@ -85,8 +85,13 @@ fn call() -> impl Strategy<Value = Call> {
     ]
 }
 
+/// Many more under `cargo xtask test --full`.
+fn num_cases() -> u32 {
+    if std::env::var_os("BINDERY_TEST_FULL").is_some() { 100_000 } else { 3_000 }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 3_000, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: num_cases(), failure_persistence: None, ..ProptestConfig::default() })]
 
     /// Every call keeps every promise, and whatever was left ends.
     #[test]

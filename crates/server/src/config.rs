@@ -90,7 +90,7 @@ impl Limits {
         Self {
             max_body_bytes: config.max_body_bytes,
             max_discarded_bytes: 64 << 20,
-            body_read_timeout: Duration::from_secs(60),
+            body_read_timeout: Duration::from_mins(1),
             max_inline_parse_bytes: 256 << 10,
             max_blocking_jobs: 4,
             max_prompts: 1024,
@@ -98,11 +98,11 @@ impl Limits {
             max_prompt_scores: 1 << 19,
             max_messages: 16384,
             max_tokenize_bytes: 4 << 20,
-            max_request_timeout: Duration::from_secs(24 * 60 * 60),
+            max_request_timeout: Duration::from_hours(24),
             max_connections: 4096,
             header_read_timeout: Duration::from_secs(75),
             max_head_bytes: 64 << 10,
-            write_timeout: Duration::from_secs(60),
+            write_timeout: Duration::from_mins(1),
             flush_timeout: Duration::from_secs(1),
         }
     }

@@ -21,7 +21,7 @@ use crate::EngineError;
 
 /// What a refused client is told to wait at least and at most.
 pub(crate) const RETRY_AFTER_MIN: Duration = Duration::from_secs(1);
-const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
+const RETRY_AFTER_MAX: Duration = Duration::from_mins(1);
 
 /// Shared by the handles and the model thread.
 #[derive(Debug)]

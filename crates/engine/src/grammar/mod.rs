@@ -24,8 +24,8 @@ use llguidance::{
 use serde_json::{Value, json};
 
 pub(crate) use self::worker::GrammarState;
-pub use self::worker::{MAX_WORKERS, Wake};
 use self::worker::Workers;
+pub use self::worker::{MAX_WORKERS, Wake};
 use crate::{EngineError, Tokenizer, sample::TokenMask};
 
 /// Longest source of a grammar, in bytes. Published JSON schemas of whole products stay below.

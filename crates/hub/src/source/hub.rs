@@ -8,7 +8,7 @@
 
 use std::{
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use futures::StreamExt;
@@ -289,7 +289,8 @@ impl<'a> Hub<'a> {
         Ok(())
     }
 
-    /// Fills the partial file, going on after every cut as long as each try brings something.
+    /// Fills the partial file, going on after every cut as long as each try brings something. Until the first byte has come
+    /// the hub's storage counts as not reached yet (it may be another host than the one that described the file).
     async fn download(&self, file: &str, remote: &Remote, partial: &Path) -> Result<(), HubError> {
         let length = |path: &Path| std::fs::metadata(path).map_or(0, |metadata| metadata.len());
         let mut received = length(partial);
@@ -302,10 +303,16 @@ impl<'a> Hub<'a> {
         check_space(self.options.free_space, partial.parent().expect("it lies in a folder"), missing)?;
         let task = Task::start(self.progress.as_ref(), &format!("downloading {file}"), remote.size);
         task.advance(received);
+        let limits = self.options.limits;
+        let reach_until = Instant::now() + limits.reach;
+        let mut is_reached = false;
         let mut fruitless_tries = 0;
         while remote.size != Some(received) {
-            let outcome = self.stream_once(file, remote, partial, received, &task).await;
+            let patience =
+                if is_reached { limits.stall } else { reach_until.saturating_duration_since(Instant::now()) };
+            let outcome = self.stream_once(file, remote, partial, received, patience, &task).await;
             let now = length(partial);
+            is_reached |= now > received;
             match outcome {
                 Ok(()) if remote.size.is_none_or(|size| size == now) => return Ok(()),
                 Err(error @ (HubError::DiskFull { .. } | HubError::Io { .. } | HubError::WrongSize { .. })) => {
@@ -313,7 +320,10 @@ impl<'a> Hub<'a> {
                 }
                 outcome => {
                     fruitless_tries = if now > received { 0 } else { fruitless_tries + 1 };
-                    if fruitless_tries >= self.options.limits.max_fruitless_tries {
+                    let pause = limits.retry_pause * fruitless_tries;
+                    if fruitless_tries >= limits.max_fruitless_tries
+                        || (!is_reached && Instant::now() + pause >= reach_until)
+                    {
                         return Err(HubError::Cut {
                             what: file.to_owned(),
                             origin: self.origin(),
@@ -323,7 +333,7 @@ impl<'a> Hub<'a> {
                                 .map_or_else(|error| error.to_string(), |()| "the connection was closed".to_owned()),
                         });
                     }
-                    tokio::time::sleep(self.options.limits.retry_pause * fruitless_tries).await;
+                    tokio::time::sleep(pause).await;
                     received = now;
                     if remote.size.is_none() {
                         remove(partial)?;
@@ -335,19 +345,23 @@ impl<'a> Hub<'a> {
         Ok(())
     }
 
-    /// One request; appends what comes. The partial file is flushed however it ends, so that its length is true.
+    /// One request; appends what comes. Waits for the first byte as long as `patience`, then for each as long as a stall may
+    /// be. The partial file is flushed however it ends, so that its length is true.
     async fn stream_once(
         &self,
         file: &str,
         remote: &Remote,
         partial: &Path,
         offset: u64,
+        patience: Duration,
         task: &Task<'_>,
     ) -> Result<(), HubError> {
         let range = remote.size.filter(|_| offset > 0).map(|size| offset..size);
         let asked =
             self.api.download_file_stream().filename(file).revision(remote.commit.as_str()).maybe_range(range).send();
-        let (length, mut stream) = self.within(self.options.limits.stall, asked).await?;
+        let asked_at = Instant::now();
+        let (length, mut stream) = self.within(patience, asked).await?;
+        let mut patience = patience.saturating_sub(asked_at.elapsed());
         let mut written = offset;
         let mut output = if offset > 0 && length != remote.size {
             tokio::fs::OpenOptions::new().append(true).open(partial).await
@@ -359,7 +373,7 @@ impl<'a> Hub<'a> {
         .map_err(|error| HubError::io("open", partial, error))?;
         let mut outcome = Ok(());
         loop {
-            let chunk = match tokio::time::timeout(self.options.limits.stall, stream.next()).await {
+            let chunk = match tokio::time::timeout(patience, stream.next()).await {
                 Ok(Some(Ok(chunk))) => chunk,
                 Ok(Some(Err(error))) => {
                     outcome = Err(self.explain(error));
@@ -367,11 +381,12 @@ impl<'a> Hub<'a> {
                 }
                 Ok(None) => break,
                 Err(_) => {
-                    let why = format!("nothing came for {} s", self.options.limits.stall.as_secs());
+                    let why = format!("nothing came for {:.0} s", asked_at.elapsed().as_secs_f64());
                     outcome = Err(HubError::Unreachable { origin: self.origin(), why });
                     break;
                 }
             };
+            patience = self.options.limits.stall;
             written += chunk.len() as u64;
             if let Some(expected) = remote.size.filter(|size| written > *size) {
                 drop(output);
@@ -524,6 +539,7 @@ impl<'a> Hub<'a> {
                 HubError::NotOnHub { what: format!("file {path} in {repo} at {}", self.repo.revision()) }
             }
             HFError::Request { source, .. } => HubError::Unreachable { origin: self.origin(), why: reason(&source) },
+            HFError::RateLimited { .. } => HubError::RateLimited { origin: self.origin() },
             HFError::Http { context } if context.status.is_server_error() => {
                 HubError::Unreachable { origin: self.origin(), why: format!("it answered {}", context.status) }
             }

@@ -277,7 +277,7 @@ async fn a_cached_file_that_has_changed_is_noticed_and_replaced() {
         .write(true)
         .open(&blob)
         .unwrap()
-        .set_modified(std::time::SystemTime::now() + Duration::from_secs(60))
+        .set_modified(std::time::SystemTime::now() + Duration::from_mins(1))
         .unwrap();
     assert_eq!(std::fs::read(machine.resolve("toy").await.unwrap().path).unwrap(), bytes);
     assert!(machine.listener.notes().contains("broken"), "{}", machine.listener.notes());
@@ -353,6 +353,49 @@ async fn a_hub_that_never_answers_gives_way_in_time() {
     assert_eq!(machine.resolve("toy").await.unwrap().path, here);
     let notes = machine.listener.notes();
     assert!(notes.contains("no answer within") && notes.contains("trying the next source"), "{notes}");
+}
+
+/// The hub describes the file, but where it lies nobody answers: a firewall that knows one of two hosts.
+#[tokio::test]
+async fn a_storage_that_never_sends_gives_way_like_a_hub_that_never_answers() {
+    let bytes = noise(1_000);
+    let hub = HubDouble::start(&[("m.gguf", Served { never_sends: true, ..Served::new(&bytes) })]).await;
+    let mut machine = Machine::new(Some(&hub.url));
+    machine.options.limits.reach = Duration::from_millis(100);
+    let here = machine.folder.path().join("here.gguf");
+    std::fs::write(&here, &bytes).unwrap();
+    machine.add_card(&bytes, &format!("{HUB_SOURCE}[[sources]]\nkind = \"path\"\npath = \"{}\"\n", here.display()));
+    assert_eq!(machine.resolve("toy").await.unwrap().path, here);
+    assert_eq!(hub.gets().len(), 1, "one try: no byte ever came");
+    let notes = machine.listener.notes();
+    assert!(notes.contains("nothing came") && notes.contains("trying the next source"), "{notes}");
+}
+
+/// The hub's folder cannot be written to; the next source has a folder of its own.
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn a_full_disk_under_the_hub_does_not_keep_the_next_source_from_trying() {
+    let bytes = noise(1_000);
+    let hub = HubDouble::start(&[("m.gguf", Served::new(&bytes))]).await;
+    let machine = Machine::new(Some(&hub.url));
+    let partial = machine.folder.path().join(format!("hf/models--org--repo/blobs/{}.incomplete", sha256(&bytes)));
+    std::fs::create_dir_all(partial.parent().unwrap()).unwrap();
+    std::os::unix::fs::symlink("/dev/full", &partial).unwrap();
+    let here = machine.folder.path().join("here.gguf");
+    machine.add_card(&bytes, &format!("{HUB_SOURCE}[[sources]]\nkind = \"path\"\npath = \"{}\"\n", here.display()));
+    let error = machine.resolve("toy").await.unwrap_err();
+    assert!(error.hint().unwrap().contains("free some space"), "{error}: {:?}", error.hint());
+    std::fs::write(&here, &bytes).unwrap();
+    assert_eq!(machine.resolve("toy").await.unwrap().path, here);
+}
+
+#[tokio::test]
+async fn a_hub_that_refuses_more_requests_is_told_as_such() {
+    let served = Served { status: StatusCode::TOO_MANY_REQUESTS, ..Served::new(&noise(10)) };
+    let hub = HubDouble::start(&[("m.gguf", served)]).await;
+    let error = Machine::new(Some(&hub.url)).resolve("org/repo:m.gguf").await.unwrap_err();
+    assert!(matches!(error, HubError::RateLimited { .. }), "{error:?}");
+    assert!(error.hint().unwrap().contains("HF_TOKEN"));
 }
 
 #[tokio::test]

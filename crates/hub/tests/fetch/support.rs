@@ -49,6 +49,8 @@ pub(crate) struct Served {
     /// Each transfer ends after this many bytes, by a broken connection.
     pub(crate) cut_after: Option<usize>,
     pub(crate) ignores_ranges: bool,
+    /// Transfers begin and bring nothing.
+    pub(crate) never_sends: bool,
     pub(crate) status: StatusCode,
     /// Claimed in headers instead of the true length.
     pub(crate) claimed_size: Option<usize>,
@@ -61,6 +63,7 @@ impl Served {
             etag: sha256(bytes),
             cut_after: None,
             ignores_ranges: false,
+            never_sends: false,
             status: StatusCode::OK,
             claimed_size: None,
         }
@@ -146,6 +149,10 @@ async fn answer(State(state): State<Arc<Mutex<HubState>>>, request: Request) -> 
     }
     let range = header(request.headers(), "range");
     state.gets.push((name, range.clone()));
+    if served.never_sends {
+        let nothing = futures::stream::pending::<std::io::Result<Bytes>>();
+        return response.header("content-length", size).body(Body::from_stream(nothing)).unwrap();
+    }
     let start = range
         .filter(|_| !served.ignores_ranges)
         .map_or(0, |range| range.trim_start_matches("bytes=").split('-').next().unwrap().parse::<usize>().unwrap());

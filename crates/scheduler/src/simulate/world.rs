@@ -451,7 +451,8 @@ impl World {
         let is_decode =
             |at: usize| self.samples[at].standing == Standing::Running && self.num_uncomputed_tokens(at) == 1;
         let is_better = |at: usize, other: usize| self.order(at).0 < self.order(other).0;
-        let first = running.iter().copied().filter(|&at| self.num_wanted_tokens(at) > 0).min_by_key(|&at| self.order(at));
+        let first =
+            running.iter().copied().filter(|&at| self.num_wanted_tokens(at) > 0).min_by_key(|&at| self.order(at));
         for &at in running.iter().filter(|&&at| !ends(at)) {
             for other in plan.sequences.iter().map(|one| one.id.0 as usize) {
                 if is_decode(at) {

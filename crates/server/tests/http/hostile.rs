@@ -582,11 +582,16 @@ fn any_body() -> impl Strategy<Value = Value> {
     })
 }
 
+/// Ten times as many under `cargo xtask test --full`.
+fn num_cases(usual: u32) -> u32 {
+    if std::env::var_os("BINDERY_TEST_FULL").is_some() { 10 * usual } else { usual }
+}
+
 #[test]
 fn arbitrary_json_never_fails_the_server() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let server = runtime.block_on(async { Server::start() });
-    let mut runner = TestRunner::new(Config { cases: 400, failure_persistence: None, ..Config::default() });
+    let mut runner = TestRunner::new(Config { cases: num_cases(400), failure_persistence: None, ..Config::default() });
     let route = prop::sample::select(JSON_ROUTES.to_vec());
     let checked = runner.run(&(route, any_body()), |(route, body)| {
         let (status, text) = runtime.block_on(async {
@@ -605,7 +610,7 @@ fn arbitrary_json_never_fails_the_server() {
 fn arbitrary_bytes_never_fail_the_server() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let server = runtime.block_on(async { Server::start() });
-    let mut runner = TestRunner::new(Config { cases: 200, failure_persistence: None, ..Config::default() });
+    let mut runner = TestRunner::new(Config { cases: num_cases(200), failure_persistence: None, ..Config::default() });
     let route = prop::sample::select(JSON_ROUTES.to_vec());
     // A body of the right form, with some bytes replaced.
     let bytes = (any_body(), prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6)).prop_map(

@@ -17,7 +17,7 @@ use tokio::{
 
 pub(crate) const MODEL: &str = "fake-model";
 /// Longer than anything here takes; reaching it is a failure, not a measurement.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_mins(1);
 
 /// In the manner of published templates; refuses what the tests want refused.
 const TEMPLATE: &str = "{% for message in messages %}\
