@@ -164,7 +164,8 @@ mod tests {
 
     #[test]
     fn absurd_sizes_are_errors() {
-        for len in [usize::MAX, usize::MAX / 4, 1 << 60] {
+        // Miri ends the program where it has no memory left, so it is asked only for what no layout can hold.
+        for len in if cfg!(miri) { &[usize::MAX][..] } else { &[usize::MAX, usize::MAX / 4, 1 << 60] }.iter().copied() {
             assert!(matches!(Buffer::<f32>::zeroed(len, Use::Sparse), Err(KernelError::OutOfMemory { .. })));
         }
     }

@@ -352,7 +352,7 @@ pub(crate) enum Device {
 }
 
 /// Flags and verbs of the contract that come with a later version: asking for one is answered by its name.
-const LATER: [&str; 14] = [
+const LATER: [&str; 16] = [
     "--adapter",
     "--lora-modules",
     "--adapter-root",
@@ -367,6 +367,8 @@ const LATER: [&str; 14] = [
     "adapters",
     "keys",
     "costs",
+    "audit",
+    "route",
 ];
 
 fn said(error: &clap::Error, kind: ContextKind) -> Option<&str> {

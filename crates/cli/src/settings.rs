@@ -88,10 +88,7 @@ impl Settings {
             shutdown_timeout,
         } = server;
         refuse_empty_keys(&api_key, admin_key.as_deref())?;
-        refuse_what_comes_later(&engine)?;
-        let model = ModelSettings::new(model, &engine);
-        // What no model could be loaded with is said before one is fetched.
-        model.local.check().map_err(|error| Failure::usage(error.to_string()))?;
+        let model = ModelSettings::new(model, &engine)?;
         Ok(Self {
             host: host.unwrap_or_else(|| "127.0.0.1".to_owned()),
             port: port.unwrap_or(8000),
@@ -122,7 +119,7 @@ impl Settings {
     }
 }
 
-/// What this version cannot do is said before anything is fetched.
+/// What this version cannot do.
 fn refuse_what_comes_later(engine: &EngineArgs) -> Result<(), Failure> {
     if engine.kv_cache_dtype == Some(KvCacheDtypeArg::Int8) {
         return Err(Failure::usage("an int8 KV cache (--kv-cache-dtype int8) is not in this version yet")
@@ -145,8 +142,10 @@ fn refuse_empty_keys(api_keys: &[String], admin_key: Option<&str>) -> Result<(),
 }
 
 impl ModelSettings {
-    /// `model`: as typed or configured; None is the default card.
-    pub(crate) fn new(model: Option<String>, engine: &EngineArgs) -> Self {
+    /// `model`: as typed or configured; None is the default card. What no model could be loaded with is refused here,
+    /// before one is fetched.
+    pub(crate) fn new(model: Option<String>, engine: &EngineArgs) -> Result<Self, Failure> {
+        refuse_what_comes_later(engine)?;
         match engine.device.unwrap_or_default() {
             // This version computes on the CPU alone; cuda is refused where the flag is parsed.
             Device::Auto | Device::Cpu => {}
@@ -188,11 +187,12 @@ impl ModelSettings {
             max_queued_requests: engine.max_queued_requests.unwrap_or(1024) as usize,
             max_buffered_tokens: MAX_BUFFERED_TOKENS,
         };
-        Self {
+        local.check().map_err(|error| Failure::usage(error.to_string()))?;
+        Ok(Self {
             source: model.unwrap_or_else(|| bindery_hub::DEFAULT_MODEL.to_owned()),
             offline: engine.offline.unwrap_or(false),
             local,
-        }
+        })
     }
 }
 

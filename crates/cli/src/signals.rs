@@ -2,6 +2,9 @@
 
 use std::{future::Future, io};
 
+#[cfg(unix)]
+use futures::FutureExt as _;
+
 /// Listens from now on. SIGINT and SIGTERM on Unix, ctrl-c elsewhere.
 pub(crate) struct StopSignals {
     #[cfg(unix)]
@@ -35,6 +38,21 @@ impl StopSignals {
             let _ = tokio::signal::ctrl_c().await;
             "ctrl-c"
         }
+    }
+
+    /// The next SIGTERM: for a prompt, where ctrl-c is a key. Never, where there is no such signal.
+    pub(crate) async fn terminated(&mut self) {
+        #[cfg(unix)]
+        let _ = self.terminate.recv().await;
+        #[cfg(not(unix))]
+        std::future::pending::<()>().await;
+    }
+
+    /// Forgets a ctrl-c that has come and that nobody waited for; a SIGTERM stays.
+    pub(crate) fn forget_interrupt(&mut self) {
+        // However many have come, they are one.
+        #[cfg(unix)]
+        let _ = self.interrupt.recv().now_or_never();
     }
 
     /// Runs `work` until it is done or a signal comes (None).

@@ -16,6 +16,44 @@ pub(crate) fn print(text: &str) -> io::Result<()> {
     stdout.flush()
 }
 
+/// How the terminal of stdin takes keys: whole lines, echoed, or each key at once.
+pub(crate) struct Mode {
+    /// None where stdin is no terminal.
+    #[cfg(unix)]
+    flags: Option<nix::sys::termios::Termios>,
+}
+
+impl Mode {
+    /// As it is now.
+    pub(crate) fn now() -> Self {
+        Self {
+            #[cfg(unix)]
+            flags: nix::sys::termios::tcgetattr(io::stdin()).ok(),
+        }
+    }
+
+    /// Takes the terminal from an editor that is still reading, for a program that ends at once.
+    pub(crate) fn restore(&self) {
+        #[cfg(unix)]
+        if let Some(before) = &self.flags
+            && Self::now().flags.as_ref() != Some(before)
+        {
+            use nix::sys::termios::{SetArg, tcsetattr};
+            // Not once everything is shown: that would wait for a terminal that shows nothing more.
+            let _ = tcsetattr(io::stdin(), SetArg::TCSANOW, before);
+            if io::stdout().is_terminal() {
+                let _ = print(PASTES_UNMARKED);
+            }
+        }
+        // What comes next does not stand behind the half-typed line.
+        eprintln!();
+    }
+}
+
+/// To the terminal: begin and end of what is pasted need no mark any more.
+#[cfg(unix)]
+const PASTES_UNMARKED: &str = "\x1b[?2004l";
+
 /// Colours, or none.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Style {

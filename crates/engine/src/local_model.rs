@@ -34,6 +34,10 @@ pub const MAX_STOP_BYTES: usize = 1024;
 /// Bytes of all stop strings of a request together: each sample keeps a matcher of a few times this size.
 pub const MAX_TOTAL_STOP_BYTES: usize = 8192;
 
+/// A longer prompt is not tokenised only to be truncated (unless the context might hold it whole): at worst, a megabyte
+/// of digits or spaces takes a core ten seconds.
+pub const MAX_TRUNCATED_BYTES: usize = 1 << 20;
+
 /// A model being served, whole.
 #[derive(Debug)]
 pub struct LocalModel {
@@ -434,10 +438,21 @@ impl LocalModel {
         let (mut tokens, mut text) = match prompt {
             Prompt::Tokens(tokens) => (tokens, None),
             Prompt::Text { text, add_special_tokens } => {
-                if num_kept.is_none() {
-                    let num_tokens_min = self.tokenizer.min_tokens_for(text.len());
-                    if num_tokens_min > self.max_model_len {
-                        return Err(self.too_long(param, &format!("at least {num_tokens_min}")));
+                let num_tokens_min = self.tokenizer.min_tokens_for(text.len());
+                if num_tokens_min > self.max_model_len {
+                    match num_kept {
+                        None => return Err(self.too_long(param, &format!("at least {num_tokens_min}"))),
+                        Some(_) if text.len() > MAX_TRUNCATED_BYTES => {
+                            return Err(invalid(
+                                param,
+                                format!(
+                                    "{param} has {} bytes, which are tokenised whole before truncate_prompt_tokens takes the \
+                                     end: the limit is {MAX_TRUNCATED_BYTES}, send the end alone",
+                                    text.len()
+                                ),
+                            ));
+                        }
+                        Some(_) => {}
                     }
                 }
                 let (tokens, text) = self.tokenize(text, add_special_tokens, param).await?;

@@ -309,7 +309,7 @@ impl EngineLoop {
             self.carry_out(command)?;
             num_taken += 1;
         }
-        if num_taken > 0 && !self.scheduler.has_work() {
+        if num_taken > 0 && (!self.scheduler.has_work() || self.is_stalled) {
             self.publish();
         }
         Some(())

@@ -12,6 +12,7 @@ use std::{
     ops::Range,
     path::PathBuf,
     sync::{Arc, Mutex, mpsc},
+    time::Duration,
 };
 
 use bindery_model::{BackendKind, ForwardBatch, KvCacheDtype, ModelError, ModelInfo, ModelPhase, StepModel};
@@ -25,6 +26,8 @@ use crate::{
 pub const VOCAB_SIZE: usize = 264;
 /// Ends a generation.
 pub const EOS: TokenId = TokenId(256);
+/// Longer than any step is on its way; reaching it is a failure, not a measurement.
+const PATIENCE: Duration = Duration::from_mins(1);
 
 /// What the double does besides its duty.
 #[derive(Clone, Debug, Default)]
@@ -77,8 +80,16 @@ impl Gate {
 
 impl GateKeeper {
     /// Blocks until a step stands at the gate.
+    ///
+    /// # Panics
+    ///
+    /// Where none comes: a test that waits for ever says nothing.
     pub fn wait_for_step(&self) {
-        let _engine_gone = self.arrived.recv();
+        match self.arrived.recv_timeout(PATIENCE) {
+            Ok(()) => {}
+            Err(mpsc::RecvTimeoutError::Timeout) => panic!("no step came to the gate within {PATIENCE:?}"),
+            Err(mpsc::RecvTimeoutError::Disconnected) => panic!("the model is gone: no step will come to the gate"),
+        }
     }
 
     /// Lets one step pass.

@@ -3,12 +3,12 @@
 //! that depends on who else is in the batch.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use bindery_engine::{
     EngineError, FinishReason, Grammar, LocalModel, Prompt, SamplingParams, TextEvent, TextRequest,
     grammar::{self, MAX_CHOICES},
-    testing::{FakeModelOptions, fake_local_model, gate, small_limits},
+    testing::{FakeModelOptions, GateKeeper, fake_local_model, gate, small_limits},
 };
 use bindery_scheduler::{Limits, TokenId};
 use serde_json::{Value, json};
@@ -199,8 +199,10 @@ async fn samples_and_neighbours_do_not_touch_each_other() {
         alone.push(answer(&roomy, request("same", person(), seed)).await);
     }
     let tight = Limits { num_blocks: 130, ..small_limits() };
-    let tight = fake_local_model(tight, FakeModelOptions::default()).unwrap();
-    let together = futures_join(&tight, (0..8).map(|seed| request("same", person(), seed)).collect()).await;
+    let (gate, keeper) = gate();
+    let tight = fake_local_model(tight, FakeModelOptions { gate: Some(gate), ..FakeModelOptions::default() }).unwrap();
+    let requests = (0..8).map(|seed| request("same", person(), seed)).collect();
+    let together = futures_join(&tight, requests, keeper).await;
     assert_eq!(together, alone);
     assert!(tight.engine.stats().num_preemptions > 0, "the test wants a cache that runs out");
 
@@ -214,12 +216,17 @@ async fn samples_and_neighbours_do_not_touch_each_other() {
     assert!(samples.iter().map(|(text, ..)| text).collect::<BTreeSet<_>>().len() > 1);
 }
 
-/// All at once.
-async fn futures_join(model: &LocalModel, requests: Vec<TextRequest>) -> Vec<(String, usize, FinishReason)> {
+/// All at once: the gate opens when the last one is there.
+async fn futures_join(
+    model: &LocalModel,
+    requests: Vec<TextRequest>,
+    keeper: GateKeeper,
+) -> Vec<(String, usize, FinishReason)> {
     let mut streams = Vec::new();
     for request in requests {
         streams.push(model.generate(request).await.unwrap());
     }
+    drop(keeper);
     let mut all = Vec::new();
     for mut stream in streams {
         let (mut text, mut end) = (String::new(), None);
@@ -301,7 +308,8 @@ async fn a_slow_grammar_holds_up_nobody_else() {
         max_tokens: Some(300),
         ..TextRequest::new(Prompt::Text { text: "free".to_owned(), add_special_tokens: true })
     };
-    let (_, num_tokens, _) = answer(&model, plain).await;
+    let plain = tokio::time::timeout(Duration::from_mins(1), answer(&model, plain)).await;
+    let (_, num_tokens, _) = plain.expect("the plain answer does not wait for the slow grammar");
     assert_eq!(num_tokens, 300);
     let stats = model.engine.stats();
     let num_slow_tokens = stats.generation_tokens - 300;
@@ -350,7 +358,7 @@ async fn a_grammar_that_becomes_too_large_fails_its_request_by_the_field_it_came
 #[tokio::test]
 async fn a_deadline_holds_while_a_grammar_compiles() {
     let model = model();
-    let request = TextRequest { timeout: Some(std::time::Duration::ZERO), ..request("d", Grammar::json_object(), 1) };
+    let request = TextRequest { timeout: Some(Duration::ZERO), ..request("d", Grammar::json_object(), 1) };
     let error = model.generate(request).await.unwrap_err();
     assert!(matches!(error, EngineError::DeadlineExceeded { timeout_ms: 0 }), "{error:?}");
 }

@@ -2,10 +2,11 @@
 //! and never inside a character, the best of several, echoes, and errors that name the wire field.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use bindery_engine::{
-    EngineError, FinishReason, LocalModel, Prompt, SamplingParams, StopReason, TextEvent, TextRequest, TokenText,
+    EngineError, FinishReason, Grammar, LocalModel, Prompt, SamplingParams, StopReason, TextEvent, TextRequest,
+    TokenText,
     testing::{EOS, FakeModelOptions, VOCAB_SIZE, expected_logits, fake_local_model, gate, small_limits},
 };
 use bindery_scheduler::TokenId;
@@ -310,6 +311,18 @@ async fn prompts_are_checked_before_anything_is_computed() {
     assert_eq!(model.engine.num_unfinished(), 0);
 }
 
+/// Truncating does not buy a way round the bound on what is tokenised.
+#[tokio::test]
+async fn a_giant_prompt_is_not_tokenised_only_to_be_cut() {
+    let model = fake_local_model(small_limits(), FakeModelOptions::default()).unwrap();
+    let giant = "1".repeat(bindery_engine::local_model::MAX_TRUNCATED_BYTES + 1);
+    let request = TextRequest { truncate_prompt_tokens: Some(4), ..request(&giant, 5) };
+    match model.generate(request).await {
+        Err(EngineError::Invalid { message, .. }) => assert!(message.contains("the limit is 1048576"), "{message}"),
+        other => panic!("{other:?}"),
+    }
+}
+
 #[tokio::test]
 async fn a_prompt_can_be_cut_to_its_last_tokens() {
     let model = model();
@@ -326,24 +339,31 @@ async fn a_prompt_can_be_cut_to_its_last_tokens() {
 
 #[tokio::test]
 async fn a_timeout_is_told_in_the_callers_words() {
-    let (gate, keeper) = gate();
-    let model =
-        fake_local_model(small_limits(), FakeModelOptions { gate: Some(gate), ..FakeModelOptions::default() }).unwrap();
+    let (mask_gate, keeper) = gate();
+    let options = FakeModelOptions { mask_gate: Some(mask_gate), ..FakeModelOptions::default() };
+    let model = fake_local_model(small_limits(), options).unwrap();
     let already = TextRequest { timeout: Some(Duration::ZERO), ..request("a", 5) };
     assert!(matches!(refusal(&model, already).await, EngineError::DeadlineExceeded { timeout_ms: 0 }));
-    let mut stream =
-        model.generate(TextRequest { timeout: Some(Duration::from_millis(37)), ..request("a", 5) }).await.unwrap();
-    let begin = std::time::Instant::now();
-    keeper.wait_for_step();
-    while begin.elapsed() < Duration::from_millis(40) {
-        std::hint::spin_loop();
-    }
+    // The answer stands still for lack of masks, and the engine itself waits for the deadline.
+    let grammar = Grammar::Regex("[a-z]{100}".to_owned());
+    let held = TextRequest {
+        timeout: Some(Duration::from_millis(537)),
+        grammar: Some((Arc::new(grammar), "structured_outputs")),
+        ..request("a", 200)
+    };
+    let error = match model.generate(held).await {
+        Ok(mut stream) => loop {
+            match stream.next().await {
+                Some(Err(error)) => break error,
+                Some(Ok(_)) => {}
+                None => panic!("an answer without masks came to its end"),
+            }
+        },
+        // Where tokenising and compiling alone took longer.
+        Err(error) => error,
+    };
+    assert!(matches!(error, EngineError::DeadlineExceeded { timeout_ms: 537 }), "{error:?}");
     drop(keeper);
-    let mut last = None;
-    while let Some(event) = stream.next().await {
-        last = Some(event);
-    }
-    assert!(matches!(last, Some(Err(EngineError::DeadlineExceeded { timeout_ms: 37 }))), "{last:?}");
     let forever = TextRequest { timeout: Some(Duration::MAX), ..request("a", 2) };
     assert!(model.generate(forever).await.is_ok());
 }

@@ -17,7 +17,7 @@ use crate::{
     config::Limits,
     context::RequestContext,
     error::{ApiError, quote, shorten},
-    state::SharedState,
+    state::{Job, SharedState},
 };
 
 /// Names of ignored fields that are kept for the warning.
@@ -57,7 +57,7 @@ impl<T: DeserializeOwned + Send + 'static> FromRequest<SharedState> for ApiJson<
             parse(&bytes)
         } else {
             state
-                .run_blocking(move || parse(&bytes))
+                .run_blocking(Job::Parse, move || parse(&bytes))
                 .await
                 .ok_or_else(|| ApiError::internal(&context.id, &"the parser panicked"))?
         };

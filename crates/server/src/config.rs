@@ -56,7 +56,8 @@ pub struct Limits {
     pub body_read_timeout: Duration,
     /// A larger body is parsed on a blocking thread, so that others' streams do not wait for it.
     pub max_inline_parse_bytes: usize,
-    /// Large bodies parsed, and texts tokenised for `/tokenize`, at one time; more wait their turn.
+    /// Large bodies parsed at one time; as many conversations rendered, and texts tokenised for `/tokenize`. More wait their
+    /// turn.
     pub max_blocking_jobs: usize,
     /// More prompts in one request are refused with 400.
     pub max_prompts: usize,

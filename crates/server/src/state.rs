@@ -27,8 +27,8 @@ pub(crate) struct AppState {
     pub(crate) keys: ApiKeys,
     pub(crate) lifecycle: Arc<Lifecycle>,
     pub(crate) metrics: Metrics,
-    /// Who may run a long job on a blocking thread.
-    pub(crate) blocking_jobs: Arc<Semaphore>,
+    /// Turns at long jobs on blocking threads, by kind.
+    pub(crate) turns: Turns,
     /// Unix seconds.
     pub(crate) started_at: u64,
 }
@@ -38,7 +38,7 @@ impl AppState {
         Arc::new(Self {
             keys: ApiKeys::new(&config.api_keys),
             metrics: Metrics::new(config.primary_model_name()),
-            blocking_jobs: Arc::new(Semaphore::new(limits.max_blocking_jobs)),
+            turns: Turns::new(limits.max_blocking_jobs),
             lifecycle: Arc::new(Lifecycle::new()),
             started_at: unix_seconds(),
             config,
@@ -57,14 +57,53 @@ impl AppState {
     }
 
     /// Runs a long job on a blocking thread, when its turn comes. `None`: it panicked.
-    pub(crate) async fn run_blocking<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> Option<T> {
-        let turn = Arc::clone(&self.blocking_jobs).acquire_owned().await.ok()?;
+    pub(crate) async fn run_blocking<T: Send + 'static>(
+        &self,
+        kind: Job,
+        job: impl FnOnce() -> T + Send + 'static,
+    ) -> Option<T> {
+        let turn = Arc::clone(self.turns.of(kind)).acquire_owned().await.ok()?;
         tokio::task::spawn_blocking(move || {
             let _turn = turn;
             job()
         })
         .await
         .ok()
+    }
+}
+
+/// What takes its time in proportion to what a client sent. Each kind has turns of its own: texts that are slow to
+/// tokenise hold up no body that wants to be parsed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Job {
+    /// A large body.
+    Parse,
+    /// A conversation through its template.
+    Render,
+    /// A text to tokens, or back.
+    Tokenize,
+}
+
+/// See [`Job`].
+#[derive(Debug)]
+pub(crate) struct Turns {
+    parse: Arc<Semaphore>,
+    render: Arc<Semaphore>,
+    tokenize: Arc<Semaphore>,
+}
+
+impl Turns {
+    fn new(max_blocking_jobs: usize) -> Self {
+        let turns = || Arc::new(Semaphore::new(max_blocking_jobs));
+        Self { parse: turns(), render: turns(), tokenize: turns() }
+    }
+
+    fn of(&self, kind: Job) -> &Arc<Semaphore> {
+        match kind {
+            Job::Parse => &self.parse,
+            Job::Render => &self.render,
+            Job::Tokenize => &self.tokenize,
+        }
     }
 }
 

@@ -1,11 +1,11 @@
 //! `bindery chat`: a conversation in the terminal, with a model in this process or with any OpenAI-compatible server.
 //!
-//! Ctrl-c stops the answer, not the program. Where stdin is no terminal each line is a turn, nothing but answers goes
-//! to stdout, and the first failure ends the program.
+//! Ctrl-c stops the answer, not the program; SIGTERM ends it, at the prompt too. Where stdin is no terminal each line is
+//! a turn, nothing but answers goes to stdout, and the first failure ends the program.
 
 use std::{
     io::{BufRead as _, IsTerminal as _, Read as _},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -16,6 +16,7 @@ use bindery_hub::FetchOptions;
 use futures::StreamExt as _;
 use rustyline::{DefaultEditor, error::ReadlineError};
 use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     args::ChatArgs,
@@ -24,7 +25,7 @@ use crate::{
     local,
     settings::{ModelSettings, model_from_environment},
     signals::StopSignals,
-    terminal::{self, Style},
+    terminal::{self, Mode, Style},
 };
 
 /// Of one line of piped input; a longer one ends the program, as its rest would be taken for the next turn.
@@ -58,7 +59,6 @@ pub(crate) async fn run(args: ChatArgs) -> anyhow::Result<()> {
         eprintln!("{}", style.dim("/help lists commands; ctrl-c stops an answer, ctrl-d leaves"));
     }
     let outcome = chat.converse(&mut lines).await;
-    lines.close();
     if let Backend::Local { model, .. } = chat.backend {
         tokio::task::spawn_blocking(move || model.stop()).await?;
     }
@@ -150,6 +150,10 @@ impl Chat {
 
     /// Streams one answer to stdout.
     async fn answer(&mut self) -> anyhow::Result<Spoken> {
+        if self.is_interactive {
+            // It was meant for the answer before this one, and came when that had ended.
+            self.signals.forget_interrupt();
+        }
         let (messages, started) = (self.messages(), Instant::now());
         let (mut text, mut num_tokens, mut first) = (String::new(), 0usize, None);
         let mut write_error = None;
@@ -228,7 +232,7 @@ impl Backend {
             };
             return Ok(Self::Remote { client, model });
         }
-        let settings = ModelSettings::new(args.model.clone().or_else(model_from_environment), &args.engine);
+        let settings = ModelSettings::new(args.model.clone().or_else(model_from_environment), &args.engine)?;
         let files = local::fetch(&settings).await?;
         let (model, report) = local::load(&files, &settings.local).await?;
         report.notes.iter().for_each(|note| terminal::note(note));
@@ -339,18 +343,31 @@ impl Lines {
     /// The next line; None at the end of input.
     async fn next(&mut self, signals: &mut StopSignals) -> anyhow::Result<Option<String>> {
         match self {
-            Self::Typed { editor, .. } => loop {
-                let mut taken = editor.take().expect("put back below");
-                let read = tokio::task::spawn_blocking(move || {
-                    let line = taken.readline("> ");
+            Self::Typed { editor, history } => loop {
+                // Gone where a signal ended the last call: there it still reads.
+                let Some(mut taken) = editor.take() else { return Err(Interrupted.into()) };
+                let (before, shown) = (Mode::now(), CancellationToken::new());
+                let prompt = TypedPrompt(shown.clone());
+                let mut read = tokio::task::spawn_blocking(move || {
+                    let line = taken.readline(&prompt);
                     (taken, line)
                 });
-                let (mut returned, line) = read.await?;
-                if let Ok(line) = &line
-                    && !line.trim().is_empty()
-                {
-                    // A line that is not remembered can still be answered.
-                    let _ = returned.add_history_entry(line);
+                let (mut returned, line) = tokio::select! {
+                    biased;
+                    read = &mut read => read?,
+                    () = signals.terminated() => {
+                        // An editor that is about to begin would change the terminal after us; one that has begun leaves
+                        // it as it is until there is a line.
+                        tokio::select! {
+                            () = shown.cancelled() => {}
+                            _ = &mut read => {}
+                        }
+                        before.restore();
+                        return Err(Interrupted.into());
+                    }
+                };
+                if let Ok(line) = &line {
+                    remember(&mut returned, line, history.as_deref());
                 }
                 *editor = Some(returned);
                 match line {
@@ -373,15 +390,30 @@ impl Lines {
             }
         }
     }
+}
 
-    fn close(&mut self) {
-        if let Self::Typed { editor: Some(editor), history: Some(history) } = self {
-            if let Some(folder) = history.parent() {
-                let _ = std::fs::create_dir_all(folder);
-            }
-            // A history that cannot be kept is no reason to fail at the end.
-            let _ = editor.save_history(history);
+/// What a typed line stands behind. Tells when it is shown, which the editor does once the terminal is in its own mode.
+struct TypedPrompt(CancellationToken);
+
+impl rustyline::Prompt for TypedPrompt {
+    fn raw(&self) -> &'static str {
+        self.0.cancel();
+        "> "
+    }
+}
+
+/// Into the history, and that to its file: a signal may end the program while the editor still reads. A line that is not
+/// remembered can still be answered.
+fn remember(editor: &mut DefaultEditor, line: &str, history: Option<&Path>) {
+    if line.trim().is_empty() {
+        return;
+    }
+    let _ = editor.add_history_entry(line);
+    if let Some(history) = history {
+        if let Some(folder) = history.parent() {
+            let _ = std::fs::create_dir_all(folder);
         }
+        let _ = editor.save_history(history);
     }
 }
 

@@ -1,10 +1,11 @@
-//! `bench` against a scripted server: what it sends, what it counts, what it says when it fails.
+//! `bench` against a scripted server: what it sends, what it counts, what it says when it fails. And once with a small
+//! model of its own.
 
 use std::collections::BTreeSet;
 
 use serde_json::{Value, json};
 
-use crate::support::{Ended, Script, Server, run};
+use crate::support::{Ended, Script, Server, TINY_LLAMA, run};
 
 fn script() -> Script {
     Script { pieces: vec!["one", " two", " three"], usage: Some((7, 4)), ..Script::default() }
@@ -177,4 +178,27 @@ fn a_profile_of_another_server_is_refused_by_name() {
     let ended = run(&["bench", "--url", &server.url, "--profile"]);
     assert_eq!(ended.code, 1, "{}", ended.stderr);
     assert!(ended.stderr.contains("--profile needs a Bindery as the first server"), "{}", ended.stderr);
+}
+
+#[test]
+fn a_model_in_this_process_is_served_measured_and_stopped() {
+    let flags = "--load-format dummy --threads 1 --concurrency 1,3 --num-requests 6 --rounds 2 --input-words 4 \
+                 --output-tokens 5 --profile";
+    let arguments =
+        |more| ["bench", TINY_LLAMA].into_iter().chain(flags.split_whitespace()).chain(more).collect::<Vec<_>>();
+    let ended = run(&arguments(Some("--json")));
+    let report = report_of(&ended);
+    let rows = report["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 2);
+    for row in rows {
+        assert_eq!((&row["answered"], &row["failed"]), (&12.into(), &0.into()), "{row}");
+        assert_eq!(row["mean_output_tokens"], 5.0, "{row}");
+    }
+    let is_about_the_model = |line: &str| line.starts_with("tiny-llama: ") && line.ends_with(" KV blocks");
+    assert!(ended.stderr.lines().any(is_about_the_model), "{}", ended.stderr);
+    let ended = run(&arguments(None));
+    assert_eq!(ended.code, 0, "{}", ended.stderr);
+    for expected in ["OUT TOK/S", "tiny-llama at http://127.0.0.1:", "4 words in (", "5 tokens out"] {
+        assert!(ended.stdout.contains(expected), "{expected}: {}", ended.stdout);
+    }
 }

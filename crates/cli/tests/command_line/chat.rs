@@ -1,10 +1,10 @@
-//! `chat` driven through pipes against a scripted server.
+//! `chat` driven through pipes, against a scripted server and with a small model of its own.
 
-use std::{io::Write as _, process::Stdio};
+use std::{fs, io::Write as _, path::Path, process::Stdio};
 
-use serde_json::json;
+use serde_json::{Map, Value, json};
 
-use crate::support::{Ended, Script, Server, bindery};
+use crate::support::{Ended, Script, Server, TINY_LLAMA, bindery};
 
 /// Types these lines, then ends the input.
 fn talk(arguments: &[&str], lines: impl AsRef<[u8]>) -> Ended {
@@ -20,7 +20,7 @@ fn talk(arguments: &[&str], lines: impl AsRef<[u8]>) -> Ended {
     // Who has refused a line reads no further.
     let _ = child.stdin.take().unwrap().write_all(lines.as_ref());
     let ended = Ended::from(child.wait_with_output().unwrap());
-    if let Ok(saved) = std::fs::read_to_string(home.path().join("saved.json")) {
+    if let Ok(saved) = fs::read_to_string(home.path().join("saved.json")) {
         return Ended { stderr: format!("{}{saved}", ended.stderr), ..ended };
     }
     ended
@@ -127,4 +127,52 @@ fn a_key_is_asked_for_by_name_and_nobody_there_is_a_clear_error() {
     let ended = talk(&["--url", &format!("http://{unused}")], "hi\n");
     assert_eq!(ended.code, 1);
     assert!(ended.stderr.contains("cannot connect to") && ended.stderr.contains("bindery serve"), "{}", ended.stderr);
+}
+
+/// Token 5 as the word w5.
+fn words(tokens: &Value) -> Vec<String> {
+    tokens.as_array().unwrap().iter().map(|token| format!("w{token}")).collect()
+}
+
+/// The small checkpoint with a tokenizer of its 128 words, and a template that puts what was said as it is.
+fn speaking_checkpoint(folder: &Path) {
+    for file in ["config.json", "model.safetensors"] {
+        fs::copy(Path::new(TINY_LLAMA).join(file), folder.join(file)).unwrap();
+    }
+    let vocabulary: Map<String, Value> = (0..128).map(|id| (format!("w{id}"), id.into())).collect();
+    let tokenizer = json!({
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "decoder": {"type": "Fuse"},
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "w0"},
+    });
+    fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    let template = "{% for message in messages %}{{ message.content }}\n{% endfor %}";
+    fs::write(folder.join("tokenizer_config.json"), json!({"chat_template": template}).to_string()).unwrap();
+}
+
+#[test]
+fn a_model_in_this_process_says_what_transformers_says() {
+    let folder = tempfile::tempdir().unwrap();
+    speaking_checkpoint(folder.path());
+    let golden: Value =
+        serde_json::from_str(&fs::read_to_string(Path::new(TINY_LLAMA).join("golden.json")).unwrap()).unwrap();
+    let prompt = &golden["prompts"][0];
+    let (said, answer) = (words(&prompt["tokens"]).join(" "), words(&prompt["greedy"]));
+    let (num_tokens, expected) = (answer.len().to_string(), answer.concat());
+    let model = folder.path().to_str().unwrap();
+    let ended = talk(
+        &[model, "--temperature", "0", "--max-tokens", &num_tokens, "--dtype", "f32", "--threads", "1"],
+        format!("{said}\n/save saved.json\n/clear\n{said}\n"),
+    );
+    assert_eq!((ended.code, ended.stdout), (0, format!("{expected}\n{expected}\n")), "{}", ended.stderr);
+    assert!(ended.stderr.contains(&expected), "the saved file holds the answer: {}", ended.stderr);
+}
+
+#[test]
+fn a_model_in_this_process_without_a_template_says_so() {
+    let ended = talk(&[TINY_LLAMA, "--load-format", "dummy", "--threads", "1"], "hi\n");
+    assert_eq!((ended.code, ended.stdout.as_str()), (1, ""));
+    assert!(ended.stderr.contains("error: this model has no chat template"), "{}", ended.stderr);
 }

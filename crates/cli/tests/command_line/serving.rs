@@ -1,14 +1,14 @@
 //! `serve` while it serves: a small model with random weights, asked over HTTP; its log is read from stderr.
 
 use std::{
-    io::{BufRead as _, BufReader},
-    process::{Child, ChildStderr, Stdio},
+    io::{BufRead as _, BufReader, Read as _},
+    process::{Child, ChildStderr, Command, Stdio},
 };
 
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 
-use crate::support::bindery;
+use crate::support::{TINY_LLAMA, bindery};
 
 struct Serving {
     child: Child,
@@ -22,10 +22,17 @@ struct Serving {
 impl Serving {
     /// Returns when it takes requests.
     fn start(flags: &[&str], environment: &[(&str, &str)]) -> Self {
+        let mut serving = Self::spawn(flags, environment);
+        let ready = serving.lines_until("ready: http").pop().unwrap();
+        serving.url.push_str(ready.trim_start_matches("ready: "));
+        serving
+    }
+
+    /// Returns at once: where it will listen is still to be read from its log.
+    fn spawn(flags: &[&str], environment: &[(&str, &str)]) -> Self {
         let home = tempfile::tempdir().unwrap();
-        let model = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/checkpoints/tiny-llama");
         let mut child = bindery(home.path())
-            .args(["serve", model, "--load-format", "dummy", "--port", "0", "--threads", "1"])
+            .args(["serve", TINY_LLAMA, "--load-format", "dummy", "--port", "0", "--threads", "1"])
             .args(flags)
             .envs(environment.iter().copied())
             .stderr(Stdio::piped())
@@ -34,10 +41,7 @@ impl Serving {
         let log = BufReader::new(child.stderr.take().unwrap());
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let client = reqwest::Client::builder().no_proxy().build().unwrap();
-        let mut serving = Self { child, log, url: String::new(), client, runtime, _home: home };
-        let ready = serving.lines_until("ready: http").pop().unwrap();
-        serving.url.push_str(ready.trim_start_matches("ready: "));
-        serving
+        Self { child, log, url: String::new(), client, runtime, _home: home }
     }
 
     /// What it has logged since the last call, up to the line that holds this.
@@ -51,6 +55,16 @@ impl Serving {
                 return lines;
             }
         }
+    }
+
+    /// Asks it to stop; the rest of its log, and its exit code.
+    fn terminate(mut self) -> (String, Option<i32>) {
+        // The standard library sends no signal but SIGKILL; the shell's own `kill` is everywhere.
+        let sent = Command::new("sh").args(["-c", "kill -TERM \"$0\"", &self.child.id().to_string()]).status().unwrap();
+        assert!(sent.success());
+        let mut rest = String::new();
+        self.log.read_to_string(&mut rest).unwrap();
+        (rest, self.child.wait().unwrap().code())
     }
 
     fn get(&self, path: &str) -> StatusCode {
@@ -118,4 +132,33 @@ fn the_log_tells_requests_and_passes_over_probes() {
     assert_eq!(serving.get("/health"), StatusCode::OK);
     let line = serving.lines_until("request done").pop().unwrap();
     assert!(line.contains("DEBUG") && line.contains("/health") && !line.contains("_tokens="), "{line}");
+}
+
+#[test]
+fn a_json_log_is_json_from_the_first_line_to_the_last() {
+    // An address that is warned about, and a note on what was asked for in vain: both are sentences in a text log.
+    let flags = ["--log-format", "json", "--host", "0.0.0.0", "--quantize", "int4"];
+    let mut serving = Serving::spawn(&flags, &[]);
+    let mut lines = serving.lines_until("\"ready\"");
+    let ready: Value = serde_json::from_str(lines.last().unwrap()).unwrap();
+    assert_eq!((&ready["model"], &ready["max_model_len"]), (&"tiny-llama".into(), &256.into()), "{ready}");
+    serving.url = ready["url"].as_str().unwrap().replace("0.0.0.0", "127.0.0.1");
+    assert_eq!(serving.post(&json!({"prompt": "hello", "max_tokens": 3, "ignore_eos": true})).0, StatusCode::OK);
+    lines.extend(serving.lines_until("request done"));
+    let done: Value = serde_json::from_str(lines.last().unwrap()).unwrap();
+    assert_eq!((&done["level"], &done["completion_tokens"]), (&"INFO".into(), &3.into()), "{done}");
+    let (rest, code) = serving.terminate();
+    assert_eq!(code, Some(0), "{rest}");
+    lines.extend(rest.lines().map(str::to_owned));
+    let mut told = Vec::new();
+    for line in &lines {
+        let event: Value = serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line:?}"));
+        for key in ["timestamp", "level", "target", "message"] {
+            assert!(event[key].is_string(), "{key}: {line}");
+        }
+        told.push(event["message"].as_str().unwrap().to_owned());
+    }
+    assert!(told.iter().any(|message| message.contains("no key is configured")), "{told:?}");
+    assert!(told.iter().any(|message| message.starts_with("SIGTERM: ")), "{told:?}");
+    assert_eq!(told.last().map(String::as_str), Some("stopped"));
 }

@@ -17,6 +17,9 @@ use axum::{
 use futures::StreamExt as _;
 use serde_json::{Value, json};
 
+/// A checkpoint of two small layers and 128 tokens, without a tokenizer.
+pub(crate) const TINY_LLAMA: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/checkpoints/tiny-llama");
+
 /// What a run left behind.
 #[derive(Debug)]
 pub(crate) struct Ended {

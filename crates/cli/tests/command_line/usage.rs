@@ -67,6 +67,64 @@ fn cuda_is_refused_clearly() {
     }
 }
 
+/// The verbs and flags of the contract that there are not; with the words that would follow them.
+#[test]
+fn what_comes_later_is_answered_by_its_name() {
+    for arguments in [
+        &["quantize", "in.gguf", "out.gguf", "--quantize", "int4"][..],
+        &["adapters", "list"],
+        &["adapters", "load", "name", "path"],
+        &["keys", "create", "--tenant", "acme"],
+        &["costs", "--by", "tenant", "--json"],
+        &["audit", "verify"],
+        &["audit", "export", "--config", "bindery.toml"],
+        &["route", "explain", "request.json"],
+    ] {
+        let ended = run(arguments);
+        assert_eq!((ended.code, ended.stdout.as_str()), (2, ""), "{arguments:?}: {}", ended.stderr);
+        let expected = format!("error: {} is not in this version yet\nhint: ", arguments[0]);
+        assert!(ended.stderr.starts_with(&expected), "{arguments:?}: {}", ended.stderr);
+    }
+    for flag in [
+        &["--adapter", "a=b"][..],
+        &["--lora-modules=a=b"],
+        &["--adapter-root", "folder"],
+        &["--max-loras", "8"],
+        &["--max-lora-rank", "64"],
+        &["--max-cpu-loras", "64"],
+        &["--enable-prefix-caching"],
+        &["--no-enable-prefix-caching"],
+        &["--tensor-parallel-size", "1"],
+        &["--gpu-memory-utilization=0.9"],
+    ] {
+        let ended = run(&[&["serve"], flag].concat());
+        assert_eq!((ended.code, ended.stdout.as_str()), (2, ""), "{flag:?}: {}", ended.stderr);
+        let name = flag[0].split('=').next().unwrap();
+        let expected = format!("error: {name} is not in this version yet\nhint: ");
+        assert!(ended.stderr.starts_with(&expected), "{flag:?}: {}", ended.stderr);
+    }
+}
+
+/// Offline with an empty cache: were the model looked for first, that would be the error, and its code another.
+#[test]
+fn what_no_model_could_be_loaded_with_is_refused_before_one_is_fetched() {
+    for verb in ["serve", "chat", "bench"] {
+        for (flag, value, expected) in [
+            (
+                "--kv-cache-dtype",
+                "int8",
+                "an int8 KV cache (--kv-cache-dtype int8) is not in this version yet\nhint: use auto",
+            ),
+            ("--kv-cache-memory", "1EiB", "--kv-cache-memory 1 EiB is more than"),
+            ("--device", "cuda", "CUDA is not in this version yet"),
+        ] {
+            let ended = run(&[verb, flag, value]);
+            assert_eq!((ended.code, ended.stdout.as_str()), (2, ""), "{verb} {flag}: {}", ended.stderr);
+            assert!(ended.stderr.contains(expected), "{verb} {flag}: {}", ended.stderr);
+        }
+    }
+}
+
 #[test]
 fn help_and_version_go_to_stdout() {
     let help = run(&["--help"]);
@@ -117,10 +175,7 @@ fn an_unknown_model_is_answered_with_the_nearest_names() {
             if verb == "serve" { vec![verb, "smolm2", "--port", "0"] } else { vec![verb, "smolm2"] };
         let Ended { code, stdout, stderr } = run(&arguments);
         assert_eq!((code, stdout.as_str()), (1, ""), "{verb}: {stderr}");
-        assert!(
-            stderr.contains("error: there is no model card named `smolm2`; did you mean smollm2-135m?"),
-            "{stderr}"
-        );
+        assert!(stderr.contains("error: there is no model card named `smolm2`; did you mean smollm2-135m"), "{stderr}");
         assert!(stderr.contains("\nhint: "), "{stderr}");
     }
 }

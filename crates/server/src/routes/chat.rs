@@ -28,7 +28,7 @@ use crate::{
     routes::refusals::{BodyRefusals, GateRefusals},
     sampling::{Delivery, RequestPrompt, RouteRules, Sampling, UsageInStream, num_logprobs},
     sse::{self, ChunkEncoder},
-    state::{SharedState, unix_seconds},
+    state::{Job, SharedState, unix_seconds},
 };
 
 /// Answers a conversation.
@@ -72,7 +72,7 @@ pub(crate) async fn create(
         add_generation_prompt: request.add_generation_prompt.unwrap_or(true),
         kwargs,
     };
-    let text = render_chat(&serving, render, &context).await?;
+    let text = render_chat(&state, &serving, render, &context).await?;
     let prompt = Prompt::Text { text, add_special_tokens: sampling.add_special_tokens.unwrap_or(false) };
     let engine_request = sampling.request(RequestPrompt {
         request_id: context.id.to_string(),
@@ -259,14 +259,15 @@ pub(crate) fn template_source(serving: &Serving) -> Result<&str, ApiError> {
 
 /// Renders the template on a blocking thread: its time depends on what the client sent.
 pub(crate) async fn render_chat(
+    state: &SharedState,
     serving: &Serving,
     request: RenderRequest,
     context: &RequestContext,
 ) -> Result<String, ApiError> {
     let model = serving.model.clone();
-    let rendered = tokio::task::spawn_blocking(move || model.render_chat(&request)).await;
+    let rendered = state.run_blocking(Job::Render, move || model.render_chat(&request)).await;
     rendered
-        .map_err(|error| ApiError::internal(&context.id, &error))?
+        .ok_or_else(|| ApiError::internal(&context.id, &"the template engine panicked"))?
         // The template is the model's; what it stumbles over is the conversation (two turns of one role, say).
         .map_err(|error| ApiError::invalid("messages", error.to_string()))
 }

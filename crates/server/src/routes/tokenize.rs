@@ -15,7 +15,7 @@ use crate::{
         chat::{render_chat, template_messages, template_source},
         refusals::{BodyRefusals, GateRefusals},
     },
-    state::SharedState,
+    state::{Job, SharedState},
 };
 
 /// A JSON answer with its warnings.
@@ -49,7 +49,7 @@ pub(crate) async fn tokenize(
     }
     let model = serving.model.clone();
     let tokenized = state
-        .run_blocking(move || {
+        .run_blocking(Job::Tokenize, move || {
             let tokens = model.tokenizer.encode(&text, add_special_tokens)?;
             let string = |token: &TokenId| model.tokenizer.token_str(*token).unwrap_or_default().to_owned();
             let token_strs = wants_strings.then(|| tokens.iter().map(string).collect());
@@ -91,7 +91,7 @@ async fn text_of(
                 add_generation_prompt: request.add_generation_prompt.unwrap_or(true),
                 kwargs: request.chat_template_kwargs.unwrap_or_default(),
             };
-            let text = render_chat(serving, render, context).await?;
+            let text = render_chat(state, serving, render, context).await?;
             Ok(("messages", text, request.add_special_tokens.unwrap_or(false)))
         }
         (None, None) => Err(ApiError::invalid("prompt", "send prompt (a text) or messages (a conversation)")),
@@ -128,7 +128,7 @@ pub(crate) async fn detokenize(
     let tokens: Vec<TokenId> = request.tokens.into_iter().map(TokenId).collect();
     let model = serving.model.clone();
     let text = state
-        .run_blocking(move || model.tokenizer.decode(&tokens, false))
+        .run_blocking(Job::Tokenize, move || model.tokenizer.decode(&tokens, false))
         .await
         .ok_or_else(|| ApiError::internal(&context.id, &"the tokenizer panicked"))?;
     let text = text.map_err(|error| ApiError::from_engine(error, &context.id))?;

@@ -359,11 +359,13 @@ async fn a_deadline_ends_a_request() {
     setup.model.gate = Some(gate);
     let server = setup.start();
     let body = json!({"prompt": "hello", "max_tokens": 100});
-    let send =
-        |body: &Value| server.request(Method::POST, COMPLETIONS).header("x-request-timeout", "50ms").json(body).send();
-    let code = check_error(send(&body).await.unwrap(), 408, None, "whole").await;
+    let send = |body: &Value, timeout: &str| {
+        server.request(Method::POST, COMPLETIONS).header("x-request-timeout", timeout).json(body).send()
+    };
+    let code = check_error(send(&body, "50ms").await.unwrap(), 408, None, "whole").await;
     assert_eq!(code.as_deref(), Some("request_timeout"));
-    let streamed = send(&json!({"prompt": "hello", "max_tokens": 100, "stream": true})).await.unwrap();
+    // Long enough for the stream to begin before, on any machine: else it would be a 408 as well.
+    let streamed = send(&json!({"prompt": "hello", "max_tokens": 100, "stream": true}), "2s").await.unwrap();
     assert_eq!(streamed.status(), StatusCode::OK);
     let (events, done) = crate::support::events(&streamed.text().await.unwrap());
     assert!(!done);

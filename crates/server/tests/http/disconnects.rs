@@ -10,7 +10,7 @@ use tokio::{
     net::{TcpSocket, TcpStream},
 };
 
-use crate::support::{PATIENCE, Server, Setup, events};
+use crate::support::{PATIENCE, Server, Setup, events, wait_for_step};
 
 const COMPLETIONS: &str = "/v1/completions";
 
@@ -29,15 +29,23 @@ fn endless() -> Setup {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_nobody_reads_any_more_is_aborted() {
-    let server = endless().start();
+    let (gate, keeper) = gate();
+    let mut setup = endless();
+    setup.model.gate = Some(gate);
+    let server = setup.start();
     let body = json!({"prompt": "hello", "max_tokens": 4000, "stream": true, "n": 3});
     let mut stream = server.post(COMPLETIONS, &body).await.bytes_stream();
+    let keeper = wait_for_step(keeper).await;
+    keeper.let_go();
     stream.next().await.unwrap().unwrap();
+    let keeper = wait_for_step(keeper).await;
     assert!(server.stats().num_used_blocks > 0);
     drop(stream);
-    server.wait_until_empty().await;
-    assert!(server.stats().generation_tokens < 3 * 4000);
     wait_until_metric(&server, "vllm:request_success_total{finished_reason=\"abort\"", 3.0).await;
+    // Now the step that held it may end; the request is gone with it.
+    drop(keeper);
+    server.wait_until_empty().await;
+    assert!(server.stats().generation_tokens <= 3 * 2, "{:?}", server.stats());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -48,12 +56,7 @@ async fn a_whole_answer_nobody_waits_for_is_aborted() {
     let server = setup.start();
     let mut socket = TcpStream::connect(server.address).await.unwrap();
     socket.write_all(&raw_request(&json!({"prompt": "hello", "max_tokens": 4000}))).await.unwrap();
-    let keeper = tokio::task::spawn_blocking(move || {
-        keeper.wait_for_step();
-        keeper
-    })
-    .await
-    .unwrap();
+    let keeper = wait_for_step(keeper).await;
     drop(socket);
     wait_until_metric(&server, "vllm:request_success_total{finished_reason=\"abort\"", 1.0).await;
     // Now the step that held it may end; the request is gone with it.
@@ -142,7 +145,7 @@ async fn a_reader_that_stalls_is_cancelled_and_told() {
     let mut socket = socket.connect(server.address).await.unwrap();
     let body = json!({"prompt": "hello", "max_tokens": 4000, "stream": true, "logprobs": 20});
     socket.write_all(&raw_request(&body)).await.unwrap();
-    server.wait_for_stats("the request runs", |stats| stats.num_requests_running == 1).await;
+    server.wait_for_stats("the request has begun", |stats| stats.num_steps > 0).await;
     // Nothing is read: the buffers fill, then the engine's, then it gives up.
     server.wait_until_empty().await;
     assert!(server.stats().generation_tokens < 4000, "{:?}", server.stats());

@@ -10,7 +10,7 @@ use tokio::{
     net::TcpStream,
 };
 
-use crate::support::{MODEL, PATIENCE, Server, Setup, check_error, events, wait_until};
+use crate::support::{MODEL, PATIENCE, Server, Setup, check_error, events, wait_for_step, wait_until};
 
 const COMPLETIONS: &str = "/v1/completions";
 
@@ -120,9 +120,7 @@ async fn run_returns_whatever_clients_do() {
     let mut server = setup.start();
     // An idle connection, one whose head is half sent, one whose body never comes, and a reader that does not read.
     let mut idle = TcpStream::connect(server.address).await.unwrap();
-    idle.write_all(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
-    let mut buffer = [0; 4096];
-    assert!(idle.read(&mut buffer).await.unwrap() > 0);
+    ask_health(&mut idle).await;
     let mut half = TcpStream::connect(server.address).await.unwrap();
     half.write_all(b"GET /health HT").await.unwrap();
     let mut bodiless = TcpStream::connect(server.address).await.unwrap();
@@ -133,7 +131,7 @@ async fn run_returns_whatever_clients_do() {
     let body = json!({"prompt": "hello", "max_tokens": 4000, "stream": true, "logprobs": 20}).to_string();
     let head = format!("POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n", body.len());
     stalled.write_all((head + &body).as_bytes()).await.unwrap();
-    server.wait_for_stats("the stalled reader's request runs", |stats| stats.num_requests_running == 1).await;
+    server.wait_for_stats("the stalled reader's request has begun", |stats| stats.num_steps > 0).await;
     server.begin_shutdown();
     server.wait_stopped().await;
     server.wait_until_empty().await;
@@ -150,12 +148,7 @@ async fn a_full_queue_is_a_503_with_retry_after() {
     let server = setup.start();
     let body = json!({"model": MODEL, "prompt": "hello", "max_tokens": 2, "stream": true});
     let first = server.post(COMPLETIONS, &body).await;
-    let keeper = tokio::task::spawn_blocking(move || {
-        keeper.wait_for_step();
-        keeper
-    })
-    .await
-    .unwrap();
+    let keeper = wait_for_step(keeper).await;
     let second = server.post(COMPLETIONS, &body).await;
     // Several prompts are one request: all or none. The place that one of them could have had stays free, although the
     // step that runs is held.
@@ -188,17 +181,35 @@ async fn a_request_that_would_score_too_much_is_refused_before_anything_runs() {
     server.ok(COMPLETIONS, &json!({"prompt": "four", "prompt_logprobs": 2, "max_tokens": 1})).await;
 }
 
+/// A question on a connection that stays open, and its answer, which has no body.
+async fn ask_health(connection: &mut TcpStream) {
+    connection.write_all(b"HEAD /health HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+    let mut answer = Vec::new();
+    let reading = async {
+        while !answer.ends_with(b"\r\n\r\n") {
+            assert_ne!(connection.read_buf(&mut answer).await.unwrap(), 0, "closed before the end");
+        }
+    };
+    tokio::time::timeout(PATIENCE, reading).await.expect("an answer comes");
+    assert!(answer.starts_with(b"HTTP/1.1 200 "), "{}", String::from_utf8_lossy(&answer));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn connections_beyond_the_limit_wait_their_turn() {
     let mut setup = Setup::new();
     setup.limits.max_connections = 1;
     let server = setup.start();
-    let held = TcpStream::connect(server.address).await.unwrap();
-    let url = format!("http://{}/health", server.address);
-    let waiting = tokio::spawn(reqwest::get(url));
-    tokio::task::yield_now().await;
+    let mut held = TcpStream::connect(server.address).await.unwrap();
+    ask_health(&mut held).await;
+    let mut waiting = TcpStream::connect(server.address).await.unwrap();
+    let mut answer = std::pin::pin!(ask_health(&mut waiting));
+    // The system takes connection and question, the server neither, however often the one before is answered.
+    for _ in 0..20 {
+        assert!(futures::poll!(answer.as_mut()).is_pending(), "a second connection was served beside the first");
+        ask_health(&mut held).await;
+    }
     drop(held);
-    assert_eq!(waiting.await.unwrap().unwrap().status(), 200);
+    answer.await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

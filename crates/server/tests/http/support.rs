@@ -4,7 +4,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use bindery_engine::{
     ChatTemplate, EngineStats, LocalModel,
-    testing::{FakeModelOptions, fake_local_model, fake_local_model_with_template, small_limits},
+    testing::{FakeModelOptions, GateKeeper, fake_local_model, fake_local_model_with_template, small_limits},
 };
 use bindery_server::{Limits, ModelSlot, ServerConfig, run_with_limits};
 use reqwest::{Method, RequestBuilder, Response, StatusCode};
@@ -210,6 +210,15 @@ pub(crate) async fn wait_until(what: &str, mut condition: impl FnMut() -> bool) 
         }
     };
     tokio::time::timeout(PATIENCE, asking).await.unwrap_or_else(|_| panic!("not reached: {what}"));
+}
+
+/// Waits until a step stands at the gate, beside the runtime's threads.
+pub(crate) async fn wait_for_step(keeper: GateKeeper) -> GateKeeper {
+    let waiting = tokio::task::spawn_blocking(move || {
+        keeper.wait_for_step();
+        keeper
+    });
+    waiting.await.unwrap()
 }
 
 /// Checks an error answer: status, OpenAI's shape, param. Returns its code.

@@ -50,7 +50,8 @@ mod tests {
     #[test]
     fn exp_is_within_two_units_of_the_truth() {
         let mut worst = 0.0_f64;
-        for i in -8_730_000..=8_837_000 {
+        // Miri interprets, some thousand times slower.
+        for i in (-8_730_000..=8_837_000).step_by(if cfg!(miri) { 40_009 } else { 1 }) {
             let x = i as f32 * 1e-5;
             let truth = f64::from(x).exp();
             let unit = f64::from(f32::from_bits((truth as f32).to_bits() + 1)) - f64::from(truth as f32);
@@ -71,7 +72,7 @@ mod tests {
 
     #[test]
     fn tanh_is_close() {
-        for i in -20_000..=20_000 {
+        for i in (-20_000..=20_000).step_by(if cfg!(miri) { 101 } else { 1 }) {
             let x = i as f32 * 1e-3;
             assert!((f64::from(tanh(x)) - f64::from(x).tanh()).abs() < 2.0_f64.powi(-22), "{x}");
         }

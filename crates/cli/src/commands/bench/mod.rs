@@ -218,7 +218,7 @@ struct OwnServer {
 
 impl OwnServer {
     async fn start(args: &BenchArgs) -> anyhow::Result<Self> {
-        let settings = ModelSettings::new(args.model.clone().or_else(model_from_environment), &args.engine);
+        let settings = ModelSettings::new(args.model.clone().or_else(model_from_environment), &args.engine)?;
         let files = local::fetch(&settings).await?;
         let (model, report) = local::load(&files, &settings.local).await?;
         report.notes.iter().for_each(|note| terminal::note(note));
