@@ -26,12 +26,12 @@
 //! | `cpu/pool.rs` | the worker pool |
 //! | `cpu/scalar/` | the specification, written to be read |
 //! | `cpu/generic/` | each fast algorithm once, over the traits `Lanes` and `QuantLanes` |
-//! | `cpu/avx2/`, `cpu/avx512/` | those traits in intrinsics, and the table entries made from them |
+//! | `cpu/avx2/`, `cpu/avx512/`, `cpu/neon/` | those traits in intrinsics, and the table entries made from them |
 //!
 //! # Layouts
 //!
 //! Weights are interleaved so that one activation, broadcast, meets a whole vector of rows. `R` is the rows of a tile:
-//! 8 for the 256-bit sets and the scalar twin, 16 for the 512-bit ones; the last tile is padded with zero rows.
+//! 8 for the 128- and 256-bit sets and the scalar twin, 16 for the 512-bit ones; the last tile is padded with zero rows.
 //!
 //! ```text
 //! codes      [tiles, groups of 32, B, R, 4] bytes    B vectors of 4 R bytes for codes of B bits
@@ -68,10 +68,13 @@
 //! | `avxvnni` | the above and AVX-VNNI | run and held against `scalar` |
 //! | `avx512` | `avx2`'s and AVX-512 F, BW, VL, DQ | run and held against `scalar` |
 //! | `avx512vnni` | the above and AVX-512 VNNI | run and held against `scalar` |
-//! | `neon` | | named, not written yet: refused with an error |
+//! | `neon` | NEON | run under emulation and held against `scalar` |
+//! | `neondot` | the above and dotprod (ARMv8.2) | run under emulation and held against `scalar` |
+//! | `neoni8mm` | the above and i8mm (ARMv8.6) | run under emulation and held against `scalar` |
 //!
-//! A name means exactly that set. Without the variable the best set of the machine is taken. The four x86 sets have run
-//! on one machine (AMD, Zen 5); the property tests skip aloud what a machine lacks.
+//! A name means exactly that set. Without the variable the best set of the machine is taken. The x86 sets have run on an
+//! AMD (Zen 5; all four) and an Intel processor (Emerald Rapids; all but `avxvnni`); the ARM sets under qemu alone, so
+//! nothing is known of their speed. The property tests skip aloud what a machine lacks.
 #![expect(
     unsafe_code,
     reason = "intrinsics, buffers shared by threads and memory maps; each block names the check that discharges it"

@@ -325,6 +325,9 @@ fn extreme_codes(cpu: &Cpu) {
 
 properties! {
     scalar: Isa::Scalar;
+    neon: Isa::Neon;
+    neondot: Isa::NeonDot;
+    neoni8mm: Isa::NeonI8mm;
     avx2: Isa::Avx2;
     avx512: Isa::Avx512;
     avxvnni: Isa::AvxVnni;

@@ -20,8 +20,12 @@ pub const ISA_VARIABLE: &str = "BINDERY_ISA";
 pub enum Isa {
     /// Portable Rust: the specification.
     Scalar,
-    /// NEON; named so that it can be asked for and refused, no kernels yet.
+    /// NEON, which every 64-bit ARM processor has.
     Neon,
+    /// The same with the dot products of ARMv8.2.
+    NeonDot,
+    /// The same with the matrix products of ARMv8.6.
+    NeonI8mm,
     /// AVX2, FMA, F16C.
     Avx2,
     /// The same with the 256-bit form of VNNI's dot products (AVX-VNNI).
@@ -34,13 +38,24 @@ pub enum Isa {
 
 impl Isa {
     /// Every set that has a name.
-    pub const ALL: [Self; 6] = [Self::Scalar, Self::Neon, Self::Avx2, Self::AvxVnni, Self::Avx512, Self::Avx512Vnni];
+    pub const ALL: [Self; 8] = [
+        Self::Scalar,
+        Self::Neon,
+        Self::NeonDot,
+        Self::NeonI8mm,
+        Self::Avx2,
+        Self::AvxVnni,
+        Self::Avx512,
+        Self::Avx512Vnni,
+    ];
 
     /// As written in `BINDERY_ISA`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Scalar => "scalar",
             Self::Neon => "neon",
+            Self::NeonDot => "neondot",
+            Self::NeonI8mm => "neoni8mm",
             Self::Avx2 => "avx2",
             Self::AvxVnni => "avxvnni",
             Self::Avx512 => "avx512",
@@ -83,7 +98,7 @@ impl Isa {
     /// Rows of a quantised tile.
     pub(crate) fn quant_tile_rows(self) -> usize {
         match self {
-            Self::Scalar | Self::Neon | Self::Avx2 | Self::AvxVnni => 8,
+            Self::Scalar | Self::Neon | Self::NeonDot | Self::NeonI8mm | Self::Avx2 | Self::AvxVnni => 8,
             Self::Avx512 | Self::Avx512Vnni => 16,
         }
     }
@@ -141,8 +156,35 @@ impl Kernels {
             Isa::Avx512 => x86::has_avx512().then_some(&super::avx512::KERNELS),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Vnni => (x86::has_avx512() && x86::has_vnni()).then_some(&super::avx512::KERNELS_VNNI),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => arm::has_neon().then_some(&super::neon::KERNELS),
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonDot => (arm::has_neon() && arm::has_dotprod()).then_some(&super::neon::KERNELS_DOT),
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonI8mm => {
+                (arm::has_neon() && arm::has_dotprod() && arm::has_i8mm()).then_some(&super::neon::KERNELS_I8MM)
+            }
             _ => None,
         }
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+mod arm {
+    //! The standard library caches these answers.
+
+    use std::arch::is_aarch64_feature_detected;
+
+    pub(super) fn has_neon() -> bool {
+        is_aarch64_feature_detected!("neon")
+    }
+
+    pub(super) fn has_dotprod() -> bool {
+        is_aarch64_feature_detected!("dotprod")
+    }
+
+    pub(super) fn has_i8mm() -> bool {
+        is_aarch64_feature_detected!("i8mm")
     }
 }
 
@@ -183,7 +225,8 @@ mod tests {
         for isa in Isa::ALL {
             assert_eq!(Isa::parse(isa.name()).is_ok(), isa.is_available());
         }
-        assert!(matches!(Isa::parse("neon"), Err(KernelError::UnavailableIsa { name: "neon", .. })));
+        let foreign = if cfg!(target_arch = "aarch64") { "avx2" } else { "neon" };
+        assert!(matches!(Isa::parse(foreign), Err(KernelError::UnavailableIsa { name, .. }) if name == foreign));
         assert!(Isa::best().is_available());
     }
 }

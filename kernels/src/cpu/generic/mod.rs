@@ -97,6 +97,51 @@ pub(super) trait QuantLanes: Copy {
     /// Adds a narrow sum to those it was begun with.
     unsafe fn widen(sums: Self::Sums, narrow: Self::Narrow) -> Self::Sums;
     unsafe fn dot_bytes(sums: Self::Sums, codes: Self::Bytes, x: *const i8) -> Self::Sums;
+
+    /// Whether `dot_two_bytes` adds to narrow sums, which then must be widened.
+    const BYTES_ARE_NARROW: bool = false;
+
+    /// Two quads of codes and the eight activations at each `x`, for sets that multiply them in one go.
+    #[inline(always)]
+    unsafe fn dot_two<const N: usize>(
+        narrow: &mut [Self::Narrow; N],
+        first: Self::Codes,
+        second: Self::Codes,
+        x: &[*const i8; N],
+    ) {
+        for n in 0..N {
+            // SAFETY: the caller's duties.
+            narrow[n] = unsafe { Self::dot(Self::dot(narrow[n], first, x[n]), second, x[n].add(4)) };
+        }
+    }
+
+    /// As `dot_two`, of bytes.
+    #[inline(always)]
+    unsafe fn dot_two_bytes<const N: usize>(
+        wide: &mut [Self::Sums; N],
+        _narrow: &mut [Self::Narrow; N],
+        first: Self::Bytes,
+        second: Self::Bytes,
+        x: &[*const i8; N],
+    ) {
+        for n in 0..N {
+            // SAFETY: the caller's duties.
+            wide[n] = unsafe { Self::dot_bytes(Self::dot_bytes(wide[n], first, x[n]), second, x[n].add(4)) };
+        }
+    }
+
+    /// Widens all narrow sums and begins new ones.
+    #[inline(always)]
+    unsafe fn widen_all<const N: usize>(wide: &mut [Self::Sums; N], narrow: &mut [Self::Narrow; N]) {
+        for n in 0..N {
+            // SAFETY: the caller's duties.
+            unsafe {
+                wide[n] = Self::widen(wide[n], narrow[n]);
+                narrow[n] = Self::narrow(wide[n]);
+            }
+        }
+    }
+
     unsafe fn to_floats(sums: Self::Sums) -> Self::Floats;
 
     unsafe fn zero() -> Self::Floats;

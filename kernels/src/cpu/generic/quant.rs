@@ -80,13 +80,8 @@ impl<Q: QuantLanes, const N: usize> Sums<Q, N> {
     /// As [`QuantLanes`].
     #[inline(always)]
     unsafe fn widen(&mut self) {
-        for n in 0..N {
-            // SAFETY: the caller's duty is the same.
-            unsafe {
-                self.wide[n] = Q::widen(self.wide[n], self.narrow[n]);
-                self.narrow[n] = Q::narrow(self.wide[n]);
-            }
-        }
+        // SAFETY: the caller's duty is the same.
+        unsafe { Q::widen_all(&mut self.wide, &mut self.narrow) };
     }
 }
 
@@ -128,10 +123,7 @@ macro_rules! short_codes {
                             let ($codes, $quad) = (codes, 2 * J + 1);
                             $join
                         };
-                        for n in 0..N {
-                            let x = x[n].add(8 * J);
-                            sums.narrow[n] = Q::dot(Q::dot(sums.narrow[n], first, x), second, x.add(4));
-                        }
+                        Q::dot_two(&mut sums.narrow, first, second, &x.map(|x| x.add(8 * J)));
                         if (J + 1).is_multiple_of($pairs) {
                             sums.widen();
                         }
@@ -190,11 +182,11 @@ impl Codes for Eight {
     ) {
         // SAFETY: the caller's duties; a group has eight vectors of codes and eight quads of activations.
         unsafe {
-            for quad in [2 * J, 2 * J + 1] {
-                let bytes = Q::load_bytes(codes.add(quad * 4 * Q::ROWS).cast());
-                for n in 0..N {
-                    sums.wide[n] = Q::dot_bytes(sums.wide[n], bytes, x[n].add(4 * quad));
-                }
+            let first = Q::load_bytes(codes.add(2 * J * 4 * Q::ROWS).cast());
+            let second = Q::load_bytes(codes.add((2 * J + 1) * 4 * Q::ROWS).cast());
+            Q::dot_two_bytes(&mut sums.wide, &mut sums.narrow, first, second, &x.map(|x| x.add(8 * J)));
+            if Q::BYTES_ARE_NARROW && J == 3 {
+                sums.widen();
             }
         }
     }
