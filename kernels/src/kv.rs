@@ -3,7 +3,8 @@
 //! Knows blocks and slots, nothing of sequences. Values lie row after row, `[num_blocks, kv_heads, block_size,
 //! head_dim]` a layer; keys lie transposed inside a block, `[num_blocks, kv_heads, head_dim, block_size]`, so that one
 //! vector holds the same component of 16 keys and a score needs no horizontal sum: its one accumulator walks the
-//! components in order. Invariant: untouched pages cost no memory; a block's bytes move only as a whole.
+//! components in order. In int8 a head's page ends with `[block_size]` f32 scales, one a token, so that what a token is
+//! stored as depends on no other. Invariant: untouched pages cost no memory; a block's bytes move only as a whole.
 
 use crate::KernelError;
 use crate::memory::{Buffer, Use};
@@ -17,6 +18,8 @@ pub enum KvDtype {
     F16,
     /// 2 bytes an element, 8 significant bits.
     Bf16,
+    /// 1 byte an element, and 4 for the scale that a token's key (or value) has in each head.
+    Int8,
 }
 
 impl KvDtype {
@@ -25,6 +28,15 @@ impl KvDtype {
         match self {
             Self::F32 => 4,
             Self::F16 | Self::Bf16 => 2,
+            Self::Int8 => 1,
+        }
+    }
+
+    /// Elements whose room the scale of a token's key (or value) takes in its head's page.
+    pub(crate) fn scale_elements(self) -> usize {
+        match self {
+            Self::F32 | Self::F16 | Self::Bf16 => 0,
+            Self::Int8 => size_of::<f32>(),
         }
     }
 }
@@ -52,7 +64,13 @@ impl KvShape {
 
     /// Elements of one block's keys (or values) in one layer.
     fn block_elements(&self) -> Option<usize> {
-        self.num_kv_heads.checked_mul(self.head_dim)?.checked_mul(self.block_size)
+        let head = self.head_dim.checked_add(self.dtype.scale_elements())?;
+        self.num_kv_heads.checked_mul(head)?.checked_mul(self.block_size)
+    }
+
+    /// Elements of one head's page: a block's keys (or values) and, behind them, their scales.
+    pub(crate) fn page_elements(&self) -> usize {
+        (self.head_dim + self.dtype.scale_elements()) * self.block_size
     }
 }
 
@@ -106,11 +124,11 @@ impl KvCache {
 
     /// Bytes of one block's keys (or values) in one layer.
     fn plane_block_bytes(&self) -> usize {
-        self.shape.num_kv_heads * self.shape.head_dim * self.shape.block_size * self.shape.dtype.size_bytes()
+        self.shape.num_kv_heads * self.shape.page_elements() * self.shape.dtype.size_bytes()
     }
 
     /// One layer's keys and values, as bytes: `[num_blocks, kv_heads, head_dim, block_size]` and
-    /// `[num_blocks, kv_heads, block_size, head_dim]` elements.
+    /// `[num_blocks, kv_heads, block_size, head_dim]` elements, each page with its scales behind it.
     pub(crate) fn planes(&self, layer: usize) -> (&[u8], &[u8]) {
         assert!(layer < self.shape.num_layers, "layer {layer} of a cache of {} layers", self.shape.num_layers);
         let plane_bytes = self.plane_block_bytes() * self.num_blocks;

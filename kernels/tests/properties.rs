@@ -149,7 +149,7 @@ fn attention_case() -> impl Strategy<Value = AttentionCase> {
         1..=3_usize,
         prop_oneof![Just(16_usize), Just(32), Just(64), Just(80), 1..=70_usize],
         prop_oneof![Just(16_usize), Just(32), 1..=40_usize],
-        prop_oneof![Just(KvDtype::F32), Just(KvDtype::F16), Just(KvDtype::Bf16)],
+        prop_oneof![Just(KvDtype::F32), Just(KvDtype::F16), Just(KvDtype::Bf16), Just(KvDtype::Int8)],
     );
     let contexts = prop::collection::vec(prop_oneof![1..=70_usize, 1..=200_usize, 500..=1100_usize], 1..=3);
     let scores = (prop::option::of(1..=600_usize), prop::option::of(1.0_f32..=30.0), any::<bool>());

@@ -119,15 +119,6 @@ impl Settings {
     }
 }
 
-/// What this version cannot do.
-fn refuse_what_comes_later(engine: &EngineArgs) -> Result<(), Failure> {
-    if engine.kv_cache_dtype == Some(KvCacheDtypeArg::Int8) {
-        return Err(Failure::usage("an int8 KV cache (--kv-cache-dtype int8) is not in this version yet")
-            .hint("use auto, f16, bf16 or f32"));
-    }
-    Ok(())
-}
-
 /// An empty variable would otherwise open a server whose operator meant to close it.
 fn refuse_empty_keys(api_keys: &[String], admin_key: Option<&str>) -> Result<(), Failure> {
     if api_keys.iter().any(|key| key.trim().is_empty()) {
@@ -145,7 +136,6 @@ impl ModelSettings {
     /// `model`: as typed or configured; None is the default card. What no model could be loaded with is refused here,
     /// before one is fetched.
     pub(crate) fn new(model: Option<String>, engine: &EngineArgs) -> Result<Self, Failure> {
-        refuse_what_comes_later(engine)?;
         match engine.device.unwrap_or_default() {
             // This version computes on the CPU alone; cuda is refused where the flag is parsed.
             Device::Auto | Device::Cpu => {}

@@ -423,7 +423,7 @@ mod tests {
                     config.layers[1].window = Some(3);
                     let reference = ReferenceBackend::new(&config, candle_core::Device::Cpu, 16);
                     let cpu = Cpu::new(Cpu::detect(), 2);
-                    let cpu = CpuBackend::new(cpu, &config, import, KvCacheDtype::Auto, 16).unwrap();
+                    let cpu = CpuBackend::new(cpu, &config, import, KvCacheDtype::Auto, 16);
                     let (expected, actual) = (logits(&config, &store, reference), logits(&config, &store, cpu));
                     for (expected, actual) in expected.iter().zip(&actual) {
                         assert!((expected - actual).abs() < 1e-3, "{:?}: {expected} and {actual}", config.rotary);

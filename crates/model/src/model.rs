@@ -137,7 +137,6 @@ impl LoadOptions {
         }
         if self.backend == BackendKind::Cpu {
             isa()?;
-            cpu::kv_cache_dtype(import_options(self), self.kv_cache_dtype)?;
         }
         Ok(())
     }
@@ -288,7 +287,7 @@ impl OpenedModel {
     /// All layers, keys and values, one token.
     pub fn kv_bytes_per_token(&self) -> usize {
         let config = self.config();
-        2 * config.num_layers() * config.num_kv_heads * config.head_dim * kv_bytes(self.kv_cache_dtype)
+        2 * config.num_layers() * config.num_kv_heads * kv_head_bytes(self.kv_cache_dtype, config.head_dim)
     }
 
     /// Reads the weights. `progress(bytes done, bytes in all)` is called after each tensor. The files are closed then.
@@ -298,7 +297,7 @@ impl OpenedModel {
         match options.backend {
             BackendKind::Cpu => {
                 let cpu = Cpu::new(isa()?, options.threads.unwrap_or_else(physical_cores));
-                let backend = CpuBackend::new(cpu, config, import_options(options), self.kv_cache_dtype, block_size)?;
+                let backend = CpuBackend::new(cpu, config, import_options(options), self.kv_cache_dtype, block_size);
                 let (decoder, weights) = Decoder::load(config, &self.store, backend, block_size, progress)?;
                 let info = self.info(decoder.backend(), weights);
                 Ok(Model { decoder: AnyDecoder::Cpu(Box::new(decoder)), info })
@@ -364,7 +363,7 @@ impl Model {
         Decoder::<CpuBackend>::check(store.config())?;
         let kv_cache_dtype = match options.backend {
             BackendKind::Reference => KvCacheDtype::F32,
-            BackendKind::Cpu => cpu::kv_cache_dtype(import_options(options), options.kv_cache_dtype)?,
+            BackendKind::Cpu => cpu::kv_cache_dtype(import_options(options), options.kv_cache_dtype),
         };
         Ok(OpenedModel { store, options: options.clone(), kv_cache_dtype })
     }
@@ -414,11 +413,13 @@ fn widest_window(config: &DecoderConfig) -> Option<usize> {
 }
 
 /// Of one element.
-fn kv_bytes(dtype: KvCacheDtype) -> usize {
+/// Of one token's key (or value) in one head.
+fn kv_head_bytes(dtype: KvCacheDtype, head_dim: usize) -> usize {
     match dtype {
-        KvCacheDtype::F32 => 4,
-        KvCacheDtype::F16 | KvCacheDtype::Bf16 => 2,
-        KvCacheDtype::Int8 => 1,
+        KvCacheDtype::F32 => 4 * head_dim,
+        KvCacheDtype::F16 | KvCacheDtype::Bf16 => 2 * head_dim,
+        // Its scale is an f32.
+        KvCacheDtype::Int8 => head_dim + size_of::<f32>(),
         KvCacheDtype::Auto => unreachable!("a backend reports what it chose"),
     }
 }

@@ -322,7 +322,7 @@ fn options_that_cannot_be_honoured_are_refused_by_name() {
         assert!(message.contains(expected), "{message:?} should contain {expected:?}");
     };
     let (cpu, reference) = (LoadOptions::new(BackendKind::Cpu), LoadOptions::new(BackendKind::Reference));
-    check("int8", LoadOptions { kv_cache_dtype: KvCacheDtype::Int8, ..cpu.clone() });
+    check("Int8", LoadOptions { kv_cache_dtype: KvCacheDtype::Int8, ..reference.clone() });
     check("--block-size 0", LoadOptions { block_size: 0, ..cpu.clone() });
     check("--threads 0", LoadOptions { threads: Some(0), ..cpu.clone() });
     check("--threads 100000", LoadOptions { threads: Some(100_000), ..cpu.clone() });

@@ -121,6 +121,10 @@ impl Cpu {
                 let call = Call { q, args, sequences, shape: cache.shape(), keys: cast(keys), values: cast(values) };
                 self.attend::<bf16>(kernels.attention_bf16, &call, out, &mut scratch);
             }
+            KvDtype::Int8 => {
+                let call = Call { q, args, sequences, shape: cache.shape(), keys: cast(keys), values: cast(values) };
+                self.attend::<i8>(kernels.attention_i8, &call, out, &mut scratch);
+            }
         }
         CALL_SCRATCH.set(scratch);
     }
@@ -334,6 +338,7 @@ impl<E> Call<'_, E> {
             num_kv_heads: self.shape.num_kv_heads,
             head_dim: self.shape.head_dim,
             block_size: self.shape.block_size,
+            page_elements: self.shape.page_elements(),
             keys: self.keys,
             values: self.values,
             block_table: sequence.block_table,

@@ -131,6 +131,7 @@ pub(crate) struct Kernels {
     pub(crate) attention_f32: unsafe fn(&mut SpanTask<'_, f32>),
     pub(crate) attention_f16: unsafe fn(&mut SpanTask<'_, f16>),
     pub(crate) attention_bf16: unsafe fn(&mut SpanTask<'_, bf16>),
+    pub(crate) attention_i8: unsafe fn(&mut SpanTask<'_, i8>),
     /// Largest element, NaN aside; -inf for an empty row.
     pub(crate) max: unsafe fn(&[f32]) -> f32,
     /// Row and its maximum: writes exp(x - max) over x, returns the sum.

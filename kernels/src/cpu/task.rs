@@ -6,6 +6,9 @@
 
 use std::ops::Range;
 
+use bytemuck::Pod;
+use half::{bf16, f16};
+
 use super::attention::AttentionArgs;
 use super::pool::SharedMut;
 use super::rope::RopeStyle;
@@ -95,6 +98,41 @@ pub(crate) struct RopeRow<'a> {
     pub(crate) sin: &'a [f32],
 }
 
+/// How a component of a key or a value is stored.
+pub(crate) trait KvElement: Pod + Send + Sync {
+    /// Whether components are codes, to be multiplied with their token's scale.
+    const HAS_SCALES: bool = false;
+
+    /// Widens; exact for every type here.
+    fn widen(self) -> f32;
+}
+
+impl KvElement for f32 {
+    fn widen(self) -> f32 {
+        self
+    }
+}
+
+impl KvElement for f16 {
+    fn widen(self) -> f32 {
+        self.to_f32()
+    }
+}
+
+impl KvElement for bf16 {
+    fn widen(self) -> f32 {
+        self.to_f32()
+    }
+}
+
+impl KvElement for i8 {
+    const HAS_SCALES: bool = true;
+
+    fn widen(self) -> f32 {
+        f32::from(self)
+    }
+}
+
 /// Attention of some rows' query heads that share a key/value head, over one span of absolute positions.
 pub(crate) struct SpanTask<'a, E> {
     pub(crate) args: &'a AttentionArgs<'a>,
@@ -110,9 +148,11 @@ pub(crate) struct SpanTask<'a, E> {
     pub(crate) num_kv_heads: usize,
     pub(crate) head_dim: usize,
     pub(crate) block_size: usize,
-    /// One layer's `[num_blocks, kv_heads, head_dim, block_size]`
+    /// Elements from one head's page to the next.
+    pub(crate) page_elements: usize,
+    /// One layer's `[num_blocks, kv_heads, head_dim, block_size]`, each page with its scales behind it.
     pub(crate) keys: &'a [E],
-    /// One layer's `[num_blocks, kv_heads, block_size, head_dim]`
+    /// One layer's `[num_blocks, kv_heads, block_size, head_dim]`, likewise.
     pub(crate) values: &'a [E],
     pub(crate) block_table: &'a [u32],
     /// Absolute positions of keys, from a multiple of the span to its end or the context's.
@@ -148,6 +188,7 @@ impl<E> SpanTask<'_, E> {
             num_kv_heads: self.num_kv_heads,
             head_dim: self.head_dim,
             block_size: self.block_size,
+            page_elements: self.page_elements,
             keys: &[],
             values: &[],
             block_table: self.block_table,
@@ -180,15 +221,31 @@ impl<E> SpanTask<'_, E> {
         &self.q[start..start + self.head_dim]
     }
 
+    /// Where the page of this head that holds a position begins.
+    fn page(&self, position: usize) -> usize {
+        let block = self.block_table[position / self.block_size] as usize;
+        (block * self.num_kv_heads + self.kv_head) * self.page_elements
+    }
+
     /// Index of component 0 of the key at a position; component i lies `i * block_size` further.
     pub(crate) fn key_index(&self, position: usize) -> usize {
-        let block = self.block_table[position / self.block_size] as usize;
-        (block * self.num_kv_heads + self.kv_head) * self.head_dim * self.block_size + position % self.block_size
+        self.page(position) + position % self.block_size
     }
 
     /// Index of component 0 of the value at a position; component i lies `i` further.
     pub(crate) fn value_index(&self, position: usize) -> usize {
-        let block = self.block_table[position / self.block_size] as usize;
-        ((block * self.num_kv_heads + self.kv_head) * self.block_size + position % self.block_size) * self.head_dim
+        self.page(position) + position % self.block_size * self.head_dim
+    }
+}
+
+impl<E: KvElement> SpanTask<'_, E> {
+    /// The scales of the key and the value at a position; of use where [`KvElement::HAS_SCALES`].
+    pub(crate) fn scales(&self, position: usize) -> (f32, f32) {
+        let at = self.page(position) + self.head_dim * self.block_size + position % self.block_size * size_of::<f32>();
+        let scale = |plane: &[E]| {
+            let bytes = bytemuck::cast_slice::<E, u8>(&plane[at..at + size_of::<f32>()]);
+            bytes.first_chunk().map_or(f32::NAN, |bytes| f32::from_le_bytes(*bytes))
+        };
+        (scale(self.keys), scale(self.values))
     }
 }

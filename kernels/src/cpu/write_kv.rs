@@ -9,7 +9,8 @@ use half::{bf16, f16};
 
 use super::Cpu;
 use super::pool::SharedMut;
-use crate::kv::{KvCache, KvDtype};
+use super::scalar::quantize::{code, scale_and_factor};
+use crate::kv::{KvCache, KvDtype, KvShape};
 
 /// Elements that are worth waking another thread for.
 const MIN_PIECE_ELEMENTS: usize = 16 * 1024;
@@ -38,6 +39,7 @@ impl Cpu {
             KvDtype::Bf16 => {
                 self.write_as::<bf16>(cache, layer, k, v, slots, |from, to| to.convert_from_f32_slice(from));
             }
+            KvDtype::Int8 => self.write_codes(cache, layer, k, v, slots),
         }
     }
 
@@ -50,12 +52,56 @@ impl Cpu {
         slots: &[u32],
         convert: impl Fn(&[f32], &mut [E]) + Sync,
     ) {
+        let KvShape { head_dim, block_size, .. } = *cache.shape();
+        self.each_head::<E>(cache, layer, k, v, slots, |Head { k, v, keys, values, offset }| {
+            for (chunk, from) in k.chunks(CONVERT_ELEMENTS).enumerate() {
+                let mut converted = [E::zeroed(); CONVERT_ELEMENTS];
+                convert(from, &mut converted[..from.len()]);
+                scatter(&converted[..from.len()], keys, chunk * CONVERT_ELEMENTS * block_size + offset, block_size);
+            }
+            convert(v, &mut values[offset * head_dim..(offset + 1) * head_dim]);
+        });
+    }
+
+    /// In int8, with a scale for each token's key and value: as activations are quantised, but a head is one group.
+    fn write_codes(&self, cache: &mut KvCache, layer: usize, k: &[f32], v: &[f32], slots: &[u32]) {
+        let KvShape { head_dim, block_size, .. } = *cache.shape();
+        self.each_head::<i8>(cache, layer, k, v, slots, |Head { k, v, keys, values, offset }| {
+            let scale_at = head_dim * block_size + offset * size_of::<f32>();
+            let put = |page: &mut [i8], scale: f32| {
+                let bytes = scale.to_le_bytes();
+                page[scale_at..scale_at + bytes.len()].copy_from_slice(bytemuck::cast_slice(&bytes));
+            };
+            let (scale, factor) = scale_and_factor(k);
+            put(keys, scale);
+            for (chunk, from) in k.chunks(CONVERT_ELEMENTS).enumerate() {
+                let mut codes = [0; CONVERT_ELEMENTS];
+                codes.iter_mut().zip(from).for_each(|(to, &x)| *to = code(x, factor));
+                scatter(&codes[..from.len()], keys, chunk * CONVERT_ELEMENTS * block_size + offset, block_size);
+            }
+            let (scale, factor) = scale_and_factor(v);
+            put(values, scale);
+            let targets = &mut values[offset * head_dim..(offset + 1) * head_dim];
+            targets.iter_mut().zip(v).for_each(|(to, &x)| *to = code(x, factor));
+        });
+    }
+
+    /// Calls `write` for every key/value head of every row; heads are shared out over threads.
+    fn each_head<E: Pod + Send>(
+        &self,
+        cache: &mut KvCache,
+        layer: usize,
+        k: &[f32],
+        v: &[f32],
+        slots: &[u32],
+        write: impl Fn(Head<'_, E>) + Sync,
+    ) {
         let shape = *cache.shape();
         let (num_kv_heads, head_dim, block_size) = (shape.num_kv_heads, shape.head_dim, shape.block_size);
         let (keys, values) = cache.planes_mut(layer);
         let keys = SharedMut::new(bytemuck::cast_slice_mut::<u8, E>(keys));
         let values = SharedMut::new(bytemuck::cast_slice_mut::<u8, E>(values));
-        let page = head_dim * block_size;
+        let page = shape.page_elements();
         let min_heads = MIN_PIECE_ELEMENTS.div_ceil((slots.len() * head_dim).max(1));
         self.split(num_kv_heads, min_heads, |heads| {
             for (row, &slot) in slots.iter().enumerate() {
@@ -63,21 +109,33 @@ impl Cpu {
                 for head in heads.clone() {
                     let start = (block * num_kv_heads + head) * page;
                     let source = (row * num_kv_heads + head) * head_dim;
+                    let source = source..source + head_dim;
                     // SAFETY: pages of one head belong to one piece.
                     let (keys, values) =
                         unsafe { (keys.slice(start..start + page), values.slice(start..start + page)) };
-                    for (chunk, from) in k[source..source + head_dim].chunks(CONVERT_ELEMENTS).enumerate() {
-                        let mut converted = [E::zeroed(); CONVERT_ELEMENTS];
-                        convert(from, &mut converted[..from.len()]);
-                        let first = chunk * CONVERT_ELEMENTS * block_size + offset;
-                        let targets = keys[first..].iter_mut().step_by(block_size);
-                        for (target, &component) in targets.zip(&converted[..from.len()]) {
-                            *target = component;
-                        }
-                    }
-                    convert(&v[source..source + head_dim], &mut values[offset * head_dim..(offset + 1) * head_dim]);
+                    write(Head { k: &k[source.clone()], v: &v[source], keys, values, offset });
                 }
             }
         });
+    }
+}
+
+/// One row's key and value in one head, and the pages they go to.
+struct Head<'a, E> {
+    /// `[head_dim]`
+    k: &'a [f32],
+    v: &'a [f32],
+    /// `[head_dim, block_size]` and scales.
+    keys: &'a mut [E],
+    /// `[block_size, head_dim]` and scales.
+    values: &'a mut [E],
+    /// The token's place in the block.
+    offset: usize,
+}
+
+/// To every `stride`-th element from `first` on.
+fn scatter<E: Copy>(from: &[E], to: &mut [E], first: usize, stride: usize) {
+    for (target, &element) in to[first..].iter_mut().step_by(stride).zip(from) {
+        *target = element;
     }
 }

@@ -156,8 +156,8 @@ impl Paged {
                 .collect();
             cpu.write_kv(&mut cache, 0, &k, &v, &slots);
             tables.push(table);
-            keys.push(k.into_iter().map(|x| stored(x, shape.dtype)).collect());
-            values.push(v.into_iter().map(|x| stored(x, shape.dtype)).collect());
+            keys.push(stored(&k, shape.dtype, shape.head_dim));
+            values.push(stored(&v, shape.dtype, shape.head_dim));
             queries.push(random.vec(context * num_heads * shape.head_dim));
         }
         Self { cache, num_heads, tables, contexts: contexts.to_vec(), keys, values, queries }
@@ -199,10 +199,18 @@ impl Paged {
     }
 }
 
-fn stored(x: f32, dtype: KvDtype) -> f32 {
+/// Rows of heads as the cache gives them back.
+fn stored(x: &[f32], dtype: KvDtype, head_dim: usize) -> Vec<f32> {
     match dtype {
-        KvDtype::F32 => x,
-        KvDtype::F16 => f16::from_f32(x).to_f32(),
-        KvDtype::Bf16 => bf16::from_f32(x).to_f32(),
+        KvDtype::F32 => x.to_vec(),
+        KvDtype::F16 => x.iter().map(|&x| f16::from_f32(x).to_f32()).collect(),
+        KvDtype::Bf16 => x.iter().map(|&x| bf16::from_f32(x).to_f32()).collect(),
+        KvDtype::Int8 => x.chunks(head_dim).flat_map(stored_in_int8).collect(),
     }
+}
+
+/// A token's head in 255 steps from its largest magnitude to minus that.
+fn stored_in_int8(head: &[f32]) -> Vec<f32> {
+    let step = head.iter().fold(0.0_f32, |max, x| max.max(x.abs())) / 127.0;
+    head.iter().map(|x| if step == 0.0 { 0.0 } else { (x / step).round() * step }).collect()
 }

@@ -47,7 +47,6 @@ fn check_refuses_what_serve_refuses_in_the_same_words() {
         ("[model]\nsource = \"./bindery.toml\"".to_owned(), "bindery.toml"),
         ("[model]\nsource = \".\"".to_owned(), "holds no weights that can be used"),
         ("[model]\nbackend = \"reference\"\nquantize = \"int4\"".to_owned(), "the reference backend does not quantise"),
-        ("[model]\nkv_cache_dtype = \"int8\"".to_owned(), "not in this version yet"),
         (tiny_model("max_model_len = 257"), "--max-model-len is 257, this model was made for at most 256 tokens"),
         (tiny_model("kv_cache_memory = \"1 KiB\""), "of KV cache and there are 0 MiB"),
         (tiny_model("kv_cache_memory = \"1 PiB\""), "--kv-cache-memory 1 PiB is more than"),

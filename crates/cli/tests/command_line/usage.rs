@@ -110,11 +110,6 @@ fn what_comes_later_is_answered_by_its_name() {
 fn what_no_model_could_be_loaded_with_is_refused_before_one_is_fetched() {
     for verb in ["serve", "chat", "bench"] {
         for (flag, value, expected) in [
-            (
-                "--kv-cache-dtype",
-                "int8",
-                "an int8 KV cache (--kv-cache-dtype int8) is not in this version yet\nhint: use auto",
-            ),
             ("--kv-cache-memory", "1EiB", "--kv-cache-memory 1 EiB is more than"),
             ("--device", "cuda", "CUDA is not in this version yet"),
         ] {

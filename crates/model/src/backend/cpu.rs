@@ -63,20 +63,20 @@ struct Buffers {
 }
 
 impl CpuBackend {
-    /// Refuses a key/value type that the kernels do not have.
+    /// Nothing is allocated yet.
     pub(crate) fn new(
         cpu: Cpu,
         config: &DecoderConfig,
         import: ImportOptions,
         kv_cache_dtype: KvCacheDtype,
         block_size: usize,
-    ) -> Result<Self, ModelError> {
-        let kv_cache_dtype = self::kv_cache_dtype(import, kv_cache_dtype)?;
-        let dtype = match kv_cache_dtype {
+    ) -> Self {
+        let dtype = match self::kv_cache_dtype(import, kv_cache_dtype) {
             KvCacheDtype::F32 => KvDtype::F32,
             KvCacheDtype::F16 => KvDtype::F16,
             KvCacheDtype::Bf16 => KvDtype::Bf16,
-            KvCacheDtype::Auto | KvCacheDtype::Int8 => unreachable!("chosen above, or refused"),
+            KvCacheDtype::Int8 => KvDtype::Int8,
+            KvCacheDtype::Auto => unreachable!("chosen above"),
         };
         let kv_shape = KvShape {
             num_layers: config.num_layers(),
@@ -86,19 +86,16 @@ impl CpuBackend {
             dtype,
         };
         let config = config.clone();
-        Ok(Self { cpu, config, import, kv_shape, cache: None, buffers: Buffers::default() })
+        Self { cpu, config, import, kv_shape, cache: None, buffers: Buffers::default() }
     }
 }
 
-/// What keys and values are kept as: what was asked for, or what suits the weights. Refuses what has no kernels.
-pub(crate) fn kv_cache_dtype(import: ImportOptions, wanted: KvCacheDtype) -> Result<KvCacheDtype, ModelError> {
+/// What keys and values are kept as: what was asked for, or what suits the weights.
+pub(crate) fn kv_cache_dtype(import: ImportOptions, wanted: KvCacheDtype) -> KvCacheDtype {
     match wanted {
-        KvCacheDtype::Auto if import.dtype == Dtype::F32 || import.dequantize => Ok(KvCacheDtype::F32),
-        KvCacheDtype::Auto => Ok(KvCacheDtype::F16),
-        KvCacheDtype::F32 | KvCacheDtype::F16 | KvCacheDtype::Bf16 => Ok(wanted),
-        KvCacheDtype::Int8 => {
-            Err(ModelError::BadOption("--kv-cache-dtype int8 is not there yet: use auto, f32, f16 or bf16".into()))
-        }
+        KvCacheDtype::Auto if import.dtype == Dtype::F32 || import.dequantize => KvCacheDtype::F32,
+        KvCacheDtype::Auto => KvCacheDtype::F16,
+        KvCacheDtype::F32 | KvCacheDtype::F16 | KvCacheDtype::Bf16 | KvCacheDtype::Int8 => wanted,
     }
 }
 

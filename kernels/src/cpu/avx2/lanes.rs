@@ -24,6 +24,11 @@ impl Lanes for Lanes256 {
             let (low, high) = (_mm_loadu_si128(from.cast()), _mm_loadu_si128(from.add(8).cast()));
             Self(widen_bf16(low), widen_bf16(high))
         };
+        fn load_i8(from: *const i8) -> Self = {
+            let bytes = _mm_loadu_si128(from.cast());
+            let widen = |bytes: __m128i| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+            Self(widen(bytes), widen(_mm_srli_si128::<8>(bytes)))
+        };
         fn store(self: Self, to: *mut f32) = {
             _mm256_storeu_ps(to, self.0);
             _mm256_storeu_ps(to.add(8), self.1);

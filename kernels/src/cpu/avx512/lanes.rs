@@ -21,6 +21,8 @@ impl Lanes for Lanes512 {
             let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
             Self(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits)))
         };
+        fn load_i8(from: *const i8) -> Self =
+            Self(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()))));
         fn store(self: Self, to: *mut f32) = _mm512_storeu_ps(to, self.0);
         fn store_i8(self: Self, to: *mut i8) =
             _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(self.0)));

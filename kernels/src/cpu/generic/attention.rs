@@ -11,7 +11,7 @@
 //!
 //! Both products are the block of `block.rs`, straight from the pages in the cache's own type. Only where a page's rows
 //! do not fill vectors (a block size or head dimension that is no multiple of 16) is a tile first laid out in f32; the
-//! same code then runs on that.
+//! same code then runs on that. Where elements are codes, a key's scale multiplies its score and a value's its weight.
 //! Queries that see the same keys of a tile share the loads of its values; those on the diagonal go one by one, so that
 //! none touches a value it must not see.
 
@@ -22,7 +22,7 @@ use super::exp::{exp, tanh};
 use super::{Element, Lanes};
 use crate::cpu::attention::TILE_KEYS;
 use crate::cpu::scalar;
-use crate::cpu::task::SpanTask;
+use crate::cpu::task::{KvElement, SpanTask};
 
 const WIDTH: usize = 16;
 /// Queries that share a key vector's load.
@@ -48,6 +48,37 @@ pub(in crate::cpu) struct Tile<E> {
     num_runs: usize,
     /// From one value to the next.
     value_stride: usize,
+    /// Of the tile's keys and values; left alone where elements have none.
+    key_scales: [f32; TILE_KEYS],
+    value_scales: [f32; TILE_KEYS],
+    has_scales: bool,
+}
+
+impl<E> Tile<E> {
+    /// Nothing in it yet.
+    fn empty(start: usize) -> Self {
+        Self {
+            start,
+            keys: [std::ptr::null(); VECTORS],
+            key_stride: 0,
+            runs: [(0, std::ptr::null()); TILE_KEYS],
+            num_runs: 0,
+            value_stride: 0,
+            key_scales: [0.0; TILE_KEYS],
+            value_scales: [0.0; TILE_KEYS],
+            has_scales: false,
+        }
+    }
+
+    fn take_scales<S: KvElement>(&mut self, task: &SpanTask<'_, S>, held: Range<usize>) {
+        if S::HAS_SCALES {
+            self.has_scales = true;
+            for position in held {
+                let (key, value) = task.scales(position);
+                (self.key_scales[position - self.start], self.value_scales[position - self.start]) = (key, value);
+            }
+        }
+    }
 }
 
 /// Calls `$body` with 1 to 4 queries; one alone takes `$wide` vectors at a time.
@@ -70,7 +101,11 @@ pub(in crate::cpu) type Walk<E> = unsafe fn(&mut SpanTask<'_, E>, &Tile<E>);
 /// # Safety
 /// - Both functions are compiled for instructions that the machine has.
 /// - The task's ranges lie within its buffers, and its block table names blocks of the cache.
-pub(in crate::cpu) unsafe fn attend<E: Element>(task: &mut SpanTask<'_, E>, walk: Walk<E>, walk_laid_out: Walk<f32>) {
+pub(in crate::cpu) unsafe fn attend<E: Element + KvElement>(
+    task: &mut SpanTask<'_, E>,
+    walk: Walk<E>,
+    walk_laid_out: Walk<f32>,
+) {
     let num_queries = task.num_queries();
     let width = task.head_dim.next_multiple_of(WIDTH);
     task.partial.max.fill(f32::NEG_INFINITY);
@@ -106,16 +141,10 @@ pub(in crate::cpu) unsafe fn attend<E: Element>(task: &mut SpanTask<'_, E>, walk
 }
 
 /// A tile straight from the pages, whose rows fill vectors.
-fn tile_of_pages<E: Element>(task: &SpanTask<'_, E>, start: usize, held: Range<usize>) -> Tile<E> {
+fn tile_of_pages<E: Element + KvElement>(task: &SpanTask<'_, E>, start: usize, held: Range<usize>) -> Tile<E> {
     let (block_size, head_dim) = (task.block_size, task.head_dim);
-    let mut tile = Tile {
-        start,
-        keys: [std::ptr::null(); VECTORS],
-        key_stride: block_size,
-        runs: [(0, std::ptr::null()); TILE_KEYS],
-        num_runs: 0,
-        value_stride: head_dim,
-    };
+    let mut tile = Tile { key_stride: block_size, value_stride: head_dim, ..Tile::empty(start) };
+    tile.take_scales(task, held.clone());
     for vector in (held.start - start) / WIDTH..(held.end - start).div_ceil(WIDTH) {
         let at = task.key_index(start + vector * WIDTH);
         tile.keys[vector] = task.keys[at..at + (head_dim - 1) * block_size + WIDTH].as_ptr();
@@ -131,27 +160,32 @@ fn tile_of_pages<E: Element>(task: &SpanTask<'_, E>, start: usize, held: Range<u
     tile
 }
 
-/// A tile copied to `room` in f32: keys `[head_dim, 64]`, then values `[64, padded head_dim]`.
-fn lay_out<E: Element>(task: &SpanTask<'_, E>, start: usize, held: Range<usize>, room: &mut Vec<f32>) -> Tile<f32> {
+/// A tile copied to `room` in f32 (codes as they are): keys `[head_dim, 64]`, then values `[64, padded head_dim]`.
+fn lay_out<E: Element + KvElement>(
+    task: &SpanTask<'_, E>,
+    start: usize,
+    held: Range<usize>,
+    room: &mut Vec<f32>,
+) -> Tile<f32> {
     let width = task.head_dim.next_multiple_of(WIDTH);
     room.clear();
     room.resize((task.head_dim + width) * TILE_KEYS, 0.0);
     let (keys, values) = room.split_at_mut(task.head_dim * TILE_KEYS);
-    for position in held {
+    for position in held.clone() {
         let (key_at, value_at) = (task.key_index(position), task.value_index(position));
         for i in 0..task.head_dim {
-            keys[i * TILE_KEYS + position - start] = task.keys[key_at + i * task.block_size].to_f32();
-            values[(position - start) * width + i] = task.values[value_at + i].to_f32();
+            keys[i * TILE_KEYS + position - start] = task.keys[key_at + i * task.block_size].widen();
+            values[(position - start) * width + i] = task.values[value_at + i].widen();
         }
     }
     let mut tile = Tile {
-        start,
-        keys: [keys.as_ptr(); VECTORS],
         key_stride: TILE_KEYS,
         runs: [(0, values.as_ptr()); TILE_KEYS],
         num_runs: 1,
         value_stride: width,
+        ..Tile::empty(start)
     };
+    tile.take_scales(task, held);
     for (vector, pointer) in tile.keys.iter_mut().enumerate() {
         *pointer = keys[vector * WIDTH..].as_ptr();
     }
@@ -196,7 +230,7 @@ pub(in crate::cpu) unsafe fn walk_queries<L: Lanes, T: Element, const V: usize, 
             with_queries!(count, score::<L, T, V, W>(tile, &queries, head_dim, vectors, &mut scores));
             for q in 0..count {
                 if !visible[q].is_empty() {
-                    weigh::<L, T>(task, tile.start, first + q, visible[q].clone(), &mut scores[q]);
+                    weigh::<L, T>(task, tile, first + q, visible[q].clone(), &mut scores[q]);
                 }
             }
             let alike = visible[..count].iter().all(|keys| *keys == visible[0]);
@@ -270,11 +304,11 @@ unsafe fn score_vectors<L: Lanes, T: Element, const Q: usize, const V: usize>(
 /// One query's dot products to softmax weights; brings maximum, sum and values to the new maximum.
 ///
 /// # Safety
-/// As [`walk_queries`]; `visible` is not empty and lies within the tile that begins at `tile_start`.
+/// As [`walk_queries`]; `visible` is not empty and lies within the tile.
 #[inline(always)]
 unsafe fn weigh<L: Lanes, E: Element>(
     task: &mut SpanTask<'_, E>,
-    tile_start: usize,
+    tile: &Tile<E>,
     query: usize,
     visible: Range<usize>,
     scores: &mut [f32; TILE_KEYS],
@@ -286,13 +320,17 @@ unsafe fn weigh<L: Lanes, E: Element>(
     unsafe {
         let scale = L::splat(args.scale);
         for vector in vectors.clone() {
-            let mut score = L::load(to.add(vector * WIDTH)).mul(scale);
+            let mut score = L::load(to.add(vector * WIDTH));
+            if tile.has_scales {
+                score = score.mul(L::load(tile.key_scales.as_ptr().add(vector * WIDTH)));
+            }
+            score = score.mul(scale);
             if let Some(cap) = args.soft_cap {
                 score = tanh(score.div(L::splat(cap))).mul(L::splat(cap));
             }
             if let Some(slopes) = args.alibi_slopes {
                 let position = task.first_position + query / task.heads_per_kv;
-                let distance = (tile_start + vector * WIDTH) as f32 - position as f32;
+                let distance = (tile.start + vector * WIDTH) as f32 - position as f32;
                 let distances = L::load(STEPS.as_ptr()).add(L::splat(distance));
                 score = L::splat(slopes[task.head(query)]).mul_add(distances, score);
             }
@@ -310,9 +348,12 @@ unsafe fn weigh<L: Lanes, E: Element>(
         let new_max = maxes.join_max();
         let mut sums = L::splat(0.0);
         for vector in vectors {
-            let weights = exp(L::load(to.add(vector * WIDTH)).sub(L::splat(new_max)));
-            weights.store(to.add(vector * WIDTH));
+            let mut weights = exp(L::load(to.add(vector * WIDTH)).sub(L::splat(new_max)));
             sums = sums.add(weights);
+            if tile.has_scales {
+                weights = weights.mul(L::load(tile.value_scales.as_ptr().add(vector * WIDTH)));
+            }
+            weights.store(to.add(vector * WIDTH));
         }
         let rescale = scalar::exp::exp(old_max - new_max);
         task.partial.sum[query] = task.partial.sum[query].mul_add(rescale, sums.join_add());

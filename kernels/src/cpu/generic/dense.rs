@@ -6,14 +6,16 @@
 use super::block::multiply_add;
 use super::{Element, Lanes};
 use crate::cpu::task::DenseTask;
-use crate::matrix::DENSE_TILE_ROWS;
+use crate::matrix::{DENSE_TILE_ROWS, DenseElement};
 
 /// `V` tiles at a time for several rows, `W` for one.
 ///
 /// # Safety
 /// As [`Lanes`]; the task's ranges lie within its buffers.
 #[inline(always)]
-pub(in crate::cpu) unsafe fn multiply<L: Lanes, E: Element, const V: usize, const W: usize>(task: &DenseTask<'_, E>) {
+pub(in crate::cpu) unsafe fn multiply<L: Lanes, E: Element + DenseElement, const V: usize, const W: usize>(
+    task: &DenseTask<'_, E>,
+) {
     // SAFETY: the caller's duties are the same.
     unsafe {
         let mut tile = task.tiles.start;
@@ -41,7 +43,7 @@ pub(in crate::cpu) unsafe fn multiply<L: Lanes, E: Element, const V: usize, cons
 /// # Safety
 /// As [`multiply`]; the tiles are the task's.
 #[inline(always)]
-unsafe fn walk_rows<L: Lanes, E: Element, const V: usize>(task: &DenseTask<'_, E>, tile: usize) {
+unsafe fn walk_rows<L: Lanes, E: Element + DenseElement, const V: usize>(task: &DenseTask<'_, E>, tile: usize) {
     let mut m = task.m.start;
     // SAFETY: the caller's duties; the rows named lie within the task's.
     unsafe {
@@ -61,7 +63,11 @@ unsafe fn walk_rows<L: Lanes, E: Element, const V: usize>(task: &DenseTask<'_, E
 /// # Safety
 /// As [`multiply`]; rows `m..m + Q` and tiles `tile..tile + V` are the task's.
 #[inline(always)]
-unsafe fn rows<L: Lanes, E: Element, const Q: usize, const V: usize>(task: &DenseTask<'_, E>, tile: usize, m: usize) {
+unsafe fn rows<L: Lanes, E: Element + DenseElement, const Q: usize, const V: usize>(
+    task: &DenseTask<'_, E>,
+    tile: usize,
+    m: usize,
+) {
     let cols = task.weights.cols;
     let x = task.x[m * cols..(m + Q) * cols].as_ptr();
     let weights = task.weights.elements[tile * cols * DENSE_TILE_ROWS..(tile + V) * cols * DENSE_TILE_ROWS].as_ptr();

@@ -19,8 +19,6 @@ pub(super) mod rows;
 use bytemuck::Pod;
 use half::{bf16, f16};
 
-use crate::matrix::DenseElement;
-
 /// Sixteen f32 lanes.
 ///
 /// # Safety
@@ -31,6 +29,7 @@ pub(super) trait Lanes: Copy {
     unsafe fn load(from: *const f32) -> Self;
     unsafe fn load_f16(from: *const f16) -> Self;
     unsafe fn load_bf16(from: *const bf16) -> Self;
+    unsafe fn load_i8(from: *const i8) -> Self;
     unsafe fn store(self, to: *mut f32);
     /// Lanes are integers in -128..=127.
     unsafe fn store_i8(self, to: *mut i8);
@@ -160,7 +159,7 @@ pub(super) trait QuantLanes: Copy {
 }
 
 /// An element type that loads into lanes.
-pub(super) trait Element: DenseElement + Pod {
+pub(super) trait Element: Pod {
     /// # Safety
     /// As [`Lanes::load`].
     unsafe fn lanes<L: Lanes>(from: *const Self) -> L;
@@ -187,6 +186,14 @@ impl Element for bf16 {
     unsafe fn lanes<L: Lanes>(from: *const Self) -> L {
         // SAFETY: the caller's duty is the same.
         unsafe { L::load_bf16(from) }
+    }
+}
+
+impl Element for i8 {
+    #[inline(always)]
+    unsafe fn lanes<L: Lanes>(from: *const Self) -> L {
+        // SAFETY: the caller's duty is the same.
+        unsafe { L::load_i8(from) }
     }
 }
 
@@ -274,6 +281,7 @@ macro_rules! kernel_table {
             attention_entry!(attention_f32, walk_f32, f32);
             attention_entry!(attention_f16, walk_f16, f16);
             attention_entry!(attention_bf16, walk_bf16, bf16);
+            attention_entry!(attention_i8, walk_i8, i8);
 
             #[target_feature(enable = $features)]
             unsafe fn quantize(x: &[f32], out: &mut [QuantGroup]) {
@@ -323,6 +331,7 @@ macro_rules! kernel_table {
                 attention_f32,
                 attention_f16,
                 attention_bf16,
+                attention_i8,
                 max,
                 exp_sub_sum,
                 sum_exp_sub,

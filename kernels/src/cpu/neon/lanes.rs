@@ -46,6 +46,14 @@ impl Lanes for LanesNeon {
             let ((a, b), (c, d)) = (widen_bf16(low), widen_bf16(high));
             Self(a, b, c, d)
         };
+        fn load_i8(from: *const i8) -> Self = {
+            let bytes = vld1q_s8(from);
+            let widen = |words: int16x4_t| vcvtq_f32_s32(vmovl_s16(words));
+            let (low, high) = (vmovl_s8(vget_low_s8(bytes)), vmovl_high_s8(bytes));
+            Self(
+                widen(vget_low_s16(low)), widen(vget_high_s16(low)), widen(vget_low_s16(high)), widen(vget_high_s16(high))
+            )
+        };
         fn store(self: Self, to: *mut f32) = {
             vst1q_f32(to, self.0);
             vst1q_f32(to.add(4), self.1);

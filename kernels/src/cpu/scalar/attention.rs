@@ -1,17 +1,17 @@
 //! Attention of one span, one query after the other, straight from the pages.
 //!
 //! Tiles start at multiples of 64 absolute positions. A score's one accumulator walks the components in order; a
-//! value's one accumulator walks the keys in order; a tile's sum has sixteen lanes, by position mod 16.
+//! value's one accumulator walks the keys in order; a tile's sum has sixteen lanes, by position mod 16. Codes are summed as
+//! they are: a key's scale multiplies its dot product, a value's scale its weight.
 
 use super::exp::{exp, tanh};
 use super::{LANES, join_lanes};
 use crate::cpu::attention::TILE_KEYS;
-use crate::cpu::task::SpanTask;
-use crate::matrix::DenseElement;
+use crate::cpu::task::{KvElement, SpanTask};
 
 /// # Safety
 /// Safe in fact; unsafe to fit the table.
-pub(super) unsafe fn attend<E: DenseElement>(task: &mut SpanTask<'_, E>) {
+pub(super) unsafe fn attend<E: KvElement>(task: &mut SpanTask<'_, E>) {
     let width = task.head_dim.next_multiple_of(16);
     for query in 0..task.num_queries() {
         let visible = task.visible(query);
@@ -31,10 +31,13 @@ pub(super) unsafe fn attend<E: DenseElement>(task: &mut SpanTask<'_, E>) {
             }
             sum = sum.mul_add(rescale, join_lanes(lanes));
             max = new_max;
+            let scaled =
+                |(key, &weight): (usize, &f32)| if E::HAS_SCALES { weight * task.scales(key).1 } else { weight };
+            let weights: Vec<f32> = keys.clone().zip(&weights).map(scaled).collect();
             for (i, value) in values[..task.head_dim].iter_mut().enumerate() {
                 *value *= rescale;
                 for (key, &weight) in keys.clone().zip(&weights) {
-                    *value = weight.mul_add(task.values[task.value_index(key) + i].to_f32(), *value);
+                    *value = weight.mul_add(task.values[task.value_index(key) + i].widen(), *value);
                 }
             }
             tile += TILE_KEYS;
@@ -45,13 +48,14 @@ pub(super) unsafe fn attend<E: DenseElement>(task: &mut SpanTask<'_, E>) {
     }
 }
 
-fn score<E: DenseElement>(task: &SpanTask<'_, E>, query: usize, key: usize) -> f32 {
+fn score<E: KvElement>(task: &SpanTask<'_, E>, query: usize, key: usize) -> f32 {
     let at = task.key_index(key);
     let dot = task
         .query(query)
         .iter()
         .enumerate()
-        .fold(0.0_f32, |dot, (i, &q)| q.mul_add(task.keys[at + i * task.block_size].to_f32(), dot));
+        .fold(0.0_f32, |dot, (i, &q)| q.mul_add(task.keys[at + i * task.block_size].widen(), dot));
+    let dot = if E::HAS_SCALES { dot * task.scales(key).0 } else { dot };
     let mut score = dot * task.args.scale;
     if let Some(cap) = task.args.soft_cap {
         score = tanh(score / cap) * cap;

@@ -44,6 +44,7 @@ pub(super) const TABLE: Kernels = Kernels {
     attention_f32: attention::attend,
     attention_f16: attention::attend,
     attention_bf16: attention::attend,
+    attention_i8: attention::attend,
     max: logits::max,
     exp_sub_sum: logits::exp_sub_sum,
     sum_exp_sub: logits::sum_exp_sub,

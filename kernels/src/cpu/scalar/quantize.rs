@@ -7,21 +7,31 @@ use crate::pack::GROUP;
 /// matter beside any weight.
 pub(crate) const SMALLEST_MAGNITUDE: f32 = 1.0 / (1u128 << 100) as f32;
 
+/// A group's scale, and the factor that brings its elements to codes: 0 where all codes are 0.
+pub(crate) fn scale_and_factor(x: &[f32]) -> (f32, f32) {
+    // Magnitudes compare as integers; so NaN counts as larger than infinity and is not lost.
+    let magnitude = x.iter().map(|x| x.abs().to_bits()).max().map_or(0.0, f32::from_bits);
+    if !magnitude.is_finite() {
+        (f32::NAN, 0.0)
+    } else if magnitude < SMALLEST_MAGNITUDE {
+        (0.0, 0.0)
+    } else {
+        (magnitude / 127.0, 127.0 / magnitude)
+    }
+}
+
+/// An element's code.
+pub(crate) fn code(x: f32, factor: f32) -> i8 {
+    if factor == 0.0 { 0 } else { (x * factor).round_ties_even() as i8 }
+}
+
 /// # Safety
 /// Safe in fact; unsafe to fit the table.
 pub(super) unsafe fn quantize(x: &[f32], out: &mut [QuantGroup]) {
     for (x, group) in x.chunks_exact(GROUP).zip(out) {
-        // Magnitudes compare as integers; so NaN counts as larger than infinity and is not lost.
-        let magnitude = x.iter().map(|x| x.abs().to_bits()).max().map_or(0.0, f32::from_bits);
-        let (scale, factor) = if !magnitude.is_finite() {
-            (f32::NAN, 0.0)
-        } else if magnitude < SMALLEST_MAGNITUDE {
-            (0.0, 0.0)
-        } else {
-            (magnitude / 127.0, 127.0 / magnitude)
-        };
-        for (code, &x) in group.codes.iter_mut().zip(x) {
-            *code = if factor == 0.0 { 0 } else { (x * factor).round_ties_even() as i8 };
+        let (scale, factor) = scale_and_factor(x);
+        for (target, &x) in group.codes.iter_mut().zip(x) {
+            *target = code(x, factor);
         }
         group.scale = scale;
         group.sum = group.codes.iter().map(|&code| i32::from(code)).sum();
