@@ -14,9 +14,14 @@ use crate::{
     terminal::{self, FetchProgress},
 };
 
+/// What of a fetch follows from the settings; the rest is the environment's.
+pub(crate) fn fetch_options(settings: &ModelSettings) -> anyhow::Result<FetchOptions> {
+    Ok(FetchOptions { config_suffices: settings.local.load.dummy, ..FetchOptions::from_env(settings.offline)? })
+}
+
 /// Finds or downloads the files of the model.
 pub(crate) async fn fetch(settings: &ModelSettings) -> anyhow::Result<LocalFiles> {
-    let options = FetchOptions::from_env(settings.offline)?;
+    let options = fetch_options(settings)?;
     let progress: SharedProgress = Arc::new(FetchProgress::default());
     let files = Box::pin(bindery_hub::resolve(&settings.source, &options, &progress)).await?;
     if let Some(note) = &files.note {

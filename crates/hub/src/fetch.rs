@@ -42,7 +42,7 @@ pub async fn resolve(model: &str, options: &FetchOptions, progress: &SharedProgr
         }
         ModelRef::File(path) => Ok(of_path(path)),
         ModelRef::Directory(path) => {
-            if !source::path::is_complete_folder(&path) {
+            if !source::path::is_usable_folder(&path, options) {
                 return Err(HubError::NoWeights { origin: format!("the folder {}", path.display()) });
             }
             Ok(of_path(path))

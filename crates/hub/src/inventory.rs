@@ -10,7 +10,7 @@ use crate::{
     fetch::ggufs_in,
     source::{
         hub::{HubRepo, cached_file, cached_model},
-        path::is_complete_folder,
+        path::{is_complete_folder, is_usable_folder},
     },
 };
 
@@ -65,7 +65,7 @@ pub fn locate_model(reference: &ModelRef, options: &FetchOptions) -> Result<Opti
     match reference {
         ModelRef::Card(name) => Ok(locate(Cards::load(options.cards_dir.as_deref())?.find(name)?, options)),
         ModelRef::File(path) => Ok(Some(path.clone())),
-        ModelRef::Directory(path) if is_complete_folder(path) => Ok(Some(path.clone())),
+        ModelRef::Directory(path) if is_usable_folder(path, options) => Ok(Some(path.clone())),
         ModelRef::Directory(path) => Err(HubError::NoWeights { origin: format!("the folder {}", path.display()) }),
         ModelRef::Hub { repo, revision, file } => {
             let snapshot = HubRepo { repo, revision: revision.as_deref() }.cached_snapshot(options);

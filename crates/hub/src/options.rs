@@ -21,6 +21,8 @@ pub struct FetchOptions {
     pub offline: bool,
     /// Ask the hub for news of a branch even where a complete copy is cached (`pull`); else the copy is used (`serve`).
     pub refresh: bool,
+    /// The weights will be made up (`--load-format dummy`): of a folder, its config.json is enough.
+    pub config_suffices: bool,
     /// The hub.
     pub hub: HubOptions,
     /// The command that runs pip, with its first arguments; None: the usual names are tried.
@@ -83,6 +85,7 @@ impl FetchOptions {
             cards_dir,
             offline: offline || non_empty("HF_HUB_OFFLINE").is_some_and(|value| is_true(&value)),
             refresh: false,
+            config_suffices: false,
             hub: HubOptions::default(),
             pip: non_empty("BINDERY_PIP").map(split_command),
             limits: FetchLimits::STANDARD,

@@ -6,7 +6,7 @@
 use std::{fmt::Write as _, net::SocketAddr, path::PathBuf};
 
 use bindery_engine::local_model::CheckReport;
-use bindery_hub::{Cards, FetchOptions, ModelRef, inventory};
+use bindery_hub::{Cards, ModelRef, inventory};
 
 use crate::{
     args::{CheckArgs, ServeArgs, variable_behind},
@@ -103,7 +103,7 @@ struct Model {
 
 impl Model {
     async fn find(settings: &Settings) -> anyhow::Result<Self> {
-        let options = FetchOptions::from_env(settings.model.offline)?;
+        let options = local::fetch_options(&settings.model)?;
         let reference = ModelRef::parse(&settings.model.source)?;
         let path = inventory::locate_model(&reference, &options)?;
         let described = match reference {

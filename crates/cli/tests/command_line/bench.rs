@@ -202,3 +202,23 @@ fn a_model_in_this_process_is_served_measured_and_stopped() {
         assert!(ended.stdout.contains(expected), "{expected}: {}", ended.stdout);
     }
 }
+
+/// A shape whose weights nobody has: its config.json is all there is of the folder.
+#[test]
+fn a_shape_is_measured_by_its_config_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = std::fs::read(std::path::Path::new(TINY_LLAMA).join("config.json")).unwrap();
+    let mut config: serde_json::Value = serde_json::from_slice(&config).unwrap();
+    // Room for the tokens of single bytes, which is what it is served with.
+    config["vocab_size"] = 512.into();
+    std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+    let model = folder.path().to_str().unwrap();
+    let flags = "--threads 1 --num-requests 2 --rounds 1 --concurrency 1 --input-words 4 --output-tokens 3 --json";
+    let flags: Vec<&str> = flags.split_whitespace().collect();
+    let ended = run(&[&["bench", model, "--load-format", "dummy", "--quantize", "int4"], &flags[..]].concat());
+    assert_eq!(report_of(&ended)["rows"][0]["answered"], 2, "{}", ended.stderr);
+    // With weights to be read, it is no model.
+    let ended = run(&[&["bench", model], &flags[..]].concat());
+    assert_eq!(ended.code, 1, "{}", ended.stderr);
+    assert!(ended.stderr.contains("holds no weights that can be used"), "{}", ended.stderr);
+}

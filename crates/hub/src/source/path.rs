@@ -7,6 +7,7 @@ use crate::{
     cache::{Cache, Checked, Trust},
     card::CardFile,
     digest::Digest,
+    options::FetchOptions,
     progress::SharedProgress,
 };
 
@@ -33,6 +34,11 @@ pub(crate) async fn fetch(
         Checked::Missing => Err(HubError::NoSuchPath { path }),
         Checked::Broken(why) => Err(HubError::BadAnswer { origin: path.display().to_string(), why }),
     }
+}
+
+/// A folder that MODEL may name.
+pub(crate) fn is_usable_folder(folder: &Path, options: &FetchOptions) -> bool {
+    is_complete_folder(folder) || (options.config_suffices && folder.join("config.json").exists())
 }
 
 /// `config.json` and every safetensors file that the model consists of.

@@ -221,6 +221,7 @@ impl Machine {
             cards_dir: Some(folder.path().join("cards")),
             offline: false,
             refresh: false,
+            config_suffices: false,
             hub: HubOptions {
                 endpoint: Some(endpoint.unwrap_or("http://127.0.0.1:9").to_owned()),
                 cache_dir: Some(folder.path().join("hf")),

@@ -120,10 +120,17 @@ impl WeightStore {
         if path.is_dir() { Self::open_directory(path) } else { Self::open_gguf(path) }
     }
 
-    /// Random weights of the config's shapes (`--load-format dummy`); `path` is a config.json or the directory of one.
+    /// Random weights of the config's shapes (`--load-format dummy`); `path` is a config.json, the directory of one, or a
+    /// `.gguf` file (whose own weights are not read; the made-up ones are bf16).
     pub fn dummy(path: &Path) -> Result<Self, ModelError> {
-        let config_path = if path.is_dir() { path.join(CONFIG_FILE) } else { path.to_owned() };
-        let (config, dtype) = crate::config::read_json_file(&config_path)?;
+        let is_gguf = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
+        let (config, dtype) = if path.is_dir() {
+            crate::config::read_json_file(&path.join(CONFIG_FILE))?
+        } else if is_gguf {
+            (DecoderConfig::from_gguf(&GgufFile::open(path)?)?, None)
+        } else {
+            crate::config::read_json_file(path)?
+        };
         let format = dtype.unwrap_or(WeightFormat::Bf16);
         let naming = Naming::HuggingFace { prefix: "model." };
         let tensors = expected(&config)

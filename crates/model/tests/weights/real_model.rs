@@ -36,6 +36,9 @@ fn the_default_model_is_what_its_card_says() {
     assert_eq!(store.describe_formats(), "Q4_1 (210), F32 (61), Q8_0 (1)");
     assert_eq!(store.num_quantized_by(Quantize::Int4), 0, "its embedding is stored as Q8_0 and stays so");
     assert_eq!(store.num_parameters(), 134_515_008);
+    let dummy = WeightStore::dummy(&path).unwrap();
+    assert_eq!(dummy.config(), config);
+    assert_eq!(dummy.describe_formats(), "BF16 (272)", "made up, none of them read");
     let gguf = store.gguf().unwrap();
     assert_eq!(gguf.strings("tokenizer.ggml.tokens").unwrap().len(), 49152);
     assert_eq!(gguf.strings("tokenizer.ggml.merges").unwrap().len(), 48900);
