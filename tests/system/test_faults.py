@@ -87,12 +87,30 @@ def test_hostile_bodies_are_client_errors(server, route):
 def test_a_ten_megabyte_prompt_is_refused_quickly_and_stalls_nobody(server, client):
     body = json.dumps({"model": "smollm2-135m", "prompt": "a b " * 2_600_000}).encode()
     stream = client.completions.create(
-        model="smollm2-135m", prompt="Once", max_tokens=64, temperature=0, stream=True, extra_body={"ignore_eos": True}
+        model="smollm2-135m", prompt="Once", max_tokens=256, temperature=0, stream=True, extra_body={"ignore_eos": True},
+        stream_options={"include_usage": True},
     )
-    status, _, answer = request(server, "POST", "/v1/completions", body)
-    assert status == 400, answer[:300]
-    assert json.loads(answer)["error"]["code"] == "context_length_exceeded"
-    assert sum(1 for chunk in stream if chunk.choices) >= 1
+    chunks = []
+
+    def read():
+        for chunk in stream:
+            chunks.append(chunk)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    # One after the other for as long as the stream lasts: what comes of it, comes while one of them is worked on.
+    num_came_meanwhile = []
+    while reader.is_alive():
+        num_before = len(chunks)
+        status, _, answer = request(server, "POST", "/v1/completions", body)
+        assert status == 400, answer[:300]
+        assert json.loads(answer)["error"]["code"] == "context_length_exceeded"
+        num_came_meanwhile.append(len(chunks) - num_before)
+    reader.join()
+    assert len(num_came_meanwhile) > 1, "the first was refused before 256 tokens were written"
+    assert sum(num_came_meanwhile) > 0, "the stream went on"
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
+    assert chunks[-1].usage.completion_tokens == 256
 
 
 def test_scores_of_a_prompt_are_not_multiplied_without_bound(server):
@@ -156,25 +174,29 @@ def test_keys(start):
 
 
 def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(start):
-    server = start()
+    server = start("--shutdown-timeout", "10m")
     stream = server.client().chat.completions.create(
-        model="smollm2-135m", messages=CHAT, max_tokens=200, temperature=0, stream=True, extra_body={"ignore_eos": True}
+        model="smollm2-135m", messages=CHAT, max_tokens=500, temperature=0, stream=True, extra_body={"ignore_eos": True}
     )
     first = next(stream)
     assert first.choices
-    server.process.send_signal(signal.SIGTERM)
-    statuses = []
-    while True:
-        try:
-            status = request(server, "GET", "/ready")[0]
-        except OSError:
-            statuses.append("closed")
-            break
-        statuses.append(status)
-        if status == 503:
-            assert request(server, "POST", "/v1/completions", b'{"model": "smollm2-135m", "prompt": "a"}')[0] == 503
-            break
-    assert statuses[-1] in (503, "closed")
+    address = urllib.parse.urlsplit(server.url)
+    body = b'{"model": "smollm2-135m", "prompt": "a", "max_tokens": 1}'
+    with socket.create_connection((address.hostname, address.port), timeout=60) as connection:
+        # A request that is let in and has yet to send its body: while it waits the port is open, however soon the
+        # stream ends.
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: %d\r\n\r\n" % len(body)
+        )
+        answer = connection.makefile("rb")
+        assert answer.readline().split()[1] == b"100"
+        assert answer.readline() == b"\r\n"
+        server.process.send_signal(signal.SIGTERM)
+        while (status := request(server, "GET", "/ready")[0]) != 503:
+            assert status == 200
+        assert request(server, "POST", "/v1/completions", body)[0] == 503
+        connection.sendall(body)
+        assert answer.readline().split()[1] == b"200", "what was let in before is answered"
     chunks = list(stream)
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length", "the running stream ends whole"
     assert server.process.wait(30) == 0
