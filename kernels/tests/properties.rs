@@ -214,13 +214,18 @@ fn check_attention_independence(isa: Isa, case: &AttentionCase) {
     });
 }
 
+/// More under `cargo xtask test --full`.
+fn num_cases(usual: u32, full: u32) -> u32 {
+    if std::env::var_os("BINDERY_TEST_FULL").is_some() { full } else { usual }
+}
+
 macro_rules! properties {
     ($($module:ident: $isa:expr;)*) => {
         $(mod $module {
             use super::*;
 
             proptest! {
-                #![proptest_config(ProptestConfig::with_cases(48))]
+                #![proptest_config(ProptestConfig::with_cases(num_cases(48, 1000)))]
 
                 #[test]
                 fn products_match_scalar(

@@ -97,7 +97,7 @@ fn test(steps: &mut Steps, options: &TestOptions) -> Result<()> {
     let mut cargo_test = cargo();
     cargo_test.args(["test", "--workspace", "--no-fail-fast"]).env("BINDERY_TEST_MODEL", &model);
     if options.full {
-        cargo_test.env("PROPTEST_CASES", "4096").env("BINDERY_TEST_FULL", "1");
+        cargo_test.env("BINDERY_TEST_FULL", "1");
     }
     steps.run("unit, property and documentation tests", &mut cargo_test)?;
     docs(steps)?;

@@ -123,8 +123,13 @@ fn neighbours_change_no_row() {
     }
 }
 
+/// More under `cargo xtask test --full`.
+fn num_cases(usual: u32, full: u32) -> u32 {
+    if std::env::var_os("BINDERY_TEST_FULL").is_some() { full } else { usual }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: num_cases(24, 400), failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn no_composition_of_batches_changes_a_row(

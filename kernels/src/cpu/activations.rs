@@ -1,7 +1,8 @@
 //! Input rows of matrix products, prepared once and used by every matrix that reads them.
 //!
-//! f32 always; int8 groups with scales and sums where a quantised matrix will read them. Buffers only grow, so a step
-//! after warm-up allocates nothing. Invariant: all buffers hold `num_rows` whole rows of the same input.
+//! f32 always; int8 groups with scales and sums where a quantised matrix will read them. Buffers only grow, and what lies
+//! beyond the rows at hand is left as it is: a step after warm-up allocates nothing, and nothing is cleared that is written
+//! next. Invariant: all buffers hold at least `num_rows` whole rows of the same input.
 
 use super::task::{QuantGroup, QuantRows};
 use crate::pack::GROUP;
@@ -12,9 +13,9 @@ pub struct Activations {
     num_rows: usize,
     cols: usize,
     quantized: bool,
-    /// `[num_rows, cols]`
+    /// `[num_rows, cols]`, and more.
     rows: Vec<f32>,
-    /// `[num_rows, cols / 32]`, empty where not asked for.
+    /// `[num_rows, cols / 32]`, and more; left over where not asked for.
     groups: Vec<QuantGroup>,
 }
 
@@ -37,7 +38,7 @@ impl Activations {
 
     /// The rows in f32, `[num_rows, cols]`.
     pub fn rows(&self) -> &[f32] {
-        &self.rows
+        &self.rows[..self.num_rows * self.cols]
     }
 
     /// Whether quantised matrices can read them.
@@ -51,11 +52,11 @@ impl Activations {
             !quantized || cols.is_multiple_of(GROUP),
             "quantised activations need a multiple of {GROUP} columns, got {cols}"
         );
-        let groups = if quantized { num_rows * (cols / GROUP) } else { 0 };
+        let (num_elements, num_groups) = (num_rows * cols, if quantized { num_rows * (cols / GROUP) } else { 0 });
         (self.num_rows, self.cols, self.quantized) = (num_rows, cols, quantized);
-        self.rows.resize(num_rows * cols, 0.0);
-        self.groups.resize(groups, QuantGroup::default());
-        Filling { rows: &mut self.rows, groups: quantized.then_some(&mut self.groups[..]) }
+        self.rows.resize(self.rows.len().max(num_elements), 0.0);
+        self.groups.resize(self.groups.len().max(num_groups), QuantGroup::default());
+        Filling { rows: &mut self.rows[..num_elements], groups: quantized.then_some(&mut self.groups[..num_groups]) }
     }
 
     /// The int8 groups; panics where they were not asked for.
@@ -64,6 +65,7 @@ impl Activations {
             self.quantized,
             "a quantised matrix met activations prepared for dense ones: prepare them with quantized"
         );
-        QuantRows { groups: self.cols / GROUP, rows: &self.groups }
+        let groups = self.cols / GROUP;
+        QuantRows { groups, rows: &self.groups[..self.num_rows * groups] }
     }
 }

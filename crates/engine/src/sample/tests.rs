@@ -153,10 +153,15 @@ fn history() -> impl Strategy<Value = Vec<TokenId>> {
     prop::collection::vec((0_u32..3).prop_map(TokenId), 0..6)
 }
 
+/// More under `cargo xtask test --full`.
+fn num_cases(usual: u32, full: u32) -> u32 {
+    if std::env::var_os("BINDERY_TEST_FULL").is_some() { full } else { usual }
+}
+
 proptest! {
     // Half of all cases are too near to a tie for the twin to decide; proptest gives up after a thousand of them, which
     // many cases reach.
-    #![proptest_config(ProptestConfig { max_global_rejects: 1 << 20, ..ProptestConfig::with_cases(600) })]
+    #![proptest_config(ProptestConfig { max_global_rejects: 1 << 20, ..ProptestConfig::with_cases(num_cases(600, 20_000)) })]
 
     /// The token drawn is the one at whose share of the naive distribution the random number falls.
     #[test]

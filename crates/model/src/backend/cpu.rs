@@ -55,7 +55,6 @@ struct Buffers {
     /// `[rows, intermediate_size]`
     gate: Vec<f32>,
     up: Vec<f32>,
-    inner: Vec<f32>,
     /// Rows for the head, `[kept rows, hidden_size]`.
     kept: Vec<f32>,
     /// Empty between operations; keeps its memory.
@@ -254,11 +253,10 @@ impl Backend for CpuBackend {
     fn mlp(&mut self, weights: &MlpWeights<Self>, step: Step<'_>) -> Result<(), ModelError> {
         let (cpu, rows) = (&self.cpu, step.num_rows());
         let intermediate_size = self.config.mlp.intermediate_size;
-        let Buffers { hidden, activations, gate, up, inner, .. } = &mut self.buffers;
+        let Buffers { hidden, activations, gate, up, .. } = &mut self.buffers;
         let hidden = &mut hidden[..rows * self.config.hidden_size];
         let gate = sized(gate, rows * intermediate_size)?;
         let up = sized(up, rows * intermediate_size)?;
-        let inner = sized(inner, rows * intermediate_size)?;
 
         let quantized = weights.gate.is_quantized() || weights.up.is_quantized();
         cpu.rms_norm(hidden, rows, &weights.norm, self.config.norm.eps, quantized, activations);
@@ -269,10 +267,10 @@ impl Backend for CpuBackend {
                 Product { weights: &weights.up, bias: None, out: up },
             ],
         );
+        let quantized = weights.down.is_quantized();
         match self.config.mlp.activation {
-            Activation::Silu => cpu.silu_mul(gate, up, inner),
+            Activation::Silu => cpu.silu_mul_into(gate, up, rows, intermediate_size, quantized, activations),
         }
-        cpu.prepare(inner, rows, intermediate_size, weights.down.is_quantized(), activations);
         cpu.matmul_add(activations, &weights.down, None, hidden);
         Ok(())
     }

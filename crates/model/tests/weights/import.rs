@@ -121,8 +121,13 @@ fn import(view: &TensorView<'_>, dtype: Dtype, quantize: Quantize) -> Matrix {
     view.import(Isa::Scalar, dtype, quantize).unwrap()
 }
 
+/// More under `cargo xtask test --full`.
+fn num_cases(usual: u32, full: u32) -> u32 {
+    if std::env::var_os("BINDERY_TEST_FULL").is_some() { full } else { usual }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(32))]
+    #![proptest_config(ProptestConfig::with_cases(num_cases(32, 1000)))]
 
     /// Codes, scales and minimums as stored: packed rows equal candle's dequantised rows bit for bit, and take no more
     /// memory than the file.
