@@ -340,6 +340,14 @@ async fn a_disk_that_fills_meanwhile_is_named_and_leaves_nothing_broken() {
     assert_eq!(std::fs::read(machine.resolve("org/repo:m.gguf").await.unwrap().path).unwrap(), bytes);
 }
 
+/// The card `toy`: the hub first, then a file of this machine, whose path comes back and which does not exist yet.
+fn add_card_with_next_source(machine: &Machine, bytes: &[u8]) -> std::path::PathBuf {
+    let here = machine.folder.path().join("here.gguf");
+    let next = format!("[[sources]]\nkind = \"path\"\npath = \"{}\"\n", here.display());
+    machine.add_card(bytes, &format!("{HUB_SOURCE}{next}"));
+    here
+}
+
 #[tokio::test]
 async fn a_hub_that_never_answers_gives_way_in_time() {
     // Accepts connections and says nothing.
@@ -348,9 +356,8 @@ async fn a_hub_that_never_answers_gives_way_in_time() {
     // Half of it is the connection's, which must come to be, on any machine.
     machine.options.limits.reach = Duration::from_secs(2);
     let bytes = noise(1_000);
-    let here = machine.folder.path().join("here.gguf");
+    let here = add_card_with_next_source(&machine, &bytes);
     std::fs::write(&here, &bytes).unwrap();
-    machine.add_card(&bytes, &format!("{HUB_SOURCE}[[sources]]\nkind = \"path\"\npath = \"{}\"\n", here.display()));
     assert_eq!(machine.resolve("toy").await.unwrap().path, here);
     let notes = machine.listener.notes();
     assert!(notes.contains("no answer within") && notes.contains("trying the next source"), "{notes}");
@@ -364,9 +371,8 @@ async fn a_storage_that_never_sends_gives_way_like_a_hub_that_never_answers() {
     let mut machine = Machine::new(Some(&hub.url));
     // Within it the hub's own answers must come, on any machine.
     machine.options.limits.reach = Duration::from_secs(2);
-    let here = machine.folder.path().join("here.gguf");
+    let here = add_card_with_next_source(&machine, &bytes);
     std::fs::write(&here, &bytes).unwrap();
-    machine.add_card(&bytes, &format!("{HUB_SOURCE}[[sources]]\nkind = \"path\"\npath = \"{}\"\n", here.display()));
     assert_eq!(machine.resolve("toy").await.unwrap().path, here);
     assert_eq!(hub.gets().len(), 1, "one try: no byte ever came");
     let notes = machine.listener.notes();
@@ -383,8 +389,7 @@ async fn a_full_disk_under_the_hub_does_not_keep_the_next_source_from_trying() {
     let partial = machine.folder.path().join(format!("hf/models--org--repo/blobs/{}.incomplete", sha256(&bytes)));
     std::fs::create_dir_all(partial.parent().unwrap()).unwrap();
     std::os::unix::fs::symlink("/dev/full", &partial).unwrap();
-    let here = machine.folder.path().join("here.gguf");
-    machine.add_card(&bytes, &format!("{HUB_SOURCE}[[sources]]\nkind = \"path\"\npath = \"{}\"\n", here.display()));
+    let here = add_card_with_next_source(&machine, &bytes);
     let error = machine.resolve("toy").await.unwrap_err();
     assert!(error.hint().unwrap().contains("free some space"), "{error}: {:?}", error.hint());
     std::fs::write(&here, &bytes).unwrap();

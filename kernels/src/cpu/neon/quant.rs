@@ -226,6 +226,13 @@ impl QuantLanes for Rows8 {
 /// What does not depend on how products are made is plain NEON's.
 macro_rules! as_plain_neon {
     () => {
+        const ROWS: usize = Rows8::ROWS;
+        type Floats = Two<float32x4_t>;
+        type Codes = Two<uint8x16_t>;
+        type Bytes = Two<int8x16_t>;
+        type Sums = Two<int32x4_t>;
+        const BYTES_OFFSET: i32 = Rows8::BYTES_OFFSET;
+
         lane_functions! {
             fn load_codes(from: *const u8) -> Two<uint8x16_t> = Rows8::load_codes(from);
             fn field(vector: Two<uint8x16_t>, from: usize, width: usize, to: usize) -> Two<uint8x16_t> =
@@ -252,14 +259,8 @@ macro_rules! as_plain_neon {
 }
 
 impl QuantLanes for Rows8Dot {
-    const ROWS: usize = 8;
-    type Floats = Two<float32x4_t>;
-    type Codes = Two<uint8x16_t>;
-    type Bytes = Two<int8x16_t>;
-    type Sums = Two<int32x4_t>;
     /// The 32-bit sums themselves.
     type Narrow = Two<int32x4_t>;
-    const BYTES_OFFSET: i32 = 0;
 
     as_plain_neon!();
     #[inline(always)]
@@ -279,15 +280,9 @@ impl QuantLanes for Rows8Dot {
 }
 
 impl QuantLanes for Rows8Matrix {
-    const ROWS: usize = 8;
-    type Floats = Two<float32x4_t>;
-    type Codes = Two<uint8x16_t>;
-    type Bytes = Two<int8x16_t>;
-    type Sums = Two<int32x4_t>;
     /// Of two activation rows n and n + 1: rows 0 to 3 by both in blocks of two by two, then rows 4 to 7; of a last one
     /// alone its sums.
     type Narrow = Two<int32x4_t>;
-    const BYTES_OFFSET: i32 = 0;
     const BYTES_ARE_NARROW: bool = true;
 
     as_plain_neon!();
