@@ -4,7 +4,7 @@
 //! beyond the rows at hand is left as it is: a step after warm-up allocates nothing, and nothing is cleared that is written
 //! next. Invariant: all buffers hold at least `num_rows` whole rows of the same input.
 
-use super::task::{QuantGroup, QuantRows};
+use super::task::{Panels, QuantGroup, QuantRows};
 use crate::pack::GROUP;
 
 /// Input rows of a product; reused between steps.
@@ -13,16 +13,17 @@ pub struct Activations {
     num_rows: usize,
     cols: usize,
     quantized: bool,
+    panels: Panels,
     /// `[num_rows, cols]`, and more.
     rows: Vec<f32>,
-    /// `[num_rows, cols / 32]`, and more; left over where not asked for.
+    /// As `panels` says, and more; left over where not asked for.
     groups: Vec<QuantGroup>,
 }
 
 /// The mutable halves of [`Activations`], for filling.
 pub(crate) struct Filling<'a> {
     pub(crate) rows: &'a mut [f32],
-    pub(crate) groups: Option<&'a mut [QuantGroup]>,
+    pub(crate) groups: Option<(Panels, &'a mut [QuantGroup])>,
 }
 
 impl Activations {
@@ -46,17 +47,25 @@ impl Activations {
         self.quantized
     }
 
-    /// Takes a shape and gives the buffers of that size, contents left over.
-    pub(crate) fn reshape(&mut self, num_rows: usize, cols: usize, quantized: bool) -> Filling<'_> {
+    /// Takes a shape and gives the buffers of that size, contents left over. Panels have `panel_rows` at most.
+    pub(crate) fn reshape(
+        &mut self,
+        num_rows: usize,
+        cols: usize,
+        quantized: bool,
+        panel_rows: usize,
+    ) -> Filling<'_> {
         assert!(
             !quantized || cols.is_multiple_of(GROUP),
             "quantised activations need a multiple of {GROUP} columns, got {cols}"
         );
         let (num_elements, num_groups) = (num_rows * cols, if quantized { num_rows * (cols / GROUP) } else { 0 });
-        (self.num_rows, self.cols, self.quantized) = (num_rows, cols, quantized);
+        let panels = Panels::new(num_rows, cols / GROUP, panel_rows);
+        (self.num_rows, self.cols, self.quantized, self.panels) = (num_rows, cols, quantized, panels);
         self.rows.resize(self.rows.len().max(num_elements), 0.0);
         self.groups.resize(self.groups.len().max(num_groups), QuantGroup::default());
-        Filling { rows: &mut self.rows[..num_elements], groups: quantized.then_some(&mut self.groups[..num_groups]) }
+        let groups = quantized.then_some((panels, &mut self.groups[..num_groups]));
+        Filling { rows: &mut self.rows[..num_elements], groups }
     }
 
     /// The int8 groups; panics where they were not asked for.
@@ -65,7 +74,6 @@ impl Activations {
             self.quantized,
             "a quantised matrix met activations prepared for dense ones: prepare them with quantized"
         );
-        let groups = self.cols / GROUP;
-        QuantRows { groups, rows: &self.groups[..self.num_rows * groups] }
+        QuantRows { panels: self.panels, elements: &self.groups[..self.num_rows * self.panels.groups] }
     }
 }

@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 
 use half::{bf16, f16};
 
-use super::task::{DenseTask, QuantGroup, QuantTask, RopeRow, SpanTask};
+use super::task::{DenseTask, GroupsMut, QuantTask, RopeRow, SpanTask};
 use crate::KernelError;
 
 /// The environment variable that forces an instruction set.
@@ -117,12 +117,14 @@ fn names(sets: impl Iterator<Item = Isa>) -> String {
 /// One instruction set's kernels. Each entry's common duty (`# Safety`): the machine has the set's features, and the
 /// task's ranges lie within its buffers (the constructors in `task.rs` and the safe operations check them).
 pub(crate) struct Kernels {
-    pub(crate) quantized: unsafe fn(&QuantTask<'_>),
+    /// Activation rows that a weight tile meets at a time, at most.
+    pub(crate) columns: usize,
+    pub(crate) quantized: unsafe fn(&mut QuantTask<'_>),
     pub(crate) dense_f32: unsafe fn(&DenseTask<'_, f32>),
     pub(crate) dense_f16: unsafe fn(&DenseTask<'_, f16>),
     pub(crate) dense_bf16: unsafe fn(&DenseTask<'_, bf16>),
     /// Row to int8 groups.
-    pub(crate) quantize: unsafe fn(&[f32], &mut [QuantGroup]),
+    pub(crate) quantize: unsafe fn(&[f32], &GroupsMut<'_>),
     /// Row, weight, eps, normalised row.
     pub(crate) rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
     pub(crate) rope: unsafe fn(&mut RopeRow<'_>),

@@ -3,11 +3,12 @@
 //! Invariant: the inner dimension is never split. One kernel call computes whole sums, so blocks and pieces only decide
 //! when an output is computed, never what it is.
 
+use std::cell::RefCell;
 use std::ops::Range;
 
 use super::activations::Activations;
 use super::pool::SharedMut;
-use super::task::{DenseTask, Output, QuantTask};
+use super::task::{DenseTask, Line, Output, QuantGroup, QuantTask};
 use super::{Cpu, PIECES_PER_THREAD};
 use crate::matrix::{DENSE_TILE_ROWS, Dense, DenseElement, Matrix};
 
@@ -18,6 +19,11 @@ const ROW_BLOCK_BYTES: usize = 192 * 1024;
 const MIN_BLOCK_ROWS: usize = 32;
 /// Multiply-adds that are worth waking another thread for: about two microseconds of one core.
 const MIN_PIECE_MACS: usize = 64 * 1024;
+
+thread_local! {
+    /// Memory a thread keeps between calls.
+    static SCRATCH: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
+}
 
 impl Cpu {
     /// `out = x . w^T (+ bias)`, `out: [x.num_rows(), w.rows()]`. Each output's sum order depends on the inner
@@ -102,12 +108,17 @@ impl Cpu {
         let (kernels, out) = (self.kernels, &part.out);
         match part.weights {
             Matrix::Quantized(w) => {
-                let x_rows = x.quantized_rows();
-                blocks(x, size_of::<i8>(), |m| {
+                let x = x.quantized_rows();
+                let row_bytes = x.panels.groups * size_of::<QuantGroup>();
+                let block = (ROW_BLOCK_BYTES / row_bytes.max(1)).max(MIN_BLOCK_ROWS).div_ceil(x.panels.panel_rows);
+                for start in (0..x.panels.num_panels()).step_by(block) {
+                    let panels = start..(start + block).min(x.panels.num_panels());
                     let tiles = tiles.clone();
                     // SAFETY: the table fits the machine; `part` has checked the shapes; pieces have disjoint tiles.
-                    unsafe { (kernels.quantized)(&QuantTask { weights: w, x: x_rows, m, tiles, out }) }
-                });
+                    SCRATCH.with_borrow_mut(|scratch| unsafe {
+                        (kernels.quantized)(&mut QuantTask { weights: w, x, panels, tiles, out, scratch });
+                    });
+                }
             }
             Matrix::F32(w) => dense(kernels.dense_f32, x, w, out, &tiles),
             Matrix::F16(w) => dense(kernels.dense_f16, x, w, out, &tiles),
@@ -152,17 +163,10 @@ fn dense<E: DenseElement>(
     out: &Output<'_>,
     tiles: &Range<usize>,
 ) {
-    blocks(x, size_of::<f32>(), |m| {
+    let block = (ROW_BLOCK_BYTES / (x.cols() * size_of::<f32>()).max(1)).max(MIN_BLOCK_ROWS);
+    for start in (0..x.num_rows()).step_by(block) {
+        let m = start..(start + block).min(x.num_rows());
         // SAFETY: the table fits the machine; `part` has checked the shapes; pieces have disjoint tiles.
         unsafe { kernel(&DenseTask { weights: w, x: x.rows(), m, tiles: tiles.clone(), out }) }
-    });
-}
-
-/// Calls `block` with consecutive ranges that cover the rows, each small enough for the cache.
-fn blocks(x: &Activations, element_bytes: usize, block: impl Fn(Range<usize>)) {
-    let m = x.num_rows();
-    let block_rows = (ROW_BLOCK_BYTES / (x.cols() * element_bytes).max(1)).max(MIN_BLOCK_ROWS);
-    for start in (0..m).step_by(block_rows) {
-        block(start..(start + block_rows).min(m));
     }
 }

@@ -22,6 +22,7 @@ mod generic;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod pool;
+mod prefetch;
 mod scalar;
 mod task;
 

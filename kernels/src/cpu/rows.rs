@@ -5,7 +5,7 @@
 use super::Cpu;
 use super::activations::{Activations, Filling};
 use super::pool::SharedMut;
-use crate::pack::GROUP;
+use super::task::GroupsMut;
 
 /// Elements that are worth waking another thread for.
 const MIN_PIECE_ELEMENTS: usize = 8 * 1024;
@@ -18,7 +18,7 @@ impl Cpu {
     /// 2^-100 counts as zero; one that holds NaN or infinity gets the scale NaN, so that the row's results say so.
     pub fn prepare(&self, x: &[f32], m: usize, k: usize, quantized: bool, out: &mut Activations) {
         assert_eq!(x.len(), m * k, "{m} rows of {k} from a buffer of {}", x.len());
-        self.fill(m, k, out.reshape(m, k, quantized), |row, out| out.copy_from_slice(&x[row * k..(row + 1) * k]));
+        self.fill(m, k, out.reshape(m, k, quantized, self.kernels.columns), |row, out| out.copy_from_slice(&x[row * k..(row + 1) * k]));
     }
 
     /// RMS norm straight into activations: `x / sqrt(mean(x^2) + eps) * weight`, with x: `[m, weight.len()]`. (A
@@ -26,7 +26,7 @@ impl Cpu {
     pub fn rms_norm(&self, x: &[f32], m: usize, weight: &[f32], eps: f32, quantized: bool, out: &mut Activations) {
         let k = weight.len();
         assert_eq!(x.len(), m * k, "{m} rows of {k} from a buffer of {}", x.len());
-        self.fill(m, k, out.reshape(m, k, quantized), |row, out| {
+        self.fill(m, k, out.reshape(m, k, quantized, self.kernels.columns), |row, out| {
             // SAFETY: the table fits the machine; the three slices have `k` elements.
             unsafe { (self.kernels.rms_norm)(&x[row * k..(row + 1) * k], weight, eps, out) };
         });
@@ -66,7 +66,7 @@ impl Cpu {
     /// `silu(gate) * up` straight into activations; gate and up: `[m, k]`.
     pub fn silu_mul_into(&self, gate: &[f32], up: &[f32], m: usize, k: usize, quantized: bool, out: &mut Activations) {
         assert!(gate.len() == m * k && up.len() == m * k, "{m} rows of {k} from {} and {}", gate.len(), up.len());
-        self.fill(m, k, out.reshape(m, k, quantized), |row, out| {
+        self.fill(m, k, out.reshape(m, k, quantized, self.kernels.columns), |row, out| {
             let elements = row * k..(row + 1) * k;
             // SAFETY: the table fits the machine; the three slices have `k` elements.
             unsafe { (self.kernels.silu_mul)(&gate[elements.clone()], &up[elements], out) };
@@ -75,19 +75,17 @@ impl Cpu {
 
     /// Writes every f32 row by `write(row, out)` and quantises it where that was asked for.
     fn fill(&self, m: usize, k: usize, filling: Filling<'_>, write: impl Fn(usize, &mut [f32]) + Sync) {
-        let groups = k / GROUP;
         let rows = SharedMut::new(filling.rows);
-        let quantized = filling.groups.map(SharedMut::new);
+        let quantized = filling.groups.map(|(panels, groups)| (panels, SharedMut::new(groups)));
         self.split(m, MIN_PIECE_ELEMENTS.div_ceil(k.max(1)), |piece| {
             for row in piece {
                 // SAFETY: pieces have disjoint rows.
                 let out = unsafe { rows.slice(row * k..(row + 1) * k) };
                 write(row, out);
-                let Some(quantized) = &quantized else { continue };
-                // SAFETY: pieces have disjoint rows.
-                let quantized = unsafe { quantized.slice(row * groups..(row + 1) * groups) };
-                // SAFETY: the table fits the machine; both slices are those of one row, `reshape` made them so.
-                unsafe { (self.kernels.quantize)(out, quantized) };
+                let Some((panels, elements)) = &quantized else { continue };
+                let (first, stride) = panels.place(row);
+                // SAFETY: the table fits the machine; pieces have disjoint rows.
+                unsafe { (self.kernels.quantize)(out, &GroupsMut { elements, first, stride }) };
             }
         });
     }

@@ -31,13 +31,79 @@ pub(crate) struct QuantGroup {
     pub(crate) first_sum: i32,
 }
 
+/// Where int8 groups of activation rows lie: `[panels, groups, rows of the panel]`. The rows of a panel meet a weight tile
+/// together, so what they need at a time lies together, at fixed distances. The last panel may have fewer rows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Panels {
+    pub(crate) num_rows: usize,
+    /// Groups of a row.
+    pub(crate) groups: usize,
+    /// Rows of a panel.
+    pub(crate) panel_rows: usize,
+}
+
+impl Panels {
+    /// As few panels as can be, of at most `max_rows`, as even as can be.
+    pub(crate) fn new(num_rows: usize, groups: usize, max_rows: usize) -> Self {
+        let panels = num_rows.div_ceil(max_rows).max(1);
+        Self { num_rows, groups, panel_rows: num_rows.div_ceil(panels).max(1) }
+    }
+
+    pub(crate) fn num_panels(&self) -> usize {
+        self.num_rows.div_ceil(self.panel_rows)
+    }
+
+    /// The rows of panel number `panel`.
+    pub(crate) fn rows_of(&self, panel: usize) -> Range<usize> {
+        let start = panel * self.panel_rows;
+        start..(start + self.panel_rows).min(self.num_rows)
+    }
+
+    /// Where a row's first group lies, and how far apart its groups are.
+    pub(crate) fn place(&self, row: usize) -> (usize, usize) {
+        let rows = self.rows_of(row / self.panel_rows);
+        (rows.start * self.groups + (row - rows.start), rows.len())
+    }
+}
+
 /// Activation rows in int8 groups.
 #[derive(Clone, Copy)]
 pub(crate) struct QuantRows<'a> {
-    /// Groups of a row.
-    pub(crate) groups: usize,
-    /// `[m, groups]`
-    pub(crate) rows: &'a [QuantGroup],
+    pub(crate) panels: Panels,
+    pub(crate) elements: &'a [QuantGroup],
+}
+
+impl<'a> QuantRows<'a> {
+    /// One group of one row.
+    pub(crate) fn group(&self, row: usize, group: usize) -> &'a QuantGroup {
+        let (first, stride) = self.panels.place(row);
+        &self.elements[first + group * stride]
+    }
+
+    /// A whole panel, `[groups, rows]`.
+    pub(crate) fn panel(&self, panel: usize) -> &'a [QuantGroup] {
+        let rows = self.panels.rows_of(panel);
+        &self.elements[rows.start * self.panels.groups..rows.end * self.panels.groups]
+    }
+}
+
+/// Where one row's int8 groups go: `stride` apart.
+pub(crate) struct GroupsMut<'a> {
+    pub(crate) elements: &'a SharedMut<QuantGroup>,
+    pub(crate) first: usize,
+    pub(crate) stride: usize,
+}
+
+impl GroupsMut<'_> {
+    /// # Safety
+    /// The row belongs to the calling task.
+    #[inline(always)]
+    pub(crate) unsafe fn set(&self, group: usize, value: QuantGroup) {
+        let at = self.first + group * self.stride;
+        // SAFETY: passed on to the caller.
+        let element = unsafe { self.elements.slice(at..at + 1) };
+        element[0] = value;
+    }
 }
 
 /// Where a product goes: `[m, rows]`, each element `[out +] (sum [+ bias])`.
@@ -68,14 +134,21 @@ impl Output<'_> {
     }
 }
 
-/// A part of a quantised product: activation rows `m` by weight tiles `tiles`.
+/// A part of a quantised product: some panels of activation rows by weight tiles `tiles`.
 pub(crate) struct QuantTask<'a> {
     pub(crate) weights: &'a Quantized,
     pub(crate) x: QuantRows<'a>,
-    pub(crate) m: Range<usize>,
+    pub(crate) panels: Range<usize>,
     pub(crate) tiles: Range<usize>,
     pub(crate) out: &'a Output<'a>,
+    /// Room for unpacked tiles; grown on use, contents meaningless.
+    pub(crate) scratch: &'a mut Vec<Line>,
 }
+
+/// A cache line.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+pub(crate) struct Line(pub(crate) [u8; 64]);
 
 /// A part of a dense product: activation rows `m` by weight tiles `tiles`.
 pub(crate) struct DenseTask<'a, E: DenseElement> {

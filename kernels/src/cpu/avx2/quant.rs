@@ -10,6 +10,7 @@
 
 #[allow(clippy::wildcard_imports, reason = "dozens of intrinsics, whose names cannot be mistaken")]
 use std::arch::x86_64::*;
+use std::arch::asm;
 
 use half::f16;
 
@@ -30,6 +31,18 @@ pub(super) struct Bytes {
     magnitudes: __m256i,
 }
 
+/// Computed here, not before and not after what is kept in place around it: blocks of assembly keep their order.
+///
+/// # Safety
+/// The machine has AVX2.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn keep_place(mut vector: __m256i) -> __m256i {
+    // SAFETY: it holds no instruction.
+    unsafe { asm!("/* {0} */", inout(ymm_reg) vector, options(nomem, nostack, preserves_flags)) };
+    vector
+}
+
 impl QuantLanes for Rows8 {
     const ROWS: usize = 8;
     type Floats = __m256;
@@ -40,6 +53,12 @@ impl QuantLanes for Rows8 {
     type Narrow = __m256i;
     const BYTES_OFFSET: i32 = 0;
 
+    #[inline(always)]
+    unsafe fn in_order(narrow: __m256i) -> __m256i {
+        // SAFETY: the caller's duty is the same.
+        unsafe { keep_place(narrow) }
+    }
+
     lane_functions! {
         fn load_codes(from: *const u8) -> __m256i = _mm256_loadu_si256(from.cast());
         fn field(vector: __m256i, from: usize, width: usize, to: usize) -> __m256i = {
@@ -47,6 +66,7 @@ impl QuantLanes for Rows8 {
             // What came over from the neighbouring byte is masked away.
             _mm256_and_si256(moved, _mm256_set1_epi8((((1 << width) - 1) << to) as i8))
         };
+        fn store_codes(codes: __m256i, to: *mut u8) = _mm256_storeu_si256(to.cast(), codes);
         fn or(a: __m256i, b: __m256i) -> __m256i = _mm256_or_si256(a, b);
         fn load_bytes(from: *const i8) -> Bytes = {
             let codes = _mm256_loadu_si256(from.cast());
@@ -97,6 +117,12 @@ impl QuantLanes for Rows8Vnni {
     const BYTES_OFFSET: i32 = 128;
 
     #[inline(always)]
+    unsafe fn in_order(narrow: __m256i) -> __m256i {
+        // SAFETY: the caller's duty is the same.
+        unsafe { keep_place(narrow) }
+    }
+
+    #[inline(always)]
     unsafe fn narrow(sums: __m256i) -> __m256i {
         sums
     }
@@ -108,6 +134,7 @@ impl QuantLanes for Rows8Vnni {
         fn load_codes(from: *const u8) -> __m256i = Rows8::load_codes(from);
         fn field(vector: __m256i, from: usize, width: usize, to: usize) -> __m256i =
             Rows8::field(vector, from, width, to);
+        fn store_codes(codes: __m256i, to: *mut u8) = Rows8::store_codes(codes, to);
         fn or(a: __m256i, b: __m256i) -> __m256i = Rows8::or(a, b);
         fn load_bytes(from: *const i8) -> __m256i =
             _mm256_xor_si256(_mm256_loadu_si256(from.cast()), _mm256_set1_epi8(-128));

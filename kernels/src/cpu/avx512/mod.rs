@@ -16,7 +16,7 @@ kernel_table!(
 );
 quant_table!(TABLE, Rows16, "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq", columns: 8, rest: LANES);
 quant_table!(
-    TABLE_VNNI, Rows16Vnni, "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni", columns: 8, rest: LANES
+    TABLE_VNNI, Rows16Vnni, "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni", columns: 12, rest: LANES
 );
 
 pub(super) static KERNELS: Kernels = TABLE;

@@ -6,6 +6,7 @@
 
 #[allow(clippy::wildcard_imports, reason = "dozens of intrinsics, whose names cannot be mistaken")]
 use std::arch::x86_64::*;
+use std::arch::asm;
 
 use half::f16;
 
@@ -26,6 +27,18 @@ pub(super) struct Bytes {
     negative: __mmask64,
 }
 
+/// Computed here, not before and not after what is kept in place around it: blocks of assembly keep their order.
+///
+/// # Safety
+/// The machine has AVX-512 F.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn keep_place(mut vector: __m512i) -> __m512i {
+    // SAFETY: it holds no instruction.
+    unsafe { asm!("/* {0} */", inout(zmm_reg) vector, options(nomem, nostack, preserves_flags)) };
+    vector
+}
+
 impl QuantLanes for Rows16 {
     const ROWS: usize = 16;
     type Floats = __m512;
@@ -36,6 +49,12 @@ impl QuantLanes for Rows16 {
     type Narrow = __m512i;
     const BYTES_OFFSET: i32 = 0;
 
+    #[inline(always)]
+    unsafe fn in_order(narrow: __m512i) -> __m512i {
+        // SAFETY: the caller's duty is the same.
+        unsafe { keep_place(narrow) }
+    }
+
     lane_functions! {
         fn load_codes(from: *const u8) -> __m512i = _mm512_loadu_si512(from.cast());
         fn field(vector: __m512i, from: usize, width: usize, to: usize) -> __m512i = {
@@ -43,6 +62,7 @@ impl QuantLanes for Rows16 {
             // What came over from the neighbouring byte is masked away.
             _mm512_and_si512(moved, _mm512_set1_epi8((((1 << width) - 1) << to) as i8))
         };
+        fn store_codes(codes: __m512i, to: *mut u8) = _mm512_storeu_si512(to.cast(), codes);
         fn or(a: __m512i, b: __m512i) -> __m512i = _mm512_or_si512(a, b);
         fn load_bytes(from: *const i8) -> Bytes = {
             let codes = _mm512_loadu_si512(from.cast());
@@ -94,6 +114,12 @@ impl QuantLanes for Rows16Vnni {
     const BYTES_OFFSET: i32 = 128;
 
     #[inline(always)]
+    unsafe fn in_order(narrow: __m512i) -> __m512i {
+        // SAFETY: the caller's duty is the same.
+        unsafe { keep_place(narrow) }
+    }
+
+    #[inline(always)]
     unsafe fn narrow(sums: __m512i) -> __m512i {
         sums
     }
@@ -105,6 +131,7 @@ impl QuantLanes for Rows16Vnni {
         fn load_codes(from: *const u8) -> __m512i = Rows16::load_codes(from);
         fn field(vector: __m512i, from: usize, width: usize, to: usize) -> __m512i =
             Rows16::field(vector, from, width, to);
+        fn store_codes(codes: __m512i, to: *mut u8) = Rows16::store_codes(codes, to);
         fn or(a: __m512i, b: __m512i) -> __m512i = Rows16::or(a, b);
         fn load_bytes(from: *const i8) -> __m512i =
             _mm512_xor_si512(_mm512_loadu_si512(from.cast()), _mm512_set1_epi8(-128));

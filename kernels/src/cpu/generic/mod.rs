@@ -85,6 +85,7 @@ pub(super) trait QuantLanes: Copy {
     /// In every byte, bits `from..from + width` moved down to `to`, all others clear. The three are constants.
     unsafe fn field(vector: Self::Codes, from: usize, width: usize, to: usize) -> Self::Codes;
     unsafe fn or(a: Self::Codes, b: Self::Codes) -> Self::Codes;
+    unsafe fn store_codes(codes: Self::Codes, to: *mut u8);
     unsafe fn load_bytes(from: *const i8) -> Self::Bytes;
     unsafe fn zero_sums() -> Self::Sums;
     unsafe fn splat_sums(sum: i32) -> Self::Sums;
@@ -100,6 +101,14 @@ pub(super) trait QuantLanes: Copy {
     /// Whether `dot_two_bytes` adds to narrow sums, which then must be widened.
     const BYTES_ARE_NARROW: bool = false;
 
+    /// The same sums, computed before those that this is called for later. Compilers like to finish one row's sums before
+    /// they begin the next one's, and such a chain of dependent products is several times as long as a core can look
+    /// ahead.
+    #[inline(always)]
+    unsafe fn in_order(narrow: Self::Narrow) -> Self::Narrow {
+        narrow
+    }
+
     /// Two quads of codes and the eight activations at each `x`, for sets that multiply them in one go.
     #[inline(always)]
     unsafe fn dot_two<const N: usize>(
@@ -108,9 +117,14 @@ pub(super) trait QuantLanes: Copy {
         second: Self::Codes,
         x: &[*const i8; N],
     ) {
-        for n in 0..N {
-            // SAFETY: the caller's duties.
-            narrow[n] = unsafe { Self::dot(Self::dot(narrow[n], first, x[n]), second, x[n].add(4)) };
+        // SAFETY: the caller's duties.
+        unsafe {
+            for n in 0..N {
+                narrow[n] = Self::in_order(Self::dot(narrow[n], first, x[n]));
+            }
+            for n in 0..N {
+                narrow[n] = Self::in_order(Self::dot(narrow[n], second, x[n].add(4)));
+            }
         }
     }
 
@@ -247,7 +261,7 @@ macro_rules! kernel_table {
 
             use crate::cpu::dispatch::Kernels;
             use crate::cpu::generic::{attention, dense, peak, rows};
-            use crate::cpu::task::{DenseTask, QuantGroup, RopeRow, SpanTask};
+            use crate::cpu::task::{DenseTask, GroupsMut, RopeRow, SpanTask};
 
             /// A function with the set's features around a generic one.
             macro_rules! entry {
@@ -284,7 +298,7 @@ macro_rules! kernel_table {
             attention_entry!(attention_i8, walk_i8, i8);
 
             #[target_feature(enable = $features)]
-            unsafe fn quantize(x: &[f32], out: &mut [QuantGroup]) {
+            unsafe fn quantize(x: &[f32], out: &GroupsMut<'_>) {
                 // SAFETY: the table's duty, as above.
                 unsafe { rows::quantize::<$lanes>(x, out) }
             }
@@ -358,7 +372,7 @@ macro_rules! quant_table {
                 ($name:ident, $codes:ty, $scales:ty) => {
                     #[inline(never)]
                     #[target_feature(enable = $features)]
-                    unsafe fn $name(task: &QuantTask<'_>) {
+                    unsafe fn $name(task: &mut QuantTask<'_>) {
                         // SAFETY: the table's duty: the machine has the features, the task's ranges are right.
                         unsafe { quant::multiply::<$quant, $codes, $scales, $columns>(task) }
                     }
@@ -375,7 +389,7 @@ macro_rules! quant_table {
             entry!(six_two_level, Six, TwoLevel<false>);
             entry!(eight_single, Eight, Single<false>);
 
-            unsafe fn quantized(task: &QuantTask<'_>) {
+            unsafe fn quantized(task: &mut QuantTask<'_>) {
                 let format = task.weights.format;
                 // SAFETY: the table's duty, as above.
                 unsafe {
@@ -398,10 +412,10 @@ macro_rules! quant_table {
             #[target_feature(enable = $features)]
             unsafe fn spin_int8(rounds: usize) -> u64 {
                 // SAFETY: the table's duty, as above.
-                unsafe { peak::spin_int8::<$quant>(rounds) }
+                unsafe { peak::spin_int8::<$quant, { $columns + 4 }>(rounds) }
             }
 
-            Kernels { quantized, spin_int8, ..$rest }
+            Kernels { columns: $columns, quantized, spin_int8, ..$rest }
         };
     };
 }

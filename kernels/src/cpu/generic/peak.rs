@@ -4,8 +4,6 @@ use std::hint::black_box;
 
 use super::{Lanes, QuantLanes};
 
-/// Chains of the integer loop: enough to hide the latency of one product behind the others.
-const INT8_CHAINS: usize = 8;
 /// Dot products added up before they are widened: eight of four-bit codes fit 16 bits.
 const DOTS: usize = 8;
 
@@ -33,31 +31,33 @@ pub(in crate::cpu) unsafe fn spin_f32<L: Lanes, const N: usize>(rounds: usize) -
     (rounds * N * 16 * 2) as u64
 }
 
-/// `rounds` times eight dot products in each of several chains, and what it takes to widen them: the inner loop of a
-/// product with 4-bit codes. Returns operations, two a multiply-add.
+/// `rounds` times eight dot products in each of `N` chains, and what it takes to widen them: the inner loop of a product
+/// with 4-bit codes, its activations in the first-level cache. Chains advance in turns, enough of them to hide the
+/// latency of a product. Returns operations, two a multiply-add.
 ///
 /// # Safety
 /// As [`QuantLanes`].
 #[inline(always)]
-pub(in crate::cpu) unsafe fn spin_int8<Q: QuantLanes>(rounds: usize) -> u64 {
-    let (codes, x) = (black_box([3_u8; 64]), black_box([5_i8; 4]));
-    // SAFETY: the caller's duty is the same; a plane's vector has at most 64 bytes, an activation quad four.
+pub(in crate::cpu) unsafe fn spin_int8<Q: QuantLanes, const N: usize>(rounds: usize) -> u64 {
+    let codes = black_box([3_u8; 64]);
+    let x = black_box([5_i8; 4 * DOTS * MAX_CHAINS]);
+    // SAFETY: the caller's duty is the same; a vector of codes has at most 64 bytes; x has four bytes for every product.
     unsafe {
         let codes = Q::load_codes(codes.as_ptr());
-        let mut sums = [Q::zero_sums(); INT8_CHAINS];
+        let mut sums = [Q::zero_sums(); N];
         for _ in 0..rounds {
-            let mut narrow = [Q::narrow(sums[0]); INT8_CHAINS];
-            for (narrow, sums) in narrow.iter_mut().zip(&sums) {
-                *narrow = Q::narrow(*sums);
+            // As if they were others every time: equal products would be computed once.
+            let x = black_box(x.as_ptr());
+            let mut narrow = [Q::narrow(sums[0]); N];
+            for n in 0..N {
+                narrow[n] = Q::narrow(sums[n]);
             }
-            for _ in 0..DOTS {
-                for narrow in &mut narrow {
-                    *narrow = Q::dot(*narrow, codes, x.as_ptr());
+            for dot in 0..DOTS {
+                for n in 0..N {
+                    narrow[n] = Q::in_order(Q::dot(narrow[n], codes, x.add(4 * (dot * N + n))));
                 }
             }
-            for (sums, narrow) in sums.iter_mut().zip(narrow) {
-                *sums = Q::widen(*sums, narrow);
-            }
+            Q::widen_all(&mut sums, &mut narrow);
         }
         let mut out = [0.0_f32; 16];
         for sums in sums {
@@ -65,5 +65,8 @@ pub(in crate::cpu) unsafe fn spin_int8<Q: QuantLanes>(rounds: usize) -> u64 {
             black_box(&out);
         }
     }
-    (rounds * INT8_CHAINS * DOTS * Q::ROWS * 4 * 2) as u64
+    (rounds * N * DOTS * Q::ROWS * 4 * 2) as u64
 }
+
+/// Chains at most.
+const MAX_CHAINS: usize = 16;

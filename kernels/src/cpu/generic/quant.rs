@@ -24,7 +24,8 @@
 use half::f16;
 
 use super::QuantLanes;
-use crate::cpu::task::{Output, QuantGroup, QuantTask};
+use crate::cpu::prefetch::{LINE_BYTES, prefetch};
+use crate::cpu::task::{Line, Output, QuantGroup, QuantTask};
 use crate::pack::{CodeBits, GROUP, QuantFormat, Quantized, SUPER_GROUP, Scaling};
 
 /// One width of codes.
@@ -32,6 +33,8 @@ pub(in crate::cpu) trait Codes {
     const BITS: CodeBits;
     /// Weights that share a scale.
     const GROUP: usize;
+    /// Passes over a tile from which on it pays to unpack it once for all of them.
+    const MIN_PANEL_PASSES: usize;
 
     /// Adds the dot products of quads `2 J` and `2 J + 1` of an activation group, for each row `x[n]` of activations;
     /// what is added is in `sums.wide` after J = 1 where groups are half as long, and after J = 3.
@@ -43,6 +46,22 @@ pub(in crate::cpu) trait Codes {
         x: &[*const i8; N],
         sums: &mut Sums<Q, N>,
     );
+
+    /// As `add_pair`, from codes that `unpack` wrote: a vector a quad.
+    ///
+    /// # Safety
+    /// As `add_pair`; `codes` is a whole activation group's, unpacked.
+    unsafe fn add_unpacked<Q: QuantLanes, const N: usize, const J: usize>(
+        codes: *const u8,
+        x: &[*const i8; N],
+        sums: &mut Sums<Q, N>,
+    );
+
+    /// Lays an activation group's codes out as a vector a quad.
+    ///
+    /// # Safety
+    /// As [`QuantLanes`]; `codes` is a whole activation group's, `to` has room for eight vectors.
+    unsafe fn unpack<Q: QuantLanes>(codes: *const u8, to: *mut u8);
 
     /// What was added to the codes to make them unsigned.
     fn offset<Q: QuantLanes>(with_mins: bool) -> i32;
@@ -95,6 +114,22 @@ unsafe fn piece<Q: QuantLanes>(codes: *const u8, vector: usize, from: usize, wid
     unsafe { Q::field(Q::load_codes(codes.add(vector * 4 * Q::ROWS)), from, width, to) }
 }
 
+/// Stores all quads of a group, cut out by an expression that wants each quad's number as a constant.
+macro_rules! unpack_quads {
+    ($q:ty, $to:expr, $from:expr, |$codes:ident, $quad:ident| $join:expr) => {
+        unpack_quads!($q, $to, $from, |$codes, $quad| $join, 0 1 2 3 4 5 6 7)
+    };
+    ($q:ty, $to:expr, $from:expr, |$codes:ident, $quad:ident| $join:expr, $($number:literal)*) => {
+        $({
+            let quad = {
+                let ($codes, $quad) = ($from, $number);
+                $join
+            };
+            <$q>::store_codes(quad, $to.add($number * 4 * <$q>::ROWS));
+        })*
+    };
+}
+
 /// Widths whose codes are cut out of vectors, as `CodeBits::pieces` says. `pairs` is how many steps of two quads 16 bits
 /// hold: a pair sum is at most 2 * (2^bits - 1) * 127, and a step adds two of them.
 macro_rules! short_codes {
@@ -105,6 +140,7 @@ macro_rules! short_codes {
             impl Codes for $name {
                 const BITS: CodeBits = CodeBits::$name;
                 const GROUP: usize = $group;
+                const MIN_PANEL_PASSES: usize = 3;
 
                 #[inline(always)]
                 unsafe fn add_pair<Q: QuantLanes, const N: usize, const J: usize>(
@@ -127,6 +163,31 @@ macro_rules! short_codes {
                         if (J + 1).is_multiple_of($pairs) {
                             sums.widen();
                         }
+                    }
+                }
+
+                #[inline(always)]
+                unsafe fn add_unpacked<Q: QuantLanes, const N: usize, const J: usize>(
+                    codes: *const u8,
+                    x: &[*const i8; N],
+                    sums: &mut Sums<Q, N>,
+                ) {
+                    // SAFETY: the caller's duties; there are eight quads of codes and of activations.
+                    unsafe {
+                        let first = Q::load_codes(codes.add(2 * J * 4 * Q::ROWS));
+                        let second = Q::load_codes(codes.add((2 * J + 1) * 4 * Q::ROWS));
+                        Q::dot_two(&mut sums.narrow, first, second, &x.map(|x| x.add(8 * J)));
+                        if (J + 1).is_multiple_of($pairs) {
+                            sums.widen();
+                        }
+                    }
+                }
+
+                #[inline(always)]
+                unsafe fn unpack<Q: QuantLanes>(codes: *const u8, to: *mut u8) {
+                    // SAFETY: the caller's duties; there are eight quads.
+                    unsafe {
+                        unpack_quads!(Q, to, codes, |$codes, $quad| $join);
                     }
                 }
 
@@ -173,6 +234,8 @@ pub(in crate::cpu) struct Eight;
 impl Codes for Eight {
     const BITS: CodeBits = CodeBits::Eight;
     const GROUP: usize = 32;
+    /// There is nothing to unpack.
+    const MIN_PANEL_PASSES: usize = usize::MAX;
 
     #[inline(always)]
     unsafe fn add_pair<Q: QuantLanes, const N: usize, const J: usize>(
@@ -189,6 +252,23 @@ impl Codes for Eight {
                 sums.widen();
             }
         }
+    }
+
+    /// Bytes are unpacked as they lie.
+    #[inline(always)]
+    unsafe fn add_unpacked<Q: QuantLanes, const N: usize, const J: usize>(
+        codes: *const u8,
+        x: &[*const i8; N],
+        sums: &mut Sums<Q, N>,
+    ) {
+        // SAFETY: the caller's duties are the same.
+        unsafe { Self::add_pair::<Q, N, J>(codes, x, sums) };
+    }
+
+    #[inline(always)]
+    unsafe fn unpack<Q: QuantLanes>(codes: *const u8, to: *mut u8) {
+        // SAFETY: the caller's duties; a group has eight vectors.
+        unsafe { codes.copy_to_nonoverlapping(to, 8 * 4 * Q::ROWS) };
     }
 
     #[inline(always)]
@@ -209,6 +289,14 @@ macro_rules! with_columns {
             6 if $max >= 6 => $body::<$q, $codes, $scales, 6>($($argument),*),
             7 if $max >= 7 => $body::<$q, $codes, $scales, 7>($($argument),*),
             8 if $max >= 8 => $body::<$q, $codes, $scales, 8>($($argument),*),
+            9 if $max >= 9 => $body::<$q, $codes, $scales, 9>($($argument),*),
+            10 if $max >= 10 => $body::<$q, $codes, $scales, 10>($($argument),*),
+            11 if $max >= 11 => $body::<$q, $codes, $scales, 11>($($argument),*),
+            12 if $max >= 12 => $body::<$q, $codes, $scales, 12>($($argument),*),
+            13 if $max >= 13 => $body::<$q, $codes, $scales, 13>($($argument),*),
+            14 if $max >= 14 => $body::<$q, $codes, $scales, 14>($($argument),*),
+            15 if $max >= 15 => $body::<$q, $codes, $scales, 15>($($argument),*),
+            16 if $max >= 16 => $body::<$q, $codes, $scales, 16>($($argument),*),
             _ => {}
         }
     };
@@ -219,17 +307,22 @@ macro_rules! with_columns {
 /// # Safety
 /// As [`QuantLanes`]; the task's ranges lie within its buffers; the matrix lies in tiles of `Q::ROWS`.
 #[inline(always)]
-pub(in crate::cpu) unsafe fn multiply<Q: QuantLanes, C: Codes, S: Scales, const N: usize>(task: &QuantTask<'_>) {
+pub(in crate::cpu) unsafe fn multiply<Q: QuantLanes, C: Codes, S: Scales, const N: usize>(task: &mut QuantTask<'_>) {
     let format = QuantFormat { bits: C::BITS, scaling: S::SCALING, with_mins: S::WITH_MINS };
     assert_eq!(task.weights.format, format, "a kernel met another format");
     let lens = TileLens::new(task.weights);
+    if task.panels.len() >= C::MIN_PANEL_PASSES {
+        for tile in task.tiles.clone() {
+            // SAFETY: the caller's duties are the same.
+            unsafe { by_panels::<Q, C, S, N>(task, &lens, tile) };
+        }
+        return;
+    }
     for tile in task.tiles.clone() {
-        let passes = task.m.len().div_ceil(N);
-        for pass in 0..passes {
-            let m = task.m.start + pass * task.m.len() / passes;
-            let count = task.m.start + (pass + 1) * task.m.len() / passes - m;
-            // SAFETY: the caller's duties; rows `m..m + count` are the task's and `count <= N`.
-            unsafe { with_columns!(count, N, rows::<Q, C, S>(task, &lens, tile, m)) };
+        for panel in task.panels.clone() {
+            let num_rows = task.x.panels.rows_of(panel).len();
+            // SAFETY: the caller's duties; `num_rows <= N`, as panels are made for the table that this is in.
+            unsafe { with_columns!(num_rows, N, rows::<Q, C, S>(task, &lens, tile, panel)) };
         }
     }
 }
@@ -258,37 +351,45 @@ impl TileLens {
     }
 }
 
-/// Where a tile's codes and scales and `N` activation rows begin.
-pub(in crate::cpu) struct Pointers<const N: usize> {
+/// Where a tile's codes and scales begin.
+pub(in crate::cpu) struct Pointers {
     codes: *const u8,
     scales: *const f16,
     /// What the matrix does not have is an empty slice's pointer, here and below.
     mins: *const f16,
     sub_scales: *const i8,
     sub_mins: *const i8,
-    x: [*const QuantGroup; N],
 }
 
-impl<const N: usize> Pointers<N> {
+impl Pointers {
     /// Checks bounds here, so that the loops need not.
     #[inline(always)]
-    fn new(task: &QuantTask<'_>, lens: &TileLens, tile: usize, m: usize) -> Self {
-        let (w, x) = (task.weights, &task.x);
-        let groups = w.groups();
-        assert_eq!(groups, x.groups, "activations and weights differ in length");
-        let mut pointers = Self {
+    fn new(task: &QuantTask<'_>, lens: &TileLens, tile: usize) -> Self {
+        let w = task.weights;
+        assert_eq!(w.groups(), task.x.panels.groups, "activations and weights differ in length");
+        Self {
             codes: w.codes[tile * lens.codes..(tile + 1) * lens.codes].as_ptr(),
             scales: w.scales[tile * lens.scales..(tile + 1) * lens.scales].as_ptr(),
             mins: w.mins[tile * lens.mins..(tile + 1) * lens.mins].as_ptr(),
             sub_scales: w.sub_scales[tile * lens.sub_scales..(tile + 1) * lens.sub_scales].as_ptr(),
             sub_mins: w.sub_mins[tile * lens.sub_mins..(tile + 1) * lens.sub_mins].as_ptr(),
-            x: [std::ptr::null(); N],
-        };
-        for n in 0..N {
-            pointers.x[n] = x.rows[(m + n) * groups..(m + n + 1) * groups].as_ptr();
         }
-        pointers
     }
+}
+
+/// A panel's activations of one group, `[N]`.
+///
+/// # Safety
+/// `x` is valid for N groups.
+#[inline(always)]
+unsafe fn group_of_rows<const N: usize>(x: *const QuantGroup) -> ([*const QuantGroup; N], [*const i8; N]) {
+    let (mut rows, mut codes) = ([x; N], [x.cast::<i8>(); N]);
+    for n in 0..N {
+        // SAFETY: the caller's duty.
+        rows[n] = unsafe { x.add(n) };
+        codes[n] = rows[n].cast();
+    }
+    (rows, codes)
 }
 
 /// One way of keeping scales and minimums, known when compiling, so that the loop over groups asks nothing.
@@ -300,13 +401,13 @@ pub(in crate::cpu) trait Scales {
     ///
     /// # Safety
     /// As [`QuantLanes`]; the pointers are into a matrix of this scaling with codes of `C`, which has so many groups.
-    unsafe fn scales<Q: QuantLanes, C: Codes, const N: usize>(pointers: &Pointers<N>, index: usize) -> Q::Floats;
+    unsafe fn scales<Q: QuantLanes, C: Codes>(pointers: &Pointers, index: usize) -> Q::Floats;
 
     /// Their minimums.
     ///
     /// # Safety
     /// As `scales`, and the matrix has minimums.
-    unsafe fn mins<Q: QuantLanes, C: Codes, const N: usize>(pointers: &Pointers<N>, index: usize) -> Q::Floats;
+    unsafe fn mins<Q: QuantLanes, C: Codes>(pointers: &Pointers, index: usize) -> Q::Floats;
 }
 
 /// [`Scaling::Single`].
@@ -317,13 +418,13 @@ impl<const MINS: bool> Scales for Single<MINS> {
     const WITH_MINS: bool = MINS;
 
     #[inline(always)]
-    unsafe fn scales<Q: QuantLanes, C: Codes, const N: usize>(pointers: &Pointers<N>, index: usize) -> Q::Floats {
+    unsafe fn scales<Q: QuantLanes, C: Codes>(pointers: &Pointers, index: usize) -> Q::Floats {
         // SAFETY: the caller's duties; a group has ROWS scales.
         unsafe { Q::load_scales(pointers.scales.add(index * Q::ROWS)) }
     }
 
     #[inline(always)]
-    unsafe fn mins<Q: QuantLanes, C: Codes, const N: usize>(pointers: &Pointers<N>, index: usize) -> Q::Floats {
+    unsafe fn mins<Q: QuantLanes, C: Codes>(pointers: &Pointers, index: usize) -> Q::Floats {
         // SAFETY: the caller's duties; a group has ROWS minimums.
         unsafe { Q::load_scales(pointers.mins.add(index * Q::ROWS)) }
     }
@@ -343,7 +444,7 @@ impl<const MINS: bool> Scales for TwoLevel<MINS> {
     const WITH_MINS: bool = MINS;
 
     #[inline(always)]
-    unsafe fn scales<Q: QuantLanes, C: Codes, const N: usize>(pointers: &Pointers<N>, index: usize) -> Q::Floats {
+    unsafe fn scales<Q: QuantLanes, C: Codes>(pointers: &Pointers, index: usize) -> Q::Floats {
         // SAFETY: the caller's duties; a group has ROWS sub-scales, and 256 weights have ROWS upper ones.
         unsafe {
             let upper = Q::load_scales(pointers.scales.add(upper::<Q, C>(index)));
@@ -352,7 +453,7 @@ impl<const MINS: bool> Scales for TwoLevel<MINS> {
     }
 
     #[inline(always)]
-    unsafe fn mins<Q: QuantLanes, C: Codes, const N: usize>(pointers: &Pointers<N>, index: usize) -> Q::Floats {
+    unsafe fn mins<Q: QuantLanes, C: Codes>(pointers: &Pointers, index: usize) -> Q::Floats {
         // SAFETY: as above.
         unsafe {
             let upper = Q::load_scales(pointers.mins.add(upper::<Q, C>(index)));
@@ -369,7 +470,7 @@ impl Scales for Nibbles {
     const WITH_MINS: bool = true;
 
     #[inline(always)]
-    unsafe fn scales<Q: QuantLanes, C: Codes, const N: usize>(pointers: &Pointers<N>, index: usize) -> Q::Floats {
+    unsafe fn scales<Q: QuantLanes, C: Codes>(pointers: &Pointers, index: usize) -> Q::Floats {
         // SAFETY: the caller's duties; a group has ROWS bytes, and 256 weights have ROWS upper scales.
         unsafe {
             let upper = Q::load_scales(pointers.scales.add(upper::<Q, C>(index)));
@@ -378,7 +479,7 @@ impl Scales for Nibbles {
     }
 
     #[inline(always)]
-    unsafe fn mins<Q: QuantLanes, C: Codes, const N: usize>(pointers: &Pointers<N>, index: usize) -> Q::Floats {
+    unsafe fn mins<Q: QuantLanes, C: Codes>(pointers: &Pointers, index: usize) -> Q::Floats {
         // SAFETY: as above.
         unsafe {
             let upper = Q::load_scales(pointers.mins.add(upper::<Q, C>(index)));
@@ -388,28 +489,25 @@ impl Scales for Nibbles {
 }
 
 /// # Safety
-/// As [`multiply`]; rows `m..m + N` and the tile are the task's.
+/// As [`multiply`]; the panel, of N rows, and the tile are the task's.
 #[inline(always)]
 unsafe fn rows<Q: QuantLanes, C: Codes, S: Scales, const N: usize>(
     task: &QuantTask<'_>,
     lens: &TileLens,
     tile: usize,
-    m: usize,
+    panel: usize,
 ) {
     let groups = task.weights.groups();
-    let pointers = Pointers::<N>::new(task, lens, tile, m);
+    let pointers = Pointers::new(task, lens, tile);
+    let first_x = task.x.panel(panel)[..groups * N].as_ptr();
     // SAFETY: all pointers come from slices of exactly one tile or one row, and every offset stays below their
     // `groups`; the rest is the caller's duty.
     unsafe {
         let mut acc = [Q::zero(); N];
         for group in 0..groups {
             let codes = pointers.codes.add(group * C::BITS.count() * 4 * Q::ROWS);
-            let mut x = [std::ptr::null(); N];
-            let mut x_codes = [std::ptr::null(); N];
-            for n in 0..N {
-                x[n] = pointers.x[n].add(group);
-                x_codes[n] = x[n].cast::<i8>();
-            }
+            prefetch_group::<Q, C, S>(&pointers, group + AHEAD_GROUPS);
+            let (x, x_codes) = group_of_rows::<N>(first_x.add(group * N));
             if C::GROUP == GROUP {
                 let mut sums = Sums::<Q, N>::start::<C, S>(&x, Part::Whole);
                 C::add_pair::<Q, N, 0>(codes, &x_codes, &mut sums);
@@ -428,8 +526,192 @@ unsafe fn rows<Q: QuantLanes, C: Codes, S: Scales, const N: usize>(
                 finish::<Q, C, S, N>(&pointers, 2 * group + 1, Part::Second, &x, &sums, &mut acc);
             }
         }
+        let first_row = task.x.panels.rows_of(panel).start;
+        // Through memory: a loop as long as this one would keep the accumulators there all the time.
+        let mut finished = [0.0; 16 * MAX_COLUMNS];
         for n in 0..N {
-            store::<Q>(task.out, m + n, tile, acc[n]);
+            Q::store(acc[n], finished.as_mut_ptr().add(n * Q::ROWS));
+        }
+        for n in 0..N {
+            store::<Q>(task.out, first_row + n, tile, Q::load(finished.as_ptr().add(n * Q::ROWS)));
+        }
+    }
+}
+
+/// Activation rows at a time at most.
+const MAX_COLUMNS: usize = 16;
+
+/// Activation groups of a tile that are unpacked together: with their scales they should stay in the first-level cache
+/// while the rows pass over them.
+const PANEL_GROUPS: usize = 48;
+
+/// Some groups of a tile, unpacked.
+struct Panel {
+    /// `[groups, 8, ROWS, 4]`
+    codes: *mut u8,
+    /// `[groups of weights, ROWS]`
+    scales: *mut f32,
+    /// Likewise; not touched where the format has no minimums.
+    mins: *mut f32,
+}
+
+/// All of the task's rows by one tile, whose groups are unpacked some at a time; between panels a row's sums wait in
+/// memory.
+///
+/// # Safety
+/// As [`multiply`]; the tile is the task's.
+#[inline(always)]
+unsafe fn by_panels<Q: QuantLanes, C: Codes, S: Scales, const N: usize>(
+    task: &mut QuantTask<'_>,
+    lens: &TileLens,
+    tile: usize,
+) {
+    let groups = task.weights.groups();
+    let per_group = GROUP / C::GROUP;
+    let panel_groups = PANEL_GROUPS.min(groups);
+    let scale_lines = panel_groups * per_group * Q::ROWS / 16;
+    let code_lines = panel_groups * 8 * Q::ROWS * 4 / 64;
+    let num_rows = task.x.panels.rows_of(task.panels.end - 1).end - task.x.panels.rows_of(task.panels.start).start;
+    let sum_lines = num_rows * Q::ROWS / 16 + 1;
+    let num_lines = code_lines + 2 * scale_lines + 2 + sum_lines;
+    if task.scratch.len() < num_lines {
+        task.scratch.resize(num_lines, Line([0; 64]));
+    }
+    let weights = Pointers::new(task, lens, tile);
+    // SAFETY: the scratch has room for all four parts, one after the other; groups are the tile's; rows are the task's.
+    unsafe {
+        let lines = task.scratch.as_mut_ptr();
+        let panel = Panel {
+            codes: lines.cast(),
+            scales: lines.add(code_lines).cast(),
+            mins: lines.add(code_lines + scale_lines + 1).cast(),
+        };
+        let waiting: *mut f32 = lines.add(code_lines + 2 * scale_lines + 2).cast();
+        let mut first = 0;
+        while first < groups {
+            let count = panel_groups.min(groups - first);
+            for group in 0..count {
+                let from = weights.codes.add((first + group) * C::BITS.count() * 4 * Q::ROWS);
+                C::unpack::<Q>(from, panel.codes.add(group * 8 * 4 * Q::ROWS));
+                for part in 0..per_group {
+                    let (index, to) = ((first + group) * per_group + part, (group * per_group + part) * Q::ROWS);
+                    Q::store(S::scales::<Q, C>(&weights, index), panel.scales.add(to));
+                    if S::WITH_MINS {
+                        Q::store(S::mins::<Q, C>(&weights, index), panel.mins.add(to));
+                    }
+                }
+            }
+            let part = PanelPart { first, count, is_first: first == 0, is_last: first + count == groups, waiting };
+            for rows in task.panels.clone() {
+                let num_rows = task.x.panels.rows_of(rows).len();
+                with_columns!(num_rows, N, panel_rows::<Q, C, S>(task, &weights, &panel, &part, tile, rows));
+            }
+            first += count;
+        }
+    }
+}
+
+/// Which groups a panel holds, and where sums wait for the next one, `[rows, ROWS]`.
+struct PanelPart {
+    first: usize,
+    count: usize,
+    is_first: bool,
+    is_last: bool,
+    waiting: *mut f32,
+}
+
+/// As [`rows`], for a panel's groups.
+///
+/// # Safety
+/// As [`rows`]; the panel holds the groups that `part` says, whose sums have room to wait.
+#[inline(always)]
+unsafe fn panel_rows<Q: QuantLanes, C: Codes, S: Scales, const N: usize>(
+    task: &QuantTask<'_>,
+    weights: &Pointers,
+    panel: &Panel,
+    part: &PanelPart,
+    tile: usize,
+    rows: usize,
+) {
+    let first_x = task.x.panel(rows)[part.first * N..(part.first + part.count) * N].as_ptr();
+    let first_row = task.x.panels.rows_of(rows).start;
+    // SAFETY: the pointer above has `count` groups of N rows, the panel too; the rest is the caller's duty.
+    unsafe {
+        let waiting = part.waiting.add((first_row - task.x.panels.rows_of(task.panels.start).start) * Q::ROWS);
+        let mut acc = [Q::zero(); N];
+        if !part.is_first {
+            for n in 0..N {
+                acc[n] = Q::load(waiting.add(n * Q::ROWS));
+            }
+        }
+        for group in 0..part.count {
+            let codes = panel.codes.add(group * 8 * 4 * Q::ROWS).cast_const();
+            if rows == task.panels.start {
+                prefetch_group::<Q, C, S>(weights, part.first + part.count + group);
+            }
+            let (x, x_codes) = group_of_rows::<N>(first_x.add(group * N));
+            if C::GROUP == GROUP {
+                let mut sums = Sums::<Q, N>::start::<C, S>(&x, Part::Whole);
+                C::add_unpacked::<Q, N, 0>(codes, &x_codes, &mut sums);
+                C::add_unpacked::<Q, N, 1>(codes, &x_codes, &mut sums);
+                C::add_unpacked::<Q, N, 2>(codes, &x_codes, &mut sums);
+                C::add_unpacked::<Q, N, 3>(codes, &x_codes, &mut sums);
+                finish_panel::<Q, S, N>(panel, group, Part::Whole, &x, &sums, &mut acc);
+            } else {
+                let mut sums = Sums::<Q, N>::start::<C, S>(&x, Part::First);
+                C::add_unpacked::<Q, N, 0>(codes, &x_codes, &mut sums);
+                C::add_unpacked::<Q, N, 1>(codes, &x_codes, &mut sums);
+                finish_panel::<Q, S, N>(panel, 2 * group, Part::First, &x, &sums, &mut acc);
+                let mut sums = Sums::<Q, N>::start::<C, S>(&x, Part::Second);
+                C::add_unpacked::<Q, N, 2>(codes, &x_codes, &mut sums);
+                C::add_unpacked::<Q, N, 3>(codes, &x_codes, &mut sums);
+                finish_panel::<Q, S, N>(panel, 2 * group + 1, Part::Second, &x, &sums, &mut acc);
+            }
+        }
+        for n in 0..N {
+            Q::store(acc[n], waiting.add(n * Q::ROWS));
+        }
+        if part.is_last {
+            for n in 0..N {
+                store::<Q>(task.out, first_row + n, tile, Q::load(waiting.add(n * Q::ROWS)));
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As [`finish`].
+#[inline(always)]
+unsafe fn finish_panel<Q: QuantLanes, S: Scales, const N: usize>(
+    panel: &Panel,
+    index: usize,
+    part: Part,
+    x: &[*const QuantGroup; N],
+    sums: &Sums<Q, N>,
+    acc: &mut [Q::Floats; N],
+) {
+    // SAFETY: the caller's duties are the same.
+    unsafe {
+        let scales = Q::load(panel.scales.add(index * Q::ROWS));
+        let mins = if S::WITH_MINS { Q::load(panel.mins.add(index * Q::ROWS)) } else { Q::zero() };
+        take_in::<Q, S, N>(scales, mins, part, x, sums, acc);
+    }
+}
+
+/// How many groups ahead of the one at hand weights are asked for.
+const AHEAD_GROUPS: usize = 24;
+
+/// Asks for a group's codes and scales, of this tile or, where the number is too high, of the one behind it.
+#[inline(always)]
+fn prefetch_group<Q: QuantLanes, C: Codes, S: Scales>(pointers: &Pointers, group: usize) {
+    let bytes = C::BITS.count() * 4 * Q::ROWS;
+    for line in 0..bytes.div_ceil(LINE_BYTES) {
+        prefetch(pointers.codes.wrapping_add(group * bytes + line * LINE_BYTES));
+    }
+    if S::SCALING == Scaling::Single {
+        prefetch(pointers.scales.wrapping_add(group * Q::ROWS).cast());
+        if S::WITH_MINS {
+            prefetch(pointers.mins.wrapping_add(group * Q::ROWS).cast());
         }
     }
 }
@@ -469,7 +751,7 @@ impl Part {
 /// As [`rows`]; the tile has such a group, `x[n]` is the activations' that it meets.
 #[inline(always)]
 unsafe fn finish<Q: QuantLanes, C: Codes, S: Scales, const N: usize>(
-    pointers: &Pointers<N>,
+    pointers: &Pointers,
     index: usize,
     part: Part,
     x: &[*const QuantGroup; N],
@@ -478,8 +760,25 @@ unsafe fn finish<Q: QuantLanes, C: Codes, S: Scales, const N: usize>(
 ) {
     // SAFETY: the caller's duties are the same.
     unsafe {
-        let scales = S::scales::<Q, C, N>(pointers, index);
-        let mins = if S::WITH_MINS { S::mins::<Q, C, N>(pointers, index) } else { Q::zero() };
+        let scales = S::scales::<Q, C>(pointers, index);
+        let mins = if S::WITH_MINS { S::mins::<Q, C>(pointers, index) } else { Q::zero() };
+        take_in::<Q, S, N>(scales, mins, part, x, sums, acc);
+    }
+}
+
+/// # Safety
+/// As [`finish`].
+#[inline(always)]
+unsafe fn take_in<Q: QuantLanes, S: Scales, const N: usize>(
+    scales: Q::Floats,
+    mins: Q::Floats,
+    part: Part,
+    x: &[*const QuantGroup; N],
+    sums: &Sums<Q, N>,
+    acc: &mut [Q::Floats; N],
+) {
+    // SAFETY: the caller's duties are the same.
+    unsafe {
         for n in 0..N {
             let scale = Q::mul(scales, Q::splat((*x[n]).scale));
             acc[n] = Q::mul_add(Q::to_floats(sums.wide[n]), scale, acc[n]);

@@ -7,7 +7,7 @@ use super::exp::exp;
 use crate::cpu::rope::RopeStyle;
 use crate::cpu::scalar::quantize::SMALLEST_MAGNITUDE;
 use crate::cpu::scalar::rope::turn;
-use crate::cpu::task::{QuantGroup, RopeRow};
+use crate::cpu::task::{GroupsMut, QuantGroup, RopeRow};
 use crate::pack::GROUP;
 
 const WIDTH: usize = 16;
@@ -51,11 +51,12 @@ pub(in crate::cpu) unsafe fn rms_norm<L: Lanes>(x: &[f32], weight: &[f32], eps: 
 }
 
 /// # Safety
-/// As [`Lanes`].
+/// As [`Lanes`]; the row that `out` names belongs to the calling task.
 #[inline(always)]
-pub(in crate::cpu) unsafe fn quantize<L: Lanes>(x: &[f32], out: &mut [QuantGroup]) {
-    for (x, group) in x.chunks_exact(GROUP).zip(out) {
-        // SAFETY: x has 32 elements, codes have room for 32.
+pub(in crate::cpu) unsafe fn quantize<L: Lanes>(x: &[f32], out: &GroupsMut<'_>) {
+    for (index, x) in x.chunks_exact(GROUP).enumerate() {
+        let mut group = QuantGroup::default();
+        // SAFETY: x has 32 elements, codes have room for 32; the row is the caller's.
         unsafe {
             let (first, second) = (L::load(x.as_ptr()), L::load(x.as_ptr().add(WIDTH)));
             let magnitude = first.abs().max_bits(second.abs()).join_max_bits();
@@ -73,8 +74,10 @@ pub(in crate::cpu) unsafe fn quantize<L: Lanes>(x: &[f32], out: &mut [QuantGroup
                 group.first_sum = first_sum as i32;
             } else {
                 let scale = if magnitude.is_finite() { 0.0 } else { f32::NAN };
-                *group = QuantGroup { codes: [0; GROUP], scale, sum: 0, scaled_sum: scale * 0.0, first_sum: 0 };
+                group.scale = scale;
+                group.scaled_sum = scale * 0.0;
             }
+            out.set(index, group);
         }
     }
 }

@@ -161,6 +161,10 @@ impl QuantLanes for Rows8 {
             let high = move_bits!(vector.1, from, to, vshrq_n_u8);
             Two(vandq_u8(low, mask), vandq_u8(high, mask))
         };
+        fn store_codes(codes: Two<uint8x16_t>, to: *mut u8) = {
+            vst1q_u8(to, codes.0);
+            vst1q_u8(to.add(16), codes.1);
+        };
         fn or(a: Two<uint8x16_t>, b: Two<uint8x16_t>) -> Two<uint8x16_t> = Two(vorrq_u8(a.0, b.0), vorrq_u8(a.1, b.1));
         fn load_bytes(from: *const i8) -> Two<int8x16_t> = Two(vld1q_s8(from), vld1q_s8(from.add(16)));
         fn zero_sums() -> Two<int32x4_t> = Two(vdupq_n_s32(0), vdupq_n_s32(0));
@@ -237,6 +241,7 @@ macro_rules! as_plain_neon {
             fn load_codes(from: *const u8) -> Two<uint8x16_t> = Rows8::load_codes(from);
             fn field(vector: Two<uint8x16_t>, from: usize, width: usize, to: usize) -> Two<uint8x16_t> =
                 Rows8::field(vector, from, width, to);
+            fn store_codes(codes: Two<uint8x16_t>, to: *mut u8) = Rows8::store_codes(codes, to);
             fn or(a: Two<uint8x16_t>, b: Two<uint8x16_t>) -> Two<uint8x16_t> = Rows8::or(a, b);
             fn load_bytes(from: *const i8) -> Two<int8x16_t> = Rows8::load_bytes(from);
             fn zero_sums() -> Two<int32x4_t> = Rows8::zero_sums();

@@ -33,6 +33,7 @@ pub(crate) fn join_lanes(mut lanes: [f32; LANES]) -> f32 {
 
 /// All entries: what the other sets lack is this.
 pub(super) const TABLE: Kernels = Kernels {
+    columns: 4,
     quantized: quant::multiply,
     dense_f32: dense::multiply,
     dense_f16: dense::multiply,

@@ -9,15 +9,15 @@ use crate::pack::GROUP;
 
 /// # Safety
 /// Safe in fact; unsafe to fit the table.
-pub(super) unsafe fn multiply(task: &QuantTask<'_>) {
+pub(super) unsafe fn multiply(task: &mut QuantTask<'_>) {
     let w = task.weights;
     // Two groups of weights may share a group of activations.
     let parts = GROUP / w.group_len();
     for row in task.tiles.start * w.tile_rows..(task.tiles.end * w.tile_rows).min(w.rows) {
-        for m in task.m.clone() {
-            let x = &task.x.rows[m * task.x.groups..(m + 1) * task.x.groups];
+        for m in task.panels.clone().flat_map(|panel| task.x.panels.rows_of(panel)) {
             let mut sum = 0.0_f32;
-            for (group, x) in x.iter().enumerate() {
+            for group in 0..w.groups() {
+                let x = task.x.group(m, group);
                 let codes = w.group(row, group);
                 let parts_of_codes = codes.chunks(GROUP / parts).zip(x.codes.chunks(GROUP / parts));
                 for (part, (codes, x_codes)) in parts_of_codes.enumerate() {

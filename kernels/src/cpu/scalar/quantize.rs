@@ -1,6 +1,6 @@
 //! Activations to int8: a group's scale is max|x| / 127, its codes are x * (127 / max|x|), rounded to nearest even.
 
-use crate::cpu::task::QuantGroup;
+use crate::cpu::task::{GroupsMut, QuantGroup};
 use crate::pack::GROUP;
 
 /// Groups whose largest magnitude is below this count as zero: 127 / max|x| must be a number, and nothing so small can
@@ -26,9 +26,10 @@ pub(crate) fn code(x: f32, factor: f32) -> i8 {
 }
 
 /// # Safety
-/// Safe in fact; unsafe to fit the table.
-pub(super) unsafe fn quantize(x: &[f32], out: &mut [QuantGroup]) {
-    for (x, group) in x.chunks_exact(GROUP).zip(out) {
+/// The row that `out` names belongs to the calling task.
+pub(super) unsafe fn quantize(x: &[f32], out: &GroupsMut<'_>) {
+    for (index, x) in x.chunks_exact(GROUP).enumerate() {
+        let mut group = QuantGroup::default();
         let (scale, factor) = scale_and_factor(x);
         for (target, &x) in group.codes.iter_mut().zip(x) {
             *target = code(x, factor);
@@ -37,5 +38,7 @@ pub(super) unsafe fn quantize(x: &[f32], out: &mut [QuantGroup]) {
         group.sum = group.codes.iter().map(|&code| i32::from(code)).sum();
         group.scaled_sum = scale * group.sum as f32;
         group.first_sum = group.codes[..GROUP / 2].iter().map(|&code| i32::from(code)).sum();
+        // SAFETY: the caller's row.
+        unsafe { out.set(index, group) };
     }
 }

@@ -1,0 +1,359 @@
+//! Whole steps of a model without engine or HTTP, as llama-bench and llama-batched-bench measure them: a prompt in one
+//! step, and one token each of several sequences.
+//!
+//! `cargo bench --bench steps -- --model FILE`, or `--shape 1b --quantize int4` for random weights of a LLaMA's shapes.
+//! Every load is timed in turns, so that what disturbs the machine disturbs all alike; rates are medians. Roofs are
+//! taken in the same run. `--json` for programs.
+
+use std::{
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use bindery_model::{
+    BackendKind, BatchSequence, ForwardBatch, KvCacheDtype, LoadOptions, Machine, Model, ModelPhase, Quantize,
+    StepModel,
+};
+use clap::Parser;
+use serde_json::{Value, json};
+
+const BLOCK_SIZE: usize = 16;
+/// Time that a load gets in a round at least, so that short steps are timed many at once.
+const MIN_ROUND: Duration = Duration::from_millis(250);
+/// As in `bindery bench --roofline`.
+const ROOF_ROUND: Duration = Duration::from_millis(40);
+const ROOF_ROUNDS: usize = 12;
+const READ_BYTES: usize = 512 << 20;
+
+#[derive(Parser)]
+struct Args {
+    /// A GGUF file or a folder with safetensors.
+    #[arg(long)]
+    model: Option<PathBuf>,
+    /// Random weights of a LLaMA's shapes instead: 1b, 3b or 8b.
+    #[arg(long, conflicts_with = "model")]
+    shape: Option<String>,
+    /// Of dense weights: none, int8 or int4.
+    #[arg(long, default_value = "none")]
+    quantize: String,
+    /// f32, f16, bf16, int8 or auto.
+    #[arg(long, default_value = "auto")]
+    kv_cache_dtype: String,
+    #[arg(long)]
+    threads: Option<usize>,
+    /// Prompt lengths, each a step of its own.
+    #[arg(long, value_delimiter = ',', default_value = "512")]
+    prefill: Vec<usize>,
+    /// Sequences that decode together.
+    #[arg(long, value_delimiter = ',', default_value = "1,8,32")]
+    decode: Vec<usize>,
+    /// Tokens that each of them has in the cache.
+    #[arg(long, value_delimiter = ',', default_value = "128")]
+    context: Vec<usize>,
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+    #[arg(long)]
+    json: bool,
+    /// Passed by cargo.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+/// What a step computes.
+#[derive(Clone, Copy)]
+enum Load {
+    Prefill { len: usize },
+    Decode { batch: usize, context: usize },
+}
+
+impl Load {
+    fn name(self) -> String {
+        match self {
+            Self::Prefill { len } => format!("prefill {len}"),
+            Self::Decode { batch, context } => format!("decode {batch} at {context}"),
+        }
+    }
+
+    fn num_tokens(self) -> usize {
+        match self {
+            Self::Prefill { len } => len,
+            Self::Decode { batch, .. } => batch,
+        }
+    }
+
+    /// Sequences whose last row goes through the head.
+    fn num_sampled(self) -> usize {
+        match self {
+            Self::Prefill { .. } => 1,
+            Self::Decode { batch, .. } => batch,
+        }
+    }
+
+    fn num_blocks(self) -> usize {
+        match self {
+            Self::Prefill { len } => len.div_ceil(BLOCK_SIZE),
+            Self::Decode { batch, context } => batch * context.div_ceil(BLOCK_SIZE),
+        }
+    }
+
+    fn batch(self, vocab_size: usize) -> ForwardBatch {
+        let (sequences, rows, context) = match self {
+            Self::Prefill { len } => (1, len, len),
+            Self::Decode { batch, context } => (batch, 1, context),
+        };
+        let blocks = context.div_ceil(BLOCK_SIZE);
+        let mut batch = ForwardBatch::default();
+        for sequence in 0..sequences {
+            let (first_row, first_block) = (batch.tokens.len(), batch.block_tables.len());
+            for position in context - rows..context {
+                batch.tokens.push(((sequence * 7919 + position * 104_729 + 12_345) % vocab_size) as u32);
+                batch.positions.push(position as u32);
+                batch.slots.push((first_block * BLOCK_SIZE + position) as u32);
+            }
+            batch.block_tables.extend((first_block..first_block + blocks).map(|block| block as u32));
+            batch.sequences.push(BatchSequence {
+                rows: first_row..batch.tokens.len(),
+                block_table: first_block..first_block + blocks,
+                context_len: context,
+                adapter: None,
+            });
+            batch.logit_rows.push(batch.tokens.len() as u32 - 1);
+        }
+        batch
+    }
+}
+
+/// Seconds of one step: all of it, and by part.
+#[derive(Clone, Default)]
+struct Times {
+    total: f64,
+    parts: [f64; PARTS.len()],
+}
+
+const PARTS: [&str; 6] = ["embed", "qkv", "attention", "output", "mlp", "head"];
+
+fn part(phase: ModelPhase) -> usize {
+    match phase {
+        ModelPhase::Embed => 0,
+        ModelPhase::AttentionInputs => 1,
+        ModelPhase::Attention => 2,
+        ModelPhase::AttentionOutput => 3,
+        ModelPhase::Mlp => 4,
+    }
+}
+
+/// Steps for `MIN_ROUND` at least; means over them.
+fn round(model: &mut Model, batch: &ForwardBatch, logits: &mut [f32]) -> Times {
+    let mut times = Times::default();
+    let begin = Instant::now();
+    let mut steps = 0;
+    while steps == 0 || begin.elapsed() < MIN_ROUND {
+        let mut last = Instant::now();
+        let mut tick = |part: usize| {
+            let now = Instant::now();
+            times.parts[part] += (now - last).as_secs_f64();
+            last = now;
+        };
+        model.forward(batch, &mut |phase| tick(part(phase))).expect("a step");
+        model.logits(0..batch.logit_rows.len(), logits).expect("logits");
+        tick(5);
+        steps += 1;
+    }
+    times.total = begin.elapsed().as_secs_f64() / f64::from(steps);
+    times.parts.iter_mut().for_each(|part| *part /= f64::from(steps));
+    times
+}
+
+/// The median by total.
+fn median(mut rounds: Vec<Times>) -> Times {
+    rounds.sort_by(|a, b| a.total.total_cmp(&b.total));
+    rounds.swap_remove(rounds.len() / 2)
+}
+
+struct Roofs {
+    read_bytes: f64,
+    int8_operations: f64,
+    f32_operations: f64,
+}
+
+impl Roofs {
+    fn measure(machine: &Machine) -> Self {
+        let bytes = vec![1_u8; READ_BYTES];
+        Self {
+            read_bytes: (0..ROOF_ROUNDS / 2).map(|_| rate(|| machine.read(&bytes))).fold(0.0, f64::max),
+            int8_operations: best(|rounds| machine.spin_int8(rounds)),
+            f32_operations: best(|rounds| machine.spin_f32(rounds)),
+        }
+    }
+
+    /// Seconds that a step's products take at least, and what bounds them.
+    fn least(&self, model: &Model, load: Load) -> (f64, &'static str) {
+        let (mut reading, mut computing) = (0.0, 0.0);
+        for product in &model.info().products {
+            let rows = if product.part == "head" { load.num_sampled() } else { load.num_tokens() };
+            let peak = if product.is_quantized { self.int8_operations } else { self.f32_operations };
+            reading += product.num_bytes as f64 / self.read_bytes;
+            computing += 2.0 * rows as f64 * product.num_parameters as f64 / peak;
+        }
+        if reading > computing { (reading, "memory") } else { (computing, "compute") }
+    }
+}
+
+fn rate(work: impl FnOnce() -> u64) -> f64 {
+    let start = Instant::now();
+    let done = work();
+    done as f64 / start.elapsed().as_secs_f64().max(1e-9)
+}
+
+fn best(work: impl Fn(usize) -> u64) -> f64 {
+    let mut rounds = 1000;
+    loop {
+        let start = Instant::now();
+        work(rounds);
+        if start.elapsed() >= ROOF_ROUND / 2 {
+            break;
+        }
+        rounds *= 2;
+    }
+    (0..ROOF_ROUNDS).map(|_| rate(|| work(rounds))).fold(0.0, f64::max)
+}
+
+/// A config.json with a published LLaMA's shapes.
+fn write_shape(name: &str, folder: &Path) {
+    let (hidden, intermediate, layers, heads, kv_heads, head_dim, vocab, tied) = match name {
+        "135m" => (576, 1536, 30, 9, 3, 64, 49_152, true),
+        "1b" => (2048, 8192, 16, 32, 8, 64, 128_256, true),
+        "3b" => (3072, 8192, 28, 24, 8, 128, 128_256, true),
+        "8b" => (4096, 14_336, 32, 32, 8, 128, 128_256, false),
+        _ => panic!("--shape {name}: 135m, 1b, 3b or 8b"),
+    };
+    let config = json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
+        "intermediate_size": intermediate, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "head_dim": head_dim, "vocab_size": vocab, "rms_norm_eps": 1e-5,
+        "rope_theta": 500_000.0, "max_position_embeddings": 131_072, "hidden_act": "silu",
+        "tie_word_embeddings": tied, "torch_dtype": "bfloat16",
+    });
+    std::fs::write(folder.join("config.json"), config.to_string()).expect("a temporary file");
+}
+
+fn main() {
+    let args = Args::parse();
+    let mut options = LoadOptions::new(BackendKind::Cpu);
+    options.block_size = BLOCK_SIZE;
+    options.threads = args.threads;
+    options.quantize = match args.quantize.as_str() {
+        "none" => Quantize::None,
+        "int8" => Quantize::Int8,
+        "int4" => Quantize::Int4,
+        other => panic!("--quantize {other}: none, int8 or int4"),
+    };
+    options.kv_cache_dtype = match args.kv_cache_dtype.as_str() {
+        "auto" => KvCacheDtype::Auto,
+        "f32" => KvCacheDtype::F32,
+        "f16" => KvCacheDtype::F16,
+        "bf16" => KvCacheDtype::Bf16,
+        "int8" => KvCacheDtype::Int8,
+        other => panic!("--kv-cache-dtype {other}: auto, f32, f16, bf16 or int8"),
+    };
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = match (&args.model, &args.shape) {
+        (Some(path), _) => path.clone(),
+        (None, Some(shape)) => {
+            options.dummy = true;
+            write_shape(shape, folder.path());
+            folder.path().to_owned()
+        }
+        (None, None) => {
+            // `cargo bench` runs every bench of the workspace.
+            eprintln!("steps: nothing to do without --model FILE or --shape 1b");
+            return;
+        }
+    };
+    let prefills = args.prefill.iter().map(|&len| Load::Prefill { len });
+    let decodes = args
+        .context
+        .iter()
+        .flat_map(|&context| args.decode.iter().map(move |&batch| Load::Decode { batch, context }));
+    let loads: Vec<Load> = prefills.chain(decodes).filter(|load| load.num_tokens() > 0).collect();
+
+    let machine = Machine::new(args.threads).expect("the instruction set");
+    let roofs = Roofs::measure(&machine);
+    drop(machine);
+    let begin = Instant::now();
+    let mut model = Model::load(&path, &options, &mut |_, _| ()).expect("the model");
+    let loading = begin.elapsed();
+    model.allocate_kv(loads.iter().map(|load| load.num_blocks()).max().unwrap_or(1)).expect("the cache");
+    let vocab_size = model.info().vocab_size;
+    let batches: Vec<ForwardBatch> = loads.iter().map(|load| load.batch(vocab_size)).collect();
+    let most_rows = loads.iter().map(|load| load.num_sampled()).max().unwrap_or(1);
+    let mut logits = vec![0.0; most_rows * vocab_size];
+
+    let mut rounds: Vec<Vec<Times>> = vec![Vec::new(); loads.len()];
+    for index in 0..=args.rounds {
+        for ((load, batch), rounds) in loads.iter().zip(&batches).zip(&mut rounds) {
+            let times = round(&mut model, batch, &mut logits[..load.num_sampled() * vocab_size]);
+            // The first one warms up.
+            if index > 0 {
+                rounds.push(times);
+            }
+        }
+    }
+    report(&args, &model, &roofs, loading, &loads, rounds);
+}
+
+fn report(args: &Args, model: &Model, roofs: &Roofs, loading: Duration, loads: &[Load], rounds: Vec<Vec<Times>>) {
+    let info = model.info();
+    let results: Vec<(Load, Times)> = loads.iter().copied().zip(rounds.into_iter().map(median)).collect();
+    if args.json {
+        let loads: Vec<Value> = results
+            .iter()
+            .map(|(load, times)| {
+                let (least, bound) = roofs.least(model, *load);
+                let parts = PARTS.iter().zip(times.parts).map(|(name, part)| ((*name).to_owned(), json!(part)));
+                json!({
+                    "load": load.name(), "tokens_per_second": load.num_tokens() as f64 / times.total,
+                    "seconds": times.total, "parts": parts.collect::<serde_json::Map<_, _>>(),
+                    "share_of_roof": least / times.total, "bound": bound,
+                })
+            })
+            .collect();
+        let result = json!({
+            "device": info.device, "threads": info.threads, "weight_bytes": info.weight_bytes,
+            "load_seconds": loading.as_secs_f64(),
+            "roofs": {
+                "read_bytes_per_second": roofs.read_bytes, "int8_operations_per_second": roofs.int8_operations,
+                "f32_operations_per_second": roofs.f32_operations,
+            },
+            "loads": loads,
+        });
+        println!("{result}");
+        return;
+    }
+    println!(
+        "{}, {} threads; {} in {:.2} s, {:.0} MB of weights, cache in {:?}",
+        info.device,
+        info.threads,
+        info.weight_format,
+        loading.as_secs_f64(),
+        info.weight_bytes as f64 / 1e6,
+        info.kv_cache_dtype
+    );
+    println!(
+        "roofs: {:.1} GB/s read, {:.0} GOP/s int8, {:.0} GFLOP/s f32",
+        roofs.read_bytes / 1e9,
+        roofs.int8_operations / 1e9,
+        roofs.f32_operations / 1e9
+    );
+    print!("{:<20} {:>9} {:>9}  {:<14}", "", "tok/s", "ms", "products' roof");
+    PARTS.iter().for_each(|part| print!(" {part:>9}"));
+    println!("  (ms)");
+    for (load, times) in results {
+        let (least, bound) = roofs.least(model, load);
+        let share = format!("{:.0} % {bound}", 100.0 * least / times.total);
+        let rate = load.num_tokens() as f64 / times.total;
+        print!("{:<20} {rate:>9.1} {:>9.2}  {share:<14}", load.name(), times.total * 1e3);
+        times.parts.iter().for_each(|part| print!(" {:>9.2}", part * 1e3));
+        println!();
+    }
+}

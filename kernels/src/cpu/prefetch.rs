@@ -1,0 +1,25 @@
+//! Asks memory for a cache line before it is needed.
+//!
+//! Weights are read once a step, front to back; the processors' own prefetchers begin anew at every page and stay too
+//! close, so a core alone gets little more than half of what memory gives (measured: `benches/RESULTS.md`). It knows
+//! addresses, nothing of what lies there. Invariant: a hint changes no value and never faults, whatever the address.
+
+/// Bytes that an aligned line has on every machine in question.
+pub(crate) const LINE_BYTES: usize = 64;
+
+/// Into the first-level cache. The address may lie outside of any buffer.
+#[inline(always)]
+pub(crate) fn prefetch(at: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: part of the architecture's base; a hint that never faults.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast());
+    }
+    #[cfg(all(target_arch = "aarch64", not(miri)))]
+    // SAFETY: as above.
+    unsafe {
+        std::arch::asm!("prfm pldl1keep, [{0}]", in(reg) at, options(readonly, nostack, preserves_flags));
+    }
+    #[cfg(not(any(target_arch = "x86_64", all(target_arch = "aarch64", not(miri)))))]
+    let _ = at;
+}
