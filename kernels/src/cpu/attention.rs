@@ -22,7 +22,7 @@ pub(crate) const TILE_KEYS: usize = 64;
 /// Keys of a span: the unit in which a long context is split over threads.
 pub(crate) const SPAN_KEYS: usize = 512;
 /// Rows of one piece: their queries meet a tile while it is in the first-level cache.
-const PIECE_ROWS: usize = 16;
+const PIECE_ROWS: usize = 32;
 /// Key visits (queries times keys) that are worth waking another thread for.
 const MIN_REGION_VISITS: usize = 1024;
 

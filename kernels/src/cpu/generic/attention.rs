@@ -18,7 +18,7 @@
 use std::ops::Range;
 
 use super::block::multiply_add;
-use super::exp::{exp, tanh};
+use super::exp::{exp_below_highest, tanh};
 use super::{Element, Lanes};
 use crate::cpu::attention::TILE_KEYS;
 use crate::cpu::scalar;
@@ -35,6 +35,22 @@ const VECTORS: usize = TILE_KEYS / WIDTH;
 
 type Scores = [[f32; TILE_KEYS]; BLOCK_QUERIES];
 
+/// Some values of a tile.
+struct Run<E> {
+    /// Which of the tile's keys they belong to.
+    keys: (usize, usize),
+    /// Component 0 of the first one.
+    from: *const E,
+}
+
+impl<E> Clone for Run<E> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<E> Copy for Run<E> {}
+
 /// A tile's keys and values as the block takes them: rows of at least 16 elements, by pointer.
 pub(in crate::cpu) struct Tile<E> {
     /// First position, a multiple of the tile.
@@ -43,8 +59,8 @@ pub(in crate::cpu) struct Tile<E> {
     keys: [*const E; VECTORS],
     /// From one component to the next.
     key_stride: usize,
-    /// Runs of values that follow each other in memory: first key of the tile, component 0; the last one ends the list.
-    runs: [(usize, *const E); TILE_KEYS],
+    /// Values that follow each other in memory; `num_runs` of them, in ascending order.
+    runs: [Run<E>; VECTORS],
     num_runs: usize,
     /// From one value to the next.
     value_stride: usize,
@@ -61,7 +77,7 @@ impl<E> Tile<E> {
             start,
             keys: [std::ptr::null(); VECTORS],
             key_stride: 0,
-            runs: [(0, std::ptr::null()); TILE_KEYS],
+            runs: [Run { keys: (0, 0), from: std::ptr::null() }; VECTORS],
             num_runs: 0,
             value_stride: 0,
             key_scales: [0.0; TILE_KEYS],
@@ -153,7 +169,9 @@ fn tile_of_pages<E: Element + KvElement>(task: &SpanTask<'_, E>, start: usize, h
     while position < held.end {
         let run = (block_size - position % block_size).min(held.end - position);
         let at = task.value_index(position);
-        tile.runs[tile.num_runs] = (position - start, task.values[at..at + run * head_dim].as_ptr());
+        let first = position - start;
+        tile.runs[tile.num_runs] =
+            Run { keys: (first, first + run), from: task.values[at..at + run * head_dim].as_ptr() };
         tile.num_runs += 1;
         position += run;
     }
@@ -180,7 +198,7 @@ fn lay_out<E: Element + KvElement>(
     }
     let mut tile = Tile {
         key_stride: TILE_KEYS,
-        runs: [(0, values.as_ptr()); TILE_KEYS],
+        runs: [Run { keys: (0, TILE_KEYS), from: values.as_ptr() }; VECTORS],
         num_runs: 1,
         value_stride: width,
         ..Tile::empty(start)
@@ -190,6 +208,72 @@ fn lay_out<E: Element + KvElement>(
         *pointer = keys[vector * WIDTH..].as_ptr();
     }
     tile
+}
+
+/// Queries from which on a tile is converted to f32 once, instead of for every four of them.
+const MIN_CONVERT_QUERIES: usize = 3 * BLOCK_QUERIES;
+
+/// All queries of the task over one tile of pages.
+///
+/// # Safety
+/// As [`walk_queries`].
+#[inline(always)]
+pub(in crate::cpu) unsafe fn walk_pages<L: Lanes, E: Element + KvElement, const V: usize, const W: usize>(
+    task: &mut SpanTask<'_, E>,
+    tile: &Tile<E>,
+) {
+    // SAFETY: the caller's duties are the same; the converted tile lies in `room`, which lives as long.
+    unsafe {
+        if size_of::<E>() == size_of::<f32>() || task.num_queries() < MIN_CONVERT_QUERIES {
+            return walk_queries::<L, E, V, W>(task, tile);
+        }
+        let mut room = std::mem::take(task.scratch);
+        let converted = convert::<L, E>(tile, task.head_dim, &mut room);
+        walk_queries::<L, f32, V, W>(&mut task.without_pages(), &converted);
+        *task.scratch = room;
+    }
+}
+
+/// A tile in f32 (codes as they are), in `room`: keys `[head_dim, 64]`, then values `[64, head_dim]`.
+///
+/// # Safety
+/// As [`walk_queries`]; `head_dim` is a multiple of 16 and the tile has a run at least.
+#[inline(always)]
+unsafe fn convert<L: Lanes, E: Element>(tile: &Tile<E>, head_dim: usize, room: &mut Vec<f32>) -> Tile<f32> {
+    // What is left over in it belongs to keys that no query sees.
+    room.resize(room.len().max(2 * head_dim * TILE_KEYS), 0.0);
+    let (keys, values) = room.split_at_mut(head_dim * TILE_KEYS);
+    let (keys, values) = (keys.as_mut_ptr(), values.as_mut_ptr());
+    let mut converted = Tile {
+        key_stride: TILE_KEYS,
+        value_stride: head_dim,
+        key_scales: tile.key_scales,
+        value_scales: tile.value_scales,
+        has_scales: tile.has_scales,
+        ..Tile::empty(tile.start)
+    };
+    // SAFETY: `room` holds 64 keys and 64 values of `head_dim` components; the tile's rows are the caller's duty.
+    unsafe {
+        for (vector, from) in tile.keys.iter().enumerate().filter(|(_, from)| !from.is_null()) {
+            let to = keys.add(vector * WIDTH);
+            for i in 0..head_dim {
+                E::lanes::<L>(from.add(i * tile.key_stride)).store(to.add(i * TILE_KEYS));
+            }
+            converted.keys[vector] = to.cast_const();
+        }
+        for &Run { keys: (begin, end), from } in &tile.runs[..tile.num_runs] {
+            let to = values.add(begin * head_dim);
+            for i in (0..(end - begin) * head_dim).step_by(WIDTH) {
+                E::lanes::<L>(from.add(i)).store(to.add(i));
+            }
+        }
+        // They follow each other now.
+        let (first, last) = (tile.runs[0], tile.runs[tile.num_runs - 1]);
+        let from = values.add(first.keys.0 * head_dim).cast_const();
+        converted.runs[0] = Run { keys: (first.keys.0, last.keys.1), from };
+        converted.num_runs = 1;
+    }
+    converted
 }
 
 /// All queries of the task over one tile: `V` vectors at a time for several queries, `W` for one.
@@ -233,15 +317,25 @@ pub(in crate::cpu) unsafe fn walk_queries<L: Lanes, T: Element, const V: usize, 
                     weigh::<L, T>(task, tile, first + q, visible[q].clone(), &mut scores[q]);
                 }
             }
-            let alike = visible[..count].iter().all(|keys| *keys == visible[0]);
-            let step = if alike { count } else { 1 };
-            for q in (0..count).step_by(step) {
-                let to = task.partial.values[(first + q) * width..(first + q + step) * width].as_mut_ptr();
-                let mut weights = [std::ptr::null(); BLOCK_QUERIES];
-                for i in 0..step {
-                    weights[i] = scores[q + i].as_ptr();
-                }
-                with_queries!(step, add_values::<L, T, V, W>(tile, &weights, visible[q].clone(), to, width));
+            // What all of them see goes together, what lies before and behind it one by one, each query's in order.
+            let (mut start, mut end) = (0, TILE_KEYS);
+            for keys in &visible[..count] {
+                (start, end) = (start.max(keys.start), end.min(keys.end));
+            }
+            let shared = if start < end { start..end } else { TILE_KEYS..TILE_KEYS };
+            let mut weights = [std::ptr::null(); BLOCK_QUERIES];
+            for q in 0..count {
+                weights[q] = scores[q].as_ptr();
+                let own = visible[q].start..visible[q].end.min(shared.start);
+                let to = task.partial.values[(first + q) * width..(first + q + 1) * width].as_mut_ptr();
+                add_values::<L, T, 1, W>(tile, &[weights[q]; BLOCK_QUERIES], own, to, width);
+            }
+            let to = task.partial.values[first * width..(first + count) * width].as_mut_ptr();
+            with_queries!(count, add_values::<L, T, V, W>(tile, &weights, shared.clone(), to, width));
+            for q in 0..count {
+                let own = visible[q].start.max(shared.end)..visible[q].end;
+                let to = task.partial.values[(first + q) * width..(first + q + 1) * width].as_mut_ptr();
+                add_values::<L, T, 1, W>(tile, &[weights[q]; BLOCK_QUERIES], own, to, width);
             }
         }
         first += count;
@@ -348,14 +442,15 @@ unsafe fn weigh<L: Lanes, E: Element>(
         let new_max = maxes.join_max();
         let mut sums = L::splat(0.0);
         for vector in vectors {
-            let mut weights = exp(L::load(to.add(vector * WIDTH)).sub(L::splat(new_max)));
+            let mut weights = exp_below_highest(L::load(to.add(vector * WIDTH)).sub(L::splat(new_max)));
             sums = sums.add(weights);
             if tile.has_scales {
                 weights = weights.mul(L::load(tile.value_scales.as_ptr().add(vector * WIDTH)));
             }
             weights.store(to.add(vector * WIDTH));
         }
-        let rescale = scalar::exp::exp(old_max - new_max);
+        // exp(0) is exactly 1.
+        let rescale = if new_max == old_max { 1.0 } else { scalar::exp::exp(old_max - new_max) };
         task.partial.sum[query] = task.partial.sum[query].mul_add(rescale, sums.join_add());
         task.partial.max[query] = new_max;
         if rescale != 1.0 {
@@ -381,9 +476,11 @@ unsafe fn add_values<L: Lanes, T: Element, const Q: usize, const V: usize>(
     to: *mut f32,
     width: usize,
 ) {
+    if visible.is_empty() {
+        return;
+    }
     for run in 0..tile.num_runs {
-        let (begin, from) = tile.runs[run];
-        let end = if run + 1 < tile.num_runs { tile.runs[run + 1].0 } else { TILE_KEYS };
+        let Run { keys: (begin, end), from } = tile.runs[run];
         let keys = begin.max(visible.start)..end.min(visible.end);
         if keys.is_empty() {
             continue;

@@ -284,7 +284,7 @@ macro_rules! kernel_table {
                     #[target_feature(enable = $features)]
                     unsafe fn $walk(task: &mut SpanTask<'_, $element>, tile: &attention::Tile<$element>) {
                         // SAFETY: the table's duty, as above.
-                        unsafe { attention::walk_queries::<$lanes, $element, $block, $wide_block>(task, tile) }
+                        unsafe { attention::walk_pages::<$lanes, $element, $block, $wide_block>(task, tile) }
                     }
                     unsafe fn $name(task: &mut SpanTask<'_, $element>) {
                         // SAFETY: the table's duty, as above; both walks are this set's.
