@@ -6,8 +6,8 @@
 use std::hint::black_box;
 
 use bindery_kernels::{
-    Activations, AttentionArgs, AttentionSequence, CodeBits, Cpu, Isa, KvCache, KvDtype, KvShape, Matrix, QuantFormat,
-    Quantized, Scaling,
+    Activations, AttentionArgs, AttentionSequence, CodeBits, Cpu, Form, Isa, KvCache, KvDtype, KvShape, Matrix,
+    QuantFormat, Quantized, Scaling,
 };
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use half::{bf16, f16};
@@ -87,7 +87,7 @@ fn products(c: &mut Criterion) {
                 }
                 let x: Vec<f32> = (0..m * cols).map(noise).collect();
                 let mut activations = Activations::default();
-                cpu.prepare(&x, m, cols, w.is_quantized(), &mut activations);
+                cpu.prepare(&x, m, cols, Form::of([&w]), &mut activations);
                 let mut out = vec![0.0; m * rows];
                 group.throughput(if m == 1 {
                     Throughput::Bytes(w.size_bytes() as u64)
@@ -111,12 +111,13 @@ fn rows(c: &mut Criterion) {
         let mut activations = Activations::default();
         group.throughput(Throughput::Bytes(4 * (m * 576) as u64));
         group.bench_function(BenchmarkId::new("rms_norm+quantize", m), |b| {
-            b.iter(|| cpu.rms_norm(&x, m, &weight, 1e-5, true, black_box(&mut activations)));
+            b.iter(|| cpu.rms_norm(&x, m, &weight, 1e-5, Form::Int8, black_box(&mut activations)));
         });
-        let gate: Vec<f32> = (0..m * 1536).map(noise).collect();
-        group.throughput(Throughput::Bytes(8 * (m * 1536) as u64));
-        group.bench_function(BenchmarkId::new("silu_mul+quantize", m), |b| {
-            b.iter(|| cpu.silu_mul_into(&gate, &gate, m, 1536, true, black_box(&mut activations)));
+        let (gate, up) = (matrix(&cpu, "q4_1", 1536, 576), matrix(&cpu, "q4_1", 1536, 576));
+        let mut gated = Activations::default();
+        group.throughput(Throughput::Elements(2 * 2 * (m * 1536 * 576) as u64));
+        group.bench_function(BenchmarkId::new("gate+up+silu+quantize", m), |b| {
+            b.iter(|| cpu.gated_matmul(&activations, &gate, &up, Form::Int8, black_box(&mut gated)));
         });
     }
     let mut logits: Vec<f32> = (0..49_152).map(noise).collect();

@@ -87,7 +87,7 @@ mod matrix;
 mod memory;
 mod pack;
 
-pub use cpu::activations::Activations;
+pub use cpu::activations::{Activations, Form};
 pub use cpu::attention::{AttentionArgs, AttentionSequence};
 pub use cpu::dispatch::{ISA_VARIABLE, Isa};
 pub use cpu::logits::TopEntry;

@@ -9,9 +9,9 @@ mod common;
 use std::ops::Range;
 
 use bindery_kernels::{
-    Activations, AttentionArgs, Cpu, Isa, KvDtype, KvShape, Matrix, QuantFormat, Quantized, RopeStyle,
+    Activations, AttentionArgs, Cpu, Form, Isa, KvDtype, KvShape, Matrix, QuantFormat, Quantized, RopeStyle,
 };
-use common::{Family, Paged, Random, bits, product};
+use common::{Family, Paged, Random, bits, gated, product};
 use half::f16;
 use proptest::prelude::*;
 
@@ -83,27 +83,38 @@ fn check_product_independence(isa: Isa, family: Family, m: usize, rows_len: usiz
     assert_eq!(bits(&alone), bits(&whole[row * rows_len..(row + 1) * rows_len]));
 }
 
+/// Both projections' families, the outputs and the rows of activations are free.
+fn check_gated(isa: Isa, families: [Family; 2], m: usize, outputs: usize, groups: usize, strange: bool, seed: u64) {
+    let Some((cpu, scalar)) = pair(isa) else { return };
+    let mut random = Random(seed);
+    let cols = (groups * 32).next_multiple_of(families[0].span().max(families[1].span()));
+    let x = rows(&mut random, m * cols, strange);
+    let on = |cpu: &Cpu| {
+        let [gate, up] = families.map(|family| family.matrix(cpu.isa(), outputs, cols, seed ^ family.span() as u64));
+        bits(&gated(cpu, &x, m, &gate, &up))
+    };
+    assert_eq!(on(&cpu), on(&scalar));
+    let (start, len) = (random.below(m), 1 + random.below(m));
+    let end = (start + len).min(m);
+    let [gate, up] = families.map(|family| family.matrix(isa, outputs, cols, seed ^ family.span() as u64));
+    let whole = gated(&cpu, &x, m, &gate, &up);
+    for threads in [1, 3] {
+        let part = gated(&Cpu::new(isa, threads), &x[start * cols..end * cols], end - start, &gate, &up);
+        assert_eq!(bits(&part), bits(&whole[start * outputs..end * outputs]));
+    }
+}
+
 fn check_rows(isa: Isa, m: usize, k: usize, strange: bool, seed: u64) {
     let Some((cpu, scalar)) = pair(isa) else { return };
     let mut random = Random(seed);
     let x = rows(&mut random, m * k, strange);
-    let y = rows(&mut random, m * k, strange);
     let weight = random.vec(k);
     let normed = |cpu: &Cpu| {
         let mut out = Activations::default();
-        cpu.rms_norm(&x, m, &weight, 1e-6, false, &mut out);
+        cpu.rms_norm(&x, m, &weight, 1e-6, Form::F32, &mut out);
         bits(out.rows())
     };
     assert_eq!(normed(&cpu), normed(&scalar));
-    let gated = |cpu: &Cpu| {
-        let mut out = vec![0.0; m * k];
-        cpu.silu_mul(&x, &y, &mut out);
-        let mut activations = Activations::default();
-        cpu.silu_mul_into(&x, &y, m, k, k.is_multiple_of(32), &mut activations);
-        assert_eq!(bits(activations.rows()), bits(&out));
-        bits(&out)
-    };
-    assert_eq!(gated(&cpu), gated(&scalar));
     // Values in reach of the exponential's whole range.
     let logits: Vec<f32> = x.iter().map(|x| x * 60.0).collect();
     assert_eq!(cpu.argmax(&logits), scalar.argmax(&logits));
@@ -244,6 +255,16 @@ macro_rules! properties {
                 }
 
                 #[test]
+                fn gated_products_match_scalar(
+                    families in [family(), family()], m in 1..=40_usize, outputs in 1..=100_usize,
+                    groups in 1..=3_usize, whole in any::<bool>(), strange in any::<bool>(), seed in any::<u64>(),
+                ) {
+                    // int8 wants whole groups of outputs.
+                    let outputs = if whole { outputs.next_multiple_of(32) } else { outputs };
+                    check_gated($isa, families, m, outputs, groups, strange, seed);
+                }
+
+                #[test]
                 fn row_operations_match_scalar(
                     m in 0..=5_usize, k in 1..=700_usize, strange in any::<bool>(), seed in any::<u64>(),
                 ) {
@@ -284,6 +305,16 @@ macro_rules! properties {
                 }
             }
 
+            /// Rows longer than what is unpacked of a tile at a time, and enough of them that tiles are.
+            #[test]
+            fn long_products_of_many_rows_match_scalar() {
+                for family in Family::all() {
+                    for (m, groups) in [(40, 49), (37, 100), (13, 97)] {
+                        check_product($isa, family, m, 19, groups, m == 40, m as u64);
+                    }
+                }
+            }
+
             /// Codes and activations of largest magnitude: no integer sum may saturate.
             #[test]
             fn extreme_codes_are_exact() {
@@ -299,7 +330,8 @@ macro_rules! properties {
                     assert!(product(&cpu, &[0.0; 256], 1, &family.matrix($isa, 0, 256, 1), None).is_empty());
                     assert_eq!(product(&cpu, &[], 2, &family.matrix($isa, 3, 0, 1), None), [0.0; 6]);
                 }
-                cpu.silu_mul(&[], &[], &mut []);
+                let nothing = Family::F32.matrix($isa, 0, 256, 1);
+                assert!(gated(&cpu, &[0.0; 256], 1, &nothing, &nothing).is_empty());
                 assert_eq!(cpu.max(&[]), f32::NEG_INFINITY);
             }
         })*
@@ -319,10 +351,12 @@ fn extreme_codes(cpu: &Cpu) {
             });
             let w = Matrix::Quantized(w);
             for sign in [1, -1] {
-                // Groups whose maximum is 127: the codes are the numbers themselves.
-                let x = vec![(127 * sign) as f32; cols];
-                let sum = sign * cols as i32 * 127 * i32::from(code);
-                assert_eq!(product(cpu, &x, 1, &w, None), [sum as f32; 17], "{format:?}");
+                for m in [1, 40] {
+                    // Groups whose maximum is 127: the codes are the numbers themselves.
+                    let x = vec![(127 * sign) as f32; m * cols];
+                    let sum = sign * cols as i32 * 127 * i32::from(code);
+                    assert_eq!(product(cpu, &x, m, &w, None), vec![sum as f32; m * 17], "{format:?}");
+                }
             }
         }
     }

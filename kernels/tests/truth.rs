@@ -6,10 +6,10 @@
 mod common;
 
 use bindery_kernels::{
-    Activations, AttentionArgs, AttentionSequence, CodeBits, Cpu, Isa, KvCache, KvDtype, KvShape, Matrix, Product,
-    QuantFormat, Quantized, RopeStyle, Scaling, TopEntry,
+    Activations, AttentionArgs, AttentionSequence, CodeBits, Cpu, Form, Isa, KvCache, KvDtype, KvShape, Matrix,
+    Product, QuantFormat, Quantized, RopeStyle, Scaling, TopEntry,
 };
-use common::{Family, Paged, Random, W4, W4_WITH_MINS, W8, product, rows_of};
+use common::{Family, Paged, Random, W4, W4_WITH_MINS, W8, gated, product, rows_of};
 use half::f16;
 
 /// f32 sums of some hundred terms of magnitude one: a few hundred half-units of 2^-24.
@@ -57,7 +57,7 @@ fn products_add_to_what_is_there() {
     let x = Random(2).vec(2 * 64);
     let fresh = product(&cpu, &x, 2, &w, None);
     let mut activations = Activations::default();
-    cpu.prepare(&x, 2, 64, true, &mut activations);
+    cpu.prepare(&x, 2, 64, Form::Int8, &mut activations);
     let mut out = vec![0.5; 22];
     cpu.matmul_add(&activations, &w, None, &mut out);
     assert_eq!(out, fresh.iter().map(|x| 0.5 + x).collect::<Vec<_>>());
@@ -81,7 +81,7 @@ fn products_together_are_those_of_each_alone() {
                 let biases = [None, Some(&bias[..]), None];
                 let mut outs = rows.map(|rows| vec![f32::NAN; m * rows]);
                 let mut activations = Activations::default();
-                cpu.prepare(&x, m, 96, true, &mut activations);
+                cpu.prepare(&x, m, 96, Form::Int8, &mut activations);
                 let [a, b, c] = &mut outs;
                 let wanted = |at: usize, out| Product { weights: weights[at], bias: biases[at], out };
                 cpu.matmul_all(&activations, [wanted(0, a), wanted(1, b), wanted(2, c)]);
@@ -101,7 +101,7 @@ fn rms_norm_norms() {
     for k in [1, 7, 16, 576, 1001] {
         let (x, weight) = (random.vec(3 * k), random.vec(k));
         let mut out = Activations::default();
-        cpu.rms_norm(&x, 3, &weight, 1e-5, false, &mut out);
+        cpu.rms_norm(&x, 3, &weight, 1e-5, Form::F32, &mut out);
         for (x, out) in x.chunks_exact(k).zip(out.rows().chunks_exact(k)) {
             let mean = x.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>() / k as f64;
             for i in 0..k {
@@ -118,7 +118,7 @@ fn rms_norm_in_place_is_rms_norm() {
     let mut random = Random(12);
     let (mut x, weight) = (random.vec(40 * 576), random.vec(576));
     let mut out = Activations::default();
-    cpu.rms_norm(&x, 40, &weight, 1e-5, false, &mut out);
+    cpu.rms_norm(&x, 40, &weight, 1e-5, Form::F32, &mut out);
     cpu.rms_norm_in_place(&mut x, &weight, 1e-5);
     assert_eq!(x, out.rows());
 }
@@ -129,10 +129,12 @@ fn activations_shrink_and_grow_again() {
     let w = W4_WITH_MINS.matrix(cpu.isa(), 5, 64, 9);
     let x = Random(13).vec(6 * 64);
     let mut reused = Activations::default();
-    for (m, quantized) in [(6, true), (1, false), (3, true), (6, true)] {
-        cpu.prepare(&x[..m * 64], m, 64, quantized, &mut reused);
-        assert_eq!((reused.num_rows(), reused.cols(), reused.is_quantized()), (m, 64, quantized));
-        assert_eq!(reused.rows(), &x[..m * 64]);
+    for (m, form) in [(6, Form::Both), (1, Form::F32), (3, Form::Int8), (2, Form::F32), (6, Form::Int8)] {
+        cpu.prepare(&x[..m * 64], m, 64, form, &mut reused);
+        assert_eq!((reused.num_rows(), reused.cols(), reused.form()), (m, 64, form));
+        if form.has_f32() {
+            assert_eq!(reused.rows(), &x[..m * 64]);
+        }
     }
     let mut out = vec![0.0; 30];
     cpu.matmul(&reused, &w, None, &mut out);
@@ -197,8 +199,10 @@ fn rope_turns_pairs_and_leaves_the_rest() {
 fn silu_mul_gates() {
     let gate: Vec<f32> = (-1000..1000).map(|i| i as f32 * 0.05).collect();
     let up = Random(5).vec(gate.len());
-    let mut out = vec![0.0; gate.len()];
-    scalar().silu_mul(&gate, &up, &mut out);
+    // One input each: the projections give the columns themselves.
+    let cpu = scalar();
+    let column = |values: &[f32]| Matrix::pack_f32(cpu.isa(), values.len(), 1, |row, out| out[0] = values[row]);
+    let out = gated(&cpu, &[1.0], 1, &column(&gate), &column(&up));
     for i in 0..gate.len() {
         let g = f64::from(gate[i]);
         let truth = g / (1.0 + (-g).exp()) * f64::from(up[i]);

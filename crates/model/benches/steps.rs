@@ -271,10 +271,8 @@ fn main() {
         }
     };
     let prefills = args.prefill.iter().map(|&len| Load::Prefill { len });
-    let decodes = args
-        .context
-        .iter()
-        .flat_map(|&context| args.decode.iter().map(move |&batch| Load::Decode { batch, context }));
+    let decodes =
+        args.context.iter().flat_map(|&context| args.decode.iter().map(move |&batch| Load::Decode { batch, context }));
     let loads: Vec<Load> = prefills.chain(decodes).filter(|load| load.num_tokens() > 0).collect();
 
     let machine = Machine::new(args.threads).expect("the instruction set");

@@ -1,29 +1,62 @@
 //! Input rows of matrix products, prepared once and used by every matrix that reads them.
 //!
-//! f32 always; int8 groups with scales and sums where a quantised matrix will read them. Buffers only grow, and what lies
-//! beyond the rows at hand is left as it is: a step after warm-up allocates nothing, and nothing is cleared that is written
-//! next. Invariant: all buffers hold at least `num_rows` whole rows of the same input.
+//! f32, int8 groups with scales and sums, or both, as the matrices that will read them want. Buffers only grow, and what
+//! lies beyond the rows at hand is left as it is: a step after warm-up allocates nothing, and nothing is cleared that is
+//! written next. Invariant: the buffers of the form at hand hold at least `num_rows` whole rows of the same input.
 
-use super::task::{Panels, QuantGroup, QuantRows};
+use super::pool::SharedMut;
+use super::task::{ActivationsOut, Panels, QuantGroup, QuantRows};
+use crate::matrix::Matrix;
 use crate::pack::GROUP;
+
+/// What a row of activations is kept as.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Form {
+    /// For dense matrices.
+    #[default]
+    F32,
+    /// For quantised ones: int8 groups. Rows are a multiple of 32 then.
+    Int8,
+    /// For both.
+    Both,
+}
+
+impl Form {
+    /// What these matrices read.
+    pub fn of<'a>(matrices: impl IntoIterator<Item = &'a Matrix>) -> Self {
+        let (mut dense, mut quantized) = (false, false);
+        for matrix in matrices {
+            *if matrix.is_quantized() { &mut quantized } else { &mut dense } = true;
+        }
+        match (dense, quantized) {
+            (true, true) => Self::Both,
+            (false, true) => Self::Int8,
+            _ => Self::F32,
+        }
+    }
+
+    /// Whether there are f32 rows.
+    pub fn has_f32(self) -> bool {
+        self != Self::Int8
+    }
+
+    /// Whether there are int8 groups.
+    pub fn has_int8(self) -> bool {
+        self != Self::F32
+    }
+}
 
 /// Input rows of a product; reused between steps.
 #[derive(Debug, Default)]
 pub struct Activations {
     num_rows: usize,
     cols: usize,
-    quantized: bool,
+    form: Form,
     panels: Panels,
-    /// `[num_rows, cols]`, and more.
+    /// `[num_rows, cols]`, and more; left over where not asked for.
     rows: Vec<f32>,
     /// As `panels` says, and more; left over where not asked for.
     groups: Vec<QuantGroup>,
-}
-
-/// The mutable halves of [`Activations`], for filling.
-pub(crate) struct Filling<'a> {
-    pub(crate) rows: &'a mut [f32],
-    pub(crate) groups: Option<(Panels, &'a mut [QuantGroup])>,
 }
 
 impl Activations {
@@ -37,42 +70,46 @@ impl Activations {
         self.cols
     }
 
-    /// The rows in f32, `[num_rows, cols]`.
+    /// The rows in f32, `[num_rows, cols]`; panics where they are kept in int8 alone.
     pub fn rows(&self) -> &[f32] {
+        assert!(self.form.has_f32(), "activations in int8 alone met a dense matrix: prepare them as Form::Both");
         &self.rows[..self.num_rows * self.cols]
     }
 
-    /// Whether quantised matrices can read them.
-    pub fn is_quantized(&self) -> bool {
-        self.quantized
+    /// What the rows are kept as.
+    pub fn form(&self) -> Form {
+        self.form
     }
 
     /// Takes a shape and gives the buffers of that size, contents left over. Panels have `panel_rows` at most.
-    pub(crate) fn reshape(
-        &mut self,
-        num_rows: usize,
-        cols: usize,
-        quantized: bool,
-        panel_rows: usize,
-    ) -> Filling<'_> {
+    pub(crate) fn reshape(&mut self, num_rows: usize, cols: usize, form: Form, panel_rows: usize) -> ActivationsOut {
         assert!(
-            !quantized || cols.is_multiple_of(GROUP),
+            !form.has_int8() || cols.is_multiple_of(GROUP),
             "quantised activations need a multiple of {GROUP} columns, got {cols}"
         );
-        let (num_elements, num_groups) = (num_rows * cols, if quantized { num_rows * (cols / GROUP) } else { 0 });
+        let num_elements = if form.has_f32() { num_rows * cols } else { 0 };
+        let num_groups = if form.has_int8() { num_rows * (cols / GROUP) } else { 0 };
         let panels = Panels::new(num_rows, cols / GROUP, panel_rows);
-        (self.num_rows, self.cols, self.quantized, self.panels) = (num_rows, cols, quantized, panels);
+        (self.num_rows, self.cols, self.form, self.panels) = (num_rows, cols, form, panels);
         self.rows.resize(self.rows.len().max(num_elements), 0.0);
         self.groups.resize(self.groups.len().max(num_groups), QuantGroup::default());
-        let groups = quantized.then_some((panels, &mut self.groups[..num_groups]));
-        Filling { rows: &mut self.rows[..num_elements], groups }
+        ActivationsOut {
+            cols,
+            rows: form.has_f32().then(|| SharedMut::new(&mut self.rows[..num_elements])),
+            groups: form.has_int8().then(|| (panels, SharedMut::new(&mut self.groups[..num_groups]))),
+        }
+    }
+
+    /// How rows are shared out over panels, whatever their form.
+    pub(crate) fn panels(&self) -> Panels {
+        self.panels
     }
 
     /// The int8 groups; panics where they were not asked for.
     pub(crate) fn quantized_rows(&self) -> QuantRows<'_> {
         assert!(
-            self.quantized,
-            "a quantised matrix met activations prepared for dense ones: prepare them with quantized"
+            self.form.has_int8(),
+            "a quantised matrix met activations in f32 alone: prepare them as Form::Int8 or Form::Both"
         );
         QuantRows { panels: self.panels, elements: &self.groups[..self.num_rows * self.panels.groups] }
     }

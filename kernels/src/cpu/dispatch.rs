@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 
 use half::{bf16, f16};
 
-use super::task::{DenseTask, GroupsMut, QuantTask, RopeRow, SpanTask};
+use super::task::{DenseTask, GatedTask, GroupsMut, QuantTask, RopeRow, SpanTask};
 use crate::KernelError;
 
 /// The environment variable that forces an instruction set.
@@ -128,8 +128,7 @@ pub(crate) struct Kernels {
     /// Row, weight, eps, normalised row.
     pub(crate) rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
     pub(crate) rope: unsafe fn(&mut RopeRow<'_>),
-    /// Gate, up, out.
-    pub(crate) silu_mul: unsafe fn(&[f32], &[f32], &mut [f32]),
+    pub(crate) gated: unsafe fn(&GatedTask<'_>),
     pub(crate) attention_f32: unsafe fn(&mut SpanTask<'_, f32>),
     pub(crate) attention_f16: unsafe fn(&mut SpanTask<'_, f16>),
     pub(crate) attention_bf16: unsafe fn(&mut SpanTask<'_, bf16>),

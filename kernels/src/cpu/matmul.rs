@@ -13,12 +13,12 @@ use super::{Cpu, PIECES_PER_THREAD};
 use crate::matrix::{DENSE_TILE_ROWS, Dense, DenseElement, Matrix};
 
 /// Bytes of activations that a block of rows may take: it is read again for every weight tile, so it should stay in
-/// the second-level cache, which is at least 256 KiB on every machine in question.
-const ROW_BLOCK_BYTES: usize = 192 * 1024;
+/// the second-level cache, which has 512 KiB and more on the machines in question.
+const ROW_BLOCK_BYTES: usize = 256 * 1024;
 /// Rows of a block at least, so that an unpacked weight tile is used often enough.
 const MIN_BLOCK_ROWS: usize = 32;
 /// Multiply-adds that are worth waking another thread for: about two microseconds of one core.
-const MIN_PIECE_MACS: usize = 64 * 1024;
+pub(super) const MIN_PIECE_MACS: usize = 64 * 1024;
 
 thread_local! {
     /// Memory a thread keeps between calls.
@@ -55,23 +55,33 @@ impl Cpu {
         out: &'a mut [f32],
         accumulate: bool,
     ) -> Part<'a> {
-        let (m, rows, cols) = (x.num_rows(), w.rows(), w.cols());
-        assert_eq!(x.cols(), cols, "activations of {} columns meet a matrix of {cols} inputs", x.cols());
+        let (m, rows) = (x.num_rows(), w.rows());
+        let (tiles, tile_rows) = self.check(x, w);
         assert_eq!(out.len(), m * rows, "a product of {m} x {rows} into a buffer of {}", out.len());
         if let Some(bias) = bias {
             assert_eq!(bias.len(), rows, "a bias of {} for {rows} outputs", bias.len());
         }
-        let (tiles, tile_rows) = match w {
+        let out = Output { elements: SharedMut::new(out), stride: rows, first_m: 0, rows: 0..rows, bias, accumulate };
+        Part { weights: w, tiles, tile_macs: tile_rows * w.cols() * m, out }
+    }
+
+    /// A matrix's tiles and their rows; panics where it does not fit the activations or the instruction set.
+    pub(super) fn check(&self, x: &Activations, w: &Matrix) -> (usize, usize) {
+        assert_eq!(x.cols(), w.cols(), "activations of {} columns meet a matrix of {} inputs", x.cols(), w.cols());
+        match w {
             Matrix::Quantized(w) => {
-                self.check_tile(w.tile_rows);
+                assert_eq!(
+                    w.tile_rows,
+                    self.isa.quant_tile_rows(),
+                    "a matrix packed for another instruction set meets {}: pack it for Cpu::isa()",
+                    self.isa
+                );
                 (w.tiles(), w.tile_rows)
             }
             Matrix::F32(w) => (w.tiles(), DENSE_TILE_ROWS),
             Matrix::F16(w) => (w.tiles(), DENSE_TILE_ROWS),
             Matrix::Bf16(w) => (w.tiles(), DENSE_TILE_ROWS),
-        };
-        let out = Output { elements: SharedMut::new(out), rows, bias, accumulate };
-        Part { weights: w, tiles, tile_macs: tile_rows * cols * m, out }
+        }
     }
 
     /// One region for all parts: pieces of tiles, shared out by the work in them.
@@ -84,7 +94,7 @@ impl Cpu {
         let num_wanted = (self.threads() * PIECES_PER_THREAD).min(total / MIN_PIECE_MACS);
         if num_wanted <= 1 || self.threads() == 1 {
             for part in parts {
-                self.tiles(x, part, 0..part.tiles);
+                self.tiles(x, part.weights, 0..part.tiles, 0..x.panels().num_panels(), &part.out);
             }
             return;
         }
@@ -96,44 +106,49 @@ impl Cpu {
             for (part, &num_pieces) in parts.iter().zip(&num_pieces) {
                 if index < num_pieces {
                     let tiles = index * part.tiles / num_pieces..(index + 1) * part.tiles / num_pieces;
-                    return self.tiles(x, part, tiles);
+                    return self.tiles(x, part.weights, tiles, 0..x.panels().num_panels(), &part.out);
                 }
                 index -= num_pieces;
             }
         });
     }
 
-    /// Every one of `tiles` meets every activation row once.
-    fn tiles(&self, x: &Activations, part: &Part<'_>, tiles: Range<usize>) {
-        let (kernels, out) = (self.kernels, &part.out);
-        match part.weights {
+    /// Every one of `tiles` meets every row of `panels` once. Shapes are checked, and the outputs are the calling task's.
+    pub(super) fn tiles(
+        &self,
+        x: &Activations,
+        weights: &Matrix,
+        tiles: Range<usize>,
+        panels: Range<usize>,
+        out: &Output<'_>,
+    ) {
+        let kernels = self.kernels;
+        let rows = x.panels().rows_of_all(&panels);
+        match weights {
             Matrix::Quantized(w) => {
                 let x = x.quantized_rows();
                 let row_bytes = x.panels.groups * size_of::<QuantGroup>();
                 let block = (ROW_BLOCK_BYTES / row_bytes.max(1)).max(MIN_BLOCK_ROWS).div_ceil(x.panels.panel_rows);
-                for start in (0..x.panels.num_panels()).step_by(block) {
-                    let panels = start..(start + block).min(x.panels.num_panels());
+                for panels in even_parts(panels.clone(), block) {
                     let tiles = tiles.clone();
-                    // SAFETY: the table fits the machine; `part` has checked the shapes; pieces have disjoint tiles.
+                    // SAFETY: the table fits the machine; the rest is checked, see above.
                     SCRATCH.with_borrow_mut(|scratch| unsafe {
                         (kernels.quantized)(&mut QuantTask { weights: w, x, panels, tiles, out, scratch });
                     });
                 }
             }
-            Matrix::F32(w) => dense(kernels.dense_f32, x, w, out, &tiles),
-            Matrix::F16(w) => dense(kernels.dense_f16, x, w, out, &tiles),
-            Matrix::Bf16(w) => dense(kernels.dense_bf16, x, w, out, &tiles),
+            Matrix::F32(w) => dense(kernels.dense_f32, x, w, out, &tiles, rows),
+            Matrix::F16(w) => dense(kernels.dense_f16, x, w, out, &tiles, rows),
+            Matrix::Bf16(w) => dense(kernels.dense_bf16, x, w, out, &tiles, rows),
         }
     }
+}
 
-    fn check_tile(&self, tile_rows: usize) {
-        assert_eq!(
-            tile_rows,
-            self.isa.quant_tile_rows(),
-            "a matrix packed for another instruction set meets {}: pack it for Cpu::isa()",
-            self.isa
-        );
-    }
+/// A range in as few parts as can be, of at most `max_len`, as even as can be.
+pub(super) fn even_parts(range: Range<usize>, max_len: usize) -> impl Iterator<Item = Range<usize>> {
+    let (start, len) = (range.start, range.len());
+    let parts = len.div_ceil(max_len.max(1));
+    (0..parts).map(move |part| start + part * len / parts..start + (part + 1) * len / parts)
 }
 
 /// One of several products in a call.
@@ -162,11 +177,11 @@ fn dense<E: DenseElement>(
     w: &Dense<E>,
     out: &Output<'_>,
     tiles: &Range<usize>,
+    rows: Range<usize>,
 ) {
     let block = (ROW_BLOCK_BYTES / (x.cols() * size_of::<f32>()).max(1)).max(MIN_BLOCK_ROWS);
-    for start in (0..x.num_rows()).step_by(block) {
-        let m = start..(start + block).min(x.num_rows());
-        // SAFETY: the table fits the machine; `part` has checked the shapes; pieces have disjoint tiles.
+    for m in even_parts(rows.clone(), block) {
+        // SAFETY: the table fits the machine; the caller of `tiles` has checked the shapes.
         unsafe { kernel(&DenseTask { weights: w, x: x.rows(), m, tiles: tiles.clone(), out }) }
     }
 }

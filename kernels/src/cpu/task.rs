@@ -59,6 +59,11 @@ impl Panels {
         start..(start + self.panel_rows).min(self.num_rows)
     }
 
+    /// The rows of some panels that follow each other.
+    pub(crate) fn rows_of_all(&self, panels: &Range<usize>) -> Range<usize> {
+        (panels.start * self.panel_rows).min(self.num_rows)..(panels.end * self.panel_rows).min(self.num_rows)
+    }
+
     /// Where a row's first group lies, and how far apart its groups are.
     pub(crate) fn place(&self, row: usize) -> (usize, usize) {
         let rows = self.rows_of(row / self.panel_rows);
@@ -106,25 +111,36 @@ impl GroupsMut<'_> {
     }
 }
 
-/// Where a product goes: `[m, rows]`, each element `[out +] (sum [+ bias])`.
+/// Where a product goes: `[m, stride]`, each element `[out +] (sum [+ bias])`.
 pub(crate) struct Output<'a> {
     pub(crate) elements: SharedMut<f32>,
-    pub(crate) rows: usize,
-    /// `[rows]`
+    /// From one activation row's outputs to the next one's.
+    pub(crate) stride: usize,
+    /// The activation row whose outputs come first.
+    pub(crate) first_m: usize,
+    /// Weight rows that have an output.
+    pub(crate) rows: Range<usize>,
+    /// One for every weight row.
     pub(crate) bias: Option<&'a [f32]>,
     /// Adds to what is there instead of replacing it.
     pub(crate) accumulate: bool,
 }
 
 impl Output<'_> {
+    /// Where an output lies.
+    #[inline(always)]
+    pub(crate) fn index(&self, m: usize, row: usize) -> usize {
+        (m - self.first_m) * self.stride + row - self.rows.start
+    }
+
     /// Finishes output elements `(m, first_row..)` with their sums; as many as there are rows left.
     ///
     /// # Safety
     /// The elements belong to the calling task.
     #[inline(always)]
     pub(crate) unsafe fn store(&self, m: usize, first_row: usize, sums: &[f32]) {
-        let len = sums.len().min(self.rows - first_row);
-        let start = m * self.rows + first_row;
+        let len = sums.len().min(self.rows.end - first_row);
+        let start = self.index(m, first_row);
         // SAFETY: passed on to the caller.
         let out = unsafe { self.elements.slice(start..start + len) };
         for (r, (out, &sum)) in out.iter_mut().zip(sums).enumerate() {
@@ -145,10 +161,12 @@ pub(crate) struct QuantTask<'a> {
     pub(crate) scratch: &'a mut Vec<Line>,
 }
 
-/// A cache line.
-#[derive(Clone, Copy)]
+/// A cache line of plain memory.
+#[derive(Clone, Copy, Default)]
 #[repr(align(64))]
-pub(crate) struct Line(pub(crate) [u8; 64]);
+pub(crate) struct Line {
+    _floats: [f32; 16],
+}
 
 /// A part of a dense product: activation rows `m` by weight tiles `tiles`.
 pub(crate) struct DenseTask<'a, E: DenseElement> {
@@ -158,6 +176,38 @@ pub(crate) struct DenseTask<'a, E: DenseElement> {
     pub(crate) m: Range<usize>,
     pub(crate) tiles: Range<usize>,
     pub(crate) out: &'a Output<'a>,
+}
+
+/// Where prepared activations go: f32 rows `[m, cols]`, int8 groups, or both.
+pub(crate) struct ActivationsOut {
+    pub(crate) cols: usize,
+    pub(crate) rows: Option<SharedMut<f32>>,
+    pub(crate) groups: Option<(Panels, SharedMut<QuantGroup>)>,
+}
+
+impl ActivationsOut {
+    /// Where a row's groups go, from number `first_group` on.
+    #[inline(always)]
+    pub(crate) fn groups_of(&self, row: usize, first_group: usize) -> Option<GroupsMut<'_>> {
+        self.groups.as_ref().map(|(panels, elements)| {
+            let (first, stride) = panels.place(row);
+            GroupsMut { elements, first: first + first_group * stride, stride }
+        })
+    }
+}
+
+/// Products of a gate and an up projection, to be joined: `activation(gate) * up`.
+pub(crate) struct GatedTask<'a> {
+    /// `[m, stride]`, readable for whole groups of 32.
+    pub(crate) gate: &'a [f32],
+    /// Likewise.
+    pub(crate) up: &'a [f32],
+    pub(crate) stride: usize,
+    /// Activation rows.
+    pub(crate) m: Range<usize>,
+    /// Outputs, from a multiple of 32 on.
+    pub(crate) cols: Range<usize>,
+    pub(crate) out: &'a ActivationsOut,
 }
 
 /// One row of heads to rotate.

@@ -4,7 +4,7 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 
 use bindery_kernels::{
-    Activations, AttentionSequence, CodeBits, Cpu, Isa, KvCache, KvDtype, KvShape, Matrix, QuantFormat, QuantRow,
+    Activations, AttentionSequence, CodeBits, Cpu, Form, Isa, KvCache, KvDtype, KvShape, Matrix, QuantFormat, QuantRow,
     Quantized, Scaling,
 };
 use half::{bf16, f16};
@@ -108,10 +108,31 @@ pub(crate) fn rows_of(w: &Matrix) -> Vec<Vec<f32>> {
 
 pub(crate) fn product(cpu: &Cpu, x: &[f32], m: usize, w: &Matrix, bias: Option<&[f32]>) -> Vec<f32> {
     let mut activations = Activations::default();
-    cpu.prepare(x, m, w.cols(), w.is_quantized(), &mut activations);
+    cpu.prepare(x, m, w.cols(), Form::of([w]), &mut activations);
     let mut out = vec![f32::NAN; m * w.rows()];
     cpu.matmul(&activations, w, bias, &mut out);
     out
+}
+
+/// `silu(x . gate^T) * (x . up^T)` in every form that fits, each held against the f32 rows.
+pub(crate) fn gated(cpu: &Cpu, x: &[f32], m: usize, gate: &Matrix, up: &Matrix) -> Vec<f32> {
+    let (mut activations, mut out, mut other) = <(Activations, Activations, Activations)>::default();
+    cpu.prepare(x, m, gate.cols(), Form::of([gate, up]), &mut activations);
+    cpu.gated_matmul(&activations, gate, up, Form::F32, &mut out);
+    let rows = out.rows().to_vec();
+    if gate.rows().is_multiple_of(32) {
+        // What a quantised matrix makes of them tells the int8 groups apart.
+        let probe = W8.matrix(cpu.isa(), 19, gate.rows(), 5);
+        let expected = product(cpu, &rows, m, &probe, None);
+        for form in [Form::Int8, Form::Both] {
+            cpu.gated_matmul(&activations, gate, up, form, &mut other);
+            let mut product = vec![f32::NAN; expected.len()];
+            cpu.matmul(&other, &probe, None, &mut product);
+            assert_eq!(bits(&product), bits(&expected), "{form:?}");
+        }
+        assert_eq!(bits(other.rows()), bits(&rows));
+    }
+    rows
 }
 
 /// Bits, with every NaN alike.

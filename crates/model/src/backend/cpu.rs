@@ -6,7 +6,9 @@
 
 use std::{mem, ops::Range};
 
-use bindery_kernels::{Activations, AttentionArgs, AttentionSequence, Cpu, KvCache, KvDtype, KvShape, Matrix, Product};
+use bindery_kernels::{
+    Activations, AttentionArgs, AttentionSequence, Cpu, Form, KvCache, KvDtype, KvShape, Matrix, Product,
+};
 
 use crate::{
     backend::{AttentionWeights, Backend, Layer, Linear, MlpWeights, Step},
@@ -52,9 +54,8 @@ struct Buffers {
     values: Vec<f32>,
     /// `[rows, num_heads * head_dim]`
     attended: Vec<f32>,
-    /// `[rows, intermediate_size]`
-    gate: Vec<f32>,
-    up: Vec<f32>,
+    /// Input of the MLP's second half.
+    gated: Activations,
     /// Rows for the head, `[kept rows, hidden_size]`.
     kept: Vec<f32>,
     /// Empty between operations; keeps its memory.
@@ -202,8 +203,8 @@ impl Backend for CpuBackend {
         let values = sized(values, rows * num_kv_heads * head_dim)?;
 
         let projections = [&weights.q, &weights.k, &weights.v];
-        let quantized = projections.iter().any(|projection| projection.weight.is_quantized());
-        cpu.rms_norm(hidden, rows, &weights.norm, self.config.norm.eps, quantized, activations);
+        let form = Form::of(projections.map(|projection| &projection.weight));
+        cpu.rms_norm(hidden, rows, &weights.norm, self.config.norm.eps, form, activations);
         cpu.matmul_all(
             activations,
             [product(&weights.q, queries), product(&weights.k, keys), product(&weights.v, values)],
@@ -245,33 +246,23 @@ impl Backend for CpuBackend {
         let Buffers { hidden, activations, attended, .. } = &mut self.buffers;
         let hidden = &mut hidden[..rows * self.config.hidden_size];
         let attended = &attended[..rows * width];
-        self.cpu.prepare(attended, rows, width, weights.o.weight.is_quantized(), activations);
+        self.cpu.prepare(attended, rows, width, Form::of([&weights.o.weight]), activations);
         self.cpu.matmul_add(activations, &weights.o.weight, weights.o.bias.as_deref(), hidden);
         Ok(())
     }
 
     fn mlp(&mut self, weights: &MlpWeights<Self>, step: Step<'_>) -> Result<(), ModelError> {
         let (cpu, rows) = (&self.cpu, step.num_rows());
-        let intermediate_size = self.config.mlp.intermediate_size;
-        let Buffers { hidden, activations, gate, up, .. } = &mut self.buffers;
+        let Buffers { hidden, activations, gated, .. } = &mut self.buffers;
         let hidden = &mut hidden[..rows * self.config.hidden_size];
-        let gate = sized(gate, rows * intermediate_size)?;
-        let up = sized(up, rows * intermediate_size)?;
 
-        let quantized = weights.gate.is_quantized() || weights.up.is_quantized();
-        cpu.rms_norm(hidden, rows, &weights.norm, self.config.norm.eps, quantized, activations);
-        cpu.matmul_all(
-            activations,
-            [
-                Product { weights: &weights.gate, bias: None, out: gate },
-                Product { weights: &weights.up, bias: None, out: up },
-            ],
-        );
-        let quantized = weights.down.is_quantized();
+        let form = Form::of([&weights.gate, &weights.up]);
+        cpu.rms_norm(hidden, rows, &weights.norm, self.config.norm.eps, form, activations);
+        let form = Form::of([&weights.down]);
         match self.config.mlp.activation {
-            Activation::Silu => cpu.silu_mul_into(gate, up, rows, intermediate_size, quantized, activations),
+            Activation::Silu => cpu.gated_matmul(activations, &weights.gate, &weights.up, form, gated),
         }
-        cpu.matmul_add(activations, &weights.down, None, hidden);
+        cpu.matmul_add(gated, &weights.down, None, hidden);
         Ok(())
     }
 
@@ -289,7 +280,7 @@ impl Backend for CpuBackend {
         let hidden_size = self.config.hidden_size;
         let Buffers { activations, kept, .. } = &mut self.buffers;
         let kept = &kept[rows.start * hidden_size..rows.end * hidden_size];
-        self.cpu.rms_norm(kept, rows.len(), norm, self.config.norm.eps, head.is_quantized(), activations);
+        self.cpu.rms_norm(kept, rows.len(), norm, self.config.norm.eps, Form::of([head]), activations);
         self.cpu.matmul(activations, head, None, out);
         Ok(())
     }

@@ -4,9 +4,9 @@
 //! VNNI one instruction multiplies four unsigned codes by four signed activations and adds them up in 32 bits; bytes
 //! are shifted into unsigned range by 128, which the group's activation sum takes off again, exactly.
 
+use std::arch::asm;
 #[allow(clippy::wildcard_imports, reason = "dozens of intrinsics, whose names cannot be mistaken")]
 use std::arch::x86_64::*;
-use std::arch::asm;
 
 use half::f16;
 

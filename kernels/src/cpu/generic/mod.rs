@@ -261,7 +261,7 @@ macro_rules! kernel_table {
 
             use crate::cpu::dispatch::Kernels;
             use crate::cpu::generic::{attention, dense, peak, rows};
-            use crate::cpu::task::{DenseTask, GroupsMut, RopeRow, SpanTask};
+            use crate::cpu::task::{DenseTask, GatedTask, GroupsMut, RopeRow, SpanTask};
 
             /// A function with the set's features around a generic one.
             macro_rules! entry {
@@ -277,6 +277,7 @@ macro_rules! kernel_table {
     entry!(dense_f16(&DenseTask<'_, f16>) = dense::multiply::<$lanes, f16, $block, $wide_block>);
     entry!(dense_bf16(&DenseTask<'_, bf16>) = dense::multiply::<$lanes, bf16, $block, $wide_block>);
     entry!(rope(&mut RopeRow<'_>) = rows::rope::<$lanes>);
+    entry!(gated(&GatedTask<'_>) = rows::gated::<$lanes>);
 
             /// One element type's attention: the walk over queries has the features, the walk over tiles needs none.
             macro_rules! attention_entry {
@@ -308,11 +309,6 @@ macro_rules! kernel_table {
                 unsafe { rows::rms_norm::<$lanes>(x, weight, eps, out) }
             }
             #[target_feature(enable = $features)]
-            unsafe fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
-                // SAFETY: the table's duty, as above.
-                unsafe { rows::silu_mul::<$lanes>(gate, up, out) }
-            }
-            #[target_feature(enable = $features)]
             unsafe fn max(row: &[f32]) -> f32 {
                 // SAFETY: the table's duty, as above.
                 unsafe { rows::max::<$lanes>(row) }
@@ -341,7 +337,7 @@ macro_rules! kernel_table {
                 quantize,
                 rms_norm,
                 rope,
-                silu_mul,
+                gated,
                 attention_f32,
                 attention_f16,
                 attention_bf16,

@@ -575,7 +575,7 @@ unsafe fn by_panels<Q: QuantLanes, C: Codes, S: Scales, const N: usize>(
     let sum_lines = num_rows * Q::ROWS / 16 + 1;
     let num_lines = code_lines + 2 * scale_lines + 2 + sum_lines;
     if task.scratch.len() < num_lines {
-        task.scratch.resize(num_lines, Line([0; 64]));
+        task.scratch.resize(num_lines, Line::default());
     }
     let weights = Pointers::new(task, lens, tile);
     // SAFETY: the scratch has room for all four parts, one after the other; groups are the tile's; rows are the task's.
@@ -796,13 +796,13 @@ unsafe fn store<Q: QuantLanes>(out: &Output<'_>, m: usize, tile: usize, sums: Q:
     let first_row = tile * Q::ROWS;
     // SAFETY: the slices have at least ROWS elements where vectors touch them; else the caller's duty.
     unsafe {
-        if first_row + Q::ROWS > out.rows {
+        if first_row + Q::ROWS > out.rows.end {
             let mut tail = [0.0; 16];
             Q::store(sums, tail.as_mut_ptr());
             out.store(m, first_row, &tail[..Q::ROWS]);
             return;
         }
-        let start = m * out.rows + first_row;
+        let start = out.index(m, first_row);
         let to = out.elements.slice(start..start + Q::ROWS).as_mut_ptr();
         let mut sums = sums;
         if let Some(bias) = out.bias {

@@ -7,7 +7,7 @@ use super::exp::exp;
 use crate::cpu::rope::RopeStyle;
 use crate::cpu::scalar::quantize::SMALLEST_MAGNITUDE;
 use crate::cpu::scalar::rope::turn;
-use crate::cpu::task::{GroupsMut, QuantGroup, RopeRow};
+use crate::cpu::task::{GatedTask, GroupsMut, QuantGroup, RopeRow};
 use crate::pack::GROUP;
 
 const WIDTH: usize = 16;
@@ -55,31 +55,39 @@ pub(in crate::cpu) unsafe fn rms_norm<L: Lanes>(x: &[f32], weight: &[f32], eps: 
 #[inline(always)]
 pub(in crate::cpu) unsafe fn quantize<L: Lanes>(x: &[f32], out: &GroupsMut<'_>) {
     for (index, x) in x.chunks_exact(GROUP).enumerate() {
-        let mut group = QuantGroup::default();
-        // SAFETY: x has 32 elements, codes have room for 32; the row is the caller's.
-        unsafe {
-            let (first, second) = (L::load(x.as_ptr()), L::load(x.as_ptr().add(WIDTH)));
-            let magnitude = first.abs().max_bits(second.abs()).join_max_bits();
-            if magnitude.is_finite() && magnitude >= SMALLEST_MAGNITUDE {
-                let factor = L::splat(127.0 / magnitude);
-                let (first, second) = (first.mul(factor).round(), second.mul(factor).round());
-                first.store_i8(group.codes.as_mut_ptr());
-                second.store_i8(group.codes.as_mut_ptr().add(WIDTH));
-                // Whole numbers of at most 32 * 127: exact in f32.
-                let first_sum = first.join_add();
-                let sum = first_sum + second.join_add();
-                group.scale = magnitude / 127.0;
-                group.sum = sum as i32;
-                group.scaled_sum = group.scale * sum;
-                group.first_sum = first_sum as i32;
-            } else {
-                let scale = if magnitude.is_finite() { 0.0 } else { f32::NAN };
-                group.scale = scale;
-                group.scaled_sum = scale * 0.0;
-            }
-            out.set(index, group);
+        // SAFETY: x has 32 elements; the row is the caller's.
+        unsafe { out.set(index, group::<L>(L::load(x.as_ptr()), L::load(x.as_ptr().add(WIDTH)))) };
+    }
+}
+
+/// A group in int8.
+///
+/// # Safety
+/// As [`Lanes`].
+#[inline(always)]
+unsafe fn group<L: Lanes>(first: L, second: L) -> QuantGroup {
+    let mut group = QuantGroup::default();
+    // SAFETY: the caller's duty; codes have room for 32.
+    unsafe {
+        let magnitude = first.abs().max_bits(second.abs()).join_max_bits();
+        if magnitude.is_finite() && magnitude >= SMALLEST_MAGNITUDE {
+            let factor = L::splat(127.0 / magnitude);
+            let (first, second) = (first.mul(factor).round(), second.mul(factor).round());
+            first.store_i8(group.codes.as_mut_ptr());
+            second.store_i8(group.codes.as_mut_ptr().add(WIDTH));
+            // Whole numbers of at most 32 * 127: exact in f32.
+            let first_sum = first.join_add();
+            let sum = first_sum + second.join_add();
+            group.scale = magnitude / 127.0;
+            group.sum = sum as i32;
+            group.scaled_sum = group.scale * sum;
+            group.first_sum = first_sum as i32;
+        } else {
+            group.scale = if magnitude.is_finite() { 0.0 } else { f32::NAN };
+            group.scaled_sum = group.scale * 0.0;
         }
     }
+    group
 }
 
 /// # Safety
@@ -120,22 +128,40 @@ unsafe fn silu_mul_lanes<L: Lanes>(gate: L, up: L) -> L {
 }
 
 /// # Safety
-/// As [`Lanes`].
+/// As [`Lanes`]; the task's ranges lie within its buffers, and its outputs belong to it.
 #[inline(always)]
-pub(in crate::cpu) unsafe fn silu_mul<L: Lanes>(gate: &[f32], up: &[f32], out: &mut [f32]) {
-    assert!(gate.len() == out.len() && up.len() == out.len(), "gate, up and output differ in length");
-    let whole = out.len() / WIDTH * WIDTH;
-    // SAFETY: every load and store lies below `whole <= len`, or in an array of 16.
-    unsafe {
-        for i in (0..whole).step_by(WIDTH) {
-            let y = silu_mul_lanes(L::load(gate.as_ptr().add(i)), L::load(up.as_ptr().add(i)));
-            y.store(out.as_mut_ptr().add(i));
-        }
-        if whole < out.len() {
-            let mut last = [0.0; WIDTH];
-            silu_mul_lanes(L::load(tail(gate, 0.0).as_ptr()), L::load(tail(up, 0.0).as_ptr())).store(last.as_mut_ptr());
-            let rest = out.len() - whole;
-            out[whole..].copy_from_slice(&last[..rest]);
+pub(in crate::cpu) unsafe fn gated<L: Lanes>(task: &GatedTask<'_>) {
+    let (num_rows, cols) = (task.m.len(), task.out.cols);
+    assert!(task.stride.is_multiple_of(GROUP) && task.cols.len() <= task.stride, "products without whole groups");
+    let (gate, up) = (&task.gate[..num_rows * task.stride], &task.up[..num_rows * task.stride]);
+    for (index, row) in task.m.clone().enumerate() {
+        let groups = task.out.groups_of(row, task.cols.start / GROUP);
+        for (number, start) in task.cols.clone().step_by(GROUP).enumerate() {
+            let at = index * task.stride + number * GROUP;
+            // SAFETY: a row's products are whole groups, checked above.
+            let (first, second) = unsafe {
+                let (gate, up) = (gate.as_ptr().add(at), up.as_ptr().add(at));
+                (
+                    silu_mul_lanes(L::load(gate), L::load(up)),
+                    silu_mul_lanes(L::load(gate.add(WIDTH)), L::load(up.add(WIDTH))),
+                )
+            };
+            if let Some(rows) = &task.out.rows {
+                let mut joined = [0.0; GROUP];
+                // SAFETY: the array has 32 elements.
+                unsafe {
+                    first.store(joined.as_mut_ptr());
+                    second.store(joined.as_mut_ptr().add(WIDTH));
+                }
+                let len = GROUP.min(task.cols.end - start);
+                // SAFETY: the outputs are the task's.
+                let out = unsafe { rows.slice(row * cols + start..row * cols + start + len) };
+                out.copy_from_slice(&joined[..len]);
+            }
+            if let Some(groups) = &groups {
+                // SAFETY: as above.
+                unsafe { groups.set(number, group::<L>(first, second)) };
+            }
         }
     }
 }

@@ -41,7 +41,7 @@ pub(super) const TABLE: Kernels = Kernels {
     quantize: quantize::quantize,
     rms_norm: norm::rms_norm,
     rope: rope::rope,
-    silu_mul: silu::silu_mul,
+    gated: silu::gated,
     attention_f32: attention::attend,
     attention_f16: attention::attend,
     attention_bf16: attention::attend,

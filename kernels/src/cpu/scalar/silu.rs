@@ -1,11 +1,26 @@
 //! Gated activation: silu(gate) * up with silu(x) = x / (1 + exp(-x)).
 
 use super::exp::exp;
+use super::quantize::quantize;
+use crate::cpu::task::GatedTask;
 
 /// # Safety
-/// Safe in fact; unsafe to fit the table.
-pub(super) unsafe fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
-    for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
-        *out = gate / (1.0 + exp(-gate)) * up;
+/// The task's outputs belong to it.
+pub(super) unsafe fn gated(task: &GatedTask<'_>) {
+    let mut joined = vec![0.0; task.cols.len()];
+    for (index, row) in task.m.clone().enumerate() {
+        let products = index * task.stride..index * task.stride + joined.len();
+        for ((out, &gate), &up) in joined.iter_mut().zip(&task.gate[products.clone()]).zip(&task.up[products]) {
+            *out = gate / (1.0 + exp(-gate)) * up;
+        }
+        if let Some(rows) = &task.out.rows {
+            let start = row * task.out.cols + task.cols.start;
+            // SAFETY: the caller's duty.
+            unsafe { rows.slice(start..start + joined.len()) }.copy_from_slice(&joined);
+        }
+        if let Some(groups) = task.out.groups_of(row, task.cols.start / crate::pack::GROUP) {
+            // SAFETY: the caller's duty.
+            unsafe { quantize(&joined, &groups) };
+        }
     }
 }
