@@ -97,4 +97,5 @@ pub use cpu::{Cpu, MAX_THREADS};
 pub use error::KernelError;
 pub use kv::{KvCache, KvDtype, KvShape};
 pub use matrix::{Dense, DenseBf16, DenseElement, DenseF16, DenseF32, Matrix};
+pub use memory::pack_together;
 pub use pack::{CodeBits, GROUP, QuantFormat, QuantRow, Quantized, SUPER_GROUP, Scaling};

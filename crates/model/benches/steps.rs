@@ -5,6 +5,8 @@
 //! Every load is timed in turns, so that what disturbs the machine disturbs all alike; rates are medians. Roofs are
 //! taken in the same run. `--json` for programs.
 
+#![allow(clippy::print_stdout, clippy::print_stderr, clippy::expect_used, reason = "a tool for people who measure")]
+
 use std::{
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -160,7 +162,7 @@ fn round(model: &mut Model, batch: &ForwardBatch, logits: &mut [f32]) -> Times {
         steps += 1;
     }
     times.total = begin.elapsed().as_secs_f64() / f64::from(steps);
-    times.parts.iter_mut().for_each(|part| *part /= f64::from(steps));
+    times.parts = times.parts.map(|part| part / f64::from(steps));
     times
 }
 
@@ -344,14 +346,18 @@ fn report(args: &Args, model: &Model, roofs: &Roofs, loading: Duration, loads: &
         roofs.f32_operations / 1e9
     );
     print!("{:<20} {:>9} {:>9}  {:<14}", "", "tok/s", "ms", "products' roof");
-    PARTS.iter().for_each(|part| print!(" {part:>9}"));
+    for part in PARTS {
+        print!(" {part:>9}");
+    }
     println!("  (ms)");
     for (load, times) in results {
         let (least, bound) = roofs.least(model, load);
         let share = format!("{:.0} % {bound}", 100.0 * least / times.total);
         let rate = load.num_tokens() as f64 / times.total;
         print!("{:<20} {rate:>9.1} {:>9.2}  {share:<14}", load.name(), times.total * 1e3);
-        times.parts.iter().for_each(|part| print!(" {:>9.2}", part * 1e3));
+        for part in times.parts {
+            print!(" {:>9.2}", part * 1e3);
+        }
         println!();
     }
 }

@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use bindery_kernels::{Cpu, Isa};
+use bindery_kernels::{Cpu, Isa, pack_together};
 
 use crate::{
     backend::{
@@ -298,7 +298,8 @@ impl OpenedModel {
             BackendKind::Cpu => {
                 let cpu = Cpu::new(isa()?, options.threads.unwrap_or_else(physical_cores));
                 let backend = CpuBackend::new(cpu, config, import_options(options), self.kv_cache_dtype, block_size);
-                let (decoder, weights) = Decoder::load(config, &self.store, backend, block_size, progress)?;
+                let (decoder, weights) =
+                    pack_together(|| Decoder::load(config, &self.store, backend, block_size, progress))?;
                 let info = self.info(decoder.backend(), weights);
                 Ok(Model { decoder: AnyDecoder::Cpu(Box::new(decoder)), info })
             }

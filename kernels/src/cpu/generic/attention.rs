@@ -386,7 +386,7 @@ unsafe fn score_vectors<L: Lanes, T: Element, const Q: usize, const V: usize>(
         from.copy_from_slice(&tile.keys[vector..vector + V]);
         let mut a = [queries[0]; Q];
         a.copy_from_slice(&queries[..Q]);
-        multiply_add(a, head_dim, from, tile.key_stride, &mut acc);
+        multiply_add::<L, _, Q, V, 0>(a, head_dim, from, tile.key_stride, &mut acc);
         for q in 0..Q {
             for v in 0..V {
                 acc[q][v].store(scores[q].as_mut_ptr().add((vector + v) * WIDTH));
@@ -532,7 +532,7 @@ unsafe fn add_components<L: Lanes, E: Element, const Q: usize, const V: usize>(
                 acc[q][v] = L::load(to.add(q * width + v * WIDTH));
             }
         }
-        multiply_add(weights, run, vectors, stride, &mut acc);
+        multiply_add::<L, _, Q, V, 0>(weights, run, vectors, stride, &mut acc);
         for q in 0..Q {
             for v in 0..V {
                 acc[q][v].store(to.add(q * width + v * WIDTH));

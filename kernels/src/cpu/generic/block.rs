@@ -10,14 +10,15 @@
 //! takes 4 cycles where two can begin in one, so at least 8 registers of them are wanted.
 
 use super::{Element, Lanes};
+use crate::cpu::prefetch::prefetch;
 
-/// Adds to `acc`, see the head.
+/// Adds to `acc`, see the head. `AHEAD`: bytes from what is loaded to what memory is asked for, 0 for nothing.
 ///
 /// # Safety
 /// - As [`Lanes`].
 /// - `a[q]` is valid for `len` elements, `b[v] + i * stride` for 16 elements for every i below `len`.
 #[inline(always)]
-pub(super) unsafe fn multiply_add<L: Lanes, E: Element, const Q: usize, const V: usize>(
+pub(super) unsafe fn multiply_add<L: Lanes, E: Element, const Q: usize, const V: usize, const AHEAD: usize>(
     a: [*const f32; Q],
     len: usize,
     b: [*const E; V],
@@ -31,6 +32,9 @@ pub(super) unsafe fn multiply_add<L: Lanes, E: Element, const Q: usize, const V:
             let mut vectors = [L::splat(0.0); V];
             for v in 0..V {
                 vectors[v] = E::lanes::<L>(b[v].add(i * stride));
+                if AHEAD > 0 {
+                    prefetch(b[v].wrapping_add(i * stride).cast::<u8>().wrapping_add(AHEAD));
+                }
             }
             for q in 0..Q {
                 let x = L::splat(*a[q].add(i));

@@ -8,6 +8,9 @@ use super::{Element, Lanes};
 use crate::cpu::task::DenseTask;
 use crate::matrix::{DENSE_TILE_ROWS, DenseElement};
 
+/// How far ahead of a load weights are asked for.
+const AHEAD_BYTES: usize = 2048;
+
 /// `V` tiles at a time for several rows, `W` for one.
 ///
 /// # Safety
@@ -21,7 +24,7 @@ pub(in crate::cpu) unsafe fn multiply<L: Lanes, E: Element + DenseElement, const
         let mut tile = task.tiles.start;
         if task.m.len() == 1 {
             while tile + W <= task.tiles.end {
-                rows::<L, E, 1, W>(task, tile, task.m.start);
+                rows::<L, E, 1, W, AHEAD_BYTES>(task, tile, task.m.start);
                 tile += W;
             }
         } else {
@@ -47,14 +50,19 @@ unsafe fn walk_rows<L: Lanes, E: Element + DenseElement, const V: usize>(task: &
     let mut m = task.m.start;
     // SAFETY: the caller's duties; the rows named lie within the task's.
     unsafe {
+        // Memory is asked by the first rows alone: the others find the tiles in the caches.
+        if m + 4 <= task.m.end {
+            rows::<L, E, 4, V, AHEAD_BYTES>(task, tile, m);
+            m += 4;
+        }
         while m + 4 <= task.m.end {
-            rows::<L, E, 4, V>(task, tile, m);
+            rows::<L, E, 4, V, 0>(task, tile, m);
             m += 4;
         }
         match task.m.end - m {
-            3 => rows::<L, E, 3, V>(task, tile, m),
-            2 => rows::<L, E, 2, V>(task, tile, m),
-            1 => rows::<L, E, 1, V>(task, tile, m),
+            3 => rows::<L, E, 3, V, AHEAD_BYTES>(task, tile, m),
+            2 => rows::<L, E, 2, V, AHEAD_BYTES>(task, tile, m),
+            1 => rows::<L, E, 1, V, AHEAD_BYTES>(task, tile, m),
             _ => {}
         }
     }
@@ -63,7 +71,7 @@ unsafe fn walk_rows<L: Lanes, E: Element + DenseElement, const V: usize>(task: &
 /// # Safety
 /// As [`multiply`]; rows `m..m + Q` and tiles `tile..tile + V` are the task's.
 #[inline(always)]
-unsafe fn rows<L: Lanes, E: Element + DenseElement, const Q: usize, const V: usize>(
+unsafe fn rows<L: Lanes, E: Element + DenseElement, const Q: usize, const V: usize, const AHEAD: usize>(
     task: &DenseTask<'_, E>,
     tile: usize,
     m: usize,
@@ -82,7 +90,7 @@ unsafe fn rows<L: Lanes, E: Element + DenseElement, const Q: usize, const V: usi
             b[v] = weights.add(v * cols * DENSE_TILE_ROWS);
         }
         let mut acc = [[L::splat(0.0); V]; Q];
-        multiply_add(a, cols, b, DENSE_TILE_ROWS, &mut acc);
+        multiply_add::<L, E, Q, V, AHEAD>(a, cols, b, DENSE_TILE_ROWS, &mut acc);
         let mut sums = [0.0; DENSE_TILE_ROWS];
         for q in 0..Q {
             for v in 0..V {
