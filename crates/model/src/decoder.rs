@@ -9,7 +9,7 @@ use std::ops::Range;
 use crate::{
     backend::{AttentionWeights, Backend, Layer, Linear, MlpWeights, Step},
     batch::{BatchChecker, BatchLimits, ForwardBatch},
-    config::DecoderConfig,
+    config::{DecoderConfig, RopeStyle},
     error::ModelError,
     model::{ModelPhase, ProductWeights},
     rope::Rope,
@@ -280,29 +280,41 @@ impl<B: Backend> Loader<'_, B> {
         rows: usize,
         cols: usize,
     ) -> Result<Linear<B>, ModelError> {
-        let weight = self.matrix(TensorRole::Layer(layer, weight), rows, cols)?;
-        let bias = self.optional_vector(TensorRole::Layer(layer, bias), rows)?;
+        let in_halves = matches!(weight, LayerTensor::Q | LayerTensor::K);
+        let weight = self.required(TensorRole::Layer(layer, weight))?;
+        let bias = self.store.tensor(TensorRole::Layer(layer, bias))?;
+        let (weight, bias) =
+            if in_halves { (self.in_halves(weight), bias.map(|bias| self.in_halves(bias))) } else { (weight, bias) };
+        let weight = self.import_matrix(&weight, rows, cols)?;
+        let bias = bias.map(|bias| self.import_vector(&bias, rows)).transpose()?;
         Ok(Linear { weight, bias })
     }
 
     fn matrix(&mut self, role: TensorRole, rows: usize, cols: usize) -> Result<B::Matrix, ModelError> {
         let tensor = self.required(role)?;
-        self.check_shape(&tensor, rows, cols)?;
-        let matrix = self.backend.import_matrix(&tensor)?;
-        self.taken(&tensor, B::matrix_bytes(&matrix));
+        self.import_matrix(&tensor, rows, cols)
+    }
+
+    /// A query's or key's tensor as the backend rotates it.
+    fn in_halves<'b>(&self, tensor: TensorView<'b>) -> TensorView<'b> {
+        let rotary = &self.config.rotary;
+        if B::ROTATES_HALVES && rotary.style == RopeStyle::Interleaved {
+            tensor.with_halves(self.config.head_dim, rotary.dim)
+        } else {
+            tensor
+        }
+    }
+
+    fn import_matrix(&mut self, tensor: &TensorView<'_>, rows: usize, cols: usize) -> Result<B::Matrix, ModelError> {
+        self.check_shape(tensor, rows, cols)?;
+        let matrix = self.backend.import_matrix(tensor)?;
+        self.taken(tensor, B::matrix_bytes(&matrix));
         Ok(matrix)
     }
 
     fn vector(&mut self, role: TensorRole, len: usize) -> Result<B::Vector, ModelError> {
         let tensor = self.required(role)?;
         self.import_vector(&tensor, len)
-    }
-
-    fn optional_vector(&mut self, role: TensorRole, len: usize) -> Result<Option<B::Vector>, ModelError> {
-        match self.store.tensor(role)? {
-            Some(tensor) => self.import_vector(&tensor, len).map(Some),
-            None => Ok(None),
-        }
     }
 
     fn import_vector(&mut self, tensor: &TensorView<'_>, len: usize) -> Result<B::Vector, ModelError> {
@@ -347,7 +359,7 @@ mod tests {
         reference::ReferenceBackend,
     };
     use crate::batch::BatchSequence;
-    use crate::config::{Activation, Biases, LayerConfig, Mlp, Norm, RopeScaling, RopeStyle, Rotary};
+    use crate::config::{Activation, Biases, LayerConfig, Mlp, Norm, RopeScaling, Rotary};
     use crate::model::{Dtype, KvCacheDtype, Quantize};
 
     fn config() -> DecoderConfig {
@@ -410,12 +422,18 @@ mod tests {
 
     #[test]
     fn backends_agree_on_axes_that_no_golden_has() {
-        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/checkpoints/tiny-llama");
+        for name in ["tiny-llama", "tiny-llama-bias"] {
+            check_axes(name);
+        }
+    }
+
+    fn check_axes(name: &str) {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/checkpoints").join(name);
         let store = WeightStore::open(&path).unwrap();
         let import = ImportOptions { dtype: Dtype::F32, quantize: Quantize::None, dequantize: true };
         let mut seen: Vec<Vec<f32>> = Vec::new();
         for style in [RopeStyle::Neox, RopeStyle::Interleaved] {
-            for dim in [0, 6, 16] {
+            for dim in [0, 6, store.config().head_dim] {
                 let factors = (0..dim / 2).map(|i| 1.0 + i as f32).collect();
                 for scaling in [RopeScaling::Linear { factor: 2.0 }, RopeScaling::Factors(factors)] {
                     let mut config = store.config().clone();

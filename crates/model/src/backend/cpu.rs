@@ -12,7 +12,7 @@ use bindery_kernels::{
 
 use crate::{
     backend::{AttentionWeights, Backend, Layer, Linear, MlpWeights, Step},
-    config::{Activation, DecoderConfig},
+    config::{Activation, DecoderConfig, RopeStyle},
     error::ModelError,
     model::{Dtype, KvCacheDtype, Quantize},
     weights::TensorView,
@@ -124,6 +124,8 @@ fn product<'a>(linear: &'a Linear<CpuBackend>, out: &'a mut [f32]) -> Product<'a
 impl Backend for CpuBackend {
     type Matrix = Matrix;
     type Vector = Vec<f32>;
+    /// Halves fill vectors.
+    const ROTATES_HALVES: bool = true;
 
     fn device(&self) -> String {
         format!("cpu ({})", format!("{:?}", self.cpu.isa()).to_lowercase())
@@ -211,8 +213,9 @@ impl Backend for CpuBackend {
         );
         let rotary = &self.config.rotary;
         if layer.config.rotary && rotary.dim > 0 {
-            cpu.rope(queries, rows, num_heads, head_dim, rotary.dim, rotary.style, step.cos, step.sin);
-            cpu.rope(keys, rows, num_kv_heads, head_dim, rotary.dim, rotary.style, step.cos, step.sin);
+            let style = RopeStyle::Neox;
+            cpu.rope(queries, rows, num_heads, head_dim, rotary.dim, style, step.cos, step.sin);
+            cpu.rope(keys, rows, num_kv_heads, head_dim, rotary.dim, style, step.cos, step.sin);
         }
         cpu.write_kv(cache(&mut self.cache), layer.index, keys, values, &step.batch.slots);
         Ok(())

@@ -72,6 +72,9 @@ pub(crate) trait Backend: Send + Sized {
     type Matrix;
     /// A norm's weight or a bias.
     type Vector;
+    /// Whether rotated elements always come as halves (`RopeStyle::Neox`): query and key rows that the file stores in pairs
+    /// are then handed over in that order, and the configuration's style is not asked for.
+    const ROTATES_HALVES: bool;
 
     // --- what it is ---
 

@@ -164,6 +164,7 @@ fn failed(error: candle_core::Error) -> ModelError {
 impl Backend for ReferenceBackend {
     type Matrix = Tensor;
     type Vector = Tensor;
+    const ROTATES_HALVES: bool = false;
 
     fn device(&self) -> String {
         format!("{} (candle, f32)", if self.device.is_cpu() { "cpu" } else { "accelerator" })

@@ -230,7 +230,7 @@ impl WeightStore {
             Place::Generated(generator) => TensorData::Generated(*generator),
         };
         let StoredTensor { name, rows, cols, kind, format, .. } = tensor;
-        TensorView { name, rows: *rows, cols: *cols, format: *format, kind: *kind, data }
+        TensorView { name, rows: *rows, cols: *cols, format: *format, kind: *kind, data, halves: None }
     }
 
     fn file(&self, index: usize) -> &MappedFile {

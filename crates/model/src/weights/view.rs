@@ -19,6 +19,30 @@ pub struct TensorView<'a> {
     pub format: WeightFormat,
     pub(super) kind: TensorKind,
     pub(super) data: TensorData<'a>,
+    /// Rows (of a vector: elements) come in another order than they are stored in.
+    pub(super) halves: Option<Halves>,
+}
+
+/// Heads whose rotated elements are stored as pairs (2 i, 2 i + 1) and handed over as halves (i, i + rotary_dim / 2).
+///
+/// Where both queries and keys come so, attention is the same: it sees nothing but their dot products.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Halves {
+    head_dim: usize,
+    rotary_dim: usize,
+}
+
+impl Halves {
+    /// Where what is handed over as number `row` is stored.
+    fn stored(self, row: usize) -> usize {
+        let (head, i, half) = (row / self.head_dim, row % self.head_dim, self.rotary_dim / 2);
+        let stored = match i {
+            i if i < half => 2 * i,
+            i if i < self.rotary_dim => 2 * (i - half) + 1,
+            i => i,
+        };
+        head * self.head_dim + stored
+    }
 }
 
 /// Where the elements come from.
@@ -31,6 +55,11 @@ pub(super) enum TensorData<'a> {
 }
 
 impl TensorView<'_> {
+    /// A query or key projection (or its bias) with each head's rotated pairs as halves; see [`Halves`].
+    pub(crate) fn with_halves(self, head_dim: usize, rotary_dim: usize) -> Self {
+        Self { halves: Some(Halves { head_dim, rotary_dim }), ..self }
+    }
+
     /// Bytes as stored (for made-up weights: what they would take).
     pub fn num_bytes(&self) -> u64 {
         self.rows as u64 * self.row_bytes() as u64
@@ -66,6 +95,9 @@ impl TensorView<'_> {
                 return Err(self.bad(format!("row {row} holds {value}")));
             }
         }
+        if let (Some(halves), TensorKind::Vector) = (self.halves, self.kind) {
+            return Ok((0..values.len()).map(|i| values[halves.stored(i)]).collect());
+        }
         Ok(values)
     }
 
@@ -74,7 +106,7 @@ impl TensorView<'_> {
         match &self.data {
             TensorData::Mapped { .. } => blocks::dequantize(self.format, self.stored_row(row), out),
             TensorData::Generated(generator) => {
-                generator.fill_row(row, out);
+                generator.fill_row(self.stored_place(row), out);
                 round_to(self.format, out);
             }
         }
@@ -84,10 +116,18 @@ impl TensorView<'_> {
     pub(super) fn stored_row(&self, row: usize) -> &[u8] {
         match &self.data {
             TensorData::Mapped { file, range } => {
-                let row_bytes = self.row_bytes();
+                let (row, row_bytes) = (self.stored_place(row), self.row_bytes());
                 &file.bytes()[range.clone()][row * row_bytes..][..row_bytes]
             }
             TensorData::Generated(_) => &[],
+        }
+    }
+
+    /// The row's number in the file.
+    fn stored_place(&self, row: usize) -> usize {
+        match self.halves {
+            Some(halves) if self.kind == TensorKind::Matrix => halves.stored(row),
+            _ => row,
         }
     }
 
