@@ -279,7 +279,7 @@ mod tests {
     #[test]
     #[cfg(all(unix, not(miri)))]
     fn weights_packed_together_share_a_map_that_outlives_none_of_them() {
-        let sizes = [1, 100, 3 * MAP_FROM_BYTES, SHARED_MAP_BYTES / 4 - 1, SHARED_MAP_BYTES / 4, 7];
+        let sizes = [1, 100, 3 * MAP_FROM_BYTES, SHARED_MAP_BYTES / 8, SHARED_MAP_BYTES / 4, 7];
         let mut buffers: Vec<Buffer<f32>> =
             pack_together(|| sizes.map(|len| Buffer::zeroed(len, Use::Whole).unwrap()).into());
         assert!(SHARED.with_borrow(Option::is_none));
