@@ -152,13 +152,12 @@ impl Shared {
     /// The next `bytes` of the map, or of a new one.
     fn take(&mut self, bytes: usize) -> std::io::Result<(NonNull<u8>, Arc<Map>)> {
         let bytes = bytes.next_multiple_of(SMALL_ALIGN);
-        let map = match self.map.take().filter(|map| map.bytes - self.used >= bytes) {
-            Some(map) => map,
-            None => {
-                let map = Map::new(bytes.max(SHARED_MAP_BYTES) + LARGE_PAGE_BYTES, Use::Whole)?;
-                self.used = map.large_page_offset();
-                Arc::new(map)
-            }
+        let map = if let Some(map) = self.map.take().filter(|map| map.bytes - self.used >= bytes) {
+            map
+        } else {
+            let map = Map::new(bytes.max(SHARED_MAP_BYTES) + LARGE_PAGE_BYTES, Use::Whole)?;
+            self.used = map.large_page_offset();
+            Arc::new(map)
         };
         // SAFETY: `used + bytes` lies within the map, by the filter or by the size it was made with.
         let start = unsafe { map.start.add(self.used) };
