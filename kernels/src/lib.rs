@@ -38,6 +38,7 @@
 //! scales     [tiles, groups, R] f16                  minimums likewise, where the format has them
 //!            or, in two levels, [tiles, groups of 256, R] f16 and [tiles, groups, R] int8; likewise the minimums'
 //! dense      [tiles, cols, 16] elements              element (k, r): weight[row r][k]
+//! int8 rows  [panels, groups, rows of the panel]     a group: 32 codes, scale, sums; a panel meets a tile together
 //! keys       [layers, blocks, kv_heads, head_dim, block_size]    a vector holds one component of 16 keys
 //! values     [layers, blocks, kv_heads, block_size, head_dim]    a vector holds 16 components of one value
 //! ```

@@ -11,15 +11,24 @@
 //! Formats with a scale for 16 weights do the last line twice, once for each half of a group. A scale of two levels is
 //! multiplied out first, which is exact in f32 (11 bits by 8), so the order of roundings is one for all formats.
 //!
-//! What pays: the unpacking of a group is shared by N rows; codes are kept unsigned, as the instructions want them, and
+//! For many rows (three panels of them and more) a tile's codes and scales are unpacked once, some groups at a time, into
+//! memory that stays in the first-level cache, and every panel passes over that; the sums are the same ones in the same
+//! order.
+//!
+//! What pays (figures in `benches/RESULTS.md`): weights are asked for some groups ahead; N rows' sums advance in turns,
+//! held in place by `in_order`, because the chain of a single row's eight dependent products is longer than a core looks
+//! ahead; a panel's activations lie together, so one pointer and fixed distances serve N rows, where N pointers would not
+//! fit the registers; accumulators leave for memory before the long loop that stores outputs, which would keep them
+//! there throughout. The unpacking of a group is shared by N rows; codes are kept unsigned, as the instructions want them, and
 //! what was added to make them so is taken off by the activations' sum before a group's sums begin; pair sums of short
 //! codes fit 16 bits several times over (8 of at most 2 * 15 * 127 for four bits, a whole group), so sets without a
 //! four-way product widen once for all of those, not once a load; the minimum's term is one multiply-add, since the
 //! activations' group sums were made once. Rows are shared out evenly (9 rows with N = 8 go as 5 and 4), because a pass
-//! over the weights costs the same for one row as for three.
+//! over the weights costs the same for one row as for three; `Panels` does that.
 //!
 //! Tried: codes of 5, 6 and 3 bits as nibbles (or pairs) and a plane of what is left. Every quad then needs two pieces,
-//! where now most need one; a lone row took 15 to 34 per cent longer. Five rows at a time on AVX2 spill.
+//! where now most need one; a lone row took 15 to 34 per cent longer. Five rows at a time on AVX2 spill. Unpacking once for
+//! two panels: 25 per cent slower than unpacking twice, as nothing is multiplied while the weights come.
 
 use half::f16;
 
