@@ -62,7 +62,7 @@ pub(crate) fn run(steps: &mut Steps, rounds: u32) -> Result<()> {
         steps.run("requantise for the peer", quantise.stderr(Stdio::null()))?;
     }
     let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get).to_string();
-    let mut text = String::new();
+    let mut text = circumstances(&threads)?;
     for scenario in SCENARIOS {
         steps.begin(scenario.name);
         let ours = Server::start(Command::new(&bindery).args(["serve", "smollm2-135m"]), "/ready")?;
@@ -92,16 +92,80 @@ pub(crate) fn run(steps: &mut Steps, rounds: u32) -> Result<()> {
         text.push_str(&table);
         steps.end();
     }
+    text.push_str(&whole_steps(steps, &bin, &model, &requantised, &threads, rounds)?);
     let results = folder.join("results.md");
     fs::write(&results, text)?;
     println!("written to {}", results.display());
     Ok(())
 }
 
+/// When, where and of what tree: what a table in `benches/RESULTS.md` begins with.
+fn circumstances(threads: &str) -> Result<String> {
+    let said = |program: &str, args: &[&str]| -> Result<String> {
+        let output = Command::new(program).args(args).output().with_context(|| format!("cannot start {program}"))?;
+        Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    };
+    let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let cpu = cpu
+        .lines()
+        .find_map(|line| line.strip_prefix("model name"))
+        .unwrap_or("unknown")
+        .trim_matches([' ', '\t', ':']);
+    let (date, commit) = (said("date", &["-u", "+%F"])?, said("git", &["log", "-1", "--format=%h %s"])?);
+    let dirty = if said("git", &["status", "--porcelain"])?.is_empty() { "" } else { ", and changes on top" };
+    Ok(format!(
+        "- {date}; {cpu}, {threads} threads\n- tree: {commit}{dirty}\n- peer: {SOURCE}, native release build\n\n"
+    ))
+}
+
+/// Steps without a server: a prompt of 512, and 1, 8 and 32 sequences that decode together; ours and theirs in turns.
+fn whole_steps(
+    steps: &mut Steps,
+    bin: &Path,
+    model: &Path,
+    requantised: &Path,
+    threads: &str,
+    rounds: u32,
+) -> Result<String> {
+    steps.begin("whole steps");
+    let mut text = String::from("## whole steps\n\n");
+    for round in 1..=rounds {
+        let mut ours = cargo();
+        ours.args(["bench", "--quiet", "--workspace", "--bench", "steps", "--", "--threads", threads, "--model"]);
+        ours.arg(model).args(["--rounds", "3"]);
+        let mut commands = vec![("ours, Q4_1".to_owned(), ours)];
+        for (name, file) in [("theirs, Q4_1", model), ("theirs, Q4_0", requantised)] {
+            let mut single = Command::new(bin.join("llama-bench"));
+            single.arg("-m").arg(file).args(["-t", threads, "-p", "512", "-n", "64", "-r", "3"]);
+            commands.push((name.to_owned(), single));
+            let mut batched = Command::new(bin.join("llama-batched-bench"));
+            batched.arg("-m").arg(file).args(["-t", threads, "-c", "8192", "-b", "2048", "-npp", "128", "-ntg", "32"]);
+            batched.args(["-npl", "1,8,32"]);
+            commands.push((format!("{name}, batched"), batched));
+        }
+        for (name, mut command) in commands {
+            let output = command.stderr(Stdio::null()).output()?;
+            if !output.status.success() {
+                bail!("{name} failed: {command:?}");
+            }
+            let lines = String::from_utf8_lossy(&output.stdout);
+            let lines: Vec<&str> = lines.lines().filter(|line| !line.trim().is_empty()).collect();
+            let table = format!("{name}, round {round}\n\n```\n{}\n```\n\n", lines.join("\n"));
+            print!("{table}");
+            text.push_str(&table);
+        }
+    }
+    steps.end();
+    Ok(text)
+}
+
+/// What is built of the peer.
+const PROGRAMS: [&str; 4] = ["llama-server", "llama-quantize", "llama-bench", "llama-batched-bench"];
+
 /// The folder with the peer's programs, built if they are not there.
 fn build(steps: &mut Steps, folder: &Path) -> Result<PathBuf> {
     let bin = folder.join("build").join("bin");
-    if ["llama-server", "llama-quantize"].iter().all(|name| bin.join(name).is_file()) {
+    if PROGRAMS.iter().all(|name| bin.join(name).is_file()) {
         return Ok(bin);
     }
     let python = std::env::var("BINDERY_PYTHON").unwrap_or_else(|_| "python3".to_owned());
@@ -131,7 +195,7 @@ fn build(steps: &mut Steps, folder: &Path) -> Result<PathBuf> {
     configure.args(["-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DLLAMA_CURL=OFF", "-DLLAMA_OPENSSL=OFF"]);
     steps.run("configure the peer", configure.arg("-DLLAMA_BUILD_TESTS=OFF").stdout(Stdio::null()))?;
     let mut make = Command::new(tools.join("cmake"));
-    make.arg("--build").arg(folder.join("build")).args(["--target", "llama-server", "llama-quantize"]);
+    make.arg("--build").arg(folder.join("build")).arg("--target").args(PROGRAMS);
     steps.run("build the peer (minutes)", make.stdout(Stdio::null()))?;
     Ok(bin)
 }

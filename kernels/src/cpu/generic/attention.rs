@@ -10,8 +10,9 @@
 //! ```
 //!
 //! Both products are the block of `block.rs`, straight from the pages in the cache's own type; a dozen queries and more
-//! have a tile converted to f32 once. Only where a page's rows do not fill vectors (a block size or head dimension that is no multiple of 16) is a tile first laid out in f32; the
-//! same code then runs on that. Where elements are codes, a key's scale multiplies its score and a value's its weight.
+//! have a tile converted to f32 once. Only where a page's rows do not fill vectors (a block size or head dimension that
+//! is no multiple of 16) is a tile first laid out in f32; the same code then runs on that. Where elements are codes, a
+//! key's scale multiplies its score and a value's its weight.
 //! Four queries share the loads of those values that all of them see; what only some see, at the edges of the diagonal
 //! and of a window, goes one by one, so that none touches a value it must not see.
 //!

@@ -19,8 +19,8 @@
 //! held in place by `in_order`, because the chain of a single row's eight dependent products is longer than a core looks
 //! ahead; a panel's activations lie together, so one pointer and fixed distances serve N rows, where N pointers would not
 //! fit the registers; accumulators leave for memory before the long loop that stores outputs, which would keep them
-//! there throughout. The unpacking of a group is shared by N rows; codes are kept unsigned, as the instructions want them, and
-//! what was added to make them so is taken off by the activations' sum before a group's sums begin; pair sums of short
+//! there throughout. The unpacking of a group is shared by N rows; codes are kept unsigned, as the instructions want
+//! them, and what was added to make them so is taken off by the activations' sum before a group's sums begin; pair sums of short
 //! codes fit 16 bits several times over (8 of at most 2 * 15 * 127 for four bits, a whole group), so sets without a
 //! four-way product widen once for all of those, not once a load; the minimum's term is one multiply-add, since the
 //! activations' group sums were made once. Rows are shared out evenly (9 rows with N = 8 go as 5 and 4), because a pass
