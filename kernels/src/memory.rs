@@ -1,6 +1,6 @@
 //! Zeroed buffers for weights and caches.
 //!
-//! They exist because `Vec` cannot promise three things at once: page alignment, pages that cost nothing until they
+//! They exist because `Vec` cannot promise three things at once: alignment to cache lines, pages that cost nothing until they
 //! are touched, and an error (not an abort) when the system refuses. Knows nothing of what is stored.
 //!
 //! A model's matrices are mostly smaller than a large page (2 MiB), so each in a map of its own would lie in small ones,

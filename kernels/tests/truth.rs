@@ -94,6 +94,29 @@ fn products_together_are_those_of_each_alone() {
     }
 }
 
+/// Sets with equal tiles may take different numbers of rows at a time: the product is right, or refused aloud.
+#[test]
+fn activations_of_another_instruction_set_give_the_product_or_a_panic() {
+    let x = Random(8).vec(12 * 64);
+    let available = || Isa::ALL.into_iter().filter(|isa| isa.is_available());
+    for theirs in available() {
+        for ours in available() {
+            let (cpu, mut activations) = (Cpu::new(ours, 1), Activations::default());
+            Cpu::new(theirs, 1).prepare(&x, 12, 64, Form::Int8, &mut activations);
+            let w = W4.matrix(ours, 20, 64, 3);
+            let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                let mut out = vec![f32::NAN; 12 * 20];
+                cpu.matmul(&activations, &w, None, &mut out);
+                out
+            }));
+            match result {
+                Ok(out) => assert_eq!(out, product(&cpu, &x, 12, &w, None), "{theirs} to {ours}"),
+                Err(_) => assert_ne!(theirs, ours),
+            }
+        }
+    }
+}
+
 #[test]
 fn rms_norm_norms() {
     let cpu = scalar();

@@ -76,6 +76,11 @@ impl Cpu {
                     "a matrix packed for another instruction set meets {}: pack it for Cpu::isa()",
                     self.isa
                 );
+                assert!(
+                    x.num_rows() == 0 || x.panels().panel_rows <= self.kernels.columns,
+                    "activations prepared for another instruction set meet {}: prepare them with this Cpu",
+                    self.isa
+                );
                 (w.tiles(), w.tile_rows)
             }
             Matrix::F32(w) => (w.tiles(), DENSE_TILE_ROWS),

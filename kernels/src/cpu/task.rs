@@ -43,7 +43,7 @@ pub(crate) struct Panels {
 }
 
 impl Panels {
-    /// As few panels as can be, of at most `max_rows`, as even as can be.
+    /// As few panels as can be, of at most `max_rows`; the last one may have fewer rows than the others.
     pub(crate) fn new(num_rows: usize, groups: usize, max_rows: usize) -> Self {
         let panels = num_rows.div_ceil(max_rows).max(1);
         Self { num_rows, groups, panel_rows: num_rows.div_ceil(panels).max(1) }

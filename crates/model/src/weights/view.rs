@@ -92,7 +92,7 @@ impl TensorView<'_> {
             pages.reach(row);
             self.read_row(row, out);
             if let Some(value) = out.iter().find(|value| !value.is_finite()) {
-                return Err(self.bad(format!("row {row} holds {value}")));
+                return Err(self.bad(format!("row {} holds {value}", self.stored_place(row))));
             }
         }
         if let (Some(halves), TensorKind::Vector) = (self.halves, self.kind) {
@@ -135,11 +135,13 @@ impl TensorView<'_> {
         self.cols / self.format.block_elements() * self.format.block_bytes()
     }
 
-    /// The whole tensor will be read now, row by row in ascending order.
+    /// The whole tensor will be read now, row by row in ascending order, as they are handed over.
     pub(super) fn start_reading(&self) -> Result<Pages<'_>, ModelError> {
-        let TensorData::Mapped { file, range } = &self.data else { return Ok(Pages { source: None }) };
+        // Within a head the order in the file may be another one.
+        let step = self.halves.map_or(1, |halves| halves.head_dim);
+        let TensorData::Mapped { file, range } = &self.data else { return Ok(Pages { source: None, step }) };
         file.check_unchanged()?;
-        Ok(Pages { source: Some(MappedPages::new(file, range.clone(), self.row_bytes())) })
+        Ok(Pages { source: Some(MappedPages::new(file, range.clone(), self.row_bytes())), step })
     }
 
     /// An error about this tensor's content.
@@ -157,6 +159,8 @@ impl TensorView<'_> {
 pub(super) struct Pages<'a> {
     /// None for made-up weights.
     source: Option<MappedPages<'a>>,
+    /// Rows that may be read in any order among themselves.
+    step: usize,
 }
 
 struct MappedPages<'a> {
@@ -175,7 +179,7 @@ impl Pages<'_> {
     /// Row `row` is read next.
     pub(super) fn reach(&mut self, row: usize) {
         if let Some(pages) = &mut self.source {
-            pages.reach(row);
+            pages.reach(row / self.step * self.step);
         }
     }
 }

@@ -50,7 +50,8 @@ unsafe fn walk_rows<L: Lanes, E: Element + DenseElement, const V: usize>(task: &
     let mut m = task.m.start;
     // SAFETY: the caller's duties; the rows named lie within the task's.
     unsafe {
-        // Memory is asked by the first rows alone: the others find the tiles in the caches.
+        // Memory is asked by the first rows (and by the few that may be the first): the others find the tiles in the
+        // caches.
         if m + 4 <= task.m.end {
             rows::<L, E, 4, V, AHEAD_BYTES>(task, tile, m);
             m += 4;

@@ -306,12 +306,12 @@ macro_rules! with_columns {
             14 if $max >= 14 => $body::<$q, $codes, $scales, 14>($($argument),*),
             15 if $max >= 15 => $body::<$q, $codes, $scales, 15>($($argument),*),
             16 if $max >= 16 => $body::<$q, $codes, $scales, 16>($($argument),*),
-            _ => {}
+            _ => unreachable!("a panel of more rows than the table has columns"),
         }
     };
 }
 
-/// Product with codes of one width and one kind of scales, up to `N` (4 to 8) activation rows at a time.
+/// Product with codes of one width and one kind of scales, up to `N` activation rows at a time.
 ///
 /// # Safety
 /// As [`QuantLanes`]; the task's ranges lie within its buffers; the matrix lies in tiles of `Q::ROWS`.
@@ -320,7 +320,8 @@ pub(in crate::cpu) unsafe fn multiply<Q: QuantLanes, C: Codes, S: Scales, const 
     let format = QuantFormat { bits: C::BITS, scaling: S::SCALING, with_mins: S::WITH_MINS };
     assert_eq!(task.weights.format, format, "a kernel met another format");
     let lens = TileLens::new(task.weights);
-    if task.panels.len() >= C::MIN_PANEL_PASSES {
+    // Without inputs there is nothing to unpack, and no last group to store the sums after.
+    if task.panels.len() >= C::MIN_PANEL_PASSES && task.weights.groups() > 0 {
         for tile in task.tiles.clone() {
             // SAFETY: the caller's duties are the same.
             unsafe { by_panels::<Q, C, S, N>(task, &lens, tile) };
