@@ -1,7 +1,7 @@
 //! Zeroed buffers for weights and caches.
 //!
-//! They exist because `Vec` cannot promise three things at once: alignment to cache lines, pages that cost nothing until they
-//! are touched, and an error (not an abort) when the system refuses. Knows nothing of what is stored.
+//! They exist because `Vec` cannot promise three things at once: alignment to cache lines, pages that cost nothing until
+//! they are touched, and an error (not an abort) when the system refuses. Knows nothing of what is stored.
 //!
 //! A model's matrices are mostly smaller than a large page (2 MiB), so each in a map of its own would lie in small ones,
 //! and a step would look up tens of thousands of them. [`pack_together`] lets them share maps.

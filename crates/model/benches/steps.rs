@@ -13,8 +13,8 @@ use std::{
 };
 
 use bindery_model::{
-    BackendKind, BatchSequence, ForwardBatch, KvCacheDtype, LoadOptions, Machine, Model, ModelPhase, Quantize,
-    StepModel,
+    BackendKind, BatchSequence, ForwardBatch, KvCacheDtype, LoadOptions, Machine, Model, ModelPhase, Quantize, Roofs,
+    StepModel, machine,
 };
 use clap::Parser;
 use serde_json::{Value, json};
@@ -22,10 +22,6 @@ use serde_json::{Value, json};
 const BLOCK_SIZE: usize = 16;
 /// Time that a load gets in a round at least, so that short steps are timed many at once.
 const MIN_ROUND: Duration = Duration::from_millis(250);
-/// As in `bindery bench --roofline`.
-const ROOF_ROUND: Duration = Duration::from_millis(40);
-const ROOF_ROUNDS: usize = 12;
-const READ_BYTES: usize = 512 << 20;
 
 #[derive(Parser)]
 struct Args {
@@ -172,52 +168,15 @@ fn median(mut rounds: Vec<Times>) -> Times {
     rounds.swap_remove(rounds.len() / 2)
 }
 
-struct Roofs {
-    read_bytes: f64,
-    int8_operations: f64,
-    f32_operations: f64,
-}
-
-impl Roofs {
-    fn measure(machine: &Machine) -> Self {
-        let bytes = vec![1_u8; READ_BYTES];
-        Self {
-            read_bytes: (0..ROOF_ROUNDS / 2).map(|_| rate(|| machine.read(&bytes))).fold(0.0, f64::max),
-            int8_operations: best(|rounds| machine.spin_int8(rounds)),
-            f32_operations: best(|rounds| machine.spin_f32(rounds)),
-        }
+/// Seconds that a step's products take at least, and what bounds them.
+fn least(roofs: &Roofs, model: &Model, load: Load) -> (f64, &'static str) {
+    let (mut reading, mut computing) = (0.0, 0.0);
+    for product in &model.info().products {
+        let rows = if product.part == "head" { load.num_sampled() } else { load.num_tokens() };
+        let seconds = roofs.seconds(product, 1.0, rows as f64);
+        (reading, computing) = (reading + seconds.0, computing + seconds.1);
     }
-
-    /// Seconds that a step's products take at least, and what bounds them.
-    fn least(&self, model: &Model, load: Load) -> (f64, &'static str) {
-        let (mut reading, mut computing) = (0.0, 0.0);
-        for product in &model.info().products {
-            let rows = if product.part == "head" { load.num_sampled() } else { load.num_tokens() };
-            let peak = if product.is_quantized { self.int8_operations } else { self.f32_operations };
-            reading += product.num_bytes as f64 / self.read_bytes;
-            computing += 2.0 * rows as f64 * product.num_parameters as f64 / peak;
-        }
-        if reading > computing { (reading, "memory") } else { (computing, "compute") }
-    }
-}
-
-fn rate(work: impl FnOnce() -> u64) -> f64 {
-    let start = Instant::now();
-    let done = work();
-    done as f64 / start.elapsed().as_secs_f64().max(1e-9)
-}
-
-fn best(work: impl Fn(usize) -> u64) -> f64 {
-    let mut rounds = 1000;
-    loop {
-        let start = Instant::now();
-        work(rounds);
-        if start.elapsed() >= ROOF_ROUND / 2 {
-            break;
-        }
-        rounds *= 2;
-    }
-    (0..ROOF_ROUNDS).map(|_| rate(|| work(rounds))).fold(0.0, f64::max)
+    machine::bound(reading, computing)
 }
 
 /// A config.json with a published LLaMA's shapes.
@@ -278,7 +237,8 @@ fn main() {
     let loads: Vec<Load> = prefills.chain(decodes).filter(|load| load.num_tokens() > 0).collect();
 
     let machine = Machine::new(args.threads).expect("the instruction set");
-    let roofs = Roofs::measure(&machine);
+    let start = Instant::now();
+    let roofs = machine.roofs(|| start.elapsed());
     drop(machine);
     let begin = Instant::now();
     let mut model = Model::load(&path, &options, &mut |_, _| ()).expect("the model");
@@ -309,7 +269,7 @@ fn report(args: &Args, model: &Model, roofs: &Roofs, loading: Duration, loads: &
         let loads: Vec<Value> = results
             .iter()
             .map(|(load, times)| {
-                let (least, bound) = roofs.least(model, *load);
+                let (least, bound) = least(roofs, model, *load);
                 let parts = PARTS.iter().zip(times.parts).map(|(name, part)| ((*name).to_owned(), json!(part)));
                 json!({
                     "load": load.name(), "tokens_per_second": load.num_tokens() as f64 / times.total,
@@ -351,7 +311,7 @@ fn report(args: &Args, model: &Model, roofs: &Roofs, loading: Duration, loads: &
     }
     println!("  (ms)");
     for (load, times) in results {
-        let (least, bound) = roofs.least(model, load);
+        let (least, bound) = least(roofs, model, load);
         let share = format!("{:.0} % {bound}", 100.0 * least / times.total);
         let rate = load.num_tokens() as f64 / times.total;
         print!("{:<20} {rate:>9.1} {:>9.2}  {share:<14}", load.name(), times.total * 1e3);

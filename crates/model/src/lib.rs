@@ -22,7 +22,7 @@ pub mod weights;
 
 pub use batch::{BatchLimits, BatchSequence, ForwardBatch};
 pub use error::ModelError;
-pub use machine::Machine;
+pub use machine::{Machine, Roofs};
 pub use model::{
     BackendKind, Dtype, KvCacheDtype, LoadOptions, Model, ModelInfo, ModelPhase, OpenedModel, ProductWeights, Quantize,
     StepModel,

@@ -27,9 +27,15 @@ thread_local! {
 /// What a call is about, checked.
 struct Call<'a> {
     x: &'a Activations,
-    gate: &'a Matrix,
-    up: &'a Matrix,
+    gate: Projection<'a>,
+    up: Projection<'a>,
     out: ActivationsOut,
+}
+
+/// A matrix and the rows of its tiles.
+struct Projection<'a> {
+    weights: &'a Matrix,
+    tile_rows: usize,
 }
 
 impl Cpu {
@@ -38,8 +44,8 @@ impl Cpu {
     pub fn gated_matmul(&self, x: &Activations, gate: &Matrix, up: &Matrix, form: Form, out: &mut Activations) {
         let (m, cols) = (x.num_rows(), gate.rows());
         assert_eq!(up.rows(), cols, "a gate of {cols} outputs meets an up projection of {}", up.rows());
-        self.check(x, gate);
-        self.check(x, up);
+        let projection = |weights| Projection { weights, tile_rows: self.check(x, weights).1 };
+        let (gate, up) = (projection(gate), projection(up));
         let call = Call { x, gate, up, out: out.reshape(m, cols, form, self.kernels.columns) };
         if m == 0 {
             return;
@@ -67,8 +73,8 @@ impl Cpu {
                     // What is left over in it is beyond the last output.
                     scratch.resize(scratch.len().max(2 * len), 0.0);
                     let (gate, up) = scratch[..2 * len].split_at_mut(len);
-                    self.columns(call.x, call.gate, block.clone(), cols.clone(), stride, gate);
-                    self.columns(call.x, call.up, block.clone(), cols.clone(), stride, up);
+                    self.columns(call.x, &call.gate, block.clone(), cols.clone(), stride, gate);
+                    self.columns(call.x, &call.up, block.clone(), cols.clone(), stride, up);
                     let task = GatedTask { gate, up, stride, m: rows.clone(), cols, out: &call.out };
                     // SAFETY: the table fits the machine; the outputs of these groups are this piece's.
                     unsafe { (self.kernels.gated)(&task) };
@@ -81,22 +87,17 @@ impl Cpu {
     fn columns(
         &self,
         x: &Activations,
-        w: &Matrix,
+        projection: &Projection<'_>,
         panels: Range<usize>,
         cols: Range<usize>,
         stride: usize,
         out: &mut [f32],
     ) {
-        let (_, tile_rows) = self.check(x, w);
+        let Projection { weights, tile_rows } = *projection;
         let tiles = cols.start / tile_rows..cols.end.div_ceil(tile_rows);
         let first_m = x.panels().rows_of_all(&panels).start;
         let elements = SharedMut::new(out);
-        self.tiles(
-            x,
-            w,
-            tiles,
-            panels,
-            &Output { elements, stride, first_m, rows: cols, bias: None, accumulate: false },
-        );
+        let out = Output { elements, stride, first_m, rows: cols, bias: None, accumulate: false };
+        self.tiles(x, weights, tiles, panels, &out);
     }
 }

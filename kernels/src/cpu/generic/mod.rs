@@ -10,11 +10,13 @@
 
 pub(super) mod attention;
 pub(super) mod block;
+pub(super) mod codes;
 pub(super) mod dense;
 pub(super) mod exp;
 pub(super) mod peak;
 pub(super) mod quant;
 pub(super) mod rows;
+pub(super) mod scales;
 
 use bytemuck::Pod;
 use half::{bf16, f16};
@@ -358,8 +360,10 @@ macro_rules! quant_table {
     ($table:ident, $quant:ty, $features:literal, columns: $columns:literal, rest: $rest:expr) => {
         pub(in crate::cpu) const $table: crate::cpu::dispatch::Kernels = {
             use crate::cpu::dispatch::Kernels;
+            use crate::cpu::generic::codes::{Eight, Five, Four, Six, Three, Two};
             use crate::cpu::generic::peak;
-            use crate::cpu::generic::quant::{self, Eight, Five, Four, Nibbles, Single, Six, Three, Two, TwoLevel};
+            use crate::cpu::generic::quant;
+            use crate::cpu::generic::scales::{Nibbles, Single, TwoLevel};
             use crate::cpu::task::QuantTask;
             use crate::pack::{CodeBits, Scaling};
 

@@ -9,7 +9,11 @@ mod prompts;
 mod report;
 mod roofline;
 
-use std::{fmt::Write as _, sync::Arc, time::Duration};
+use std::{
+    fmt::Write as _,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use bindery_engine::LocalModel;
 use bindery_model::Machine;
@@ -30,7 +34,6 @@ use load::{Arrivals, Round, Shape, Target, round};
 use profile::Profile;
 use prompts::Prompts;
 use report::{Report, Row};
-use roofline::Roofs;
 
 pub(crate) async fn run(args: BenchArgs) -> anyhow::Result<()> {
     let mut signals = StopSignals::listen()?;
@@ -85,7 +88,8 @@ async fn measure(args: BenchArgs) -> anyhow::Result<()> {
     let roofline = match info {
         Some(info) => {
             let machine = Machine::new(Some(info.threads))?;
-            let roofs = tokio::task::spawn_blocking(move || Roofs::measure(&machine)).await?;
+            let start = Instant::now();
+            let roofs = tokio::task::spawn_blocking(move || machine.roofs(|| start.elapsed())).await?;
             Some((roofs, info))
         }
         None => None,

@@ -2,14 +2,14 @@
 
 use std::{collections::BTreeMap, fmt::Write as _, time::Duration};
 
-use bindery_model::ModelInfo;
+use bindery_model::{ModelInfo, Roofs};
 use comfy_table::{Cell, CellAlignment};
 use serde_json::{Value, json};
 
 use super::{
     load::{Arrivals, Round},
     profile::{self, Profile},
-    roofline::{self, Roofs},
+    roofline,
 };
 use crate::commands::models::{plain_table, show};
 

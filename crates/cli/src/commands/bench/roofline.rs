@@ -4,87 +4,21 @@
 //! The larger of the two over the time it took is its share of the roof. Attention and the rest have no entry: their
 //! work depends on the contexts, which the counters do not tell.
 
-use std::{
-    fmt::Write as _,
-    time::{Duration, Instant},
-};
+use std::fmt::Write as _;
 
-use bindery_model::{Machine, ModelInfo, ProductWeights};
+use bindery_model::{ModelInfo, ProductWeights, Roofs, machine};
 use comfy_table::{Cell, CellAlignment};
 use serde_json::{Value, json};
 
 use super::profile::Profile;
 use crate::commands::models::{plain_table, show};
 
-/// Each roof is taken in rounds of about this length, and the best of them counts: other work on the machine only ever
-/// lowers a figure.
-const ROUND: Duration = Duration::from_millis(40);
-const ROUNDS: usize = 12;
-/// Larger than the caches of every machine in question.
-const READ_BYTES: usize = 512 << 20;
-
-/// What the machine does at best, a second.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Roofs {
-    pub(crate) read_bytes: f64,
-    pub(crate) int8_operations: f64,
-    pub(crate) f32_operations: f64,
-}
-
-impl Roofs {
-    /// Takes about two seconds of all threads.
-    pub(crate) fn measure(machine: &Machine) -> Self {
-        let bytes = vec![1_u8; READ_BYTES];
-        let best_read = (0..ROUNDS / 2).map(|_| rate(|| machine.read(&bytes))).fold(0.0, f64::max);
-        Self {
-            read_bytes: best_read,
-            int8_operations: best(|rounds| machine.spin_int8(rounds)),
-            f32_operations: best(|rounds| machine.spin_f32(rounds)),
-        }
-    }
-
-    /// Seconds below which a load's products with these weights cannot go; `num_rows` over all steps.
-    fn least_seconds(&self, product: &ProductWeights, num_steps: f64, num_rows: f64) -> (f64, &'static str) {
-        let peak = if product.is_quantized { self.int8_operations } else { self.f32_operations };
-        let reading = num_steps * product.num_bytes as f64 / self.read_bytes;
-        let computing = num_rows * 2.0 * product.num_parameters as f64 / peak;
-        if reading > computing { (reading, "memory") } else { (computing, "compute") }
-    }
-
-    pub(crate) fn json(&self) -> Value {
-        json!({
-            "read_bytes_per_second": self.read_bytes, "int8_operations_per_second": self.int8_operations,
-            "f32_operations_per_second": self.f32_operations,
-        })
-    }
-}
-
-fn rate(work: impl FnOnce() -> u64) -> f64 {
-    let start = Instant::now();
-    let done = work();
-    done as f64 / start.elapsed().as_secs_f64().max(1e-9)
-}
-
-/// The best round of work that grows with its argument.
-fn best(work: impl Fn(usize) -> u64) -> f64 {
-    let mut rounds = 1000;
-    loop {
-        let start = Instant::now();
-        work(rounds);
-        let elapsed = start.elapsed();
-        if elapsed >= ROUND / 2 {
-            break;
-        }
-        rounds *= 2;
-    }
-    (0..ROUNDS).map(|_| rate(|| work(rounds))).fold(0.0, f64::max)
-}
-
 /// A part's share of the roof under one load: of what, and how much.
 pub(crate) fn share(roofs: &Roofs, product: &ProductWeights, profile: &Profile) -> Option<(f64, &'static str)> {
     let (_, seconds) = profile.phases.iter().find(|(phase, _)| phase == product.part)?;
     let num_rows = if product.part == "head" { profile.num_sampled } else { profile.num_tokens };
-    let (least, bound) = roofs.least_seconds(product, profile.num_steps, num_rows);
+    let (reading, computing) = roofs.seconds(product, profile.num_steps, num_rows);
+    let (least, bound) = machine::bound(reading, computing);
     (*seconds > 0.0).then(|| (least / seconds, bound))
 }
 
@@ -126,7 +60,11 @@ pub(crate) fn json(roofs: &Roofs, info: &ModelInfo, columns: &[(String, Profile)
             })
         })
         .collect();
-    json!({"roofs": roofs.json(), "shares": shares})
+    let roofs = json!({
+        "read_bytes_per_second": roofs.read_bytes, "int8_operations_per_second": roofs.int8_operations,
+        "f32_operations_per_second": roofs.f32_operations,
+    });
+    json!({"roofs": roofs, "shares": shares})
 }
 
 #[cfg(test)]

@@ -1,0 +1,287 @@
+//! Widths of codes: how a group's quads are cut out of the vectors they lie in, and summed with activations.
+//!
+//! It knows the places of bits that `CodeBits::pieces` draws; it must not know scales, tiles or rows of outputs.
+//! Invariant: a group's integer sum is exact in every set, however its codes are cut out.
+
+use super::QuantLanes;
+use super::scales::Scales;
+use crate::cpu::task::QuantGroup;
+use crate::pack::CodeBits;
+
+/// One width of codes.
+pub(in crate::cpu) trait Codes {
+    const BITS: CodeBits;
+    /// Weights that share a scale.
+    const GROUP: usize;
+    /// Passes over a tile from which on it pays to unpack it once for all of them.
+    const MIN_PANEL_PASSES: usize;
+
+    /// Adds the dot products of quads `2 J` and `2 J + 1` of an activation group, for each row `x[n]` of activations;
+    /// what is added is in `sums.wide` after J = 1 where groups are half as long, and after J = 3.
+    ///
+    /// # Safety
+    /// As [`QuantLanes`]; `codes` is a whole activation group's, each of `x` has 32 codes.
+    unsafe fn add_pair<Q: QuantLanes, const N: usize, const J: usize>(
+        codes: *const u8,
+        x: &[*const i8; N],
+        sums: &mut Sums<Q, N>,
+    );
+
+    /// As `add_pair`, from codes that `unpack` wrote: a vector a quad.
+    ///
+    /// # Safety
+    /// As `add_pair`; `codes` is a whole activation group's, unpacked.
+    unsafe fn add_unpacked<Q: QuantLanes, const N: usize, const J: usize>(
+        codes: *const u8,
+        x: &[*const i8; N],
+        sums: &mut Sums<Q, N>,
+    );
+
+    /// Lays an activation group's codes out as a vector a quad.
+    ///
+    /// # Safety
+    /// As [`QuantLanes`]; `codes` is a whole activation group's, `to` has room for eight vectors.
+    unsafe fn unpack<Q: QuantLanes>(codes: *const u8, to: *mut u8);
+
+    /// What was added to the codes to make them unsigned.
+    fn offset<Q: QuantLanes>(with_mins: bool) -> i32;
+}
+
+/// A group's integer sums for N rows of activations: those being added to, and those in 32 bits.
+pub(in crate::cpu) struct Sums<Q: QuantLanes, const N: usize> {
+    narrow: [Q::Narrow; N],
+    pub(super) wide: [Q::Sums; N],
+}
+
+impl<Q: QuantLanes, const N: usize> Sums<Q, N> {
+    /// For the weights that `part` says: what was added to their codes is taken off before they come.
+    ///
+    /// # Safety
+    /// As [`QuantLanes`]; `x[n]` is valid.
+    #[inline(always)]
+    pub(super) unsafe fn start<C: Codes, S: Scales>(x: &[*const QuantGroup; N], part: Part) -> Self {
+        let offset = C::offset::<Q>(S::WITH_MINS);
+        // SAFETY: the caller's duty is the same.
+        unsafe {
+            let mut wide = [Q::zero_sums(); N];
+            let mut narrow = [Q::narrow(wide[0]); N];
+            if offset != 0 {
+                for n in 0..N {
+                    wide[n] = Q::splat_sums(-offset * part.sum(&*x[n]));
+                    narrow[n] = Q::narrow(wide[n]);
+                }
+            }
+            Self { narrow, wide }
+        }
+    }
+
+    /// # Safety
+    /// As [`QuantLanes`].
+    #[inline(always)]
+    unsafe fn widen(&mut self) {
+        // SAFETY: the caller's duty is the same.
+        unsafe { Q::widen_all(&mut self.wide, &mut self.narrow) };
+    }
+}
+
+/// In each byte, bits `from..from + width` of vector number `vector` of a group, moved down to `to`.
+///
+/// # Safety
+/// As [`QuantLanes`]; `codes` is a whole activation group's, which has that vector.
+#[inline(always)]
+unsafe fn piece<Q: QuantLanes>(codes: *const u8, vector: usize, from: usize, width: usize, to: usize) -> Q::Codes {
+    // SAFETY: the caller's duties are the same.
+    unsafe { Q::field(Q::load_codes(codes.add(vector * 4 * Q::ROWS)), from, width, to) }
+}
+
+/// Stores all quads of a group, cut out by an expression that wants each quad's number as a constant.
+macro_rules! unpack_quads {
+    ($q:ty, $to:expr, $from:expr, |$codes:ident, $quad:ident| $join:expr) => {
+        unpack_quads!($q, $to, $from, |$codes, $quad| $join, 0 1 2 3 4 5 6 7)
+    };
+    ($q:ty, $to:expr, $from:expr, |$codes:ident, $quad:ident| $join:expr, $($number:literal)*) => {
+        $({
+            let quad = {
+                let ($codes, $quad) = ($from, $number);
+                $join
+            };
+            <$q>::store_codes(quad, $to.add($number * 4 * <$q>::ROWS));
+        })*
+    };
+}
+
+/// Widths whose codes are cut out of vectors, as `CodeBits::pieces` says. `pairs` is how many steps of two quads 16 bits
+/// hold: a pair sum is at most 2 * (2^bits - 1) * 127, and a step adds two of them.
+macro_rules! short_codes {
+    ($($name:ident, group: $group:literal, pairs: $pairs:literal, |$codes:ident, $quad:ident| $join:expr;)*) => {
+        $(
+            pub(in crate::cpu) struct $name;
+
+            impl Codes for $name {
+                const BITS: CodeBits = CodeBits::$name;
+                const GROUP: usize = $group;
+                const MIN_PANEL_PASSES: usize = 3;
+
+                #[inline(always)]
+                unsafe fn add_pair<Q: QuantLanes, const N: usize, const J: usize>(
+                    codes: *const u8,
+                    x: &[*const i8; N],
+                    sums: &mut Sums<Q, N>,
+                ) {
+                    const { assert!(2 * $pairs * 2 * ((1 << Self::BITS.count()) - 1) * 127 < 1 << 15) };
+                    // SAFETY: the caller's duties; there are eight quads of codes and of activations.
+                    unsafe {
+                        let first = {
+                            let ($codes, $quad) = (codes, 2 * J);
+                            $join
+                        };
+                        let second = {
+                            let ($codes, $quad) = (codes, 2 * J + 1);
+                            $join
+                        };
+                        Q::dot_two(&mut sums.narrow, first, second, &x.map(|x| x.add(8 * J)));
+                        if (J + 1).is_multiple_of($pairs) {
+                            sums.widen();
+                        }
+                    }
+                }
+
+                #[inline(always)]
+                unsafe fn add_unpacked<Q: QuantLanes, const N: usize, const J: usize>(
+                    codes: *const u8,
+                    x: &[*const i8; N],
+                    sums: &mut Sums<Q, N>,
+                ) {
+                    // SAFETY: the caller's duties; there are eight quads of codes and of activations.
+                    unsafe {
+                        let first = Q::load_codes(codes.add(2 * J * 4 * Q::ROWS));
+                        let second = Q::load_codes(codes.add((2 * J + 1) * 4 * Q::ROWS));
+                        Q::dot_two(&mut sums.narrow, first, second, &x.map(|x| x.add(8 * J)));
+                        if (J + 1).is_multiple_of($pairs) {
+                            sums.widen();
+                        }
+                    }
+                }
+
+                #[inline(always)]
+                unsafe fn unpack<Q: QuantLanes>(codes: *const u8, to: *mut u8) {
+                    // SAFETY: the caller's duties; there are eight quads.
+                    unsafe {
+                        unpack_quads!(Q, to, codes, |$codes, $quad| $join);
+                    }
+                }
+
+                #[inline(always)]
+                fn offset<Q: QuantLanes>(with_mins: bool) -> i32 {
+                    if with_mins { 0 } else { 1 << (Self::BITS.count() - 1) }
+                }
+            }
+        )*
+    };
+}
+
+short_codes! {
+    Two, group: 16, pairs: 2, |codes, quad| piece::<Q>(codes, quad / 4, 2 * (quad % 4), 2, 0);
+    Three, group: 16, pairs: 2, |codes, quad| match quad {
+        6 => Q::or(piece::<Q>(codes, 0, 6, 2, 0), piece::<Q>(codes, 2, 6, 1, 2)),
+        7 => Q::or(piece::<Q>(codes, 1, 6, 2, 0), piece::<Q>(codes, 2, 7, 1, 2)),
+        _ => piece::<Q>(codes, quad / 2, 3 * (quad % 2), 3, 0),
+    };
+    Four, group: 32, pairs: 4, |codes, quad| piece::<Q>(codes, quad / 2, 4 * (quad % 2), 4, 0);
+    Five, group: 32, pairs: 2, |codes, quad| match quad {
+        5 => Q::or(piece::<Q>(codes, 0, 5, 3, 0), piece::<Q>(codes, 1, 6, 2, 3)),
+        6 => Q::or(piece::<Q>(codes, 2, 5, 3, 0), piece::<Q>(codes, 3, 6, 2, 3)),
+        7 => {
+            let upper = Q::or(piece::<Q>(codes, 1, 5, 1, 3), piece::<Q>(codes, 3, 5, 1, 4));
+            Q::or(piece::<Q>(codes, 4, 5, 3, 0), upper)
+        }
+        _ => piece::<Q>(codes, quad, 0, 5, 0),
+    };
+    Six, group: 16, pairs: 1, |codes, quad| {
+        let first = quad / 4 * 3;
+        if quad % 4 < 3 {
+            piece::<Q>(codes, first + quad % 4, 0, 6, 0)
+        } else {
+            let lower = Q::or(piece::<Q>(codes, first + 1, 6, 2, 2), piece::<Q>(codes, first + 2, 6, 2, 0));
+            Q::or(piece::<Q>(codes, first, 6, 2, 4), lower)
+        }
+    };
+}
+
+/// 8 bits: a quad is a vector.
+pub(in crate::cpu) struct Eight;
+
+impl Codes for Eight {
+    const BITS: CodeBits = CodeBits::Eight;
+    const GROUP: usize = 32;
+    /// There is nothing to unpack.
+    const MIN_PANEL_PASSES: usize = usize::MAX;
+
+    #[inline(always)]
+    unsafe fn add_pair<Q: QuantLanes, const N: usize, const J: usize>(
+        codes: *const u8,
+        x: &[*const i8; N],
+        sums: &mut Sums<Q, N>,
+    ) {
+        // SAFETY: the caller's duties; a group has eight vectors of codes and eight quads of activations.
+        unsafe {
+            let first = Q::load_bytes(codes.add(2 * J * 4 * Q::ROWS).cast());
+            let second = Q::load_bytes(codes.add((2 * J + 1) * 4 * Q::ROWS).cast());
+            Q::dot_two_bytes(&mut sums.wide, &mut sums.narrow, first, second, &x.map(|x| x.add(8 * J)));
+            if Q::BYTES_ARE_NARROW && J == 3 {
+                sums.widen();
+            }
+        }
+    }
+
+    /// Bytes are unpacked as they lie.
+    #[inline(always)]
+    unsafe fn add_unpacked<Q: QuantLanes, const N: usize, const J: usize>(
+        codes: *const u8,
+        x: &[*const i8; N],
+        sums: &mut Sums<Q, N>,
+    ) {
+        // SAFETY: the caller's duties are the same.
+        unsafe { Self::add_pair::<Q, N, J>(codes, x, sums) };
+    }
+
+    #[inline(always)]
+    unsafe fn unpack<Q: QuantLanes>(codes: *const u8, to: *mut u8) {
+        // SAFETY: the caller's duties; a group has eight vectors.
+        unsafe { codes.copy_to_nonoverlapping(to, 8 * 4 * Q::ROWS) };
+    }
+
+    #[inline(always)]
+    fn offset<Q: QuantLanes>(_with_mins: bool) -> i32 {
+        Q::BYTES_OFFSET
+    }
+}
+
+/// Which of an activation group's codes a group of weights meets.
+#[derive(Clone, Copy)]
+pub(super) enum Part {
+    Whole,
+    First,
+    Second,
+}
+
+impl Part {
+    /// The sum of those codes.
+    #[inline(always)]
+    fn sum(self, x: &QuantGroup) -> i32 {
+        match self {
+            Self::Whole => x.sum,
+            Self::First => x.first_sum,
+            Self::Second => x.sum - x.first_sum,
+        }
+    }
+
+    /// The same times their scale.
+    #[inline(always)]
+    pub(super) fn scaled_sum(self, x: &QuantGroup) -> f32 {
+        match self {
+            Self::Whole => x.scaled_sum,
+            Self::First | Self::Second => x.scale * self.sum(x) as f32,
+        }
+    }
+}

@@ -1,0 +1,157 @@
+//! Ways of keeping scales and minimums, and where those of a tile lie.
+//!
+//! It knows the layouts of [`Quantized`]'s buffers; it must not know how codes are multiplied. Invariant: what comes out
+//! is the exact product of a group's levels, so the order of roundings is one for all formats.
+
+use half::f16;
+
+use super::QuantLanes;
+use super::codes::Codes;
+use crate::cpu::task::QuantTask;
+use crate::pack::{Quantized, SUPER_GROUP, Scaling};
+
+/// Elements of a tile in each of a matrix's buffers. Made once a task: divisions in the loop over tiles took
+/// a lone row up to a tenth longer.
+pub(super) struct TileLens {
+    codes: usize,
+    scales: usize,
+    mins: usize,
+    sub_scales: usize,
+    sub_mins: usize,
+}
+
+impl TileLens {
+    pub(super) fn new(w: &Quantized) -> Self {
+        // A buffer holds a whole number of tiles.
+        let tiles = w.tiles().max(1);
+        Self {
+            codes: w.codes.len() / tiles,
+            scales: w.scales.len() / tiles,
+            mins: w.mins.len() / tiles,
+            sub_scales: w.sub_scales.len() / tiles,
+            sub_mins: w.sub_mins.len() / tiles,
+        }
+    }
+}
+
+/// Where a tile's codes and scales begin.
+pub(in crate::cpu) struct Pointers {
+    pub(super) codes: *const u8,
+    pub(super) scales: *const f16,
+    /// What the matrix does not have is an empty slice's pointer, here and below.
+    pub(super) mins: *const f16,
+    sub_scales: *const i8,
+    sub_mins: *const i8,
+}
+
+impl Pointers {
+    /// Checks bounds here, so that the loops need not.
+    #[inline(always)]
+    pub(super) fn new(task: &QuantTask<'_>, lens: &TileLens, tile: usize) -> Self {
+        let w = task.weights;
+        assert_eq!(w.groups(), task.x.panels.groups, "activations and weights differ in length");
+        Self {
+            codes: w.codes[tile * lens.codes..(tile + 1) * lens.codes].as_ptr(),
+            scales: w.scales[tile * lens.scales..(tile + 1) * lens.scales].as_ptr(),
+            mins: w.mins[tile * lens.mins..(tile + 1) * lens.mins].as_ptr(),
+            sub_scales: w.sub_scales[tile * lens.sub_scales..(tile + 1) * lens.sub_scales].as_ptr(),
+            sub_mins: w.sub_mins[tile * lens.sub_mins..(tile + 1) * lens.sub_mins].as_ptr(),
+        }
+    }
+}
+
+/// One way of keeping scales and minimums, known when compiling, so that the loop over groups asks nothing.
+pub(in crate::cpu) trait Scales {
+    const SCALING: Scaling;
+    const WITH_MINS: bool;
+
+    /// Scales of groups number `index` of a tile.
+    ///
+    /// # Safety
+    /// As [`QuantLanes`]; the pointers are into a matrix of this scaling with codes of `C`, which has so many groups.
+    unsafe fn scales<Q: QuantLanes, C: Codes>(pointers: &Pointers, index: usize) -> Q::Floats;
+
+    /// Their minimums.
+    ///
+    /// # Safety
+    /// As `scales`, and the matrix has minimums.
+    unsafe fn mins<Q: QuantLanes, C: Codes>(pointers: &Pointers, index: usize) -> Q::Floats;
+}
+
+/// [`Scaling::Single`].
+pub(in crate::cpu) struct Single<const MINS: bool>;
+
+impl<const MINS: bool> Scales for Single<MINS> {
+    const SCALING: Scaling = Scaling::Single;
+    const WITH_MINS: bool = MINS;
+
+    #[inline(always)]
+    unsafe fn scales<Q: QuantLanes, C: Codes>(pointers: &Pointers, index: usize) -> Q::Floats {
+        // SAFETY: the caller's duties; a group has ROWS scales.
+        unsafe { Q::load_scales(pointers.scales.add(index * Q::ROWS)) }
+    }
+
+    #[inline(always)]
+    unsafe fn mins<Q: QuantLanes, C: Codes>(pointers: &Pointers, index: usize) -> Q::Floats {
+        // SAFETY: the caller's duties; a group has ROWS minimums.
+        unsafe { Q::load_scales(pointers.mins.add(index * Q::ROWS)) }
+    }
+}
+
+/// Where the upper scales of groups number `index` lie.
+#[inline(always)]
+fn upper<Q: QuantLanes, C: Codes>(index: usize) -> usize {
+    index / (SUPER_GROUP / C::GROUP) * Q::ROWS
+}
+
+/// [`Scaling::TwoLevel`].
+pub(in crate::cpu) struct TwoLevel<const MINS: bool>;
+
+impl<const MINS: bool> Scales for TwoLevel<MINS> {
+    const SCALING: Scaling = Scaling::TwoLevel;
+    const WITH_MINS: bool = MINS;
+
+    #[inline(always)]
+    unsafe fn scales<Q: QuantLanes, C: Codes>(pointers: &Pointers, index: usize) -> Q::Floats {
+        // SAFETY: the caller's duties; a group has ROWS sub-scales, and 256 weights have ROWS upper ones.
+        unsafe {
+            let upper = Q::load_scales(pointers.scales.add(upper::<Q, C>(index)));
+            Q::mul(upper, Q::load_sub_scales(pointers.sub_scales.add(index * Q::ROWS)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn mins<Q: QuantLanes, C: Codes>(pointers: &Pointers, index: usize) -> Q::Floats {
+        // SAFETY: as above.
+        unsafe {
+            let upper = Q::load_scales(pointers.mins.add(upper::<Q, C>(index)));
+            Q::mul(upper, Q::load_sub_scales(pointers.sub_mins.add(index * Q::ROWS)))
+        }
+    }
+}
+
+/// [`Scaling::Nibbles`].
+pub(in crate::cpu) struct Nibbles;
+
+impl Scales for Nibbles {
+    const SCALING: Scaling = Scaling::Nibbles;
+    const WITH_MINS: bool = true;
+
+    #[inline(always)]
+    unsafe fn scales<Q: QuantLanes, C: Codes>(pointers: &Pointers, index: usize) -> Q::Floats {
+        // SAFETY: the caller's duties; a group has ROWS bytes, and 256 weights have ROWS upper scales.
+        unsafe {
+            let upper = Q::load_scales(pointers.scales.add(upper::<Q, C>(index)));
+            Q::mul(upper, Q::load_sub_nibbles(pointers.sub_scales.add(index * Q::ROWS)).0)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn mins<Q: QuantLanes, C: Codes>(pointers: &Pointers, index: usize) -> Q::Floats {
+        // SAFETY: as above.
+        unsafe {
+            let upper = Q::load_scales(pointers.mins.add(upper::<Q, C>(index)));
+            Q::mul(upper, Q::load_sub_nibbles(pointers.sub_scales.add(index * Q::ROWS)).1)
+        }
+    }
+}
