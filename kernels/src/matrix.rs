@@ -3,12 +3,15 @@
 //! A matrix knows its shape, its family and the instruction set's tile it was packed for, nothing of layers or files.
 //! Invariant: [`Matrix::row`] dequantises exactly what was packed, whatever the layout.
 
+use std::ops::Range;
+
 use bytemuck::Pod;
 use half::{bf16, f16};
 
+use crate::cpu::Cpu;
 use crate::cpu::dispatch::Isa;
 use crate::memory::Buffer;
-use crate::pack::{Quantized, weights_buffer};
+use crate::pack::{Quantized, cut_every, rows_per_part, weights_buffer};
 
 /// Rows of a dense tile, on every instruction set.
 pub(crate) const DENSE_TILE_ROWS: usize = 16;
@@ -54,20 +57,28 @@ pub type DenseBf16 = Dense<bf16>;
 
 impl<E: DenseElement> Dense<E> {
     /// Packs row by row; `fill(row, out)` writes all of `out: [cols]`. Rows come in order.
-    pub fn pack(rows: usize, cols: usize, mut fill: impl FnMut(usize, &mut [E])) -> Self {
-        let mut packed =
-            Self { rows, cols, elements: weights_buffer(rows.div_ceil(DENSE_TILE_ROWS) * DENSE_TILE_ROWS * cols) };
-        let mut buffer = vec![E::zeroed(); cols];
-        for row in 0..rows {
-            fill(row, &mut buffer);
-            let first = packed.index(row, 0);
-            // Rows without elements have nowhere to go.
-            let targets = packed.elements.iter_mut().skip(first).step_by(DENSE_TILE_ROWS);
-            for (target, &element) in targets.zip(&buffer) {
-                *target = element;
-            }
-        }
+    pub fn pack(rows: usize, cols: usize, fill: impl FnMut(usize, &mut [E])) -> Self {
+        let mut packed = Self::zeroed(rows, cols);
+        pack_rows(0..rows, cols, &mut packed.elements, fill);
         packed
+    }
+
+    /// As [`Dense::pack`], on all threads of `cpu`: `fill(rows)` makes what writes these rows, which come in order there.
+    pub fn pack_parallel<F: FnMut(usize, &mut [E])>(
+        cpu: &Cpu,
+        rows: usize,
+        cols: usize,
+        fill: impl Fn(Range<usize>) -> F + Sync,
+    ) -> Self {
+        let mut packed = Self::zeroed(rows, cols);
+        let rows_per_part = rows_per_part(cols, DENSE_TILE_ROWS);
+        let parts = cut_every(rows_per_part * cols, &mut packed.elements);
+        cpu.pack_parts(rows, rows_per_part, parts, |rows, out| pack_rows(rows.clone(), cols, out, fill(rows)));
+        packed
+    }
+
+    fn zeroed(rows: usize, cols: usize) -> Self {
+        Self { rows, cols, elements: weights_buffer(rows.next_multiple_of(DENSE_TILE_ROWS) * cols) }
     }
 
     fn index(&self, row: usize, col: usize) -> usize {
@@ -86,6 +97,20 @@ impl<E: DenseElement> Dense<E> {
     fn row(&self, row: usize, out: &mut [f32]) {
         for (col, out) in out.iter_mut().enumerate() {
             *out = self.get(row, col).to_f32();
+        }
+    }
+}
+
+/// Packs `rows`, the first of which is the first of `out`.
+fn pack_rows<E: DenseElement>(rows: Range<usize>, cols: usize, out: &mut [E], mut fill: impl FnMut(usize, &mut [E])) {
+    let mut buffer = vec![E::zeroed(); cols];
+    for (place, row) in rows.enumerate() {
+        fill(row, &mut buffer);
+        let first = place / DENSE_TILE_ROWS * cols * DENSE_TILE_ROWS + place % DENSE_TILE_ROWS;
+        // Rows without elements have nowhere to go.
+        let targets = out.iter_mut().skip(first).step_by(DENSE_TILE_ROWS);
+        for (target, &element) in targets.zip(&buffer) {
+            *target = element;
         }
     }
 }

@@ -1,221 +1,18 @@
 //! Quantised matrices and their packing.
 //!
-//! A [`QuantFormat`] names the arithmetic (codes times int8 activations), not a file format: importers bring neutral
-//! codes, scales and minimums, row by row. Codes take the bits they have, scales stay as compact as files keep them. The
+//! Importers bring neutral codes, scales and minimums of a [`QuantFormat`], row by row. Codes take the bits they have, scales stay as compact as files keep them. The
 //! layouts are drawn in the crate's head. Invariant: [`Quantized::code`] and [`Matrix::row`](crate::Matrix::row) give back
 //! exactly what the importer wrote; rows that pad the last tile are zero.
 
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
+
 use half::f16;
 
+use crate::cpu::Cpu;
 use crate::cpu::dispatch::Isa;
 use crate::memory::{Buffer, Use};
-
-/// Inputs of an activation group; no group of weights is longer.
-pub const GROUP: usize = 32;
-/// Inputs that share the upper scale of two-level scales.
-pub const SUPER_GROUP: usize = 256;
-/// Codes that lie together in every layout: what one broadcast of activations meets.
-const QUAD: usize = 4;
-/// Quads of an activation group.
-const QUADS: usize = GROUP / QUAD;
-/// Vectors of a group's codes at most: as many as a code has bits.
-const MAX_VECTORS: usize = 8;
-
-/// Bits that a code takes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum CodeBits {
-    /// 0..=3, or -2..=1 where there are no minimums.
-    Two,
-    /// 0..=7, or -4..=3.
-    Three,
-    /// 0..=15, or -8..=7.
-    Four,
-    /// 0..=31, or -16..=15.
-    Five,
-    /// 0..=63, or -32..=31.
-    Six,
-    /// -128..=127.
-    Eight,
-}
-
-impl CodeBits {
-    /// Every width.
-    pub const ALL: [Self; 6] = [Self::Two, Self::Three, Self::Four, Self::Five, Self::Six, Self::Eight];
-
-    /// As a number.
-    pub const fn count(self) -> usize {
-        match self {
-            Self::Two => 2,
-            Self::Three => 3,
-            Self::Four => 4,
-            Self::Five => 5,
-            Self::Six => 6,
-            Self::Eight => 8,
-        }
-    }
-
-    /// Where the bits of a group's quads lie; drawn in the crate's head.
-    const fn pieces(self) -> &'static [Piece] {
-        match self {
-            Self::Two => const { &whole_quads(2) },
-            Self::Three => {
-                const {
-                    &[
-                        piece(0, 0, 0, 3, 0),
-                        piece(1, 0, 3, 3, 0),
-                        piece(2, 1, 0, 3, 0),
-                        piece(3, 1, 3, 3, 0),
-                        piece(4, 2, 0, 3, 0),
-                        piece(5, 2, 3, 3, 0),
-                        piece(6, 0, 6, 2, 0),
-                        piece(6, 2, 6, 1, 2),
-                        piece(7, 1, 6, 2, 0),
-                        piece(7, 2, 7, 1, 2),
-                    ]
-                }
-            }
-            Self::Four => const { &whole_quads(4) },
-            Self::Five => {
-                const {
-                    &[
-                        piece(0, 0, 0, 5, 0),
-                        piece(1, 1, 0, 5, 0),
-                        piece(2, 2, 0, 5, 0),
-                        piece(3, 3, 0, 5, 0),
-                        piece(4, 4, 0, 5, 0),
-                        piece(5, 0, 5, 3, 0),
-                        piece(5, 1, 6, 2, 3),
-                        piece(6, 2, 5, 3, 0),
-                        piece(6, 3, 6, 2, 3),
-                        piece(7, 4, 5, 3, 0),
-                        piece(7, 1, 5, 1, 3),
-                        piece(7, 3, 5, 1, 4),
-                    ]
-                }
-            }
-            Self::Six => {
-                const {
-                    &[
-                        piece(0, 0, 0, 6, 0),
-                        piece(1, 1, 0, 6, 0),
-                        piece(2, 2, 0, 6, 0),
-                        piece(3, 0, 6, 2, 4),
-                        piece(3, 1, 6, 2, 2),
-                        piece(3, 2, 6, 2, 0),
-                        piece(4, 3, 0, 6, 0),
-                        piece(5, 4, 0, 6, 0),
-                        piece(6, 5, 0, 6, 0),
-                        piece(7, 3, 6, 2, 4),
-                        piece(7, 4, 6, 2, 2),
-                        piece(7, 5, 6, 2, 0),
-                    ]
-                }
-            }
-            Self::Eight => const { &whole_quads(8) },
-        }
-    }
-}
-
-/// Some bits of a quad's codes: bits `to..to + width` of the codes are bits `from..from + width` of a vector's bytes.
-#[derive(Clone, Copy)]
-struct Piece {
-    quad: usize,
-    vector: usize,
-    from: usize,
-    width: usize,
-    to: usize,
-}
-
-const fn piece(quad: usize, vector: usize, from: usize, width: usize, to: usize) -> Piece {
-    Piece { quad, vector, from, width, to }
-}
-
-/// Codes that divide a byte, one after the other.
-const fn whole_quads(width: usize) -> [Piece; QUADS] {
-    let mut pieces = [piece(0, 0, 0, width, 0); QUADS];
-    let mut quad = 0;
-    while quad < QUADS {
-        pieces[quad] = piece(quad, quad * width / 8, quad * width % 8, width, 0);
-        quad += 1;
-    }
-    pieces
-}
-
-/// How scales (and minimums, where there are some) are kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Scaling {
-    /// An f16 for 32 weights.
-    Single,
-    /// An f16 for 256 weights times an int8 for each group of them: 32 weights for codes of four and five bits, 16 for
-    /// three and six.
-    TwoLevel,
-    /// An f16 for 256 weights times 0..=15 for each 16 of them; scale and minimum share a byte. For codes of two bits.
-    Nibbles,
-}
-
-/// What a weight is made of: `scale * code`, plus `min` where the format has minimums.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct QuantFormat {
-    /// Bits of a code.
-    pub bits: CodeBits,
-    /// How scales and minimums are kept.
-    pub scaling: Scaling,
-    /// Whether codes count up from a minimum instead of lying around zero.
-    pub with_mins: bool,
-}
-
-impl QuantFormat {
-    /// Every format that the kernels compute.
-    pub fn all() -> Vec<Self> {
-        let mut all = Vec::new();
-        for bits in CodeBits::ALL {
-            for scaling in [Scaling::Single, Scaling::TwoLevel, Scaling::Nibbles] {
-                for with_mins in [false, true] {
-                    let format = Self { bits, scaling, with_mins };
-                    if format.group().is_some() {
-                        all.push(format);
-                    }
-                }
-            }
-        }
-        all
-    }
-
-    /// Weights that share a scale; none for a combination that no kernel computes.
-    pub fn group(self) -> Option<usize> {
-        match (self.bits, self.scaling, self.with_mins) {
-            (CodeBits::Four | CodeBits::Five, Scaling::Single, _)
-            | (CodeBits::Eight, Scaling::Single, false)
-            | (CodeBits::Four | CodeBits::Five, Scaling::TwoLevel, true) => Some(32),
-            (CodeBits::Three | CodeBits::Six, Scaling::TwoLevel, false) | (CodeBits::Two, Scaling::Nibbles, true) => {
-                Some(16)
-            }
-            _ => None,
-        }
-    }
-
-    /// The codes that the format holds.
-    pub fn codes(self) -> std::ops::RangeInclusive<i8> {
-        let offset = self.offset();
-        match self.bits {
-            CodeBits::Eight => i8::MIN..=i8::MAX,
-            bits => -offset..=(1 << bits.count()) - 1 - offset,
-        }
-    }
-
-    /// Inputs that share an f16 scale; a matrix has a multiple of them.
-    pub fn scale_span(self) -> usize {
-        match self.scaling {
-            Scaling::Single => GROUP,
-            Scaling::TwoLevel | Scaling::Nibbles => SUPER_GROUP,
-        }
-    }
-
-    /// What is added to codes to store them: short codes are kept unsigned.
-    pub(crate) fn offset(self) -> i8 {
-        if self.with_mins || self.bits == CodeBits::Eight { 0 } else { 1 << (self.bits.count() - 1) }
-    }
-}
+use crate::quant_format::{CodeBits, GROUP, MAX_VECTORS, Piece, QUAD, QUADS, QuantFormat, Scaling, cut, in_every_byte};
 
 /// One row as an importer hands it over. Every element must be written: the buffers hold the row before.
 #[derive(Debug)]
@@ -261,62 +58,77 @@ impl Quantized {
         rows: usize,
         cols: usize,
         format: QuantFormat,
-        mut fill: impl FnMut(usize, QuantRow<'_>),
+        fill: impl FnMut(usize, QuantRow<'_>),
     ) -> Self {
-        let Some(group) = format.group() else { panic!("no kernel computes {format:?}") };
+        let mut packed = Self::zeroed(isa, rows, cols, format);
+        let strides = packed.strides();
+        if let Some(whole) = packed.parts(&strides, rows).next() {
+            strides.pack(0..rows, whole, fill);
+        }
+        packed
+    }
+
+    /// As [`Quantized::pack`], on all threads of `cpu` and for its instruction set: `fill(rows)` makes what writes these
+    /// rows, which come in order there. What is packed does not depend on who packed it.
+    pub fn pack_parallel<F: FnMut(usize, QuantRow<'_>)>(
+        cpu: &Cpu,
+        rows: usize,
+        cols: usize,
+        format: QuantFormat,
+        fill: impl Fn(Range<usize>) -> F + Sync,
+    ) -> Self {
+        let mut packed = Self::zeroed(cpu.isa(), rows, cols, format);
+        let strides = packed.strides();
+        let rows_per_part = rows_per_part(cols, packed.tile_rows);
+        let parts = packed.parts(&strides, rows_per_part);
+        cpu.pack_parts(rows, rows_per_part, parts, |rows, out| strides.pack(rows.clone(), out, fill(rows)));
+        packed
+    }
+
+    fn zeroed(isa: Isa, rows: usize, cols: usize, format: QuantFormat) -> Self {
+        assert!(format.group().is_some(), "no kernel computes {format:?}");
         let span = format.scale_span();
         assert!(
             cols.is_multiple_of(span),
             "a quantised matrix needs a multiple of {span} inputs, got {cols}; keep this one dense"
         );
         let tile_rows = isa.quant_tile_rows();
-        // Per row; nothing of what the format does not have.
-        let spans = cols / span;
-        let spans_of_mins = if format.with_mins { spans } else { 0 };
-        let subs = if format.scaling == Scaling::Single { 0 } else { cols / group };
-        let subs_of_mins = if format.with_mins { subs } else { 0 };
-        let packed_subs_of_mins = if format.scaling == Scaling::Nibbles { 0 } else { subs_of_mins };
+        let strides = Strides::new(format, cols, tile_rows);
         let padded_rows = rows.next_multiple_of(tile_rows);
-        let mut packed = Self {
+        let stored_sub_mins = if format.scaling == Scaling::Nibbles { 0 } else { strides.sub_mins };
+        Self {
             format,
             rows,
             cols,
             tile_rows,
-            codes: weights_buffer(padded_rows * (cols / GROUP) * QUAD * format.bits.count()),
-            scales: weights_buffer(padded_rows * spans),
-            mins: weights_buffer(padded_rows * spans_of_mins),
-            sub_scales: weights_buffer(padded_rows * subs),
-            sub_mins: weights_buffer(padded_rows * packed_subs_of_mins),
-        };
-        let mut codes = vec![0_i8; cols];
-        let (mut scales, mut mins) = (vec![f16::ZERO; spans], vec![f16::ZERO; spans_of_mins]);
-        let (mut sub_scales, mut sub_mins) = (vec![0_i8; subs], vec![0_i8; subs_of_mins]);
-        for row in 0..rows {
-            let out = QuantRow {
-                codes: &mut codes,
-                scales: &mut scales,
-                mins: &mut mins,
-                sub_scales: &mut sub_scales,
-                sub_mins: &mut sub_mins,
-            };
-            fill(row, out);
-            for (group, codes) in codes.as_chunks::<GROUP>().0.iter().enumerate() {
-                packed.set_group(row, group, codes);
-            }
-            if format.scaling == Scaling::Nibbles {
-                for (sub_scale, sub_min) in sub_scales.iter_mut().zip(&sub_mins) {
-                    *sub_scale = *sub_scale & 15 | sub_min << 4;
-                }
-                sub_mins.clear();
-            }
-            let first = |per_row: usize| row / tile_rows * per_row * tile_rows + row % tile_rows;
-            scatter(&mut packed.scales, first(spans), tile_rows, &scales);
-            scatter(&mut packed.mins, first(spans), tile_rows, &mins);
-            scatter(&mut packed.sub_scales, first(subs), tile_rows, &sub_scales);
-            scatter(&mut packed.sub_mins, first(subs), tile_rows, &sub_mins);
-            sub_mins.resize(subs_of_mins, 0);
+            codes: weights_buffer(padded_rows * strides.code_bytes),
+            scales: weights_buffer(padded_rows * strides.scales),
+            mins: weights_buffer(padded_rows * strides.mins),
+            sub_scales: weights_buffer(padded_rows * strides.sub_scales),
+            sub_mins: weights_buffer(padded_rows * stored_sub_mins),
         }
-        packed
+    }
+
+    fn strides(&self) -> Strides {
+        Strides::new(self.format, self.cols, self.tile_rows)
+    }
+
+    /// Cut after every `rows_per_part` rows, a multiple of a tile's (or all of them).
+    fn parts(&mut self, strides: &Strides, rows_per_part: usize) -> impl Iterator<Item = Part<'_>> {
+        let rows = rows_per_part.next_multiple_of(self.tile_rows);
+        let codes = cut_every(rows * strides.code_bytes, &mut self.codes);
+        let scales = cut_every(rows * strides.scales, &mut self.scales);
+        let mins = cut_every(rows * strides.mins, &mut self.mins);
+        let sub_scales = cut_every(rows * strides.sub_scales, &mut self.sub_scales);
+        let sub_mins = cut_every(rows * strides.sub_mins, &mut self.sub_mins);
+        let lines = scales.zip(mins).zip(sub_scales.zip(sub_mins));
+        codes.zip(lines).map(|(codes, ((scales, mins), (sub_scales, sub_mins)))| Part {
+            codes,
+            scales,
+            mins,
+            sub_scales,
+            sub_mins,
+        })
     }
 
     /// What its weights are made of.
@@ -348,25 +160,6 @@ impl Quantized {
     /// Where a row's scale number `index` of `per_row` lies.
     fn scale_index(&self, row: usize, index: usize, per_row: usize) -> usize {
         (row / self.tile_rows * per_row + index) * self.tile_rows + row % self.tile_rows
-    }
-
-    fn set_group(&mut self, row: usize, group: usize, codes: &[i8; GROUP]) {
-        let offset = self.format.offset();
-        let stored = codes.map(|code| code.wrapping_add(offset).cast_unsigned());
-        let quads: [u32; QUADS] = std::array::from_fn(|quad| u32::from_le_bytes(stored.as_chunks().0[quad]));
-        // The widths are named so that each is compiled with its own table, as a straight run of shifts.
-        let words = match self.format.bits {
-            CodeBits::Two => cut(const { CodeBits::Two.pieces() }, &quads),
-            CodeBits::Three => cut(const { CodeBits::Three.pieces() }, &quads),
-            CodeBits::Four => cut(const { CodeBits::Four.pieces() }, &quads),
-            CodeBits::Five => cut(const { CodeBits::Five.pieces() }, &quads),
-            CodeBits::Six => cut(const { CodeBits::Six.pieces() }, &quads),
-            CodeBits::Eight => cut(const { CodeBits::Eight.pieces() }, &quads),
-        };
-        let (first, stride) = (self.byte_index(row, group), self.tile_rows * QUAD);
-        for (vector, word) in words[..self.format.bits.count()].iter().enumerate() {
-            self.codes[first + vector * stride..][..QUAD].copy_from_slice(&word.to_le_bytes());
-        }
     }
 
     /// The codes of a row's activation group.
@@ -443,25 +236,144 @@ impl Quantized {
     }
 }
 
-/// Quads of codes to words of vectors.
-#[inline(always)]
-fn cut(pieces: &[Piece], quads: &[u32; QUADS]) -> [u32; MAX_VECTORS] {
-    let mut words = [0; MAX_VECTORS];
-    for &Piece { quad, vector, from, width, to } in pieces {
-        words[vector] |= (quads[quad] >> to & in_every_byte(width)) << from;
+/// What a row takes of each of a matrix's buffers, in elements.
+struct Strides {
+    format: QuantFormat,
+    tile_rows: usize,
+    groups: usize,
+    code_bytes: usize,
+    scales: usize,
+    mins: usize,
+    sub_scales: usize,
+    /// As handed over; where nibbles share a byte, none are stored.
+    sub_mins: usize,
+}
+
+/// Consecutive whole tiles of a matrix being packed; its buffers as in [`Quantized`].
+struct Part<'a> {
+    codes: &'a mut [u8],
+    scales: &'a mut [f16],
+    mins: &'a mut [f16],
+    sub_scales: &'a mut [i8],
+    sub_mins: &'a mut [i8],
+}
+
+impl Strides {
+    fn new(format: QuantFormat, cols: usize, tile_rows: usize) -> Self {
+        let groups = cols / GROUP;
+        let scales = cols / format.scale_span();
+        let sub_scales = match (format.scaling, format.group()) {
+            (Scaling::TwoLevel | Scaling::Nibbles, Some(group)) => cols / group,
+            _ => 0,
+        };
+        let of_mins = |count| if format.with_mins { count } else { 0 };
+        Self {
+            format,
+            tile_rows,
+            groups,
+            code_bytes: groups * QUAD * format.bits.count(),
+            scales,
+            mins: of_mins(scales),
+            sub_scales,
+            sub_mins: of_mins(sub_scales),
+        }
     }
-    words
+
+    /// Packs `rows`, the first of which is the first of `out`.
+    fn pack(&self, rows: Range<usize>, out: Part<'_>, mut fill: impl FnMut(usize, QuantRow<'_>)) {
+        let Part { codes: out_codes, scales: out_scales, mins: out_mins, sub_scales: out_subs, sub_mins: out_sub_mins } =
+            out;
+        let mut codes = vec![0_i8; self.groups * GROUP];
+        let (mut scales, mut mins) = (vec![f16::ZERO; self.scales], vec![f16::ZERO; self.mins]);
+        let (mut sub_scales, mut sub_mins) = (vec![0_i8; self.sub_scales], vec![0_i8; self.sub_mins]);
+        for (place, row) in rows.enumerate() {
+            let line = QuantRow {
+                codes: &mut codes,
+                scales: &mut scales,
+                mins: &mut mins,
+                sub_scales: &mut sub_scales,
+                sub_mins: &mut sub_mins,
+            };
+            fill(row, line);
+            self.set_codes(place, &codes, out_codes);
+            self.scatter(place, &scales, out_scales);
+            self.scatter(place, &mins, out_mins);
+            if self.format.scaling == Scaling::Nibbles {
+                for (sub_scale, sub_min) in sub_scales.iter_mut().zip(&sub_mins) {
+                    *sub_scale = *sub_scale & 15 | sub_min << 4;
+                }
+            } else {
+                self.scatter(place, &sub_mins, out_sub_mins);
+            }
+            self.scatter(place, &sub_scales, out_subs);
+        }
+    }
+
+    fn set_codes(&self, place: usize, codes: &[i8], out: &mut [u8]) {
+        let (offset, stride) = (self.format.offset(), self.tile_rows * QUAD);
+        let (first, bits) = (self.first(place, self.groups * self.format.bits.count()), self.format.bits.count());
+        for (group, codes) in codes.as_chunks::<GROUP>().0.iter().enumerate() {
+            let stored = codes.map(|code| code.wrapping_add(offset).cast_unsigned());
+            let quads: [u32; QUADS] = std::array::from_fn(|quad| u32::from_le_bytes(stored.as_chunks().0[quad]));
+            // The widths are named so that each is compiled with its own table, as a straight run of shifts.
+            let words = match self.format.bits {
+                CodeBits::Two => cut(const { CodeBits::Two.pieces() }, &quads),
+                CodeBits::Three => cut(const { CodeBits::Three.pieces() }, &quads),
+                CodeBits::Four => cut(const { CodeBits::Four.pieces() }, &quads),
+                CodeBits::Five => cut(const { CodeBits::Five.pieces() }, &quads),
+                CodeBits::Six => cut(const { CodeBits::Six.pieces() }, &quads),
+                CodeBits::Eight => cut(const { CodeBits::Eight.pieces() }, &quads),
+            };
+            for (vector, word) in words[..bits].iter().enumerate() {
+                out[first * QUAD + (group * bits + vector) * stride..][..QUAD].copy_from_slice(&word.to_le_bytes());
+            }
+        }
+    }
+
+    /// Where a row's first element lies among those of its tile, of which each row has `per_row`.
+    fn first(&self, place: usize, per_row: usize) -> usize {
+        place / self.tile_rows * per_row * self.tile_rows + place % self.tile_rows
+    }
+
+    /// Writes a row's values to where they lie between those of its tile's other rows.
+    fn scatter<T: bytemuck::Pod>(&self, place: usize, values: &[T], target: &mut [T]) {
+        let first = self.first(place, values.len());
+        for (i, &value) in values.iter().enumerate() {
+            target[first + i * self.tile_rows] = value;
+        }
+    }
 }
 
-/// The lowest `width` bits of each of four bytes.
-const fn in_every_byte(width: usize) -> u32 {
-    u32::from_le_bytes([u8::MAX >> (8 - width); QUAD])
+/// Weights that a thread packs at a time: some milliseconds' work, and little enough for the last ones to be shared.
+/// (Miri interprets, and shall see several parts.)
+const PART_WEIGHTS: usize = if cfg!(miri) { 1 << 9 } else { 1 << 20 };
+
+/// Rows of a part: whole tiles.
+pub(crate) fn rows_per_part(cols: usize, tile_rows: usize) -> usize {
+    (PART_WEIGHTS / cols.max(1)).max(1).next_multiple_of(tile_rows)
 }
 
-/// Writes a row's values to where they lie between those of its tile's other rows.
-fn scatter<T: bytemuck::Pod>(target: &mut [T], first: usize, tile_rows: usize, values: &[T]) {
-    for (i, &value) in values.iter().enumerate() {
-        target[first + i * tile_rows] = value;
+/// Consecutive parts of `len` elements, then empty ones without end.
+pub(crate) fn cut_every<T>(len: usize, slice: &mut [T]) -> impl Iterator<Item = &mut [T]> {
+    slice.chunks_mut(len.max(1)).chain(std::iter::repeat_with(|| &mut [][..]))
+}
+
+impl Cpu {
+    /// Hands consecutive parts of `rows_per_part` rows, with where they go, to `pack`, on all threads.
+    pub(crate) fn pack_parts<P: Send>(
+        &self,
+        rows: usize,
+        rows_per_part: usize,
+        parts: impl Iterator<Item = P>,
+        pack: impl Fn(Range<usize>, P) + Sync,
+    ) {
+        let parts: Vec<Mutex<Option<P>>> =
+            parts.take(rows.div_ceil(rows_per_part)).map(|part| Mutex::new(Some(part))).collect();
+        self.run(parts.len(), |index| {
+            let part = parts[index].lock().unwrap_or_else(PoisonError::into_inner).take();
+            let first = index * rows_per_part;
+            pack(first..(first + rows_per_part).min(rows), part.expect("each part is drawn once"));
+        });
     }
 }
 
@@ -476,21 +388,48 @@ pub(crate) fn weights_buffer<T: bytemuck::Pod>(len: usize) -> Buffer<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::quant_format::SUPER_GROUP;
+
+    /// Some number for each place that fits the format.
+    fn fill(format: QuantFormat, row: usize, out: &mut QuantRow<'_>) {
+        let number = |i: usize| (row * 31 + i * 7) as i8;
+        let codes = format.codes();
+        let span = i16::from(*codes.end()) - i16::from(*codes.start()) + 1;
+        for (i, code) in out.codes.iter_mut().enumerate() {
+            *code = (i16::from(*codes.start()) + i16::from(number(i)).rem_euclid(span)) as i8;
+        }
+        for (i, scale) in out.scales.iter_mut().chain(out.mins.iter_mut()).enumerate() {
+            *scale = f16::from_f32(f32::from(number(i)) / 16.0);
+        }
+        let most = if format.scaling == Scaling::Nibbles { 15 } else { 63 };
+        for (i, sub) in out.sub_scales.iter_mut().chain(out.sub_mins.iter_mut()).enumerate() {
+            *sub = number(i) & most;
+        }
+    }
 
     #[test]
-    fn every_bit_of_a_groups_vectors_is_one_bit_of_one_code() {
-        for bits in CodeBits::ALL {
-            let mut in_vectors = [0_u8; MAX_VECTORS];
-            let mut in_codes = [0_u8; QUADS];
-            for &Piece { quad, vector, from, width, to } in bits.pieces() {
-                let mask = u8::MAX >> (8 - width);
-                assert_eq!(in_vectors[vector] & mask << from, 0, "{bits:?}");
-                assert_eq!(in_codes[quad] & mask << to, 0, "{bits:?}");
-                in_vectors[vector] |= mask << from;
-                in_codes[quad] |= mask << to;
+    fn several_threads_pack_what_one_packs() {
+        let (cpu, cols) = (Cpu::new(Isa::Scalar, 3), SUPER_GROUP);
+        let part = rows_per_part(cols, Isa::Scalar.quant_tile_rows());
+        let row_counts = if cfg!(miri) { [0, 1, 2 * part + 3] } else { [0, 17, 3 * part + 3] };
+        for format in QuantFormat::all() {
+            for rows in row_counts {
+                let one = Quantized::pack(Isa::Scalar, rows, cols, format, |row, mut out| fill(format, row, &mut out));
+                let several = Quantized::pack_parallel(&cpu, rows, cols, format, |_| {
+                    |row, mut out: QuantRow<'_>| fill(format, row, &mut out)
+                });
+                assert!(*one.codes == *several.codes && *one.scales == *several.scales && *one.mins == *several.mins);
+                assert!(*one.sub_scales == *several.sub_scales && *one.sub_mins == *several.sub_mins);
+                let mut expected = [vec![0_i8; cols], vec![0; cols], vec![0; cols]];
+                for row in (0..rows).step_by(if cfg!(miri) { 3 } else { 97 }) {
+                    let [codes, sub_scales, sub_mins] = &mut expected;
+                    let (scales, mins) = (&mut [f16::ZERO; 8], &mut [f16::ZERO; 8]);
+                    fill(format, row, &mut QuantRow { codes, scales, mins, sub_scales, sub_mins });
+                    for col in 0..cols {
+                        assert_eq!(several.code(row, col), expected[0][col], "{format:?} row {row} col {col}");
+                    }
+                }
             }
-            assert!(in_vectors[..bits.count()].iter().all(|&used| used == u8::MAX), "{bits:?}");
-            assert!(in_codes.iter().all(|&used| used == u8::MAX >> (8 - bits.count())), "{bits:?}");
         }
     }
 }

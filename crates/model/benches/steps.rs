@@ -87,6 +87,22 @@ impl Load {
         }
     }
 
+    /// Tokens whose keys and values are read.
+    fn num_cached_tokens(self) -> usize {
+        match self {
+            Self::Prefill { len } => len,
+            Self::Decode { batch, context } => batch * context,
+        }
+    }
+
+    /// Pairs of a query and a key that it sees, for each head and layer.
+    fn num_scores(self) -> usize {
+        match self {
+            Self::Prefill { len } => len * (len + 1) / 2,
+            Self::Decode { batch, context } => batch * context,
+        }
+    }
+
     fn num_blocks(self) -> usize {
         match self {
             Self::Prefill { len } => len.div_ceil(BLOCK_SIZE),
@@ -168,10 +184,14 @@ fn median(mut rounds: Vec<Times>) -> Times {
     rounds.swap_remove(rounds.len() / 2)
 }
 
-/// Seconds that a step's products take at least, and what bounds them.
+/// Seconds that a step's products and its attention take at least, and what bounds them.
 fn least(roofs: &Roofs, model: &Model, load: Load) -> (f64, &'static str) {
-    let (mut reading, mut computing) = (0.0, 0.0);
-    for product in &model.info().products {
+    let info = model.info();
+    let kv_bytes = load.num_cached_tokens() as f64 * info.kv_bytes_per_token as f64;
+    // A multiply-add of each element of a head for the score, and one for the sum of values.
+    let operations = 4.0 * load.num_scores() as f64 * (info.num_layers * info.num_heads * info.head_dim) as f64;
+    let (mut reading, mut computing) = (kv_bytes / roofs.read_bytes, operations / roofs.f32_operations);
+    for product in &info.products {
         let rows = if product.part == "head" { load.num_sampled() } else { load.num_tokens() };
         let seconds = roofs.seconds(product, 1.0, rows as f64);
         (reading, computing) = (reading + seconds.0, computing + seconds.1);
@@ -238,7 +258,7 @@ fn main() {
 
     let machine = Machine::new(args.threads).expect("the instruction set");
     let start = Instant::now();
-    let roofs = machine.roofs(|| start.elapsed());
+    let roofs = machine.roofs(|| start.elapsed()).expect("the roofs");
     drop(machine);
     let begin = Instant::now();
     let mut model = Model::load(&path, &options, &mut |_, _| ()).expect("the model");
@@ -305,7 +325,7 @@ fn report(args: &Args, model: &Model, roofs: &Roofs, loading: Duration, loads: &
         roofs.int8_operations / 1e9,
         roofs.f32_operations / 1e9
     );
-    print!("{:<20} {:>9} {:>9}  {:<14}", "", "tok/s", "ms", "products' roof");
+    print!("{:<20} {:>9} {:>9}  {:<14}", "", "tok/s", "ms", "of the roof");
     for part in PARTS {
         print!(" {part:>9}");
     }

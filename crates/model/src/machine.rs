@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use bindery_kernels::{Cpu, Isa};
+use bindery_kernels::{Cpu, Isa, ReadTarget};
 
 use crate::{ModelError, ProductWeights, threads::physical_cores};
 
@@ -56,7 +56,8 @@ impl Machine {
     }
 
     /// Takes about two seconds of all threads. `clock` tells the time since some moment, always the same one.
-    pub fn roofs(&self, clock: impl Fn() -> Duration) -> Roofs {
+    /// [`ModelError::OutOfMemory`] where there is no half a gigabyte to read.
+    pub fn roofs(&self, clock: impl Fn() -> Duration) -> Result<Roofs, ModelError> {
         let timed = |work: &dyn Fn() -> u64| {
             let start = clock();
             let done = work();
@@ -74,11 +75,11 @@ impl Machine {
             }
             (0..ROUNDS).map(|_| rate(&|| work(rounds))).fold(0.0, f64::max)
         };
-        let bytes = vec![1_u8; READ_BYTES];
-        Roofs {
-            read_bytes: (0..ROUNDS / 2).map(|_| rate(&|| self.cpu.read(&bytes))).fold(0.0, f64::max),
+        let target = ReadTarget::new(READ_BYTES).map_err(|error| ModelError::OutOfMemory(error.to_string()))?;
+        Ok(Roofs {
+            read_bytes: (0..ROUNDS / 2).map(|_| rate(&|| self.cpu.read(&target))).fold(0.0, f64::max),
             int8_operations: best(&|rounds| self.cpu.spin_int8(rounds)),
             f32_operations: best(&|rounds| self.cpu.spin_f32(rounds)),
-        }
+        })
     }
 }

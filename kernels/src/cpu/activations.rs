@@ -7,7 +7,7 @@
 use super::pool::SharedMut;
 use super::task::{ActivationsOut, Panels, QuantGroup, QuantRows};
 use crate::matrix::Matrix;
-use crate::pack::GROUP;
+use crate::quant_format::GROUP;
 
 /// What a row of activations is kept as.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

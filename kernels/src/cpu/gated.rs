@@ -13,7 +13,7 @@ use super::pool::SharedMut;
 use super::task::{ActivationsOut, GatedTask, Output};
 use super::{Cpu, PIECES_PER_THREAD};
 use crate::matrix::Matrix;
-use crate::pack::GROUP;
+use crate::quant_format::GROUP;
 
 /// Products of one projection that a piece keeps at a time: two of them and the weights' tile should fit the second-level
 /// cache.

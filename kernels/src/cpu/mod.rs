@@ -75,6 +75,11 @@ impl Cpu {
         self.pool.threads()
     }
 
+    /// Runs `task(0)` to `task(num_tasks - 1)`, each once, on any thread.
+    pub(crate) fn run(&self, num_tasks: usize, task: impl Fn(usize) + Sync) {
+        self.pool.run(num_tasks, task);
+    }
+
     /// Runs `piece` over consecutive ranges that cover `0..len`, each of at least `min_piece`.
     fn split(&self, len: usize, min_piece: usize, piece: impl Fn(Range<usize>) + Sync) {
         let pieces = (self.threads() * PIECES_PER_THREAD).min(len / min_piece.max(1)).max(1);

@@ -3,6 +3,8 @@
 
 use super::Cpu;
 use super::prefetch::{LINE_BYTES, prefetch};
+use crate::KernelError;
+use crate::memory::{Buffer, Use};
 
 /// Tasks a thread: a late one is helped out.
 const TASKS_PER_THREAD: usize = 8;
@@ -10,6 +12,19 @@ const TASKS_PER_THREAD: usize = 8;
 const READ_AHEAD_BYTES: usize = 4096;
 /// Bytes that one task reads.
 const READ_BYTES: usize = 1 << 20;
+
+/// Bytes to read that lie as weights do: in large pages where the system has them, or looking pages up would be measured.
+#[derive(Debug)]
+pub struct ReadTarget(Buffer<u8>);
+
+impl ReadTarget {
+    /// Touches all of them. [`KernelError::OutOfMemory`] where the system refuses.
+    pub fn new(num_bytes: usize) -> Result<Self, KernelError> {
+        let mut bytes = Buffer::zeroed(num_bytes, Use::Whole)?;
+        bytes.fill(1);
+        Ok(Self(bytes))
+    }
+}
 
 impl Cpu {
     /// Multiply-adds of f32 on registers, on all threads; more `rounds` take longer. Returns operations, two a
@@ -35,8 +50,9 @@ impl Cpu {
         total.into_inner()
     }
 
-    /// Reads all of `bytes` once, on all threads. Returns their number.
-    pub fn read(&self, bytes: &[u8]) -> u64 {
+    /// Reads all of the target once, on all threads. Returns the number of bytes.
+    pub fn read(&self, target: &ReadTarget) -> u64 {
+        let bytes = &*target.0;
         let pieces: Vec<&[u8]> = bytes.chunks(READ_BYTES).collect();
         self.pool.run(pieces.len(), |index| {
             // Sixteen sums of eight bytes: as many loads under way as the machine takes.
@@ -57,6 +73,7 @@ impl Cpu {
 
 #[cfg(test)]
 mod tests {
+    use super::ReadTarget;
     use crate::{Cpu, Isa};
 
     #[test]
@@ -68,7 +85,7 @@ mod tests {
                 assert!(one > 0 && ten == 10 * one, "{isa}: {one} and {ten}");
             }
             let num_bytes = if cfg!(miri) { 3_000 } else { 3_000_000 };
-            assert_eq!(cpu.read(&vec![1; num_bytes]), num_bytes as u64);
+            assert_eq!(cpu.read(&ReadTarget::new(num_bytes).unwrap()), num_bytes as u64);
         }
     }
 }

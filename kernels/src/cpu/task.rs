@@ -13,7 +13,8 @@ use super::attention::AttentionArgs;
 use super::pool::SharedMut;
 use super::rope::RopeStyle;
 use crate::matrix::{Dense, DenseElement};
-use crate::pack::{GROUP, Quantized};
+use crate::pack::Quantized;
+use crate::quant_format::GROUP;
 
 /// A group of 32 activations in int8: x is about `scale * code`. What a kernel needs of a group lies together, so that
 /// one pointer serves a row.

@@ -136,16 +136,8 @@ impl Backend for CpuBackend {
     }
 
     fn import_matrix(&self, tensor: &TensorView<'_>) -> Result<Matrix, ModelError> {
-        if !self.import.dequantize {
-            return tensor.import(self.cpu.isa(), self.import.dtype, self.import.quantize);
-        }
-        let mut result = Ok(());
-        let matrix = Matrix::pack_f32(self.cpu.isa(), tensor.rows, tensor.cols, |row, out| {
-            if let Err(error) = tensor.dequantize_row(row, out) {
-                result = Err(error);
-            }
-        });
-        result.map(|()| matrix)
+        let Self { cpu, import, .. } = self;
+        if import.dequantize { tensor.import_f32(cpu) } else { tensor.import(cpu, import.dtype, import.quantize) }
     }
 
     fn import_vector(&self, tensor: &TensorView<'_>) -> Result<Vec<f32>, ModelError> {

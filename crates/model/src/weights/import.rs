@@ -1,17 +1,19 @@
 //! Stored tensors to the packed matrices of the `cpu` backend.
 //!
 //! Quantised sources keep their codes, scales and minimums exactly, in as many bits as the file spends on codes and with
-//! scales as compact as there. Dense sources become the dtype asked for, or are quantised. One row at a time passes through; the only copy of the whole is the packed one. It must not know which
-//! layer a tensor belongs to. Its invariant: a matrix that is returned holds finite numbers only.
+//! scales as compact as there. Dense sources become the dtype asked for, or are quantised. Rows pass through one at a time
+//! a thread; the only copy of the whole is the packed one. It must not know which layer a tensor belongs to. Its invariant: a matrix that is returned holds finite numbers only.
 
-use bindery_kernels::{CodeBits, Isa, Matrix, QuantFormat, Quantized, Scaling};
+use std::sync::{Mutex, PoisonError};
+
+use bindery_kernels::{CodeBits, Cpu, Dense, DenseElement, Matrix, QuantFormat, QuantRow, Quantized, Scaling};
 use half::{bf16, f16};
 
 use super::{
     TensorView, WeightFormat, blocks,
     names::TensorKind,
     quantize::{self, Effort, GROUP},
-    view::{Pages, TensorData},
+    view::TensorData,
 };
 use crate::{Dtype, ModelError, Quantize};
 
@@ -40,18 +42,30 @@ impl TensorView<'_> {
     ///
     /// Errors name the tensor: a scale or element that is not finite, a value too large for
     /// the target, a file that changed.
-    pub fn import(&self, isa: Isa, dtype: Dtype, quantize: Quantize) -> Result<Matrix, ModelError> {
+    pub fn import(&self, cpu: &Cpu, dtype: Dtype, quantize: Quantize) -> Result<Matrix, ModelError> {
         let target = self.target(dtype, quantize);
-        let pages = self.start_reading()?;
+        self.check_unchanged()?;
         match target {
-            Target::Keep(format) => self.keep(isa, format, pages),
-            Target::F32 => self.dense_f32(isa, pages),
-            Target::F16 => self.dense_f16(isa, pages),
-            Target::Bf16 => self.dense_bf16(isa, pages),
-            Target::Int8 => self.quantized_int8(isa, pages),
-            Target::Int4 => self.quantized_int4(isa, pages),
+            Target::Keep(format) => self.keep(cpu, format),
+            Target::F32 => self.dense(cpu, |value| value, "f32").map(Matrix::F32),
+            Target::F16 => self.dense(cpu, f16::from_f32, "f16; use bf16 or f32").map(Matrix::F16),
+            Target::Bf16 => self.dense(cpu, bf16::from_f32, "bf16; use f32").map(Matrix::Bf16),
+            Target::Int8 => self.quantized(cpu, INT8, |group, codes| Some((quantize::int8(group, codes)?, f16::ZERO))),
+            Target::Int4 => {
+                let effort = match self.data {
+                    TensorData::Mapped { .. } => Effort::Search,
+                    TensorData::Generated(_) => Effort::Plain,
+                };
+                self.quantized(cpu, INT4, |group, codes| quantize::int4(group, codes, effort))
+            }
         }
         .map_err(|what| self.bad(what))
+    }
+
+    /// Dense f32, whatever it is stored as.
+    pub fn import_f32(&self, cpu: &Cpu) -> Result<Matrix, ModelError> {
+        self.check_unchanged()?;
+        self.dense(cpu, |value| value, "f32").map(Matrix::F32).map_err(|what| self.bad(what))
     }
 
     /// Whether import quantises it: a dense matrix whose inputs are a multiple of 32, if anything is to be quantised.
@@ -76,133 +90,111 @@ impl TensorView<'_> {
         }
     }
 
-    fn keep(&self, isa: Isa, format: QuantFormat, mut pages: Pages<'_>) -> Result<Matrix, String> {
-        let mut problem = Problem::default();
-        let packed = Quantized::pack(isa, self.rows, self.cols, format, |row, mut out| {
-            pages.reach(row);
-            blocks::unpack(self.format, self.stored_row(row), &mut out);
-            problem.check_scales(row, out.scales, out.mins);
+    fn keep(&self, cpu: &Cpu, format: QuantFormat) -> Result<Matrix, String> {
+        let problem = Problem::default();
+        let packed = Quantized::pack_parallel(cpu, self.rows, self.cols, format, |rows| {
+            let mut pages = self.pages(rows);
+            let problem = &problem;
+            move |row, mut out| {
+                pages.reach(row);
+                blocks::unpack(self.format, self.stored_row(row), &mut out);
+                problem.check_scales(row, out.scales, out.mins);
+            }
         });
-        problem.or(Matrix::Quantized(packed))
+        problem.or(packed).map(Matrix::Quantized)
     }
 
-    fn dense_f32(&self, isa: Isa, mut pages: Pages<'_>) -> Result<Matrix, String> {
-        let mut problem = Problem::default();
-        let matrix = Matrix::pack_f32(isa, self.rows, self.cols, |row, out| {
-            pages.reach(row);
-            self.read_row(row, out);
-            problem.check_values(row, out);
-        });
-        problem.or(matrix)
-    }
-
-    fn dense_f16(&self, isa: Isa, mut pages: Pages<'_>) -> Result<Matrix, String> {
-        let mut problem = Problem::default();
-        let mut values = vec![0.0; self.cols];
-        let matrix = Matrix::pack_f16(isa, self.rows, self.cols, |row, out| {
-            pages.reach(row);
-            self.read_row(row, &mut values);
-            problem.check_values(row, &values);
-            for (out, &value) in out.iter_mut().zip(&values) {
-                *out = f16::from_f32(value);
-                if out.is_infinite() {
-                    problem.note(|| format!("row {row} holds {value}, too large for f16; use bf16 or f32"));
+    /// `narrow` rounds to what is kept; an element that becomes infinite is too large for it, and `limit` says for what.
+    fn dense<E: DenseElement>(
+        &self,
+        cpu: &Cpu,
+        narrow: impl Fn(f32) -> E + Sync,
+        limit: &str,
+    ) -> Result<Dense<E>, String> {
+        let problem = Problem::default();
+        let packed = Dense::pack_parallel(cpu, self.rows, self.cols, |rows| {
+            let mut pages = self.pages(rows);
+            let mut values = vec![0.0; self.cols];
+            let (problem, narrow) = (&problem, &narrow);
+            move |row, out: &mut [E]| {
+                pages.reach(row);
+                self.read_row(row, &mut values);
+                problem.check_values(row, &values);
+                for (out, &value) in out.iter_mut().zip(&values) {
+                    *out = narrow(value);
+                    if out.to_f32().is_infinite() {
+                        problem.note(row, || format!("holds {value}, too large for {limit}"));
+                    }
                 }
             }
         });
-        problem.or(matrix)
+        problem.or(packed)
     }
 
-    fn dense_bf16(&self, isa: Isa, mut pages: Pages<'_>) -> Result<Matrix, String> {
-        let mut problem = Problem::default();
-        let mut values = vec![0.0; self.cols];
-        let matrix = Matrix::pack_bf16(isa, self.rows, self.cols, |row, out| {
-            pages.reach(row);
-            self.read_row(row, &mut values);
-            problem.check_values(row, &values);
-            for (out, &value) in out.iter_mut().zip(&values) {
-                *out = bf16::from_f32(value);
-                if out.is_infinite() {
-                    problem.note(|| format!("row {row} holds {value}, too large for bf16; use f32"));
+    /// `quantize` finds a group's codes, scale and minimum (which formats without minimums leave); none where they leave
+    /// the range of f16.
+    fn quantized(
+        &self,
+        cpu: &Cpu,
+        format: QuantFormat,
+        quantize: impl Fn(&[f32; GROUP], &mut [i8; GROUP]) -> Option<(f16, f16)> + Sync,
+    ) -> Result<Matrix, String> {
+        let problem = Problem::default();
+        let packed = Quantized::pack_parallel(cpu, self.rows, self.cols, format, |rows| {
+            let mut pages = self.pages(rows);
+            let mut values = vec![0.0; self.cols];
+            let (problem, quantize) = (&problem, &quantize);
+            move |row, out: QuantRow<'_>| {
+                pages.reach(row);
+                self.read_row(row, &mut values);
+                problem.check_values(row, &values);
+                let groups = values.as_chunks::<GROUP>().0.iter().zip(out.codes.as_chunks_mut::<GROUP>().0);
+                let mut mins = out.mins.iter_mut();
+                for ((group, codes), scale) in groups.zip(out.scales) {
+                    let Some((found, min)) = quantize(group, codes) else {
+                        let what = "holds values too large for f16 scales, so it cannot be quantised";
+                        problem.note(row, || what.to_owned());
+                        continue;
+                    };
+                    *scale = found;
+                    if let Some(place) = mins.next() {
+                        *place = min;
+                    }
                 }
             }
         });
-        problem.or(matrix)
-    }
-
-    fn quantized_int8(&self, isa: Isa, mut pages: Pages<'_>) -> Result<Matrix, String> {
-        let mut problem = Problem::default();
-        let mut values = vec![0.0; self.cols];
-        let packed = Quantized::pack(isa, self.rows, self.cols, INT8, |row, out| {
-            pages.reach(row);
-            self.read_row(row, &mut values);
-            problem.check_values(row, &values);
-            let codes = out.codes.as_chunks_mut::<GROUP>().0;
-            for ((group, codes), scale) in values.as_chunks::<GROUP>().0.iter().zip(codes).zip(out.scales) {
-                match quantize::int8(group, codes) {
-                    Some(found) => *scale = found,
-                    None => problem.note_too_large(row),
-                }
-            }
-        });
-        problem.or(Matrix::Quantized(packed))
-    }
-
-    fn quantized_int4(&self, isa: Isa, mut pages: Pages<'_>) -> Result<Matrix, String> {
-        let effort = match self.data {
-            TensorData::Mapped { .. } => Effort::Search,
-            TensorData::Generated(_) => Effort::Plain,
-        };
-        let mut problem = Problem::default();
-        let mut values = vec![0.0; self.cols];
-        let packed = Quantized::pack(isa, self.rows, self.cols, INT4, |row, out| {
-            pages.reach(row);
-            self.read_row(row, &mut values);
-            problem.check_values(row, &values);
-            let codes = out.codes.as_chunks_mut::<GROUP>().0;
-            let lines = out.scales.iter_mut().zip(out.mins);
-            for ((group, codes), (scale, min)) in values.as_chunks::<GROUP>().0.iter().zip(codes).zip(lines) {
-                match quantize::int4(group, codes, effort) {
-                    Some(found) => (*scale, *min) = found,
-                    None => problem.note_too_large(row),
-                }
-            }
-        });
-        problem.or(Matrix::Quantized(packed))
+        problem.or(packed).map(Matrix::Quantized)
     }
 }
 
-/// The first thing found wrong while rows pass through.
+/// What is wrong with the first row that has something wrong, while rows pass through on several threads.
 #[derive(Default)]
-struct Problem(Option<String>);
+struct Problem(Mutex<Option<(usize, String)>>);
 
 impl Problem {
-    fn note(&mut self, what: impl FnOnce() -> String) {
-        if self.0.is_none() {
-            self.0 = Some(what());
+    fn note(&self, row: usize, what: impl FnOnce() -> String) {
+        let mut first = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if first.as_ref().is_none_or(|&(known, _)| row < known) {
+            *first = Some((row, what()));
         }
     }
 
-    fn note_too_large(&mut self, row: usize) {
-        self.note(|| format!("row {row} holds values too large for f16 scales, so it cannot be quantised"));
-    }
-
-    fn check_values(&mut self, row: usize, values: &[f32]) {
+    fn check_values(&self, row: usize, values: &[f32]) {
         if let Some(value) = values.iter().find(|value| !value.is_finite()) {
-            self.note(|| format!("row {row} holds {value}"));
+            self.note(row, || format!("holds {value}"));
         }
     }
 
-    fn check_scales(&mut self, row: usize, scales: &[f16], mins: &[f16]) {
+    fn check_scales(&self, row: usize, scales: &[f16], mins: &[f16]) {
         if let Some(scale) = scales.iter().chain(mins).find(|scale| !scale.is_finite()) {
-            self.note(|| format!("row {row} has a scale or minimum of {scale}"));
+            self.note(row, || format!("has a scale or minimum of {scale}"));
         }
     }
 
     fn or<T>(self, value: T) -> Result<T, String> {
-        match self.0 {
+        match self.0.into_inner().unwrap_or_else(PoisonError::into_inner) {
             None => Ok(value),
-            Some(problem) => Err(problem),
+            Some((row, what)) => Err(format!("row {row} {what}")),
         }
     }
 }

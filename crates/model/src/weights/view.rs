@@ -87,7 +87,8 @@ impl TensorView<'_> {
             .try_reserve_exact(self.rows * self.cols)
             .map_err(|_| ModelError::OutOfMemory(format!("no memory for tensor {:?} in f32", self.name)))?;
         values.resize(self.rows * self.cols, 0.0);
-        let mut pages = self.start_reading()?;
+        self.check_unchanged()?;
+        let mut pages = self.pages(0..self.rows);
         for (row, out) in values.chunks_exact_mut(self.cols).enumerate() {
             pages.reach(row);
             self.read_row(row, out);
@@ -135,13 +136,20 @@ impl TensorView<'_> {
         self.cols / self.format.block_elements() * self.format.block_bytes()
     }
 
-    /// The whole tensor will be read now, row by row in ascending order, as they are handed over.
-    pub(super) fn start_reading(&self) -> Result<Pages<'_>, ModelError> {
+    /// An error where the file has changed since it was opened: asked before a tensor is read.
+    pub(super) fn check_unchanged(&self) -> Result<(), ModelError> {
+        match &self.data {
+            TensorData::Mapped { file, .. } => file.check_unchanged(),
+            TensorData::Generated(_) => Ok(()),
+        }
+    }
+
+    /// These rows will be read now, in ascending order, as they are handed over.
+    pub(super) fn pages(&self, rows: Range<usize>) -> Pages<'_> {
         // Within a head the order in the file may be another one.
         let step = self.halves.map_or(1, |halves| halves.head_dim);
-        let TensorData::Mapped { file, range } = &self.data else { return Ok(Pages { source: None, step }) };
-        file.check_unchanged()?;
-        Ok(Pages { source: Some(MappedPages::new(file, range.clone(), self.row_bytes())), step })
+        let TensorData::Mapped { file, range } = &self.data else { return Pages { source: None, step } };
+        Pages { source: Some(MappedPages::new(file, range.clone(), self.row_bytes(), rows)), step }
     }
 
     /// An error about this tensor's content.
@@ -166,9 +174,9 @@ pub(super) struct Pages<'a> {
 struct MappedPages<'a> {
     file: &'a MappedFile,
     row_bytes: usize,
-    /// Where row 0 begins.
-    start: usize,
-    /// Not yet given back.
+    /// Where row 0 begins, and the last one ends.
+    tensor: Range<usize>,
+    /// Of the rows to be read, not yet given back.
     kept: Range<usize>,
 }
 
@@ -185,16 +193,18 @@ impl Pages<'_> {
 }
 
 impl<'a> MappedPages<'a> {
-    fn new(file: &'a MappedFile, range: Range<usize>, row_bytes: usize) -> Self {
-        file.prefetch(&(range.start..range.end.min(range.start + 2 * WINDOW)));
-        Self { file, row_bytes, start: range.start, kept: range }
+    fn new(file: &'a MappedFile, tensor: Range<usize>, row_bytes: usize, rows: Range<usize>) -> Self {
+        let kept = tensor.start + rows.start * row_bytes..tensor.start + rows.end * row_bytes;
+        // Beyond these rows, too: they are read next.
+        file.prefetch(&(kept.start..tensor.end.min(kept.start + 2 * WINDOW)));
+        Self { file, row_bytes, tensor, kept }
     }
 
     fn reach(&mut self, row: usize) {
-        let here = self.start + row * self.row_bytes;
+        let here = self.tensor.start + row * self.row_bytes;
         if here >= self.kept.start + WINDOW {
             self.file.release(&(self.kept.start..here));
-            let end = self.kept.end;
+            let end = self.tensor.end;
             self.file.prefetch(&((here + WINDOW).min(end)..(here + 2 * WINDOW).min(end)));
             self.kept.start = here;
         }
@@ -236,7 +246,7 @@ mod tests {
         let path = folder.path().join("large");
         std::fs::write(&path, vec![1; 64 * ROW]).unwrap();
         let file = MappedFile::open(&path).unwrap();
-        let mut pages = MappedPages::new(&file, ROW..64 * ROW, ROW);
+        let mut pages = MappedPages::new(&file, ROW..64 * ROW, ROW, 0..63);
         let mut largest = 0;
         for row in 0..63 {
             pages.reach(row);

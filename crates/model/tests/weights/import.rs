@@ -1,6 +1,6 @@
 //! Import into the packed families: exact for quantised sources, bounded for weights quantised at load.
 
-use std::fs::OpenOptions;
+use std::{fs::OpenOptions, sync::LazyLock};
 
 use bindery_kernels::{CodeBits, Cpu, Isa, Matrix};
 use bindery_model::{
@@ -20,9 +20,8 @@ use crate::builder::{
 const DOWN: TensorRole = TensorRole::Layer(0, LayerTensor::Down);
 const DOWN_NAME: &str = "model.layers.0.mlp.down_proj.weight";
 
-fn isas() -> Vec<Isa> {
-    vec![Isa::Scalar, Cpu::detect()]
-}
+/// One thread and several, each layout.
+static CPUS: LazyLock<[Cpu; 2]> = LazyLock::new(|| [Cpu::new(Isa::Scalar, 1), Cpu::new(Cpu::detect(), 3)]);
 
 fn rows_of(matrix: &Matrix) -> Vec<f32> {
     let mut values = vec![0.0; matrix.rows() * matrix.cols()];
@@ -118,7 +117,7 @@ const CANDLE_TYPES: [(u32, GgmlDType); 10] = [
 ];
 
 fn import(view: &TensorView<'_>, dtype: Dtype, quantize: Quantize) -> Matrix {
-    view.import(Isa::Scalar, dtype, quantize).unwrap()
+    view.import(&CPUS[0], dtype, quantize).unwrap()
 }
 
 /// More under `cargo xtask test --full`.
@@ -138,8 +137,8 @@ proptest! {
             let store = WeightStore::open(&disk.path).unwrap();
             let down = store.tensor(DOWN).unwrap().unwrap();
             let dequantized = dequantized_by_candle(type_id, &down, &disk);
-            for isa in isas() {
-                let matrix = down.import(isa, Dtype::Auto, Quantize::None).unwrap();
+            for cpu in &*CPUS {
+                let matrix = down.import(cpu, Dtype::Auto, Quantize::None).unwrap();
                 let ratio = matrix.size_bytes() as f64 / down.num_bytes() as f64;
                 prop_assert!(ratio <= MAX_OVERHEAD, "{}: {ratio}", down.format);
                 prop_assert_eq!((matrix.rows(), matrix.cols()), (32, 256));
@@ -183,7 +182,7 @@ fn scales_that_are_not_finite_are_named() {
                 let store = WeightStore::open(&disk.path).unwrap();
                 let down = store.tensor(DOWN).unwrap().unwrap();
                 for error in
-                    [down.import(Isa::Scalar, Dtype::Auto, Quantize::None).err().unwrap(), down.to_f32().err().unwrap()]
+                    [down.import(&CPUS[0], Dtype::Auto, Quantize::None).err().unwrap(), down.to_f32().err().unwrap()]
                 {
                     let text = error.to_string();
                     assert!(text.contains("blk.0.ffn_down.weight") && text.contains("row 2"), "{text}");
@@ -211,8 +210,8 @@ fn dense_sources_take_the_dtype_asked_for() {
         for (dtype, expected_family) in
             [(Dtype::Auto, own), (Dtype::F32, "f32"), (Dtype::F16, "f16"), (Dtype::Bf16, "bf16")]
         {
-            for isa in isas() {
-                let matrix = down.import(isa, dtype, Quantize::None).unwrap();
+            for cpu in &*CPUS {
+                let matrix = down.import(cpu, dtype, Quantize::None).unwrap();
                 assert_eq!(family(&matrix), expected_family);
                 for (packed, &source) in rows_of(&matrix).into_iter().zip(&source) {
                     let rounded = match expected_family {
@@ -245,7 +244,7 @@ fn values_that_a_target_cannot_hold_are_named() {
         let folder = with_first_values(&[value], StoredDtype::F32);
         let store = WeightStore::open(folder.path()).unwrap();
         let down = store.tensor(DOWN).unwrap().unwrap();
-        let error = down.import(Isa::Scalar, dtype, quantize).err().unwrap().to_string();
+        let error = down.import(&CPUS[0], dtype, quantize).err().unwrap().to_string();
         assert!(words.iter().chain(&[DOWN_NAME, "row 0"]).all(|word| error.contains(word)), "{error}");
     };
     check(70_000.0, Dtype::F16, Quantize::None, &["70000", "f16"]);
@@ -339,7 +338,7 @@ fn a_file_that_shrinks_after_opening_is_an_error() {
     OpenOptions::new().write(true).open(&disk.path).unwrap().set_len(100).unwrap();
     let down = store.tensor(DOWN).unwrap().unwrap();
     for error in [
-        down.import(Isa::Scalar, Dtype::Auto, Quantize::None).err().unwrap().to_string(),
+        down.import(&CPUS[0], Dtype::Auto, Quantize::None).err().unwrap().to_string(),
         down.to_f32().err().unwrap().to_string(),
     ] {
         assert!(error.contains("changed while it was read") && error.contains("100 now"), "{error}");

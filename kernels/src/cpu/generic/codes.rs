@@ -6,7 +6,7 @@
 use super::QuantLanes;
 use super::scales::Scales;
 use crate::cpu::task::QuantGroup;
-use crate::pack::CodeBits;
+use crate::quant_format::CodeBits;
 
 /// One width of codes.
 pub(in crate::cpu) trait Codes {

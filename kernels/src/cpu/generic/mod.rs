@@ -365,7 +365,7 @@ macro_rules! quant_table {
             use crate::cpu::generic::quant;
             use crate::cpu::generic::scales::{Nibbles, Single, TwoLevel};
             use crate::cpu::task::QuantTask;
-            use crate::pack::{CodeBits, Scaling};
+            use crate::quant_format::{CodeBits, Scaling};
 
             /// One format, a function of its own: profiles name it, and compiling stays quick.
             macro_rules! entry {

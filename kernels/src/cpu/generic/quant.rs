@@ -35,7 +35,7 @@ use super::codes::{Codes, Part, Sums};
 use super::scales::{Pointers, Scales, TileLens};
 use crate::cpu::prefetch::{LINE_BYTES, prefetch};
 use crate::cpu::task::{Line, Output, QuantGroup, QuantTask};
-use crate::pack::{GROUP, QuantFormat, Scaling};
+use crate::quant_format::{GROUP, QuantFormat, Scaling};
 
 /// Calls `$body::<.., n>` for a count known only now.
 macro_rules! with_columns {

@@ -8,7 +8,7 @@ use crate::cpu::rope::RopeStyle;
 use crate::cpu::scalar::quantize::SMALLEST_MAGNITUDE;
 use crate::cpu::scalar::rope::turn;
 use crate::cpu::task::{GatedTask, GroupsMut, QuantGroup, RopeRow};
-use crate::pack::GROUP;
+use crate::quant_format::GROUP;
 
 const WIDTH: usize = 16;
 

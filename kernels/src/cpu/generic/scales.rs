@@ -8,7 +8,8 @@ use half::f16;
 use super::QuantLanes;
 use super::codes::Codes;
 use crate::cpu::task::QuantTask;
-use crate::pack::{Quantized, SUPER_GROUP, Scaling};
+use crate::pack::Quantized;
+use crate::quant_format::{SUPER_GROUP, Scaling};
 
 /// Elements of a tile in each of a matrix's buffers. Made once a task: divisions in the loop over tiles took
 /// a lone row up to a tenth longer.

@@ -5,7 +5,7 @@
 //! the group in, and one more its minimum.
 
 use crate::cpu::task::QuantTask;
-use crate::pack::GROUP;
+use crate::quant_format::GROUP;
 
 /// # Safety
 /// Safe in fact; unsafe to fit the table.

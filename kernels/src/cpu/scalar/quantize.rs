@@ -1,7 +1,7 @@
 //! Activations to int8: a group's scale is max|x| / 127, its codes are x * (127 / max|x|), rounded to nearest even.
 
 use crate::cpu::task::{GroupsMut, QuantGroup};
-use crate::pack::GROUP;
+use crate::quant_format::GROUP;
 
 /// Groups whose largest magnitude is below this count as zero: 127 / max|x| must be a number, and nothing so small can
 /// matter beside any weight.

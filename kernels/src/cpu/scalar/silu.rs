@@ -18,7 +18,7 @@ pub(super) unsafe fn gated(task: &GatedTask<'_>) {
             // SAFETY: the caller's duty.
             unsafe { rows.slice(start..start + joined.len()) }.copy_from_slice(&joined);
         }
-        if let Some(groups) = task.out.groups_of(row, task.cols.start / crate::pack::GROUP) {
+        if let Some(groups) = task.out.groups_of(row, task.cols.start / crate::quant_format::GROUP) {
             // SAFETY: the caller's duty.
             unsafe { quantize(&joined, &groups) };
         }

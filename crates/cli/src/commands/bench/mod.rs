@@ -89,7 +89,7 @@ async fn measure(args: BenchArgs) -> anyhow::Result<()> {
         Some(info) => {
             let machine = Machine::new(Some(info.threads))?;
             let start = Instant::now();
-            let roofs = tokio::task::spawn_blocking(move || machine.roofs(|| start.elapsed())).await?;
+            let roofs = tokio::task::spawn_blocking(move || machine.roofs(|| start.elapsed())).await??;
             Some((roofs, info))
         }
         None => None,
