@@ -9,7 +9,7 @@ use std::ops::Range;
 use crate::{
     backend::{AttentionWeights, Backend, Layer, Linear, MlpWeights, Step},
     batch::{BatchChecker, BatchLimits, ForwardBatch},
-    config::{DecoderConfig, RopeStyle},
+    config::{Activation, Block, DecoderConfig, FeedForward, NormKind, RopeStyle},
     error::ModelError,
     model::{ModelPhase, ProductWeights},
     rope::Rope,
@@ -71,7 +71,7 @@ impl<B: Backend> Decoder<B> {
     /// Whether the operations can carry the configuration out; the rotary embedding, which has its own rules.
     pub(crate) fn check(config: &DecoderConfig) -> Result<Rope, ModelError> {
         check_config(config)?;
-        Rope::new(&config.rotary)
+        Rope::new(&config.rotaries[0])
     }
 
     pub(crate) fn backend(&self) -> &B {
@@ -187,11 +187,28 @@ fn check_config(config: &DecoderConfig) -> Result<(), ModelError> {
             config.num_heads, config.num_kv_heads
         ));
     }
-    if config.rotary.dim > config.head_dim || !config.rotary.dim.is_multiple_of(2) {
-        return refuse(format!(
-            "{} rotated elements of a head of {}: they must be even and fit",
-            config.rotary.dim, config.head_dim
-        ));
+    for rotary in &config.rotaries {
+        if rotary.dim > config.head_dim || !rotary.dim.is_multiple_of(2) {
+            return refuse(format!(
+                "{} rotated elements of a head of {}: they must be even and fit",
+                rotary.dim, config.head_dim
+            ));
+        }
+    }
+    let not_yet = [
+        ("this order of norms", config.block != Block::PreNorm),
+        ("norms of query and key heads", config.query_key_norm),
+        ("this normalisation", config.norm.kind != NormKind::Rms || config.norm.weight_offset != 0.0),
+        ("several rotary embeddings", config.rotaries.len() != 1),
+        ("ALiBi", config.alibi.is_some()),
+        ("soft caps", config.attention_soft_cap.is_some() || config.logit_soft_cap.is_some()),
+        ("this activation", config.mlp.activation != Activation::Silu || !config.mlp.gated),
+        ("experts", config.layers.iter().any(|layer| layer.feed_forward == FeedForward::Experts)),
+        ("biases in MLP or head", config.biases.mlp || config.head_bias),
+        ("scaled embeddings or logits", config.embedding_scale != 1.0 || config.logit_scale != 1.0),
+    ];
+    if let Some((what, _)) = not_yet.iter().find(|(_, asked)| *asked) {
+        return refuse(format!("{what}: not computed yet"));
     }
     if config.layers.iter().any(|layer| layer.window == Some(0)) {
         return refuse("a sliding window of 0 tokens sees nothing".into());
@@ -297,7 +314,7 @@ impl<B: Backend> Loader<'_, B> {
 
     /// A query's or key's tensor as the backend rotates it.
     fn in_halves<'b>(&self, tensor: TensorView<'b>) -> TensorView<'b> {
-        let rotary = &self.config.rotary;
+        let rotary = &self.config.rotaries[0];
         if B::ROTATES_HALVES && rotary.style == RopeStyle::Interleaved {
             tensor.with_halves(self.config.head_dim, rotary.dim)
         } else {
@@ -359,7 +376,7 @@ mod tests {
         reference::ReferenceBackend,
     };
     use crate::batch::BatchSequence;
-    use crate::config::{Activation, Biases, LayerConfig, Mlp, Norm, RopeScaling, Rotary};
+    use crate::config::{Biases, LayerConfig, Mlp, Norm, RopeScaling, Rotary};
     use crate::model::{Dtype, KvCacheDtype, Quantize};
 
     fn config() -> DecoderConfig {
@@ -371,13 +388,22 @@ mod tests {
             num_kv_heads: 2,
             head_dim: 4,
             max_position_embeddings: 16,
-            norm: Norm { eps: 1e-5 },
-            rotary: Rotary { style: RopeStyle::Neox, dim: 4, base: 10_000.0, scaling: RopeScaling::None },
+            norm: Norm { kind: NormKind::Rms, eps: 1e-5, weight_offset: 0.0 },
+            block: Block::PreNorm,
+            query_key_norm: false,
+            rotaries: vec![Rotary { style: RopeStyle::Neox, dim: 4, base: 10_000.0, scaling: RopeScaling::None }],
+            alibi: None,
             attention_scale: 0.5,
-            mlp: Mlp { intermediate_size: 16, activation: Activation::Silu },
+            attention_soft_cap: None,
+            mlp: Mlp { intermediate_size: 16, activation: Activation::Silu, gated: true },
+            experts: None,
             biases: Biases::default(),
-            layers: vec![LayerConfig { window: None, rotary: true }],
+            layers: vec![LayerConfig { window: None, rotary: Some(0), feed_forward: FeedForward::Dense }],
+            embedding_scale: 1.0,
             tied_embeddings: true,
+            head_bias: false,
+            logit_scale: 1.0,
+            logit_soft_cap: None,
             bos_token_id: None,
             eos_token_ids: Vec::new(),
         }
@@ -397,8 +423,8 @@ mod tests {
         check_refused("number of layers is 0", |config| config.layers.clear());
         check_refused("head size is 18446744073709551615", |config| config.head_dim = usize::MAX);
         check_refused("4 query heads", |config| config.num_kv_heads = 3);
-        check_refused("5 rotated elements", |config| config.rotary.dim = 5);
-        check_refused("6 rotated elements of a head of 4", |config| config.rotary.dim = 6);
+        check_refused("5 rotated elements", |config| config.rotaries[0].dim = 5);
+        check_refused("6 rotated elements of a head of 4", |config| config.rotaries[0].dim = 6);
         check_refused("window of 0", |config| config.layers[0].window = Some(0));
     }
 
@@ -437,17 +463,17 @@ mod tests {
                 let factors = (0..dim / 2).map(|i| 1.0 + i as f32).collect();
                 for scaling in [RopeScaling::Linear { factor: 2.0 }, RopeScaling::Factors(factors)] {
                     let mut config = store.config().clone();
-                    config.rotary = Rotary { style, dim, base: 10_000.0, scaling };
+                    config.rotaries = vec![Rotary { style, dim, base: 10_000.0, scaling }];
                     config.layers[1].window = Some(3);
                     let reference = ReferenceBackend::new(&config, candle_core::Device::Cpu, 16);
                     let cpu = Cpu::new(Cpu::detect(), 2);
                     let cpu = CpuBackend::new(cpu, &config, import, KvCacheDtype::Auto, 16);
                     let (expected, actual) = (logits(&config, &store, reference), logits(&config, &store, cpu));
                     for (expected, actual) in expected.iter().zip(&actual) {
-                        assert!((expected - actual).abs() < 1e-3, "{:?}: {expected} and {actual}", config.rotary);
+                        assert!((expected - actual).abs() < 1e-3, "{:?}: {expected} and {actual}", config.rotaries);
                     }
                     // Without rotated elements all settings are one; else each must differ from all others.
-                    assert!(dim == 0 || !seen.contains(&actual), "{:?} changed nothing", config.rotary);
+                    assert!(dim == 0 || !seen.contains(&actual), "{:?} changed nothing", config.rotaries);
                     seen.push(actual);
                 }
             }

@@ -72,6 +72,9 @@ fn inverse_frequencies(rotary: &Rotary) -> Result<Vec<f32>, ModelError> {
             };
             as_trained.map(|frequency| scale.apply(frequency) as f32).collect()
         }
+        RopeScaling::LongRope { .. } | RopeScaling::Dynamic { .. } | RopeScaling::Yarn { .. } => {
+            return Err(ModelError::Unsupported("this rotary scaling is not computed yet".into()));
+        }
         RopeScaling::Factors(divisors) => {
             if divisors.len() != num_pairs {
                 return Err(ModelError::Unsupported(format!(

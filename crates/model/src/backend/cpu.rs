@@ -211,8 +211,8 @@ impl Backend for CpuBackend {
             activations,
             [product(&weights.q, queries), product(&weights.k, keys), product(&weights.v, values)],
         );
-        let rotary = &self.config.rotary;
-        if layer.config.rotary && rotary.dim > 0 {
+        let rotary = &self.config.rotaries[0];
+        if layer.config.rotary.is_some() && rotary.dim > 0 {
             let style = RopeStyle::Neox;
             cpu.rope(queries, rows, num_heads, head_dim, rotary.dim, style, step.cos, step.sin);
             cpu.rope(keys, rows, num_kv_heads, head_dim, rotary.dim, style, step.cos, step.sin);
@@ -264,6 +264,7 @@ impl Backend for CpuBackend {
         let form = Form::of([&weights.down]);
         match self.config.mlp.activation {
             Activation::Silu => cpu.gated_matmul(activations, &weights.gate, &weights.up, form, gated),
+            Activation::Gelu | Activation::GeluTanh => unreachable!("refused at load"),
         }
         cpu.matmul_add(gated, &weights.down, None, hidden);
         Ok(())

@@ -67,7 +67,7 @@ impl ReferenceBackend {
 
     /// Rotates the first `rotary.dim` elements of each head. x: `[rows, heads, head_dim]`
     fn rotate(&self, x: &Tensor, cos: &Tensor, sin: &Tensor) -> candle_core::Result<Tensor> {
-        let rotary = &self.config.rotary;
+        let rotary = &self.config.rotaries[0];
         let (rows, heads, head_dim) = x.dims3()?;
         let num_pairs = rotary.dim / 2;
         if num_pairs == 0 {
@@ -231,7 +231,7 @@ impl Backend for ReferenceBackend {
         let mut start = || {
             let tokens = Tensor::new(step.batch.tokens.as_slice(), &self.device)?;
             let hidden = table.index_select(&tokens, 0)?;
-            let angles = (step.num_rows(), self.config.rotary.dim / 2);
+            let angles = (step.num_rows(), self.config.rotaries[0].dim / 2);
             let (cos, sin) = (self.tensor(step.cos, angles)?, self.tensor(step.sin, angles)?);
             self.activations = Some(Activations { heads: hidden.clone(), hidden, cos, sin });
             Ok(())
@@ -254,7 +254,7 @@ impl Backend for ReferenceBackend {
             let mut queries = linear(&x, &weights.q)?.reshape((rows, num_heads, head_dim))?;
             let mut keys = linear(&x, &weights.k)?.reshape((rows, num_kv_heads, head_dim))?;
             let values = linear(&x, &weights.v)?;
-            if layer.config.rotary {
+            if layer.config.rotary.is_some() {
                 queries = self.rotate(&queries, &cos, &sin)?;
                 keys = self.rotate(&keys, &cos, &sin)?;
             }
@@ -305,6 +305,7 @@ impl Backend for ReferenceBackend {
             let gate = x.matmul(&weights.gate.t()?)?;
             let gate = match self.config.mlp.activation {
                 Activation::Silu => gate.silu()?,
+                Activation::Gelu | Activation::GeluTanh => unreachable!("refused at load"),
             };
             let up = x.matmul(&weights.up.t()?)?;
             hidden.add(&(gate * up)?.matmul(&weights.down.t()?)?)

@@ -5,8 +5,8 @@
 //! rotary pairs are neighbours here, not halves apart.
 
 use super::{
-    Activation, Biases, ConfigError, DecoderConfig, LayerConfig, Limits, Mlp, Norm, RopeScaling, RopeStyle, Rotary,
-    bad, check_size, json::known_architectures, known_tokens, unsupported,
+    Activation, Biases, Block, ConfigError, DecoderConfig, FeedForward, LayerConfig, Limits, Mlp, Norm, NormKind,
+    RopeScaling, RopeStyle, Rotary, bad, check_size, json::known_architectures, known_tokens, unsupported,
 };
 use crate::weights::gguf::{GgufFile, MetadataValue};
 
@@ -47,20 +47,35 @@ pub(super) fn decoder_config(file: &GgufFile) -> Outcome<DecoderConfig> {
         num_kv_heads,
         head_dim,
         max_position_embeddings: keys.required_size("llama.context_length", Limits::POSITIONS)?,
-        norm: Norm { eps: keys.required_number("llama.attention.layer_norm_rms_epsilon")? as f32 },
-        rotary: keys.rotary(head_dim)?,
+        norm: Norm {
+            kind: NormKind::Rms,
+            eps: keys.required_number("llama.attention.layer_norm_rms_epsilon")? as f32,
+            weight_offset: 0.0,
+        },
+        block: Block::PreNorm,
+        query_key_norm: false,
+        rotaries: vec![keys.rotary(head_dim)?],
+        alibi: None,
         attention_scale: (head_dim as f32).sqrt().recip(),
+        attention_soft_cap: None,
         mlp: Mlp {
             intermediate_size: keys.required_size("llama.feed_forward_length", Limits::WIDTH)?,
             activation: Activation::Silu,
+            gated: true,
         },
+        experts: None,
         // No key says it; llama.cpp, too, looks for the tensors.
         biases: Biases {
             qkv: file.tensor("blk.0.attn_q.bias").is_some(),
             output: file.tensor("blk.0.attn_output.bias").is_some(),
+            ..Biases::default()
         },
-        layers: vec![LayerConfig { window, rotary: true }; num_layers],
+        layers: vec![LayerConfig { window, rotary: Some(0), feed_forward: FeedForward::Dense }; num_layers],
+        embedding_scale: 1.0,
         tied_embeddings: file.tensor("output.weight").is_none(),
+        head_bias: false,
+        logit_scale: 1.0,
+        logit_soft_cap: None,
         bos_token_id: keys.token_id("tokenizer.ggml.bos_token_id", vocab_size)?,
         eos_token_ids,
     };

@@ -7,8 +7,8 @@
 use serde_json::{Map, Value};
 
 use super::{
-    Activation, Biases, ConfigError, DecoderConfig, LayerConfig, Limits, Mlp, Norm, RopeScaling, RopeStyle, Rotary,
-    bad, check_size, known_tokens, unsupported,
+    Activation, Biases, Block, ConfigError, DecoderConfig, FeedForward, LayerConfig, Limits, Mlp, Norm, NormKind,
+    RopeScaling, RopeStyle, Rotary, bad, check_size, known_tokens, unsupported,
 };
 use crate::weights::WeightFormat;
 
@@ -127,16 +127,30 @@ pub(super) fn decoder_config(value: &Value) -> Outcome<(DecoderConfig, Option<We
         num_kv_heads,
         head_dim,
         max_position_embeddings,
-        norm: Norm { eps: keys.number("rms_norm_eps")?.unwrap_or(1e-6) as f32 },
-        rotary: keys.rotary(family, head_dim)?,
+        norm: Norm {
+            kind: NormKind::Rms,
+            eps: keys.number("rms_norm_eps")?.unwrap_or(1e-6) as f32,
+            weight_offset: 0.0,
+        },
+        block: Block::PreNorm,
+        query_key_norm: false,
+        rotaries: vec![keys.rotary(family, head_dim)?],
+        alibi: None,
         attention_scale: (head_dim as f32).sqrt().recip(),
+        attention_soft_cap: None,
         mlp: Mlp {
             intermediate_size: keys.required_size("intermediate_size", Limits::WIDTH)?,
             activation: keys.activation()?,
+            gated: true,
         },
+        experts: None,
         biases: keys.biases(family)?,
         layers: keys.layers(family, num_layers)?,
+        embedding_scale: 1.0,
         tied_embeddings: keys.truth("tie_word_embeddings")?.unwrap_or(family.tied_embeddings),
+        head_bias: false,
+        logit_scale: 1.0,
+        logit_soft_cap: None,
         bos_token_id: known_tokens("bos_token_id", keys.token_ids("bos_token_id")?, vocab_size).first().copied(),
         eos_token_ids: known_tokens("eos_token_id", keys.token_ids("eos_token_id")?, vocab_size),
     };
@@ -280,22 +294,22 @@ impl<'a> Keys<'a> {
     fn biases(self, family: &Family) -> Outcome<Biases> {
         Ok(match family.biases {
             FamilyBiases::None => Biases::default(),
-            FamilyBiases::Qkv => Biases { qkv: true, output: false },
+            FamilyBiases::Qkv => Biases { qkv: true, ..Biases::default() },
             FamilyBiases::Configured => {
                 let all = self.truth("attention_bias")?.unwrap_or(false);
-                Biases { qkv: all, output: all }
+                Biases { qkv: all, output: all, ..Biases::default() }
             }
         })
     }
 
     fn layers(self, family: &Family, num_layers: usize) -> Outcome<Vec<LayerConfig>> {
-        let plain = LayerConfig { window: None, rotary: true };
+        let plain = LayerConfig { window: None, rotary: Some(0), feed_forward: FeedForward::Dense };
         match family.layers {
             FamilyLayers::Plain => Ok(vec![plain; num_layers]),
             FamilyLayers::Mistral => {
                 let default = if self.is_null("sliding_window") { None } else { Some(4096) };
                 let window = self.size("sliding_window", Limits::POSITIONS)?.or(default);
-                Ok(vec![LayerConfig { window, rotary: true }; num_layers])
+                Ok(vec![LayerConfig { window, rotary: Some(0), feed_forward: FeedForward::Dense }; num_layers])
             }
             FamilyLayers::Qwen2 => {
                 let window = self.optional_window(Some(4096))?;
@@ -315,7 +329,13 @@ impl<'a> Keys<'a> {
                 };
                 sliding
                     .into_iter()
-                    .map(|sliding| Ok(LayerConfig { window: window_where(sliding, window)?, rotary: true }))
+                    .map(|sliding| {
+                        Ok(LayerConfig {
+                            window: window_where(sliding, window)?,
+                            rotary: Some(0),
+                            feed_forward: FeedForward::Dense,
+                        })
+                    })
                     .collect()
             }
             FamilyLayers::SmolLm3 => self.smollm3_layers(num_layers),
@@ -349,7 +369,13 @@ impl<'a> Keys<'a> {
         rotary
             .into_iter()
             .zip(sliding)
-            .map(|(rotary, sliding)| Ok(LayerConfig { window: window_where(sliding, window)?, rotary }))
+            .map(|(rotary, sliding)| {
+                Ok(LayerConfig {
+                    window: window_where(sliding, window)?,
+                    rotary: rotary.then_some(0),
+                    feed_forward: FeedForward::Dense,
+                })
+            })
             .collect()
     }
 

@@ -50,7 +50,10 @@ fn a_plain_llama() {
     );
     assert_eq!((config.mlp.intermediate_size, config.num_layers(), config.max_position_embeddings), (64, 1, 64));
     assert_eq!((config.norm.eps, config.attention_scale), (1e-5, 0.25));
-    assert_eq!((config.rotary.style, config.rotary.dim, config.rotary.base), (RopeStyle::Neox, 16, 10_000.0));
+    assert_eq!(
+        (config.rotaries[0].style, config.rotaries[0].dim, config.rotaries[0].base),
+        (RopeStyle::Neox, 16, 10_000.0)
+    );
     assert_eq!((config.biases, config.tied_embeddings), (Biases::default(), false));
     assert_eq!((config.bos_token_id, config.eos_token_ids.as_slice()), (Some(1), &[2][..]));
     assert_eq!(config.architecture, "llama");
@@ -73,7 +76,7 @@ fn absent_and_null_keys_take_the_defaults_of_the_family() {
 #[test]
 fn head_dim_may_differ_from_the_quotient() {
     let config = read(&with(json!({"head_dim": 64}))).unwrap();
-    assert_eq!((config.head_dim, config.rotary.dim, config.attention_scale), (64, 64, 0.125));
+    assert_eq!((config.head_dim, config.rotaries[0].dim, config.attention_scale), (64, 64, 0.125));
 }
 
 #[test]
@@ -96,18 +99,18 @@ fn older_and_newer_rotary_keys_say_the_same() {
         // Saved with both: what stands inside wins.
         with(json!({"rope_theta": 7.0, "rope_parameters": newer})),
     ] {
-        let rotary = read(&config).unwrap().rotary;
+        let rotary = read(&config).unwrap().rotaries.remove(0);
         assert_eq!((rotary.base, &rotary.scaling), (500_000.0, &llama3));
     }
     let linear = RopeScaling::Linear { factor: 2.0 };
     for scaling in [json!({"type": "linear", "factor": 2}), json!({"rope_type": "linear", "factor": 2.0})] {
-        assert_eq!(read(&with(json!({"rope_scaling": scaling}))).unwrap().rotary.scaling, linear);
+        assert_eq!(read(&with(json!({"rope_scaling": scaling}))).unwrap().rotaries[0].scaling, linear);
     }
     for none in [json!(null), json!({"rope_type": "default"}), json!({"type": "default"}), json!({})] {
-        assert_eq!(read(&with(json!({"rope_scaling": none}))).unwrap().rotary.scaling, RopeScaling::None);
+        assert_eq!(read(&with(json!({"rope_scaling": none}))).unwrap().rotaries[0].scaling, RopeScaling::None);
     }
     let theta = read(&with(json!({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}))).unwrap();
-    assert_eq!((theta.rotary.base, theta.rotary.scaling), (1e6, RopeScaling::None));
+    assert_eq!((theta.rotaries[0].base, theta.rotaries[0].scaling.clone()), (1e6, RopeScaling::None));
 }
 
 #[test]
@@ -199,9 +202,9 @@ fn token_ids_may_be_lists_and_those_outside_the_vocabulary_fall_away() {
 #[test]
 fn biases_follow_config_and_family() {
     let both = read(&with(json!({"attention_bias": true}))).unwrap().biases;
-    assert_eq!(both, Biases { qkv: true, output: true });
+    assert_eq!(both, Biases { qkv: true, output: true, mlp: false });
     let qwen2 = read(&with(json!({"model_type": "qwen2"}))).unwrap();
-    assert_eq!(qwen2.biases, Biases { qkv: true, output: false });
+    assert_eq!(qwen2.biases, Biases { qkv: true, ..Biases::default() });
     assert_eq!(read(&with(json!({"model_type": "mistral"}))).unwrap().biases, Biases::default());
 }
 
@@ -237,13 +240,13 @@ fn smollm3_goes_without_rotary_on_some_layers() {
     let rotary = |changes: Value| -> Vec<bool> {
         let mut config = with(base.clone());
         config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
-        read(&config).unwrap().layers.iter().map(|layer| layer.rotary).collect()
+        read(&config).unwrap().layers.iter().map(|layer| layer.rotary.is_some()).collect()
     };
     assert_eq!(rotary(json!({})), [true, true, true, false, true]);
     assert_eq!(rotary(json!({"no_rope_layer_interval": 2})), [true, false, true, false, true]);
     assert_eq!(rotary(json!({"no_rope_layers": [0, 1, 1, 1, 0]})), [false, true, true, true, false]);
     let config = read(&with(base.clone())).unwrap();
-    assert_eq!((config.rotary.base, config.tied_embeddings), (2_000_000.0, false));
+    assert_eq!((config.rotaries[0].base, config.tied_embeddings), (2_000_000.0, false));
     let mut wrong = with(base);
     wrong["no_rope_layers"] = json!([1, 0]);
     refused(&wrong, &["no_rope_layers", "2", "5"]);
@@ -274,9 +277,12 @@ fn a_gguf_llama() {
     );
     assert_eq!((config.mlp.intermediate_size, config.num_layers(), config.max_position_embeddings), (64, 1, 64));
     assert_eq!((config.norm.eps, config.attention_scale), (1e-5, 0.25));
-    assert_eq!((config.rotary.style, config.rotary.dim, config.rotary.base), (RopeStyle::Interleaved, 16, 10_000.0));
+    assert_eq!(
+        (config.rotaries[0].style, config.rotaries[0].dim, config.rotaries[0].base),
+        (RopeStyle::Interleaved, 16, 10_000.0)
+    );
     assert_eq!((config.tied_embeddings, config.eos_token_ids.as_slice(), config.bos_token_id), (true, &[2][..], None));
-    assert_eq!(config.rotary.scaling, RopeScaling::None);
+    assert_eq!(config.rotaries[0].scaling, RopeScaling::None);
 }
 
 #[test]
@@ -287,7 +293,7 @@ fn gguf_head_and_biases_are_found_by_their_tensors() {
         .f32_tensor("blk.0.attn_k.bias", &[16])
         .f32_tensor("blk.0.attn_v.bias", &[16]);
     let config = gguf(&file).unwrap();
-    assert_eq!((config.tied_embeddings, config.biases), (false, Biases { qkv: true, output: false }));
+    assert_eq!((config.tied_embeddings, config.biases), (false, Biases { qkv: true, ..Biases::default() }));
     let disk = on_disk("m.gguf", &file.bytes());
     assert!(WeightStore::open(&disk.path).unwrap().tensor(TensorRole::Head).unwrap().is_some());
     gguf_refused(&file.without_tensor("blk.0.attn_v.bias"), &["blk.0.attn_v.bias", "missing"]);
@@ -297,11 +303,11 @@ fn gguf_head_and_biases_are_found_by_their_tensors() {
 fn gguf_rotary_scaling_of_every_kind() {
     let typed = |kind: &[u8]| Gguf::llama().key("llama.rope.scaling.type", value::string(kind));
     let factor = |file: Gguf| file.key("llama.rope.scaling.factor", value::f32(4.0));
-    assert_eq!(gguf(&factor(typed(b"linear"))).unwrap().rotary.scaling, RopeScaling::Linear { factor: 4.0 });
-    assert_eq!(gguf(&factor(Gguf::llama())).unwrap().rotary.scaling, RopeScaling::Linear { factor: 4.0 });
-    assert_eq!(gguf(&factor(typed(b"none"))).unwrap().rotary.scaling, RopeScaling::None);
+    assert_eq!(gguf(&factor(typed(b"linear"))).unwrap().rotaries[0].scaling, RopeScaling::Linear { factor: 4.0 });
+    assert_eq!(gguf(&factor(Gguf::llama())).unwrap().rotaries[0].scaling, RopeScaling::Linear { factor: 4.0 });
+    assert_eq!(gguf(&factor(typed(b"none"))).unwrap().rotaries[0].scaling, RopeScaling::None);
     let older = Gguf::llama().key("llama.rope.scale_linear", value::f32(2.0));
-    assert_eq!(gguf(&older).unwrap().rotary.scaling, RopeScaling::Linear { factor: 2.0 });
+    assert_eq!(gguf(&older).unwrap().rotaries[0].scaling, RopeScaling::Linear { factor: 2.0 });
     gguf_refused(&typed(b"linear"), &["llama.rope.scaling.factor", "missing"]);
     gguf_refused(&typed(b"yarn"), &["yarn"]);
     gguf_refused(&Gguf::llama().f32_tensor("rope_factors_long.weight", &[8]), &["longrope"]);
@@ -309,9 +315,9 @@ fn gguf_rotary_scaling_of_every_kind() {
     let divisors = [1.0f32, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0, 8.0];
     let bytes: Vec<u8> = divisors.iter().flat_map(|x| x.to_le_bytes()).collect();
     let file = Gguf::llama().tensor("rope_freqs.weight", &[8], 0, bytes);
-    assert_eq!(gguf(&file).unwrap().rotary.scaling, RopeScaling::Factors(divisors.to_vec()));
+    assert_eq!(gguf(&file).unwrap().rotaries[0].scaling, RopeScaling::Factors(divisors.to_vec()));
     let both = divisors.iter().map(|x| x * 4.0).collect();
-    assert_eq!(gguf(&factor(file)).unwrap().rotary.scaling, RopeScaling::Factors(both));
+    assert_eq!(gguf(&factor(file)).unwrap().rotaries[0].scaling, RopeScaling::Factors(both));
     gguf_refused(&Gguf::llama().f32_tensor("rope_freqs.weight", &[16]), &["rope_freqs.weight", "8 f32"]);
     gguf_refused(&Gguf::llama().f32_tensor("rope_freqs.weight", &[8]), &["rotary factor", "-0.25"]);
 }
@@ -341,7 +347,7 @@ fn gguf_keys_that_change_the_model_are_honoured_or_refused() {
     let too_many = Gguf::llama().key("tokenizer.ggml.tokens", value::array(8, 9, &tokens));
     gguf_refused(&too_many, &["tokenizer.ggml.tokens", "9", "8 rows"]);
 
-    assert_eq!(gguf(&number("llama.rope.dimension_count", 8)).unwrap().rotary.dim, 8);
+    assert_eq!(gguf(&number("llama.rope.dimension_count", 8)).unwrap().rotaries[0].dim, 8);
     assert_eq!(gguf(&number("llama.attention.sliding_window", 5)).unwrap().layers[0].window, Some(5));
     let ends = number("tokenizer.ggml.eot_token_id", 3).key("tokenizer.ggml.eom_token_id", value::u32(2));
     assert_eq!(gguf(&ends).unwrap().eos_token_ids, [2, 3]);
