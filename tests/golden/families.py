@@ -27,6 +27,8 @@ class Family:
     felt: dict = field(default_factory=dict)
     published: dict | None = None
     twin: dict | None = field(default_factory=dict)
+    # Keys of config.json that the converter must find otherwise.
+    convert: dict = field(default_factory=dict)
     # Why the twin differs from the checkpoint, or why there is none.
     twin_note: str = ""
     lengths: tuple = LENGTHS
@@ -211,6 +213,8 @@ FAMILIES = {
             eos_token_id=2, hidden_dropout=0.0, initializer_range=0.02, layer_norm_epsilon=1e-5, multi_query=True,
             new_decoder_architecture=False, parallel_attn=True,
         ),
+        # transformers 5 fills the key in with the number of heads; with older ones the converter found it absent.
+        convert={"num_kv_heads": 1},
     ),
     # Groups of heads interleaved in one matrix, a norm each for attention and MLP, an untied head.
     "tiny-falcon-40b": Family(
@@ -393,18 +397,37 @@ FAMILIES = {
             torch_dtype="float16",
         ),
     ),
-    # A shared expert behind a gate; weights of the chosen experts as they are; one dense layer among three.
+    # A shared expert behind a gate; weights of the chosen experts as they are.
     "tiny-qwen2-moe": Family(
         tf.Qwen2MoeConfig,
         {
-            **sizes(num_hidden_layers=3, intermediate_size=64, moe_intermediate_size=32, shared_expert_intermediate_size=48),
-            "num_experts": 5, "num_experts_per_tok": 2, "decoder_sparse_step": 1, "mlp_only_layers": [1], "norm_topk_prob": False,
+            **sizes(intermediate_size=64, moe_intermediate_size=32, shared_expert_intermediate_size=48),
+            "num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": False,
             "rms_norm_eps": 1e-6, "rope_parameters": rope(1e6), "tie_word_embeddings": False,
         },
         felt={"weights as they are": {"norm_topk_prob": True}, "two experts a token": {"num_experts_per_tok": 3}},
-        twin_note="llama.cpp itself refuses the file: it wants experts in every layer",
+        published=older(
+            "Qwen2MoeForCausalLM", "qwen2_moe", vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, max_window_layers=1, rms_norm_eps=1e-6,
+            rope_theta=1000000.0, sliding_window=64, use_sliding_window=False, decoder_sparse_step=1, moe_intermediate_size=32,
+            shared_expert_intermediate_size=48, norm_topk_prob=False, num_experts=5, num_experts_per_tok=2,
+            output_router_logits=False, router_aux_loss_coef=0.001, hidden_act="silu", attention_dropout=0.0,
+            tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+        ),
     ),
-    # More experts, their weights scaled to a sum of one; a dense layer before each sparse one.
+    # Experts in the second of four layers alone: every second, and the last is excepted.
+    "tiny-qwen2-moe-mixed": Family(
+        tf.Qwen2MoeConfig,
+        {
+            **sizes(hidden_size=32, num_hidden_layers=4, intermediate_size=48, moe_intermediate_size=32),
+            "shared_expert_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 2,
+            "mlp_only_layers": [3], "norm_topk_prob": True, "rms_norm_eps": 1e-6, "rope_parameters": rope(1e4), "tie_word_embeddings": True,
+        },
+        felt={"weights of sum one": {"norm_topk_prob": False}},
+        twin=None,
+        twin_note="llama.cpp's converter knows no name for a dense layer of this family",
+    ),
+    # More experts, their weights scaled to a sum of one; norms of queries and keys.
     "tiny-qwen3-moe": Family(
         tf.Qwen3MoeConfig,
         {

@@ -216,7 +216,7 @@ def make_twins(llama_cpp, names):
             print(f"{name}: no twin, {family.twin_note}")
             continue
         folder = CHECKPOINTS / name
-        twins.convert(llama_cpp, folder, folder / "model.gguf", family.dtype)
+        twins.convert(llama_cpp, folder, folder / "model.gguf", family.dtype, family.convert)
         own = folder / "golden-gguf.json"
         own.unlink(missing_ok=True)
         if family.twin:
