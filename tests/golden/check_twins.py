@@ -18,7 +18,7 @@ import urllib.request
 import torch
 
 import twins
-from families import FAMILIES
+from families import COMMITTED, FAMILIES
 from make_tokenizer import tokens
 
 CHECKPOINTS = pathlib.Path(__file__).resolve().parent.parent / "checkpoints"
@@ -80,7 +80,7 @@ def main():
     parser.add_argument("--llama-server", type=pathlib.Path, required=True)
     parser.add_argument("names", nargs="*")
     arguments = parser.parse_args()
-    for name in arguments.names or FAMILIES:
+    for name in arguments.names or COMMITTED:
         family = FAMILIES[name]
         if family.twin is None:
             continue

@@ -458,4 +458,15 @@ FAMILIES = {
         positions=(33, 38, 39, 40),
         crossing=(34, 44),
     ),
+    # Wide enough for K types; committed quantised alone.
+    "tiny-llama-wide": Family(
+        tf.LlamaConfig,
+        {
+            **sizes(vocab_size=128, hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_key_value_heads=1, rms_norm_eps=1e-5),
+            "rope_parameters": rope(), "tie_word_embeddings": True,
+        },
+    ),
 }
+
+# Those whose checkpoint is in the repository.
+COMMITTED = [name for name in FAMILIES if name != "tiny-llama-wide"]

@@ -22,13 +22,15 @@ import argparse
 import hashlib
 import json
 import pathlib
+import shutil
 import tempfile
 
 import torch
 import transformers
+from safetensors.torch import save_file
 
 import twins
-from families import FAMILIES
+from families import COMMITTED, FAMILIES
 from judging import MIN_EXPERT_MARGIN, MIN_GREEDY, errors_in, expert_margin, greedy, logits_of, logprobs_of, rows_of
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -105,7 +107,7 @@ MIN_FELT = 0.1
 MAX_SEEDS = 200
 
 
-def recreate(name):
+def recreate(name, folder):
     """Weights wide enough that layers matter and logits differ; norms about 1, biases not 0."""
     family = FAMILIES[name]
     config = family.config()
@@ -120,7 +122,6 @@ def recreate(name):
         is_norm = value.dim() == 1 and key.endswith("weight") and ("norm" in key or ".ln_" in key)
         offset = 1.0 if is_norm and not is_gemma else 2.0 if key == "model.norm.weight" else 0.0
         value.data = (torch.randn(value.shape) * scale + offset).to(family.dtype).float()
-    folder = CHECKPOINTS / name
     model.to(family.dtype).save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
     (folder / "model.safetensors").chmod(0o644)
@@ -191,10 +192,10 @@ def check_family(name, family, model, prompts):
 
 
 def make_tiny(anew, names):
-    for name in names or FAMILIES:
+    for name in names or COMMITTED:
         family = FAMILIES[name]
         if anew:
-            recreate(name)
+            recreate(name, CHECKPOINTS / name)
         model = load(CHECKPOINTS / name)
         golden = tiny_golden(model, family, family.lengths)
         prompts = [prompt["tokens"] for prompt in golden["prompts"]]
@@ -210,7 +211,7 @@ def make_tiny(anew, names):
 
 def make_twins(llama_cpp, names):
     """Where llama.cpp's format loses something, the twin has a golden of its own; else the checkpoint's is its too."""
-    for name in names or FAMILIES:
+    for name in names or COMMITTED:
         family = FAMILIES[name]
         if family.twin is None:
             print(f"{name}: no twin, {family.twin_note}")
@@ -225,17 +226,23 @@ def make_twins(llama_cpp, names):
 
 
 def make_quantized(llama_cpp, llama_quantize, names):
+    """Of a checkpoint that is too wide to commit there is the quantised file alone."""
     for name, types in twins.QUANTIZED.items():
         if names and name not in names:
             continue
         family, folder = FAMILIES[name], CHECKPOINTS / name
-        twins.quantize(llama_quantize, folder / "model.gguf", folder / "quantized.gguf", types)
-        with tempfile.TemporaryDirectory() as dequantized:
-            # What the codes mean, put through the same converter's inverse: transformers' own GGUF reader where it
-            # knows the family would read them likewise, but it knows few of them.
-            model = load(folder, family.config(family.twin))
-            twins.load_dequantized(llama_cpp, folder, folder / "quantized.gguf", model, dequantized)
-        golden = tiny_golden(model, family, (family.lengths[-1],))
+        with tempfile.TemporaryDirectory() as parent:
+            made = pathlib.Path(parent) / name
+            if not (folder / "model.safetensors").exists():
+                recreate(name, made)
+            else:
+                shutil.copytree(folder, made)
+            twins.convert(llama_cpp, made, made / "twin.gguf", torch.float32, family.convert)
+            folder.mkdir(exist_ok=True)
+            twins.quantize(llama_quantize, made / "twin.gguf", folder / "quantized.gguf", types)
+            matrices = twins.dequantized(llama_cpp, made, folder / "quantized.gguf", family.convert)
+            save_file(matrices, made / "model.safetensors", {"format": "pt"})
+            golden = tiny_golden(load(made, family.config(family.twin)), family, family.lengths)
         write(folder / "golden-quantized.json", golden)
 
 

@@ -17,12 +17,31 @@ import sys
 import tempfile
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from make_tokenizer import FILE as TOKENIZER
 from make_tokenizer import MERGES, SPECIALS, tokens
 
-# The kinds that a width of 64 allows side by side in one file; a K type needs a width of 256.
-QUANTIZED = {}
+# What llama-quantize makes of which twin, tensor by tensor: the types that a width of 64 allows, and K types where it is 256.
+QUANTIZED = {
+    "tiny-llama31": {
+        "token_embd": "q8_0", "output": "q5_1", "attn_q": "q4_0", "attn_k": "q4_1", "attn_v": "q5_0", "attn_output": "q5_1",
+        "ffn_gate": "q8_0", "ffn_up": "q4_1", "ffn_down": "q5_0",
+    },
+    "tiny-phi3": {"token_embd": "q4_1", "output": "q8_0", "attn_qkv": "q4_0", "attn_output": "q8_0", "ffn_up": "q5_0", "ffn_down": "q4_1"},
+    "tiny-gemma2": {
+        "token_embd": "q8_0", "attn_q": "q5_1", "attn_k": "q5_0", "attn_v": "q4_1", "attn_output": "q4_0", "ffn_gate": "q4_0",
+        "ffn_up": "q5_1", "ffn_down": "q8_0",
+    },
+    "tiny-qwen3-moe": {
+        "token_embd": "q5_0", "output": "q8_0", "attn_q": "q4_1", "attn_k": "q8_0", "attn_v": "q4_0", "attn_output": "q5_0",
+        "ffn_gate_exps": "q4_0", "ffn_up_exps": "q5_1", "ffn_down_exps": "q4_1",
+    },
+    "tiny-llama-wide": {
+        "token_embd": "q6_k", "attn_q": "q4_k", "attn_k": "q5_k", "attn_v": "q6_k", "attn_output": "q3_k", "ffn_gate": "q2_k",
+        "ffn_up": "q4_k", "ffn_down": "q5_k",
+    },
+}
 
 
 def write_vocabulary(gguf, writer, vocab_size):
@@ -77,3 +96,51 @@ def convert(llama_cpp, folder, file, dtype, keys):
             # llama.cpp wants certain tokens in files whose name says Phi-3.
             model_class(copy, kinds[dtype], file, model_name="tiny").write()
     print(f"{file}: {file.stat().st_size} bytes")
+
+
+def quantize(program, source, file, types):
+    """Writes `file` from the GGUF file `source`, each kind of tensor in its own type."""
+    types = dict(types)
+    embedding, output = types.pop("token_embd"), types.pop("output", None)
+    command = [program, "--token-embedding-type", embedding]
+    command += ["--output-tensor-type", output] if output else []
+    for name, kind in types.items():
+        command += ["--tensor-type", f"{name}={kind}"]
+    subprocess.run([str(part) for part in [*command, source, file, "Q8_0", 1]], check=True, capture_output=True)
+    print(f"{file}: {file.stat().st_size} bytes")
+
+
+def dequantized(llama_cpp, folder, file, keys):
+    """What the matrices of a quantised file mean, by the names and in the row order of the checkpoint it came from.
+
+    The converter itself tells where it puts each row: it is given the checkpoint with every row's own number in it.
+    """
+    original = load_file(folder / "model.safetensors")
+    numbered, rows = {}, []
+    for name, tensor in original.items():
+        numbered[name] = tensor.float()
+        if tensor.dim() > 1:
+            own = torch.arange(len(rows), len(rows) + tensor.shape[:-1].numel(), dtype=torch.float32)
+            numbered[name] = own.reshape(*tensor.shape[:-1], 1).expand(tensor.shape).contiguous()
+            rows += [(name, row) for row in range(len(own))]
+    values = {name: tensor.float().reshape(-1, tensor.shape[-1]).clone() for name, tensor in original.items()}
+    seen = set()
+    with tempfile.TemporaryDirectory() as parent:
+        parent = pathlib.Path(parent) / folder.name
+        parent.mkdir()
+        shutil.copy(folder / "config.json", parent)
+        save_file(numbered, parent / "model.safetensors", {"format": "pt"})
+        convert(llama_cpp, parent, parent / "rows.gguf", torch.float32, keys)
+        gguf = importlib.import_module("gguf")
+        quantized = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+        for tensor in gguf.GGUFReader(parent / "rows.gguf").tensors:
+            if len(tensor.shape) == 1:
+                continue
+            data = gguf.quants.dequantize(quantized[tensor.name].data, quantized[tensor.name].tensor_type)
+            data = torch.from_numpy(data.copy()).reshape(-1, int(tensor.shape[0]))
+            for number, row in zip(tensor.data.reshape(data.shape)[:, 0], data):
+                name, index = rows[int(number)]
+                values[name][index] = row
+                seen.add(int(number))
+    assert len(seen) == len(rows), f"{len(rows) - len(seen)} rows of {folder.name} are not in its twin"
+    return {name: values[name].reshape(tensor.shape) for name, tensor in original.items()}
