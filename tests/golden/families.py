@@ -40,10 +40,6 @@ class Family:
     def config(self, overrides=None):
         return self.config_class(**{**self.keys, **(overrides or {})})
 
-    @property
-    def rope_depends_on_length(self):
-        return (self.keys.get("rope_parameters") or {}).get("rope_type") in ("longrope", "dynamic")
-
 
 def rope(theta=10000.0, rope_type="default", **keys):
     return {"rope_type": rope_type, "rope_theta": theta, **keys}

@@ -46,14 +46,20 @@ def rows_of(logprobs, positions, num_top, fixed_ids):
 
 
 def greedy(model, tokens, num_tokens):
-    """The continuation, up to the first near tie."""
-    tokens, continuation = list(tokens), []
+    """The continuation, up to the first near tie, and the log-probability of each of its tokens."""
+    tokens, continuation, logprobs = list(tokens), [], []
     while len(continuation) < num_tokens:
-        best = torch.topk(logits_of(model, tokens + continuation)[-1].double(), 2)
+        best = torch.topk(logprobs_of(model, tokens + continuation)[-1], 2)
         if float(best.values[0] - best.values[1]) < MIN_MARGIN:
             break
         continuation.append(int(best.indices[0]))
-    return continuation
+        logprobs.append(round(float(best.values[0]), 6))
+    return continuation, logprobs
+
+
+def next_logprobs(logprobs, tokens):
+    """Of each token of a prompt but the first, given those before it."""
+    return [round(float(row[token]), 6) for row, token in zip(logprobs, tokens[1:])]
 
 
 def expert_margin(model, tokens):

@@ -15,7 +15,7 @@ and takes transformers on the dequantised tensors as the reference (twins.py say
 
 In a golden, `rows` holds for chosen positions the log-probabilities (log-softmax over the whole vocabulary) of the most
 likely ids and of a fixed set of ids, so that both ends of the distribution are held; `greedy` holds the greedy
-continuation of the prompt; `errors` how far transformers itself strays from f32 in half precision.
+continuation of the prompt; `next_logprobs` and `greedy_logprobs` what a server tells of each token; `errors` how far transformers itself strays from f32 in half precision.
 """
 
 import argparse
@@ -31,7 +31,17 @@ from safetensors.torch import save_file
 
 import twins
 from families import COMMITTED, FAMILIES
-from judging import MIN_EXPERT_MARGIN, MIN_GREEDY, errors_in, expert_margin, greedy, logits_of, logprobs_of, rows_of
+from judging import (
+    MIN_EXPERT_MARGIN,
+    MIN_GREEDY,
+    errors_in,
+    expert_margin,
+    greedy,
+    logits_of,
+    logprobs_of,
+    next_logprobs,
+    rows_of,
+)
 
 HERE = pathlib.Path(__file__).resolve().parent
 CHECKPOINTS = HERE.parent / "checkpoints"
@@ -91,7 +101,7 @@ def make_default(gguf):
         last = len(tokens) - 1
         positions = sorted({0, 1, 2, 7, 15, 16, 17, 31, 32, 47, 63, 64, 100, 127, 128, 200, 255, 256, last - 1, last})
         positions = [position for position in positions if position <= last]
-        continuation = greedy(model, tokens, NUM_GREEDY)
+        continuation, _ = greedy(model, tokens, NUM_GREEDY)
         assert len(continuation) >= MIN_GREEDY, f"a near tie after {len(continuation)} tokens: choose another prompt"
         print(f"{name}: {len(tokens)} tokens, {len(continuation)} more: {tokenizer.decode(continuation)!r}")
         rows = rows_of(logprobs_of(model, tokens), positions, NUM_TOP, fixed_ids)
@@ -147,9 +157,9 @@ def choose_prompt(model, num_tokens, num_greedy, min_greedy):
     """The first prompt, counted by seed, whose continuation is long enough and whose experts are decided."""
     for seed in range(MAX_SEEDS):
         tokens = prompt_tokens(1000 * num_tokens + seed, num_tokens, model.config.vocab_size)
-        continuation = greedy(model, tokens, num_greedy)
+        continuation, logprobs = greedy(model, tokens, num_greedy)
         if len(continuation) >= min_greedy and expert_margin(model, tokens + continuation) > MIN_EXPERT_MARGIN:
-            return tokens, continuation
+            return {"tokens": tokens, "greedy": continuation, "greedy_logprobs": logprobs}
     raise AssertionError(f"no prompt of {num_tokens} tokens continues for {min_greedy} without a near tie")
 
 
@@ -160,12 +170,16 @@ def tiny_golden(model, family, lengths):
     for length in lengths:
         from_length, to_length = family.crossing or (0, 0)
         min_greedy = to_length - length if length == from_length else 6
-        tokens, continuation = choose_prompt(model, length, NUM_TINY_GREEDY, min_greedy)
+        prompt = choose_prompt(model, length, NUM_TINY_GREEDY, min_greedy)
         wanted = {0, 1, 15, 16, 17, 31, 32, 63, 64, length - 2, length - 1, *family.positions}
         positions = sorted(position for position in wanted if 0 <= position < length)
-        rows = rows_of(logprobs_of(model, tokens), positions, NUM_TINY_TOP, fixed_ids)
-        prompts.append({"name": f"{length} tokens", "tokens": tokens, "greedy": continuation, "rows": rows})
-    return {"made_with": made_with(), "vocab_size": vocab_size, "fixed_ids": fixed_ids, "prompts": prompts}
+        logprobs = logprobs_of(model, prompt["tokens"])
+        rows = rows_of(logprobs, positions, NUM_TINY_TOP, fixed_ids)
+        prompt["next_logprobs"] = next_logprobs(logprobs, prompt["tokens"])
+        prompts.append({"name": f"{length} tokens", **prompt, "rows": rows})
+    depends = "dynamic" in str(model.config.rope_parameters) or "longrope" in str(model.config.rope_parameters)
+    head = {"made_with": made_with(), "rope_depends_on_length": depends, "vocab_size": vocab_size, "fixed_ids": fixed_ids}
+    return {**head, "prompts": prompts}
 
 
 def difference(model, other, tokens):
@@ -200,7 +214,6 @@ def make_tiny(anew, names):
         golden = tiny_golden(model, family, family.lengths)
         prompts = [prompt["tokens"] for prompt in golden["prompts"]]
         check_family(name, family, model, prompts)
-        golden["rope_depends_on_length"] = family.rope_depends_on_length
         golden["errors"] = {str(dtype).split(".")[1]: errors_in(model, dtype, prompts) for dtype in (torch.bfloat16, torch.float16)}
         logits = logits_of(model, prompts[-1])
         entropy = float(torch.distributions.Categorical(logits=logits).entropy().mean())

@@ -8,7 +8,7 @@
 #![allow(clippy::print_stderr, reason = "skips are aloud")]
 
 use std::{
-    collections::VecDeque,
+    collections::{HashMap, VecDeque},
     fs,
     path::{Path, PathBuf},
 };
@@ -182,6 +182,20 @@ pub(crate) struct Golden {
     pub(crate) prompts: Vec<GoldenPrompt>,
     #[serde(default)]
     pub(crate) file_sha256: Option<String>,
+    /// The frequencies of rotation depend on how long the whole sequence is.
+    #[serde(default)]
+    pub(crate) rope_depends_on_length: bool,
+    /// How far transformers strays from its own f32, by data type. Of the checkpoints' goldens only.
+    #[serde(default)]
+    pub(crate) errors: HashMap<String, GoldenErrors>,
+}
+
+#[derive(Clone, Copy, Debug, serde::Deserialize)]
+pub(crate) struct GoldenErrors {
+    /// The largest difference of a log-probability.
+    pub(crate) max: f64,
+    /// The mean divergence of a row.
+    pub(crate) kl: f64,
 }
 
 #[derive(Debug, serde::Deserialize)]
