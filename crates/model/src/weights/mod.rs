@@ -34,24 +34,32 @@ use self::{
 pub use self::{format::WeightFormat, view::TensorView};
 use crate::{ModelError, Quantize, config::DecoderConfig};
 
-/// A tensor by what it does; a table per source maps its names to these.
+/// A tensor by what it does; a table per source maps its names to these. A role may be some rows of what is stored (one of
+/// three in a fused projection, one expert of a stack): its view has the shape given here all the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum TensorRole {
     /// `[vocabulary, hidden]`; the head too, where embeddings are tied.
     Embedding,
     /// Before the head, `[hidden]`.
     FinalNorm,
+    /// `[hidden]`, under `NormKind::Layer`.
+    FinalNormBias,
     /// `[vocabulary, hidden]`, where embeddings are not tied.
     Head,
+    /// `[vocabulary]`, under `DecoderConfig::head_bias`.
+    HeadBias,
     /// In layer number `.0`.
     Layer(usize, LayerTensor),
 }
 
-/// A tensor of one layer.
+/// A tensor of one layer. What each block order has of norms: all have `AttentionNorm`; all but `Block::Parallel` have
+/// `MlpNorm`; `Block::SandwichNorm` has the two `Post` norms; under `NormKind::Layer` each has its bias.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum LayerTensor {
-    /// `[hidden]`.
+    /// Before attention, `[hidden]`; before the MLP, too, under `Block::Parallel`.
     AttentionNorm,
+    /// `[hidden]`, under `NormKind::Layer`.
+    AttentionNormBias,
     /// `[heads * head_dim, hidden]`.
     Q,
     /// `[kv_heads * head_dim, hidden]`.
@@ -60,22 +68,55 @@ pub enum LayerTensor {
     V,
     /// `[hidden, heads * head_dim]`.
     O,
-    /// `[heads * head_dim]`.
+    /// `[heads * head_dim]`, under `Biases::qkv`.
     QBias,
     /// `[kv_heads * head_dim]`.
     KBias,
     /// `[kv_heads * head_dim]`.
     VBias,
-    /// `[hidden]`.
+    /// `[hidden]`, under `Biases::output`.
     OBias,
-    /// `[hidden]`.
+    /// Of each query head before the rotation, `[head_dim]`, under `DecoderConfig::query_key_norm`. Elements stand in the
+    /// order of the file, as those of `Q`: who reorders the rows of a head reorders these alike.
+    QueryNorm,
+    /// Of each key head, `[head_dim]`.
+    KeyNorm,
+    /// Of what attention gives, `[hidden]`, under `Block::SandwichNorm`.
+    PostAttentionNorm,
+    /// Before the MLP or the experts, `[hidden]`.
     MlpNorm,
-    /// `[intermediate, hidden]`.
+    /// `[hidden]`, under `NormKind::Layer`.
+    MlpNormBias,
+    /// Of what the MLP gives, `[hidden]`, under `Block::SandwichNorm`.
+    PostMlpNorm,
+    /// `[intermediate, hidden]`, where the MLP is gated.
     Gate,
     /// `[intermediate, hidden]`.
     Up,
     /// `[hidden, intermediate]`.
     Down,
+    /// `[intermediate]`, where the MLP is gated and under `Biases::mlp`.
+    GateBias,
+    /// `[intermediate]`, under `Biases::mlp`.
+    UpBias,
+    /// `[hidden]`, under `Biases::mlp`.
+    DownBias,
+    /// `[experts, hidden]`, in layers of `FeedForward::Experts`, as all below.
+    Router,
+    /// Expert number `.0`: `[Experts::intermediate_size, hidden]`.
+    ExpertGate(usize),
+    /// Expert number `.0`: `[Experts::intermediate_size, hidden]`.
+    ExpertUp(usize),
+    /// Expert number `.0`: `[hidden, Experts::intermediate_size]`.
+    ExpertDown(usize),
+    /// `[shared_intermediate_size, hidden]`, where `Experts::shared_intermediate_size` is set.
+    SharedGate,
+    /// `[shared_intermediate_size, hidden]`.
+    SharedUp,
+    /// `[hidden, shared_intermediate_size]`.
+    SharedDown,
+    /// One row, `[1, hidden]`: the shared expert is multiplied with the sigmoid of its product.
+    SharedExpertGate,
 }
 
 /// An opened model: mapped files and the table of their tensors. Nothing is copied until it is imported.
@@ -270,7 +311,19 @@ impl WeightStore {
 
 impl LayerTensor {
     fn is_bias(self) -> bool {
-        matches!(self, Self::QBias | Self::KBias | Self::VBias | Self::OBias)
+        use LayerTensor as T;
+        matches!(
+            self,
+            T::QBias
+                | T::KBias
+                | T::VBias
+                | T::OBias
+                | T::GateBias
+                | T::UpBias
+                | T::DownBias
+                | T::AttentionNormBias
+                | T::MlpNormBias
+        )
     }
 }
 

@@ -4,7 +4,7 @@
 //! under a config, so what it lists is checked at open and never missing later.
 
 use super::{LayerTensor, TensorRole};
-use crate::config::DecoderConfig;
+use crate::config::{Block, DecoderConfig, Experts, FeedForward, NormKind};
 
 /// A tensor that a config calls for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,35 +29,125 @@ pub(super) enum TensorKind {
 /// All tensors of a model, in the order of the forward pass.
 pub(super) fn expected(config: &DecoderConfig) -> Vec<Expected> {
     let hidden = config.hidden_size;
-    let (q, kv) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
-    let inner = config.mlp.intermediate_size;
-    let matrix = |role, rows, cols| Expected { role, rows, cols, kind: TensorKind::Matrix };
-    let vector = |role, cols| Expected { role, rows: 1, cols, kind: TensorKind::Vector };
-
     let mut tensors = vec![matrix(TensorRole::Embedding, config.vocab_size, hidden)];
-    for layer in 0..config.num_layers() {
-        let role = |tensor| TensorRole::Layer(layer, tensor);
-        tensors.push(vector(role(LayerTensor::AttentionNorm), hidden));
-        tensors.push(matrix(role(LayerTensor::Q), q, hidden));
-        tensors.push(matrix(role(LayerTensor::K), kv, hidden));
-        tensors.push(matrix(role(LayerTensor::V), kv, hidden));
-        tensors.push(matrix(role(LayerTensor::O), hidden, q));
-        if config.biases.qkv {
-            tensors.push(vector(role(LayerTensor::QBias), q));
-            tensors.push(vector(role(LayerTensor::KBias), kv));
-            tensors.push(vector(role(LayerTensor::VBias), kv));
-        }
-        if config.biases.output {
-            tensors.push(vector(role(LayerTensor::OBias), hidden));
-        }
-        tensors.push(vector(role(LayerTensor::MlpNorm), hidden));
-        tensors.push(matrix(role(LayerTensor::Gate), inner, hidden));
-        tensors.push(matrix(role(LayerTensor::Up), inner, hidden));
-        tensors.push(matrix(role(LayerTensor::Down), hidden, inner));
+    for (index, layer) in config.layers.iter().enumerate() {
+        let in_layer = |(tensor, shape)| Expected::new(TensorRole::Layer(index, tensor), shape);
+        tensors.extend(attention(config).into_iter().map(in_layer));
+        tensors.extend(
+            match (layer.feed_forward, &config.experts) {
+                (FeedForward::Experts, Some(experts)) => mixture(hidden, experts),
+                _ => dense(config),
+            }
+            .into_iter()
+            .map(in_layer),
+        );
     }
     tensors.push(vector(TensorRole::FinalNorm, hidden));
+    if config.norm.kind == NormKind::Layer {
+        tensors.push(vector(TensorRole::FinalNormBias, hidden));
+    }
     if !config.tied_embeddings {
         tensors.push(matrix(TensorRole::Head, config.vocab_size, hidden));
+    }
+    if config.head_bias {
+        tensors.push(vector(TensorRole::HeadBias, config.vocab_size));
+    }
+    tensors
+}
+
+/// What a tensor is used as, its rows and its columns.
+type Shape = (TensorKind, usize, usize);
+
+impl Expected {
+    fn new(role: TensorRole, (kind, rows, cols): Shape) -> Self {
+        Self { role, rows, cols, kind }
+    }
+}
+
+fn matrix(role: TensorRole, rows: usize, cols: usize) -> Expected {
+    Expected::new(role, (TensorKind::Matrix, rows, cols))
+}
+
+fn vector(role: TensorRole, cols: usize) -> Expected {
+    Expected::new(role, (TensorKind::Vector, 1, cols))
+}
+
+/// Norms and projections of attention.
+fn attention(config: &DecoderConfig) -> Vec<(LayerTensor, Shape)> {
+    use LayerTensor as T;
+    let hidden = config.hidden_size;
+    let (q, kv) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
+    let matrix = |rows, cols| (TensorKind::Matrix, rows, cols);
+    let vector = |cols| (TensorKind::Vector, 1, cols);
+    let mut tensors = vec![(T::AttentionNorm, vector(hidden))];
+    if config.norm.kind == NormKind::Layer {
+        tensors.push((T::AttentionNormBias, vector(hidden)));
+    }
+    tensors.extend([
+        (T::Q, matrix(q, hidden)),
+        (T::K, matrix(kv, hidden)),
+        (T::V, matrix(kv, hidden)),
+        (T::O, matrix(hidden, q)),
+    ]);
+    if config.biases.qkv {
+        tensors.extend([(T::QBias, vector(q)), (T::KBias, vector(kv)), (T::VBias, vector(kv))]);
+    }
+    if config.biases.output {
+        tensors.push((T::OBias, vector(hidden)));
+    }
+    if config.query_key_norm {
+        tensors.extend([(T::QueryNorm, vector(config.head_dim)), (T::KeyNorm, vector(config.head_dim))]);
+    }
+    if config.block == Block::SandwichNorm {
+        tensors.extend([(T::PostAttentionNorm, vector(hidden)), (T::PostMlpNorm, vector(hidden))]);
+    }
+    if config.block != Block::Parallel {
+        tensors.push((T::MlpNorm, vector(hidden)));
+        if config.norm.kind == NormKind::Layer {
+            tensors.push((T::MlpNormBias, vector(hidden)));
+        }
+    }
+    tensors
+}
+
+/// The MLP of a layer without experts.
+fn dense(config: &DecoderConfig) -> Vec<(LayerTensor, Shape)> {
+    use LayerTensor as T;
+    let (hidden, inner) = (config.hidden_size, config.mlp.intermediate_size);
+    let mut tensors =
+        vec![(T::Up, (TensorKind::Matrix, inner, hidden)), (T::Down, (TensorKind::Matrix, hidden, inner))];
+    if config.mlp.gated {
+        tensors.push((T::Gate, (TensorKind::Matrix, inner, hidden)));
+    }
+    if config.biases.mlp {
+        tensors.extend([(T::UpBias, (TensorKind::Vector, 1, inner)), (T::DownBias, (TensorKind::Vector, 1, hidden))]);
+        if config.mlp.gated {
+            tensors.push((T::GateBias, (TensorKind::Vector, 1, inner)));
+        }
+    }
+    tensors
+}
+
+/// Router and experts of a layer that has them.
+fn mixture(hidden: usize, experts: &Experts) -> Vec<(LayerTensor, Shape)> {
+    use LayerTensor as T;
+    let matrix = |rows, cols| (TensorKind::Matrix, rows, cols);
+    let inner = experts.intermediate_size;
+    let mut tensors = vec![(T::Router, matrix(experts.num_experts, hidden))];
+    tensors.extend((0..experts.num_experts).flat_map(|expert| {
+        [
+            (T::ExpertGate(expert), matrix(inner, hidden)),
+            (T::ExpertUp(expert), matrix(inner, hidden)),
+            (T::ExpertDown(expert), matrix(hidden, inner)),
+        ]
+    }));
+    if let Some(shared) = experts.shared_intermediate_size {
+        tensors.extend([
+            (T::SharedGate, matrix(shared, hidden)),
+            (T::SharedUp, matrix(shared, hidden)),
+            (T::SharedDown, matrix(hidden, shared)),
+            (T::SharedExpertGate, matrix(1, hidden)),
+        ]);
     }
     tensors
 }
@@ -81,6 +171,8 @@ impl Naming {
             (Self::Gguf, TensorRole::Embedding) => "token_embd.weight".to_owned(),
             (Self::Gguf, TensorRole::FinalNorm) => "output_norm.weight".to_owned(),
             (Self::Gguf, TensorRole::Head) => "output.weight".to_owned(),
+            (_, TensorRole::FinalNormBias) => "output_norm.bias".to_owned(),
+            (_, TensorRole::HeadBias) => "output.bias".to_owned(),
             (_, TensorRole::Layer(layer, tensor)) => format!("{}{}", self.layer_prefix(layer), self.in_layer(tensor)),
         }
     }
@@ -107,6 +199,8 @@ impl Naming {
             LayerTensor::Gate => ("mlp.gate_proj.weight", "ffn_gate.weight"),
             LayerTensor::Up => ("mlp.up_proj.weight", "ffn_up.weight"),
             LayerTensor::Down => ("mlp.down_proj.weight", "ffn_down.weight"),
+            // Their families are not read yet.
+            _ => ("", ""),
         };
         match self {
             Self::HuggingFace { .. } => hugging_face,
