@@ -483,6 +483,8 @@ impl Scheduler {
             tokens: tokens_start..plan.tokens.len(),
             block_table: table_start..plan.block_tables.len(),
             num_computed_tokens: start,
+            num_prompt_tokens: sequence.prompt.len(),
+            num_known_tokens: sequence.num_known_tokens(),
             adapter: sequence.adapter,
             logits,
             samples,
