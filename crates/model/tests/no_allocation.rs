@@ -30,6 +30,7 @@ fn batch(step: usize) -> ForwardBatch {
             rows: start..batch.tokens.len(),
             block_table: table_start..batch.block_tables.len(),
             context_len: first + count,
+            rope_len: 0,
             adapter: None,
         });
     }

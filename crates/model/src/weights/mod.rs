@@ -172,21 +172,37 @@ impl WeightStore {
         } else {
             crate::config::read_json_file(path)?
         };
-        let format = dtype.unwrap_or(WeightFormat::Bf16);
         let naming = Naming::HuggingFace { prefix: "model." };
+        Ok(Self::generated(path, config, dtype.unwrap_or(WeightFormat::Bf16), |role| naming.name(role)))
+    }
+
+    /// Random f32 weights of any configuration, for tests of what no file at hand has. What is made up for a role depends
+    /// on the role alone.
+    #[cfg(test)]
+    pub(crate) fn made_up(config: &DecoderConfig) -> Self {
+        Self::generated(Path::new("made up"), config.clone(), WeightFormat::F32, |role| format!("{role:?}"))
+    }
+
+    fn generated(
+        path: &Path,
+        config: DecoderConfig,
+        format: WeightFormat,
+        name: impl Fn(TensorRole) -> String,
+    ) -> Self {
         let tensors = expected(&config)
             .into_iter()
             .map(|Expected { role, rows, cols, kind }| {
-                let name = naming.name(role);
+                let name = name(role);
                 let generator = match (kind, role) {
                     (TensorKind::Matrix, _) => Generator::matrix(&name, cols),
                     (TensorKind::Vector, TensorRole::Layer(_, tensor)) if tensor.is_bias() => Generator::bias(&name),
+                    (TensorKind::Vector, TensorRole::FinalNormBias | TensorRole::HeadBias) => Generator::bias(&name),
                     (TensorKind::Vector, _) => Generator::norm(&name),
                 };
                 (role, StoredTensor { name, rows, cols, kind, format, place: Place::Generated(generator) })
             })
             .collect();
-        Ok(Self { path: path.to_owned(), config, source: Source::Dummy, tensors })
+        Self { path: path.to_owned(), config, source: Source::Dummy, tensors }
     }
 
     fn open_gguf(path: &Path) -> Result<Self, ModelError> {
