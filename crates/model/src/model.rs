@@ -221,7 +221,7 @@ pub enum ModelPhase {
     Mlp,
 }
 
-/// The matrices of one part of the forward pass, over all layers.
+/// The matrices of one part of the forward pass, over all layers; of experts, as many as one row uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProductWeights {
     /// "qkv", "output", "mlp" or "head".

@@ -255,6 +255,12 @@ fn tokens(seed: usize, len: usize) -> Vec<u32> {
     (0..len).map(|i| ((i * i * 31 + i * 17 + seed * 41 + 3) % 97) as u32).collect()
 }
 
+fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    // NaN must not get lost.
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, |max, x| if x <= max { max } else { x })
+}
+
 fn cpu_backend(config: &DecoderConfig, quantize: Quantize, threads: usize) -> CpuBackend {
     let import = ImportOptions { dtype: Dtype::F32, quantize, dequantize: false };
     CpuBackend::new(Cpu::new(Cpu::detect(), threads), config, import, KvCacheDtype::Auto, BLOCK_SIZE)
@@ -321,15 +327,14 @@ fn backends_agree_and_every_axis_matters() {
         let reference = ReferenceBackend::new(&case.config, candle_core::Device::Cpu, BLOCK_SIZE);
         let expected = logits(&case, reference, &prompts, &[20]).remove(0);
         let actual = logits(&case, cpu_backend(&case.config, Quantize::None, 2), &prompts, &[20]).remove(0);
-        for (expected, actual) in expected.iter().zip(&actual) {
-            assert!((expected - actual).abs() < TOLERANCE, "{}: {expected} and {actual}", case.name);
-        }
+        let error = largest_difference(&expected, &actual);
+        assert!(error < TOLERANCE, "{}: backends differ by {error}", case.name);
         let spread = actual.iter().fold(0.0_f32, |max, x| max.max(x.abs()));
         assert!((0.3..1e3).contains(&spread), "{}: logits of at most {spread} tell little", case.name);
         for (name, other) in &seen {
-            // What an axis changes is far above what an order of sums does.
-            let difference = actual.iter().zip(other).fold(0.0_f32, |max, (a, b)| max.max((a - b).abs()));
-            assert!(difference > 10.0 * TOLERANCE, "{} is like {name}: {difference}", case.name);
+            // Two kinds of gelu are near each other; what only orders of sums change is far below that.
+            let difference = largest_difference(&actual, other);
+            assert!(difference > 20.0 * error.max(1e-5), "{} is like {name}: {difference}, {error}", case.name);
         }
         seen.push((case.name, actual));
     }
