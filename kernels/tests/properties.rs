@@ -105,7 +105,7 @@ impl GatedCase {
         let cols = x.len() / m;
         let [gate, up] = self.families.map(|family| {
             let weights = family.matrix(cpu.isa(), outputs, cols, seed ^ family.span() as u64);
-            let bias = Random(seed ^ 77).vec(outputs);
+            let bias = Random(!seed).vec(outputs);
             (weights, bias)
         });
         let projection = |(weights, bias)| Projection { weights, bias: self.has_biases.then_some(bias) };

@@ -102,7 +102,9 @@ impl Mixture {
             }
             if shares == Shares::OfChosen {
                 let sum: f32 = weights.iter().sum();
-                weights.iter_mut().for_each(|weight| *weight /= sum);
+                for weight in weights.iter_mut() {
+                    *weight /= sum;
+                }
             }
         }
         self.group();
@@ -184,7 +186,9 @@ impl Cpu {
         let RoutingArgs { num_experts, num_chosen, .. } = *args;
         assert!((1..=num_experts).contains(&num_chosen), "{num_chosen} of {num_experts} experts");
         assert!(logits.len().is_multiple_of(num_experts), "{num_experts} experts in a buffer of {}", logits.len());
-        logits.chunks_exact_mut(num_experts).for_each(|row| self.softmax(row));
+        for row in logits.chunks_exact_mut(num_experts) {
+            self.softmax(row);
+        }
         mixture.choose(logits, logits.len() / num_experts, args);
     }
 

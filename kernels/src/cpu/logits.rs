@@ -81,7 +81,11 @@ impl Cpu {
             match cap {
                 // SAFETY: the table fits the machine.
                 Some(cap) => unsafe { (self.kernels.soft_cap)(logits, scale, cap) },
-                None => logits.iter_mut().for_each(|x| *x *= scale),
+                None => {
+                    for x in logits {
+                        *x *= scale;
+                    }
+                }
             }
         });
     }

@@ -216,13 +216,12 @@ impl CpuBackend {
         let (num_experts, num_chosen) = (experts.num_experts, experts.num_experts_per_token);
         cpu.route(logits, &RoutingArgs { num_experts, num_chosen, shares }, mixture);
         // Without a norm in between, experts add to the residual stream at once.
-        let out = match post_norm {
-            None => &mut *hidden,
-            Some(_) => {
-                let branch = sized(branch, hidden.len())?;
-                branch.fill(0.0);
-                branch
-            }
+        let out = if post_norm.is_none() {
+            &mut *hidden
+        } else {
+            let branch = sized(branch, hidden.len())?;
+            branch.fill(0.0);
+            branch
         };
         let activation = experts.activation;
         let expert = |index: usize| {
@@ -236,7 +235,9 @@ impl CpuBackend {
             cpu.matmul(gated, &mlp.down.weight, mlp.down.bias.as_deref(), shared);
             let gates = sized(shared_gates, rows)?;
             cpu.matmul(activations, gate, None, gates);
-            gates.iter_mut().for_each(|gate| *gate = 1.0 / (1.0 + (-*gate).exp()));
+            for gate in &mut *gates {
+                *gate = 1.0 / (1.0 + (-*gate).exp());
+            }
             cpu.add_scaled_rows(shared, gates, out);
         }
         if let Some(post_norm) = post_norm {
@@ -316,7 +317,9 @@ impl Backend for CpuBackend {
         for (&token, row) in step.batch.tokens.iter().zip(hidden.chunks_exact_mut(hidden_size)) {
             table.row(token as usize, row);
             if embedding_scale != 1.0 {
-                row.iter_mut().for_each(|x| *x *= embedding_scale);
+                for x in row {
+                    *x *= embedding_scale;
+                }
             }
         }
         Ok(())

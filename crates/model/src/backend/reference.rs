@@ -81,21 +81,6 @@ impl ReferenceBackend {
         }
     }
 
-    /// x: `[rows, hidden_size]`
-    fn mlp(&self, x: &Tensor, weights: &MlpWeights<Self>, activation: Activation) -> candle_core::Result<Tensor> {
-        let activate = |x: Tensor| match activation {
-            Activation::Silu => x.silu(),
-            Activation::Gelu => x.gelu_erf(),
-            Activation::GeluTanh => x.gelu(),
-        };
-        let up = linear(x, &weights.up)?;
-        let inner = match &weights.gate {
-            Some(gate) => (activate(linear(x, gate)?)? * up)?,
-            None => activate(up)?,
-        };
-        linear(&inner, &weights.down)
-    }
-
     /// Row by row, expert by expert. x: `[rows, hidden_size]`
     fn experts(&self, x: &Tensor, weights: &ExpertsWeights<Self>) -> candle_core::Result<Tensor> {
         let config = self.config.experts.as_ref().expect("the decoder has checked that layers with experts have them");
@@ -113,7 +98,7 @@ impl ReferenceBackend {
             let total: f32 = among.iter().map(|&expert| exponentials[expert]).sum();
             let mut sum = x.zeros_like()?;
             for &expert in chosen {
-                let out = self.mlp(&x, &weights.experts[expert], config.activation)?;
+                let out = mlp_of(&x, &weights.experts[expert], config.activation)?;
                 sum = (sum + (out * f64::from(exponentials[expert] / total))?)?;
             }
             rows.push(sum);
@@ -123,7 +108,7 @@ impl ReferenceBackend {
         let gate = x.matmul(&gate.t()?)?;
         // 1 / (1 + exp(-gate))
         let share = (gate.neg()?.exp()? + 1.0)?.recip()?;
-        routed + self.mlp(x, mlp, config.activation)?.broadcast_mul(&share)?
+        routed + mlp_of(x, mlp, config.activation)?.broadcast_mul(&share)?
     }
 
     /// Rotates the first `rotary.dim` elements of each head. x: `[rows, heads, head_dim]`
@@ -227,6 +212,21 @@ fn linear(x: &Tensor, linear: &Linear<ReferenceBackend>) -> candle_core::Result<
         Some(bias) => product.broadcast_add(bias),
         None => Ok(product),
     }
+}
+
+/// x: `[rows, hidden_size]`
+fn mlp_of(x: &Tensor, weights: &MlpWeights<ReferenceBackend>, activation: Activation) -> candle_core::Result<Tensor> {
+    let activate = |x: Tensor| match activation {
+        Activation::Silu => x.silu(),
+        Activation::Gelu => x.gelu_erf(),
+        Activation::GeluTanh => x.gelu(),
+    };
+    let up = linear(x, &weights.up)?;
+    let inner = match &weights.gate {
+        Some(gate) => (activate(linear(x, gate)?)? * up)?,
+        None => activate(up)?,
+    };
+    linear(&inner, &weights.down)
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "the shape that map_err takes")]
@@ -390,7 +390,7 @@ impl Backend for ReferenceBackend {
         let compute = || {
             let x = self.norm(&hidden, norm)?;
             let branch = match &weights.kind {
-                FeedForwardKind::Dense(mlp) => self.mlp(&x, mlp, self.config.mlp.activation)?,
+                FeedForwardKind::Dense(mlp) => mlp_of(&x, mlp, self.config.mlp.activation)?,
                 FeedForwardKind::Experts(experts) => self.experts(&x, experts)?,
             };
             hidden.add(&self.post_norm(branch, weights.post_norm.as_ref())?)

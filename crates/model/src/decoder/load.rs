@@ -105,6 +105,7 @@ struct Loader<'a, B: Backend> {
 type LinearRoles = (LayerTensor, Option<LayerTensor>);
 
 /// The roles of an MLP's projections.
+#[derive(Clone, Copy)]
 struct MlpRoles {
     gate: Option<LinearRoles>,
     up: LinearRoles,
@@ -283,7 +284,9 @@ impl<'a, B: Backend> Loader<'a, B> {
     fn import_vector(&mut self, tensor: &TensorView<'_>, len: usize, offset: f32) -> Result<B::Vector, ModelError> {
         self.check_shape(tensor, 1, len)?;
         let mut values = tensor.to_f32()?;
-        values.iter_mut().for_each(|value| *value += offset);
+        for value in &mut values {
+            *value += offset;
+        }
         let vector = self.backend.import_vector(values)?;
         self.taken(tensor, B::vector_bytes(&vector));
         Ok(vector)

@@ -266,5 +266,7 @@ pub(in crate::cpu) unsafe fn soft_cap<L: Lanes>(row: &mut [f32], scale: f32, cap
             tanh(L::load(at).mul(scales).div(caps)).mul(caps).store(at);
         }
     }
-    row[whole..].iter_mut().for_each(|x| *x = scalar::exp::tanh(*x * scale / cap) * cap);
+    for x in &mut row[whole..] {
+        *x = scalar::exp::tanh(*x * scale / cap) * cap;
+    }
 }

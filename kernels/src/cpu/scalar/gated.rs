@@ -8,7 +8,7 @@ use crate::cpu::gated::Activation;
 use crate::cpu::task::GatedTask;
 
 /// Of `gelu_tanh`: 2 sqrt(2 / pi).
-pub(crate) const TANH_LINEAR: f32 = 1.595_769_1;
+pub(crate) const TANH_LINEAR: f32 = 1.595_769;
 /// Of `gelu_tanh`: 2 sqrt(2 / pi) * 0.044715.
 pub(crate) const TANH_CUBIC: f32 = 0.071_354_816;
 /// Of `gelu`: the tail is a function of 1 / (1 + this * |x|).

@@ -35,5 +35,7 @@ pub(super) unsafe fn sum_exp_sub(row: &[f32], max: f32) -> f32 {
 /// # Safety
 /// Safe in fact; unsafe to fit the table.
 pub(super) unsafe fn soft_cap(row: &mut [f32], scale: f32, cap: f32) {
-    row.iter_mut().for_each(|x| *x = tanh(*x * scale / cap) * cap);
+    for x in row {
+        *x = tanh(*x * scale / cap) * cap;
+    }
 }
