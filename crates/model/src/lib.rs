@@ -27,3 +27,4 @@ pub use model::{
     BackendKind, Dtype, KvCacheDtype, LoadOptions, Model, ModelInfo, ModelPhase, OpenedModel, ProductWeights, Quantize,
     StepModel,
 };
+pub use rope::RopeRegimes;

@@ -144,6 +144,10 @@ pub enum NormKind {
 pub struct Alibi {
     /// One a query head. What is added to a score that has been scaled: a family that adds before it scales (Falcon) has the
     /// scale in its slopes.
+    ///
+    /// Falcon, the one family here, multiplies in bfloat16: what transformers adds is `bf16(bf16(slope / attention_scale) *
+    /// position) * attention_scale`, where the inner rounding gives its own slope back exactly. For slopes that are powers of
+    /// two the product is exact up to position 256; beyond, and for other numbers of heads, it matters.
     pub slopes: Vec<f32>,
 }
 
@@ -296,6 +300,9 @@ impl Limits {
     const HEADS: usize = 1 << 14;
     const HEAD_DIM: usize = 1 << 12;
     const POSITIONS: usize = 1 << 28;
+    /// Of one layer, and of all.
+    const EXPERTS: usize = 1 << 12;
+    const ALL_EXPERTS: usize = 1 << 17;
 }
 
 impl DecoderConfig {
@@ -309,7 +316,7 @@ impl DecoderConfig {
         Ok(read_json_file(path)?.0)
     }
 
-    /// Reads the metadata of a GGUF file (and the sizes of its embedding and rotary factors).
+    /// Reads the metadata of a GGUF file (and its rotary factors, the sizes of its embedding, and which biases it has).
     pub fn from_gguf(file: &GgufFile) -> Result<Self, ModelError> {
         gguf::decoder_config(file).map_err(|error| error.in_file(file.path()))
     }
@@ -340,7 +347,46 @@ impl DecoderConfig {
             check_size("the sliding window", window as u64, Limits::POSITIONS)?;
         }
         check_positive("the norm's epsilon", self.norm.eps)?;
+        check_positive("the score's scale", self.attention_scale)?;
+        check_positive("the embedding's scale", self.embedding_scale)?;
+        for (name, cap) in [("scores", self.attention_soft_cap), ("logits", self.logit_soft_cap)] {
+            cap.map_or(Ok(()), |cap| check_positive(&format!("the soft cap of {name}"), cap))?;
+        }
+        if let Some(experts) = &self.experts {
+            experts.check(self.layers.iter().filter(|layer| layer.feed_forward == FeedForward::Experts).count())?;
+        }
         self.rotaries.iter().try_for_each(|rotary| rotary.check(self.head_dim))
+    }
+
+    /// Leaves out rotary embeddings that no layer uses (Gemma 3 with layers of one type only), and counts the rest anew.
+    fn drop_unused_rotaries(&mut self) {
+        let used = |index| self.layers.iter().any(|layer| layer.rotary == Some(index));
+        let kept: Vec<usize> = (0..self.rotaries.len()).filter(|&index| used(index)).collect();
+        // A model that rotates nowhere keeps its own: there is nothing to count anew.
+        if kept.is_empty() || kept.len() == self.rotaries.len() {
+            return;
+        }
+        for layer in &mut self.layers {
+            layer.rotary = layer.rotary.and_then(|index| kept.iter().position(|&kept| kept == index));
+        }
+        self.rotaries = kept.iter().map(|&index| self.rotaries[index].clone()).collect();
+    }
+}
+
+impl Experts {
+    fn check(&self, num_layers: usize) -> Result<(), ConfigError> {
+        check_size("the number of experts", self.num_experts as u64, Limits::EXPERTS)?;
+        check_size(
+            "the number of experts in all layers",
+            self.num_experts.saturating_mul(num_layers) as u64,
+            Limits::ALL_EXPERTS,
+        )?;
+        check_size("the number of experts that compute a token", self.num_experts_per_token as u64, self.num_experts)?;
+        check_size("the width of an expert", self.intermediate_size as u64, Limits::WIDTH)?;
+        if let Some(shared) = self.shared_intermediate_size {
+            check_size("the width of the shared expert", shared as u64, Limits::WIDTH)?;
+        }
+        Ok(())
     }
 }
 
@@ -351,18 +397,31 @@ impl Rotary {
             return bad(format!("the rotary width is {}; it must be even, since elements turn in pairs", self.dim));
         }
         check_positive("the rotary base", self.base)?;
+        if matches!(self.scaling, RopeScaling::Yarn { .. }) && self.base <= 1.0 {
+            return bad(format!("the rotary base is {}; YaRN takes its logarithm, so it must be above 1", self.base));
+        }
         self.scaling.check(self.dim)
     }
 }
 
 impl RopeScaling {
     fn check(&self, rotary_dim: usize) -> Result<(), ConfigError> {
+        let factors = |name: &str, factors: &[f32]| {
+            if factors.len() != rotary_dim / 2 {
+                return bad(format!("{} {name}s are given for {} pairs", factors.len(), rotary_dim / 2));
+            }
+            factors.iter().try_for_each(|&factor| check_positive(&format!("a {name}"), factor))
+        };
+        let original = |length: usize| {
+            check_size("original_max_position_embeddings", length as u64, Limits::POSITIONS).map(|_| ())
+        };
+        const FACTOR: &str = "the rotary scaling's factor";
+        const ATTENTION_FACTOR: &str = "the rotary scaling's attention factor";
         match self {
-            // The last three are not read from any file yet.
-            Self::None | Self::LongRope { .. } | Self::Dynamic { .. } | Self::Yarn { .. } => Ok(()),
-            Self::Linear { factor } => check_positive("the rotary scaling's factor", *factor),
+            Self::None => Ok(()),
+            Self::Linear { factor } => check_positive(FACTOR, *factor),
             Self::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
-                check_positive("the rotary scaling's factor", *factor)?;
+                check_positive(FACTOR, *factor)?;
                 check_positive("low_freq_factor", *low_freq_factor)?;
                 check_positive("high_freq_factor", *high_freq_factor)?;
                 if high_freq_factor <= low_freq_factor {
@@ -370,17 +429,36 @@ impl RopeScaling {
                         "high_freq_factor is {high_freq_factor}; it must be above low_freq_factor, {low_freq_factor}"
                     ));
                 }
-                check_size(
-                    "original_max_position_embeddings",
-                    *original_max_position_embeddings as u64,
-                    Limits::POSITIONS,
-                )?;
-                Ok(())
+                original(*original_max_position_embeddings)
             }
-            Self::Factors(factors) if factors.len() != rotary_dim / 2 => {
-                bad(format!("{} rotary factors are given for {} pairs", factors.len(), rotary_dim / 2))
+            Self::Factors(values) => factors("rotary factor", values),
+            Self::LongRope { short, long, original_max_position_embeddings, attention_factor } => {
+                factors("short rotary factor", short)?;
+                factors("long rotary factor", long)?;
+                check_positive(ATTENTION_FACTOR, *attention_factor)?;
+                original(*original_max_position_embeddings)
             }
-            Self::Factors(factors) => factors.iter().try_for_each(|&factor| check_positive("a rotary factor", factor)),
+            Self::Dynamic { factor, original_max_position_embeddings } => {
+                check_positive(FACTOR, *factor)?;
+                if rotary_dim <= 2 {
+                    return bad("dynamic rotary scaling needs more than one pair a head");
+                }
+                original(*original_max_position_embeddings)
+            }
+            Self::Yarn {
+                factor,
+                beta_fast,
+                beta_slow,
+                original_max_position_embeddings,
+                attention_factor,
+                truncate: _,
+            } => {
+                check_positive(FACTOR, *factor)?;
+                check_positive("beta_fast", *beta_fast)?;
+                check_positive("beta_slow", *beta_slow)?;
+                check_positive(ATTENTION_FACTOR, *attention_factor)?;
+                original(*original_max_position_embeddings)
+            }
         }
     }
 }

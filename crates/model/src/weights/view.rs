@@ -19,8 +19,35 @@ pub struct TensorView<'a> {
     pub format: WeightFormat,
     pub(super) kind: TensorKind,
     pub(super) data: TensorData<'a>,
+    /// Which rows (of a vector: elements) of the stored tensor these are.
+    pub(super) rows_at: RowsAt,
+    /// Inputs of the stored tensor: `cols`, but for a part of a vector.
+    pub(super) stored_cols: usize,
     /// Rows (of a vector: elements) come in another order than they are stored in.
     pub(super) halves: Option<Halves>,
+}
+
+/// Which rows of a stored tensor a view has: several matrices may lie in one (fused projections, stacked experts). Rows are
+/// whole numbers of blocks in every format, so nothing has to be copied to take some of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum RowsAt {
+    /// Row r is row `first + r`.
+    From(usize),
+    /// Runs of `run` rows, each run `stride` further than the one before.
+    Runs { first: usize, run: usize, stride: usize },
+}
+
+impl RowsAt {
+    /// All of them.
+    pub(super) const WHOLE: Self = Self::From(0);
+
+    /// The stored number of row `row`. It grows with `row`.
+    fn stored(self, row: usize) -> usize {
+        match self {
+            Self::From(first) => first + row,
+            Self::Runs { first, run, stride } => first + row / run * stride + row % run,
+        }
+    }
 }
 
 /// Heads whose rotated elements are stored as pairs (2 i, 2 i + 1) and handed over as halves (i, i + rotary_dim / 2).
@@ -62,7 +89,11 @@ impl TensorView<'_> {
 
     /// Bytes as stored (for made-up weights: what they would take).
     pub fn num_bytes(&self) -> u64 {
-        self.rows as u64 * self.row_bytes() as u64
+        match self.kind {
+            TensorKind::Matrix => self.rows as u64 * self.row_bytes() as u64,
+            // A share of the stored vector.
+            TensorKind::Vector => self.row_bytes() as u64 * self.cols as u64 / self.stored_cols as u64,
+        }
     }
 
     /// One row dequantised, `out: [cols]`. An error for a row that is not there or another length of `out`.
@@ -103,6 +134,15 @@ impl TensorView<'_> {
 
     /// `row < rows` and `out: [cols]`.
     pub(super) fn read_row(&self, row: usize, out: &mut [f32]) {
+        if self.stored_cols != self.cols {
+            // Part of a vector: small, and not cut at blocks.
+            let mut stored = vec![0.0; self.stored_cols];
+            blocks::dequantize(self.format, self.stored_row(row), &mut stored);
+            for (i, out) in out.iter_mut().enumerate() {
+                *out = stored[self.rows_at.stored(i)];
+            }
+            return;
+        }
         match &self.data {
             TensorData::Mapped { .. } => blocks::dequantize(self.format, self.stored_row(row), out),
             TensorData::Generated(generator) => {
@@ -125,23 +165,31 @@ impl TensorView<'_> {
 
     /// The row's number in the file.
     fn stored_place(&self, row: usize) -> usize {
-        match self.halves {
-            Some(halves) if self.kind == TensorKind::Matrix => halves.stored(row),
-            _ => row,
+        if self.kind == TensorKind::Vector {
+            return 0;
         }
+        self.rows_at.stored(self.halves.map_or(row, |halves| halves.stored(row)))
     }
 
     fn row_bytes(&self) -> usize {
-        self.cols / self.format.block_elements() * self.format.block_bytes()
+        self.stored_cols / self.format.block_elements() * self.format.block_bytes()
     }
 
     /// The whole tensor will be read now, row by row in ascending order, as they are handed over.
     pub(super) fn start_reading(&self) -> Result<Pages<'_>, ModelError> {
         // Within a head the order in the file may be another one.
         let step = self.halves.map_or(1, |halves| halves.head_dim);
-        let TensorData::Mapped { file, range } = &self.data else { return Ok(Pages { source: None, step }) };
-        file.check_unchanged()?;
-        Ok(Pages { source: Some(MappedPages::new(file, range.clone(), self.row_bytes())), step })
+        // A vector is one row.
+        let rows_at = if self.kind == TensorKind::Vector { RowsAt::WHOLE } else { self.rows_at };
+        let mut pages = Pages { source: None, rows_at, step };
+        if let TensorData::Mapped { file, range } = &self.data {
+            file.check_unchanged()?;
+            let row_bytes = self.row_bytes();
+            let (first, last) = (rows_at.stored(0), rows_at.stored(self.rows - 1));
+            let used = range.start + first * row_bytes..range.start + (last + 1) * row_bytes;
+            pages.source = Some(MappedPages::new(file, range.start, used, row_bytes));
+        }
+        Ok(pages)
     }
 
     /// An error about this tensor's content.
@@ -159,6 +207,7 @@ impl TensorView<'_> {
 pub(super) struct Pages<'a> {
     /// None for made-up weights.
     source: Option<MappedPages<'a>>,
+    rows_at: RowsAt,
     /// Rows that may be read in any order among themselves.
     step: usize,
 }
@@ -166,7 +215,7 @@ pub(super) struct Pages<'a> {
 struct MappedPages<'a> {
     file: &'a MappedFile,
     row_bytes: usize,
-    /// Where row 0 begins.
+    /// Where the stored row 0 begins.
     start: usize,
     /// Not yet given back.
     kept: Range<usize>,
@@ -179,15 +228,16 @@ impl Pages<'_> {
     /// Row `row` is read next.
     pub(super) fn reach(&mut self, row: usize) {
         if let Some(pages) = &mut self.source {
-            pages.reach(row / self.step * self.step);
+            pages.reach(self.rows_at.stored(row / self.step * self.step));
         }
     }
 }
 
 impl<'a> MappedPages<'a> {
-    fn new(file: &'a MappedFile, range: Range<usize>, row_bytes: usize) -> Self {
-        file.prefetch(&(range.start..range.end.min(range.start + 2 * WINDOW)));
-        Self { file, row_bytes, start: range.start, kept: range }
+    /// Rows begin at `start`; of them, those in `used` will be read.
+    fn new(file: &'a MappedFile, start: usize, used: Range<usize>, row_bytes: usize) -> Self {
+        file.prefetch(&(used.start..used.end.min(used.start + 2 * WINDOW)));
+        Self { file, row_bytes, start, kept: used }
     }
 
     fn reach(&mut self, row: usize) {
@@ -236,7 +286,7 @@ mod tests {
         let path = folder.path().join("large");
         std::fs::write(&path, vec![1; 64 * ROW]).unwrap();
         let file = MappedFile::open(&path).unwrap();
-        let mut pages = MappedPages::new(&file, ROW..64 * ROW, ROW);
+        let mut pages = MappedPages::new(&file, ROW, ROW..64 * ROW, ROW);
         let mut largest = 0;
         for row in 0..63 {
             pages.reach(row);

@@ -89,6 +89,7 @@ impl Harness {
                 rows: row..batch.tokens.len(),
                 block_table: table..batch.block_tables.len(),
                 context_len: positions.end,
+                rope_len: 0,
                 adapter: None,
             });
             sequence.num_computed_tokens = positions.end;
