@@ -29,13 +29,19 @@ pub(crate) struct Harness {
 #[derive(Clone, Debug)]
 pub(crate) struct Sequence {
     pub(crate) tokens: Vec<u32>,
+    pub(crate) num_prompt_tokens: usize,
     pub(crate) num_computed_tokens: usize,
     pub(crate) block_table: Vec<u32>,
 }
 
 impl Sequence {
     pub(crate) fn new(tokens: &[u32]) -> Self {
-        Self { tokens: tokens.to_vec(), num_computed_tokens: 0, block_table: Vec::new() }
+        Self {
+            tokens: tokens.to_vec(),
+            num_prompt_tokens: tokens.len(),
+            num_computed_tokens: 0,
+            block_table: Vec::new(),
+        }
     }
 
     pub(crate) fn num_uncomputed_tokens(&self) -> usize {
@@ -89,7 +95,7 @@ impl Harness {
                 rows: row..batch.tokens.len(),
                 block_table: table..batch.block_tables.len(),
                 context_len: positions.end,
-                rope_len: 0,
+                rope_len: rope_len(&self.model, sequence),
                 adapter: None,
             });
             sequence.num_computed_tokens = positions.end;
@@ -135,13 +141,19 @@ impl Harness {
         rows
     }
 
-    /// Appends the greedy token of the last row, computes it, and so on.
+    /// Appends the greedy token of the last row, computes it, and so on. Where that changes the frequencies of rotation,
+    /// all is computed again, as the engine does.
     pub(crate) fn greedy(&mut self, sequence: &mut Sequence, last_row: &[f32], num_tokens: usize) -> Vec<u32> {
         let mut continuation = vec![argmax(last_row)];
         while continuation.len() < num_tokens {
+            let before = rope_len(&self.model, sequence);
             sequence.tokens.push(continuation[continuation.len() - 1]);
-            let rows = self.step(&mut [(sequence, 1)], |_| true);
-            continuation.push(argmax(&rows[0].2));
+            if rope_len(&self.model, sequence) != before {
+                sequence.num_computed_tokens = 0;
+            }
+            let last = sequence.tokens.len() - 1;
+            let rows = self.prefill(sequence, self.block_size, |position| position == last);
+            continuation.push(argmax(&rows[0].1));
         }
         continuation
     }
@@ -155,6 +167,12 @@ impl Harness {
     pub(crate) fn take_block(&mut self) -> u32 {
         self.free_blocks.pop_front().expect("the test allocates enough blocks")
     }
+}
+
+/// The length whose frequencies a sequence has.
+fn rope_len(model: &Model, sequence: &Sequence) -> usize {
+    let known = sequence.tokens.len();
+    model.rope_regimes().map_or(0, |regimes| regimes.rope_len(sequence.num_prompt_tokens, known))
 }
 
 pub(crate) fn argmax(row: &[f32]) -> u32 {
