@@ -236,8 +236,10 @@ async fn a_request_that_grows_into_another_rotary_regime_is_computed_again() {
             assert!(has(0, 0) && has(0, 31), "up to 32 tokens are computed as such");
             assert!(has(regimes.rope_len(20, 33), 0), "what crosses while decoding is computed again from its start");
             assert!(has(regimes.rope_len(100, 100), 0), "a long prompt's first chunk knows how long it is");
-            // And once: the next tokens are computed one by one under the new regime.
-            assert!(has(regimes.rope_len(20, 34), 33));
+            // Under longrope once: the next tokens are computed one by one. Dynamic frequencies of so short a length change
+            // with every token.
+            let starts_at = if regimes == RopeRegimes::long_rope(32) { 33 } else { 0 };
+            assert!(has(regimes.rope_len(20, 34), starts_at));
         }
     }
 }

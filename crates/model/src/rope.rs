@@ -18,9 +18,10 @@
 //! - Dynamic scaling has frequencies of its own for every length beyond the original. A request that is admitted beyond it
 //!   takes those of its prompt's length, exactly as transformers computes such a prompt. While it grows, exactness would
 //!   compute everything again with every token (transformers itself leaves the old keys as they are, which no whole
-//!   sequence has). Here it keeps its regime until it has twice as many tokens as that; then it takes the frequencies of
-//!   twice the length, and so on. One that was admitted within the original length does likewise from there. So a request
-//!   is computed again a few times at most, and its regime is a function of its prompt's and its present length alone.
+//!   sequence has). Here it takes the frequencies of a length that is ahead by less than a 64th of the original length, and
+//!   changes them when it gets there: exact where the original length is below 128, and elsewhere a token costs some 64
+//!   on average beyond the original length. The regime is a function of the prompt's and the present length alone, so that
+//!   it is the same after a preemption.
 
 use std::f64::consts::TAU;
 
@@ -29,6 +30,9 @@ use crate::{
     config::{DecoderConfig, RopeScaling, Rotary},
     error::ModelError,
 };
+
+/// Regimes of dynamic scaling within one more original length.
+const STEPS_OF_DYNAMIC: usize = 64;
 
 /// Which lengths of a request share their rotary frequencies, for models where these depend on the length; see the module.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,7 +53,7 @@ impl RopeRegimes {
         Self { original, kind: RegimeKind::LongRope }
     }
 
-    /// Dynamic scaling's: up to `original` tokens, then by the prompt's length and its doublings.
+    /// Dynamic scaling's: up to `original` tokens, then by the prompt's length and in small steps from there.
     pub fn dynamic(original: usize) -> Self {
         Self { original, kind: RegimeKind::Dynamic }
     }
@@ -90,11 +94,9 @@ impl RopeRegimes {
         match self.kind {
             RegimeKind::LongRope => self.original + 1,
             RegimeKind::Dynamic => {
-                let mut len = num_prompt_tokens.max(self.original).max(1);
-                while len < num_known_tokens {
-                    len = len.saturating_mul(2);
-                }
-                len
+                let first = num_prompt_tokens.max(self.original);
+                let step = (self.original / STEPS_OF_DYNAMIC).max(1);
+                first + num_known_tokens.saturating_sub(first).div_ceil(step).saturating_mul(step)
             }
         }
     }
@@ -470,24 +472,28 @@ mod tests {
     }
 
     #[test]
-    fn regimes_change_at_the_original_length_and_then_by_doubling() {
+    fn regimes_change_at_the_original_length_and_then_in_steps() {
         let long_rope = RopeRegimes::long_rope(64);
         for (prompt, known, expected) in [(1, 1, 0), (64, 64, 0), (64, 65, 65), (65, 65, 65), (900, 901, 65)] {
             assert_eq!(long_rope.rope_len(prompt, known), expected, "{prompt} {known}");
         }
-        let dynamic = RopeRegimes::dynamic(64);
+        let dynamic = RopeRegimes::dynamic(256);
         let cases = [
-            (10, 64, 0),
-            (10, 65, 128),
-            (64, 128, 128),
-            (64, 129, 256),
-            (100, 100, 100),
-            (100, 101, 200),
-            (100, 200, 200),
-            (100, 201, 400),
+            (10, 256, 0),
+            (10, 257, 260),
+            (256, 260, 260),
+            (10, 261, 264),
+            (300, 300, 300),
+            (300, 301, 304),
+            (300, 304, 304),
+            (300, 305, 308),
         ];
         for (prompt, known, expected) in cases {
             assert_eq!(dynamic.rope_len(prompt, known), expected, "{prompt} {known}");
+        }
+        // Exact where the original length is short.
+        for (prompt, known) in [(10, 33), (10, 50), (40, 40), (40, 41)] {
+            assert_eq!(RopeRegimes::dynamic(32).rope_len(prompt, known), known);
         }
     }
 

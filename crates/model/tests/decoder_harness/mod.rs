@@ -13,7 +13,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use bindery_model::{BatchSequence, ForwardBatch, LoadOptions, Model, StepModel};
+use bindery_model::{BatchSequence, ForwardBatch, LoadOptions, Model, RopeRegimes, StepModel};
 
 /// Logit rows fetched at once; odd, so that slices end inside sequences.
 const LOGIT_SLICE: usize = 7;
@@ -47,6 +47,19 @@ impl Sequence {
     pub(crate) fn num_uncomputed_tokens(&self) -> usize {
         self.tokens.len() - self.num_computed_tokens
     }
+
+    fn rope_len(&self, regimes: RopeRegimes) -> usize {
+        regimes.rope_len(self.num_prompt_tokens, self.tokens.len())
+    }
+
+    /// One more known token. Where it brings the sequence into another rotary regime, all of it is computed again.
+    pub(crate) fn push(&mut self, token: u32, regimes: Option<RopeRegimes>) {
+        let rope_len = regimes.map(|regimes| self.rope_len(regimes));
+        self.tokens.push(token);
+        if regimes.map(|regimes| self.rope_len(regimes)) != rope_len {
+            self.num_computed_tokens = 0;
+        }
+    }
 }
 
 /// Logits of one row.
@@ -74,6 +87,7 @@ impl Harness {
     ) -> (ForwardBatch, Vec<(usize, usize)>) {
         let mut batch = ForwardBatch::default();
         let mut kept = Vec::new();
+        let rope_regimes = self.model.rope_regimes();
         for (index, (sequence, num_tokens)) in work.iter_mut().enumerate() {
             let (row, table) = (batch.tokens.len(), batch.block_tables.len());
             let positions = sequence.num_computed_tokens..sequence.num_computed_tokens + *num_tokens;
@@ -95,7 +109,7 @@ impl Harness {
                 rows: row..batch.tokens.len(),
                 block_table: table..batch.block_tables.len(),
                 context_len: positions.end,
-                rope_len: rope_len(&self.model, sequence),
+                rope_len: rope_regimes.map_or(0, |regimes| sequence.rope_len(regimes)),
                 adapter: None,
             });
             sequence.num_computed_tokens = positions.end;
@@ -146,14 +160,10 @@ impl Harness {
     pub(crate) fn greedy(&mut self, sequence: &mut Sequence, last_row: &[f32], num_tokens: usize) -> Vec<u32> {
         let mut continuation = vec![argmax(last_row)];
         while continuation.len() < num_tokens {
-            let before = rope_len(&self.model, sequence);
-            sequence.tokens.push(continuation[continuation.len() - 1]);
-            if rope_len(&self.model, sequence) != before {
-                sequence.num_computed_tokens = 0;
-            }
-            let last = sequence.tokens.len() - 1;
-            let rows = self.prefill(sequence, self.block_size, |position| position == last);
-            continuation.push(argmax(&rows[0].1));
+            sequence.push(continuation[continuation.len() - 1], self.model.rope_regimes());
+            let (num_tokens, last) = (sequence.num_uncomputed_tokens(), sequence.tokens.len() - 1);
+            let rows = self.step(&mut [(sequence, num_tokens)], |position| position == last);
+            continuation.push(argmax(&rows[0].2));
         }
         continuation
     }
@@ -167,12 +177,6 @@ impl Harness {
     pub(crate) fn take_block(&mut self) -> u32 {
         self.free_blocks.pop_front().expect("the test allocates enough blocks")
     }
-}
-
-/// The length whose frequencies a sequence has.
-fn rope_len(model: &Model, sequence: &Sequence) -> usize {
-    let known = sequence.tokens.len();
-    model.rope_regimes().map_or(0, |regimes| regimes.rope_len(sequence.num_prompt_tokens, known))
 }
 
 pub(crate) fn argmax(row: &[f32]) -> u32 {
