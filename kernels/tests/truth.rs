@@ -278,7 +278,9 @@ fn naive_attention(paged: &Paged, i: usize, args: &AttentionArgs<'_>, position: 
             let dot: f64 = query.iter().zip(keys).map(|(&q, &k)| f64::from(q) * f64::from(k)).sum();
             let score = dot * f64::from(args.scale);
             let score = args.soft_cap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh());
-            score + args.alibi_slopes.map_or(0.0, |slopes| f64::from(slopes[head]) * (key as f64 - position as f64))
+            let rounded = |x: f32| half::bf16::from_f32(x).to_f32();
+            let bias = |slopes: &[f32]| f64::from(args.scale) * f64::from(rounded(slopes[head] * rounded(key as f32)));
+            score + args.alibi_slopes.map_or(0.0, bias)
         })
         .collect();
     let max = scores.iter().copied().fold(f64::MIN, f64::max);

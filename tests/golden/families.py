@@ -26,6 +26,8 @@ class Family:
     dtype: torch.dtype = torch.bfloat16
     felt: dict = field(default_factory=dict)
     published: dict | None = None
+    # Of transformers.
+    attention: str = "eager"
     twin: dict | None = field(default_factory=dict)
     # Keys of config.json that the converter must find otherwise.
     convert: dict = field(default_factory=dict)
@@ -244,9 +246,14 @@ FAMILIES = {
         tf.FalconConfig,
         {
             "vocab_size": VOCAB_SIZE, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 16, **TOKENS,
-            "alibi": True, "multi_query": False, "parallel_attn": False, "bias": True, "max_position_embeddings": 256,
+            "alibi": True, "multi_query": False, "parallel_attn": False, "bias": True, "max_position_embeddings": 512,
             "ffn_hidden_size": 96,
         },
+        # In 5.23 the plain attention adds ALiBi's biases a second time to a mask that has them already.
+        attention="sdpa",
+        # Positions above 256 are rounded to bf16 before they are multiplied.
+        lengths=(3, 16, 41, 300),
+        positions=(255, 256, 257, 290),
         felt={"ALiBi": {"alibi": False, "rope_parameters": rope(1e9)}},
         twin=None,
         twin_note="llama.cpp's converter fails on the bias of Falcon's fused projection, and llama.cpp has no ALiBi for it",

@@ -144,7 +144,7 @@ def recreate(name, folder):
 def load(folder, config=None):
     config = config or transformers.AutoConfig.from_pretrained(folder)
     return transformers.AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+        folder, config=config, dtype=torch.float32, attn_implementation=FAMILIES[folder.name].attention, experts_implementation="eager"
     ).eval()
 
 

@@ -312,19 +312,3 @@ fn chunks_change_no_bit_on_the_cpu_backend() {
         }),
     );
 }
-
-#[test]
-fn zz_debug() {
-    for options in [reference(), cpu_f32()] {
-        let golden = golden("tiny-falcon-rw", "golden.json");
-        let mut harness = Harness::load(&checkpoint("tiny-falcon-rw"), &options, NUM_BLOCKS);
-        for prompt in &golden.prompts {
-            let rows = rows(&mut harness, &prompt.tokens, CHUNK);
-            for row in &prompt.rows {
-                let ours = log_softmax(&rows[row.position].1);
-                let worst = row.top.iter().map(|(id, value)| (ours[*id] - value).abs()).fold(0.0, f64::max);
-                eprintln_measured(&format!("{} {} {worst:.2e}", prompt.name, row.position));
-            }
-        }
-    }
-}

@@ -49,8 +49,22 @@ pub struct AttentionArgs<'a> {
     pub window: Option<usize>,
     /// Scores become `cap * tanh(score / cap)`.
     pub soft_cap: Option<f32>,
-    /// One slope a query head; adds `slope * (key - p)`.
+    /// One slope a query head, each a bfloat16 number; adds `scale * bf16(slope * bf16(key))` for the key at position `key`.
+    /// Those roundings are part of the models: Falcon's published code and transformers compute the biases so.
     pub alibi_slopes: Option<&'a [f32]>,
+}
+
+/// ALiBi's bias before it is scaled: two numbers of eight bits each, and their product rounded to eight bits.
+#[inline(always)]
+pub(super) fn alibi_bias(slope: f32, key: usize) -> f32 {
+    round_to_bf16(slope * round_to_bf16(key as f32))
+}
+
+/// To the nearest bfloat16, ties to even. Of finite numbers.
+#[inline(always)]
+fn round_to_bf16(x: f32) -> f32 {
+    let bits = x.to_bits();
+    f32::from_bits(bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) & 0xffff_0000)
 }
 
 /// Rows of a sequence that are computed together, for one key/value head.

@@ -173,7 +173,9 @@ impl ReferenceBackend {
             let slopes = Tensor::from_slice(&alibi.slopes, (num_heads, 1, 1), &self.device)?;
             let positions: Vec<f32> = (0..context_len).map(|position| position as f32).collect();
             let positions = Tensor::from_vec(positions, (1, 1, context_len), &self.device)?;
-            scores = scores.broadcast_add(&slopes.broadcast_mul(&positions)?)?;
+            let rounded = |x: &Tensor| x.to_dtype(candle_core::DType::BF16)?.to_dtype(candle_core::DType::F32);
+            let biases = rounded(&slopes.broadcast_mul(&rounded(&positions)?)?)?;
+            scores = scores.broadcast_add(&(biases * f64::from(self.config.attention_scale))?)?;
         }
         let scores = scores.broadcast_add(&self.mask(rows, context_len, layer.config.window)?)?;
         let exponentials = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;

@@ -24,15 +24,13 @@ use std::ops::Range;
 use super::block::multiply_add;
 use super::exp::{exp_below_highest, tanh};
 use super::{Element, Lanes};
-use crate::cpu::attention::TILE_KEYS;
+use crate::cpu::attention::{TILE_KEYS, alibi_bias};
 use crate::cpu::scalar;
 use crate::cpu::task::{KvElement, SpanTask};
 
 const WIDTH: usize = 16;
 /// Queries that share a key vector's load.
 const BLOCK_QUERIES: usize = 4;
-/// 0, 1, ... 15: positions within a vector.
-const STEPS: [f32; WIDTH] = [0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.];
 
 /// Vectors of keys in a tile.
 const VECTORS: usize = TILE_KEYS / WIDTH;
@@ -427,10 +425,9 @@ unsafe fn weigh<L: Lanes, E: Element>(
                 score = tanh(score.div(L::splat(cap))).mul(L::splat(cap));
             }
             if let Some(slopes) = args.alibi_slopes {
-                let position = task.first_position + query / task.heads_per_kv;
-                let distance = (tile.start + vector * WIDTH) as f32 - position as f32;
-                let distances = L::load(STEPS.as_ptr()).add(L::splat(distance));
-                score = L::splat(slopes[task.head(query)]).mul_add(distances, score);
+                let (slope, first) = (slopes[task.head(query)], tile.start + vector * WIDTH);
+                let biases: [f32; WIDTH] = std::array::from_fn(|i| alibi_bias(slope, first + i));
+                score = L::load(biases.as_ptr()).mul_add(scale, score);
             }
             score.store(to.add(vector * WIDTH));
         }

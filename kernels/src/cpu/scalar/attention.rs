@@ -6,7 +6,7 @@
 
 use super::exp::{exp, tanh};
 use super::{LANES, join_lanes};
-use crate::cpu::attention::TILE_KEYS;
+use crate::cpu::attention::{TILE_KEYS, alibi_bias};
 use crate::cpu::task::{KvElement, SpanTask};
 
 /// # Safety
@@ -61,8 +61,7 @@ fn score<E: KvElement>(task: &SpanTask<'_, E>, query: usize, key: usize) -> f32 
         score = tanh(score / cap) * cap;
     }
     if let Some(slopes) = task.args.alibi_slopes {
-        let position = task.first_position + query / task.heads_per_kv;
-        score = slopes[task.head(query)].mul_add(key as f32 - position as f32, score);
+        score = alibi_bias(slopes[task.head(query)], key).mul_add(task.args.scale, score);
     }
     score
 }

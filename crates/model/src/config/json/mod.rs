@@ -42,7 +42,7 @@ pub(super) fn decoder_config(value: &Value) -> Outcome<(DecoderConfig, Option<We
     let activation = activation(keys, family)?;
     let mut layers = layers::layers(keys, family, num_layers)?;
     let experts = layers::experts(keys, family, activation, &mut layers)?;
-    let alibi = if is_falcon { falcon::alibi(keys, num_heads, head_dim)? } else { None };
+    let alibi = if is_falcon { falcon::alibi(keys, num_heads)? } else { None };
     let rotaries = match alibi {
         None => rotary::rotaries(keys, family, head_dim, max_position_embeddings)?,
         Some(_) => {
@@ -88,6 +88,7 @@ pub(super) fn decoder_config(value: &Value) -> Outcome<(DecoderConfig, Option<We
         eos_token_ids: known_tokens("eos_token_id", eos_token_ids, vocab_size),
     };
     config.drop_unused_rotaries();
+    config.max_position_embeddings = rotary::context(&config.rotaries, max_position_embeddings);
     config.check()?;
     Ok((config, stored_dtype(top).or_else(|| stored_dtype(keys))))
 }
