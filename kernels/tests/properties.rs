@@ -310,7 +310,7 @@ struct AttentionCase {
     contexts: Vec<usize>,
     window: Option<usize>,
     soft_cap: Option<f32>,
-    alibi: bool,
+    has_biases: bool,
     seed: u64,
 }
 
@@ -325,22 +325,23 @@ fn attention_case() -> impl Strategy<Value = AttentionCase> {
     let scores = (prop::option::of(1..=600_usize), prop::option::of(1.0_f32..=30.0), any::<bool>());
     (shape, 1..=5_usize, contexts, scores, any::<u64>()).prop_map(|(shape, group, contexts, scores, seed)| {
         let (num_kv_heads, head_dim, block_size, dtype) = shape;
-        let (window, soft_cap, alibi) = scores;
+        let (window, soft_cap, has_biases) = scores;
         let shape = KvShape { num_layers: 1, num_kv_heads, head_dim, block_size, dtype };
-        AttentionCase { shape, group, contexts, window, soft_cap, alibi, seed }
+        AttentionCase { shape, group, contexts, window, soft_cap, has_biases, seed }
     })
 }
 
 impl AttentionCase {
     fn with<R>(&self, cpu: &Cpu, check: impl FnOnce(&Paged, &AttentionArgs<'_>, &mut Random) -> R) -> R {
         let num_heads = self.shape.num_kv_heads * self.group;
-        let slopes: Vec<f32> = (1..=num_heads).map(|head| 0.5 / head as f32).collect();
+        let num_positions = self.contexts.iter().max().unwrap().next_multiple_of(64);
+        let biases: Vec<f32> = Random(self.seed).vec(num_heads * num_positions).iter().map(|x| 5.0 * x).collect();
         let args = AttentionArgs {
             num_heads,
             scale: 1.0 / (self.shape.head_dim as f32).sqrt(),
             window: self.window,
             soft_cap: self.soft_cap,
-            alibi_slopes: self.alibi.then_some(&slopes[..]),
+            biases: self.has_biases.then_some(&biases[..]),
         };
         let paged = Paged::new(cpu, self.shape, num_heads, &self.contexts, self.seed);
         check(&paged, &args, &mut Random(self.seed))

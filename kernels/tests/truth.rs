@@ -210,7 +210,7 @@ fn slots_beyond_the_cache_are_refused() {
 fn short_block_tables_are_refused() {
     let shape = KvShape { num_layers: 1, num_kv_heads: 1, head_dim: 2, block_size: 4, dtype: KvDtype::F32 };
     let cache = KvCache::new(shape, 4).unwrap();
-    let args = AttentionArgs { num_heads: 1, scale: 1.0, window: None, soft_cap: None, alibi_slopes: None };
+    let args = AttentionArgs { num_heads: 1, scale: 1.0, window: None, soft_cap: None, biases: None };
     let sequence = AttentionSequence { rows: 0..1, context_len: 9, block_table: &[0, 1] };
     scalar().attention(&[0.0; 2], &cache, 0, &[sequence], &args, &mut [0.0; 2]);
 }
@@ -278,9 +278,7 @@ fn naive_attention(paged: &Paged, i: usize, args: &AttentionArgs<'_>, position: 
             let dot: f64 = query.iter().zip(keys).map(|(&q, &k)| f64::from(q) * f64::from(k)).sum();
             let score = dot * f64::from(args.scale);
             let score = args.soft_cap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh());
-            let rounded = |x: f32| half::bf16::from_f32(x).to_f32();
-            let bias = |slopes: &[f32]| f64::from(args.scale) * f64::from(rounded(slopes[head] * rounded(key as f32)));
-            score + args.alibi_slopes.map_or(0.0, bias)
+            score + args.biases.map_or(0.0, |biases| f64::from(biases[head * biases.len() / args.num_heads + key]))
         })
         .collect();
     let max = scores.iter().copied().fold(f64::MIN, f64::max);
@@ -299,13 +297,15 @@ fn naive_attention(paged: &Paged, i: usize, args: &AttentionArgs<'_>, position: 
 fn attention_attends() {
     let cpu = scalar();
     let slopes = [0.5, 0.25, 0.125, 0.0625, 0.03, 0.015];
-    let plain = AttentionArgs { num_heads: 6, scale: 0.4, window: None, soft_cap: None, alibi_slopes: None };
+    let biases: Vec<f32> =
+        slopes.iter().flat_map(|slope| (0..1344_u16).map(move |key| slope * f32::from(key) - 50.0)).collect();
+    let plain = AttentionArgs { num_heads: 6, scale: 0.4, window: None, soft_cap: None, biases: None };
     let cases = [
         plain,
         AttentionArgs { window: Some(37), ..plain },
         AttentionArgs { window: Some(700), ..plain },
         AttentionArgs { soft_cap: Some(2.0), ..plain },
-        AttentionArgs { alibi_slopes: Some(&slopes), ..plain },
+        AttentionArgs { biases: Some(&biases), ..plain },
     ];
     for dtype in [KvDtype::F32, KvDtype::F16, KvDtype::Bf16, KvDtype::Int8] {
         let shape = KvShape { num_layers: 1, num_kv_heads: 2, head_dim: 10, block_size: 5, dtype };

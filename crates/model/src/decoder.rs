@@ -182,4 +182,4 @@ fn checker(checker: &mut Option<BatchChecker>) -> Result<&mut BatchChecker, Mode
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

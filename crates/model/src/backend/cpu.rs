@@ -12,6 +12,7 @@ use bindery_kernels::{
 };
 
 use crate::{
+    alibi,
     backend::{
         AttentionWeights, Backend, ExpertsWeights, FeedForwardKind, FeedForwardWeights, HeadWeights, Layer, Linear,
         MlpWeights, NormWeights, SharedExpert, Step,
@@ -21,6 +22,9 @@ use crate::{
     model::{Dtype, KvCacheDtype, Quantize},
     weights::TensorView,
 };
+
+/// Positions that biases are made for at least; a multiple of what the kernels want whole.
+const MIN_BIASES: usize = 1024;
 
 /// How weights are taken over.
 #[derive(Clone, Copy, Debug)]
@@ -68,6 +72,8 @@ struct Buffers {
     /// `[rows]`
     shared_gates: Vec<f32>,
     mixture: Mixture,
+    /// ALiBi's, `[num_heads, positions]`
+    biases: Vec<f32>,
     /// Rows for the head, `[kept rows, hidden_size]`.
     kept: Vec<f32>,
     /// Empty between operations; keeps its memory.
@@ -177,6 +183,15 @@ fn input_form(weights: &FeedForwardKind<CpuBackend>) -> Form {
 }
 
 impl CpuBackend {
+    /// ALiBi's biases for this many positions at least.
+    fn make_biases(&mut self, num_positions: usize) {
+        let (config, biases) = (&self.config, &mut self.buffers.biases);
+        if config.alibi.is_some() && biases.len() < config.num_heads * num_positions {
+            // Tiles of keys are whole, and a context grows by few tokens at a time.
+            alibi::fill(config, num_positions.max(MIN_BIASES).next_power_of_two(), biases);
+        }
+    }
+
     /// An MLP of `activations` into `hidden`: added to it, by way of a norm where there is one.
     fn mlp(
         &mut self,
@@ -360,15 +375,17 @@ impl Backend for CpuBackend {
     }
 
     fn attention(&mut self, layer: Layer<'_>, step: Step<'_>) -> Result<(), ModelError> {
+        let longest = step.batch.sequences.iter().map(|sequence| sequence.context_len).max().unwrap_or(0);
+        self.make_biases(longest);
         let width = self.config.num_heads * self.config.head_dim;
+        let Buffers { queries, attended, sequences, biases, .. } = &mut self.buffers;
         let args = AttentionArgs {
             num_heads: self.config.num_heads,
             scale: self.config.attention_scale,
             window: layer.config.window,
             soft_cap: self.config.attention_soft_cap,
-            alibi_slopes: self.config.alibi.as_ref().map(|alibi| alibi.slopes.as_slice()),
+            biases: self.config.alibi.is_some().then_some(biases.as_slice()),
         };
-        let Buffers { queries, attended, sequences, .. } = &mut self.buffers;
         let queries = &queries[..step.num_rows() * width];
         let attended = sized(attended, step.num_rows() * width)?;
         let mut step_sequences = recycled(mem::take(sequences));

@@ -9,6 +9,7 @@ use std::ops::Range;
 use candle_core::{D, Device, Tensor};
 
 use crate::{
+    alibi,
     backend::{
         AttentionWeights, Backend, ExpertsWeights, FeedForwardKind, FeedForwardWeights, HeadWeights, Layer, Linear,
         MlpWeights, NormWeights, SharedExpert, Step,
@@ -169,13 +170,10 @@ impl ReferenceBackend {
             Some(cap) => ((scores / cap)?.tanh()? * cap)?,
             None => scores,
         };
-        if let Some(alibi) = &self.config.alibi {
-            let slopes = Tensor::from_slice(&alibi.slopes, (num_heads, 1, 1), &self.device)?;
-            let positions: Vec<f32> = (0..context_len).map(|position| position as f32).collect();
-            let positions = Tensor::from_vec(positions, (1, 1, context_len), &self.device)?;
-            let rounded = |x: &Tensor| x.to_dtype(candle_core::DType::BF16)?.to_dtype(candle_core::DType::F32);
-            let biases = rounded(&slopes.broadcast_mul(&rounded(&positions)?)?)?;
-            scores = scores.broadcast_add(&(biases * f64::from(self.config.attention_scale))?)?;
+        if self.config.alibi.is_some() {
+            let mut biases = Vec::new();
+            alibi::fill(&self.config, context_len, &mut biases);
+            scores = scores.broadcast_add(&Tensor::from_vec(biases, (num_heads, 1, context_len), &self.device)?)?;
         }
         let scores = scores.broadcast_add(&self.mask(rows, context_len, layer.config.window)?)?;
         let exponentials = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;

@@ -139,12 +139,15 @@ pub enum NormKind {
     Layer,
 }
 
-/// Attention with linear biases (Press et al. 2021): to each score, `slope(head) * position of the key`, as Falcon computes it:
-/// `attention_scale * bf16(slope * bf16(position))`. Beyond position 256, and for slopes that are no powers of two, these
-/// roundings are much larger than those of f32, and part of the model.
+/// Attention with linear biases (Press et al. 2021): to each score, `slope(head) * position of the key`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Alibi {
-    /// One a query head, bfloat16 numbers.
+    /// One a query head. What is added to a score that has been scaled: a family that adds before it scales (Falcon) has the
+    /// scale in its slopes.
+    ///
+    /// Falcon, the one family here, multiplies in bfloat16: what transformers adds is `bf16(bf16(slope / attention_scale) *
+    /// position) * attention_scale`, where the inner rounding gives its own slope back exactly. For slopes that are powers of
+    /// two the product is exact up to position 256; beyond, and for other numbers of heads, it matters.
     pub slopes: Vec<f32>,
 }
 

@@ -34,7 +34,7 @@ fn rotary(base: f32, scaling: RopeScaling) -> Rotary {
 }
 
 /// A LLaMA of one layer, as small as can be.
-pub(super) fn small_config() -> DecoderConfig {
+pub(crate) fn small_config() -> DecoderConfig {
     let rotary = Rotary { dim: 4, ..rotary(10_000.0, RopeScaling::None) };
     DecoderConfig {
         architecture: "made up".into(),

@@ -4,7 +4,7 @@
 //! for each tile of 64 positions:
 //!     for four queries (rows and heads that share the key/value head):
 //!         scores[q][key]  = sum over components of q * key       vectors of 16 keys, from the transposed key pages
-//!         scale, cap, slope; -inf where not visible
+//!         scale, cap, bias; -inf where not visible
 //!         maximum, weights = exp(score - maximum), their sum
 //!         values[q][c]    = values * rescale + sum over keys of weight * value    vectors of 16 components
 //! ```
@@ -24,7 +24,7 @@ use std::ops::Range;
 use super::block::multiply_add;
 use super::exp::{exp_below_highest, tanh};
 use super::{Element, Lanes};
-use crate::cpu::attention::{TILE_KEYS, alibi_bias};
+use crate::cpu::attention::TILE_KEYS;
 use crate::cpu::scalar;
 use crate::cpu::task::{KvElement, SpanTask};
 
@@ -424,10 +424,9 @@ unsafe fn weigh<L: Lanes, E: Element>(
             if let Some(cap) = args.soft_cap {
                 score = tanh(score.div(L::splat(cap))).mul(L::splat(cap));
             }
-            if let Some(slopes) = args.alibi_slopes {
-                let (slope, first) = (slopes[task.head(query)], tile.start + vector * WIDTH);
-                let biases: [f32; WIDTH] = std::array::from_fn(|i| alibi_bias(slope, first + i));
-                score = L::load(biases.as_ptr()).mul_add(scale, score);
+            if let Some(biases) = args.biases {
+                let at = task.head(query) * args.num_biases() + tile.start + vector * WIDTH;
+                score = score.add(L::load(biases[at..at + WIDTH].as_ptr()));
             }
             score.store(to.add(vector * WIDTH));
         }

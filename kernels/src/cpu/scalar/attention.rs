@@ -6,7 +6,7 @@
 
 use super::exp::{exp, tanh};
 use super::{LANES, join_lanes};
-use crate::cpu::attention::{TILE_KEYS, alibi_bias};
+use crate::cpu::attention::TILE_KEYS;
 use crate::cpu::task::{KvElement, SpanTask};
 
 /// # Safety
@@ -60,8 +60,8 @@ fn score<E: KvElement>(task: &SpanTask<'_, E>, query: usize, key: usize) -> f32 
     if let Some(cap) = task.args.soft_cap {
         score = tanh(score / cap) * cap;
     }
-    if let Some(slopes) = task.args.alibi_slopes {
-        score = alibi_bias(slopes[task.head(query)], key).mul_add(task.args.scale, score);
+    if let Some(biases) = task.args.biases {
+        score += biases[task.head(query) * task.args.num_biases() + key];
     }
     score
 }

@@ -77,8 +77,8 @@ pub(super) fn block(keys: Keys<'_>) -> Outcome<Block> {
     }
 }
 
-/// `build_alibi_tensor`: slopes in bfloat16.
-pub(super) fn alibi(keys: Keys<'_>, num_heads: usize) -> Outcome<Option<Alibi>> {
+/// `build_alibi_tensor`: slopes in bfloat16, and biases that are added before scores are scaled.
+pub(super) fn alibi(keys: Keys<'_>, num_heads: usize, head_dim: usize) -> Outcome<Option<Alibi>> {
     if !keys.truth("alibi")?.unwrap_or(false) {
         return Ok(None);
     }
@@ -89,5 +89,6 @@ pub(super) fn alibi(keys: Keys<'_>, num_heads: usize) -> Outcome<Option<Alibi>> 
         None | Some(0) => series(power_of_two).powi(head as i32),
         Some(rest) => series(2 * power_of_two).powi(2 * rest as i32 - 1),
     });
-    Ok(Some(Alibi { slopes: slopes.map(|slope| half::bf16::from_f32(slope).to_f32()).collect() }))
+    let scale = (head_dim as f32).sqrt();
+    Ok(Some(Alibi { slopes: slopes.map(|slope| half::bf16::from_f32(slope).to_f32() / scale).collect() }))
 }

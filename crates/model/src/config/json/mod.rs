@@ -42,7 +42,7 @@ pub(super) fn decoder_config(value: &Value) -> Outcome<(DecoderConfig, Option<We
     let activation = activation(keys, family)?;
     let mut layers = layers::layers(keys, family, num_layers)?;
     let experts = layers::experts(keys, family, activation, &mut layers)?;
-    let alibi = if is_falcon { falcon::alibi(keys, num_heads)? } else { None };
+    let alibi = if is_falcon { falcon::alibi(keys, num_heads, head_dim)? } else { None };
     let rotaries = match alibi {
         None => rotary::rotaries(keys, family, head_dim, max_position_embeddings)?,
         Some(_) => {
