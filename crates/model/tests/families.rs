@@ -1,21 +1,21 @@
 //! Every open family against transformers: tiny random checkpoints on which each feature of the family is felt.
 //!
 //! Goldens are made by tests/golden/make_golden.py, which says what is in a checkpoint's folder. Nothing here knows how a
-//! family is computed. Invariant: a folder under tests/checkpoints is in exactly one of the two lists below.
+//! family is computed. Invariant: each folder under tests/checkpoints is listed, and each file in it has its golden.
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod decoder_harness;
 
-use std::{collections::BTreeSet, fs, path::Path};
+use std::{fs, path::Path};
 
 use bindery_model::{BackendKind, Dtype, LoadOptions, Model, StepModel as _};
 use decoder_harness::{
     Golden, GoldenPrompt, Harness, Row, Sequence, checkpoint, kl_divergence, log_softmax, repository,
 };
 
-/// Families that run.
-const READY: &[&str] = &[
+/// Every folder of tests/checkpoints, so that none is left out by a slip of a path.
+const FAMILIES: &[&str] = &[
     "tiny-falcon-11b",
     "tiny-falcon-40b",
     "tiny-falcon-7b",
@@ -44,14 +44,12 @@ const READY: &[&str] = &[
     "tiny-smollm3",
 ];
 
-/// Families that are refused so far. One that loads must move up.
-const NOT_YET: &[&str] = &[];
-
-/// Reference backend: the same f32 operations in another order.
+/// Reference backend: the same f32 operations in another order. Measured: 2.5e-5.
 const REFERENCE_TOLERANCE: f64 = 1e-3;
-/// Kernels in f32: other orders of summation, polynomial exponentials.
+/// Kernels in f32: other orders of summation, polynomial exponentials. Measured: 2.1e-5.
 const CPU_F32_TOLERANCE: f64 = 5e-3;
-/// Codes times rounded activations, against f32 on the same codes: mean divergence of a row.
+/// Codes times rounded activations, against f32 on the same codes: mean divergence of a row. Measured: 8.8e-3 (experts), and 3.0e-3
+/// at most elsewhere.
 const BOUND_QUANTIZED: f64 = 5e-2;
 
 /// Blocks of the longest prompt and its continuation.
@@ -143,28 +141,19 @@ fn files(file: &'static str, goldens: &'static [&'static str]) -> Vec<(&'static 
         let own = goldens.iter().find(|golden| checkpoint(name).join(golden).exists());
         (name, golden(name, own.expect("a golden beside the file")))
     };
-    READY.iter().copied().filter(with_file).map(golden).collect()
+    FAMILIES.iter().copied().filter(with_file).map(golden).collect()
 }
 
 #[test]
-fn every_checkpoint_is_in_a_list() {
-    let folders: BTreeSet<String> = fs::read_dir(repository().join("tests/checkpoints"))
+fn every_checkpoint_is_listed() {
+    let mut folders: Vec<String> = fs::read_dir(repository().join("tests/checkpoints"))
         .unwrap()
         .map(|entry| entry.unwrap())
         .filter(|entry| entry.file_type().unwrap().is_dir())
         .map(|entry| entry.file_name().into_string().unwrap())
         .collect();
-    let listed: BTreeSet<String> = READY.iter().chain(NOT_YET).map(|&name| name.to_owned()).collect();
-    assert_eq!(listed.len(), READY.len() + NOT_YET.len(), "a family is listed twice");
-    assert_eq!(folders, listed);
-}
-
-#[test]
-fn families_that_do_not_run_yet_are_refused() {
-    for name in NOT_YET {
-        let loads = |path: &Path| path.exists() && Model::load(path, &reference(), &mut |_, _| ()).is_ok();
-        assert!(!loads(&checkpoint(name)), "{name} loads: move it to READY");
-    }
+    folders.sort();
+    assert_eq!(folders, FAMILIES);
 }
 
 #[test]
