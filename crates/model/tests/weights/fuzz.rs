@@ -164,7 +164,7 @@ proptest! {
     ) {
         let mut scaling = serde_json::json!({
             "rope_type": kind, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "short_factor": [1.0; 8], "long_factor": [2.0; 8], "original_max_position_embeddings": 16,
+            "short_factor": vec![1.0; 8], "long_factor": vec![2.0; 8], "original_max_position_embeddings": 16,
         });
         scaling[key] = value;
         for family in ["llama", "phi3", "gemma3_text", "falcon"] {
