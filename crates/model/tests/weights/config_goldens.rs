@@ -26,6 +26,7 @@ struct Golden {
 }
 
 #[derive(Deserialize)]
+#[allow(clippy::struct_excessive_bools, reason = "as the file has it")]
 struct Expected {
     num_parameters: u64,
     hidden_size: usize,
@@ -52,7 +53,7 @@ struct Expected {
     activation: String,
     alibi_at_1: Option<Vec<f32>>,
     layers: Vec<(usize, Layer)>,
-    rotaries: BTreeMap<String, Frequencies>,
+    rotaries: BTreeMap<String, ExpectedRotary>,
 }
 
 #[derive(Deserialize)]
@@ -72,7 +73,7 @@ struct LayerExperts {
 }
 
 #[derive(Deserialize)]
-struct Frequencies {
+struct ExpectedRotary {
     num_pairs: usize,
     theta: f64,
     inverse_frequencies: Vec<(usize, f64)>,
@@ -117,7 +118,6 @@ fn check_sizes(name: &str, config: &DecoderConfig, expected: &Expected) {
         config.num_heads,
         config.num_kv_heads,
         config.head_dim,
-        config.max_position_embeddings,
     ];
     let theirs = [
         expected.hidden_size,
@@ -126,9 +126,15 @@ fn check_sizes(name: &str, config: &DecoderConfig, expected: &Expected) {
         expected.num_heads,
         expected.num_kv_heads,
         expected.head_dim,
-        expected.max_position_embeddings,
     ];
     assert_eq!(ours, theirs, "{name}");
+    let context = expected.max_position_embeddings;
+    // Dynamic scaling is made to reach further.
+    let is_dynamic = config.rotaries.iter().any(|rotary| matches!(rotary.scaling, RopeScaling::Dynamic { .. }));
+    assert!(
+        config.max_position_embeddings == context || is_dynamic && config.max_position_embeddings > context,
+        "{name}"
+    );
     let known = |id: &u32| (*id as usize) < config.vocab_size;
     assert_eq!(config.bos_token_id, expected.bos.filter(known), "{name}");
     let ends: Vec<u32> = match &expected.eos {
@@ -204,7 +210,7 @@ fn check_layers(name: &str, config: &DecoderConfig, expected: &Expected) {
     assert!(used.iter().all(|&used| used), "{name}: a rotary embedding that no layer uses");
 }
 
-fn check_rotary(name: &str, rotary: &Rotary, expected: &Frequencies) {
+fn check_rotary(name: &str, rotary: &Rotary, expected: &ExpectedRotary) {
     assert_eq!((rotary.style, rotary.dim), (RopeStyle::Neox, 2 * expected.num_pairs), "{name}");
     assert_eq!(rotary.base, expected.theta as f32, "{name}");
     let attention_factor = match rotary.scaling {

@@ -8,7 +8,7 @@ use bindery_model::{
 use proptest::prelude::*;
 use safetensors::Dtype;
 
-use crate::builder::{Gguf, config_json, model_folder, named_tensors, on_disk, safetensors_bytes};
+use crate::builder::{Gguf, config_json, model_folder, named_tensors, on_disk, safetensors_bytes, value};
 
 /// Replace some bytes, cut, or put some in.
 #[derive(Clone, Debug)]
@@ -72,6 +72,9 @@ fn read_everything(store: &WeightStore) {
         TensorRole::FinalNorm,
         TensorRole::Layer(0, LayerTensor::Q),
         TensorRole::Layer(0, LayerTensor::Down),
+        TensorRole::Layer(0, LayerTensor::V),
+        TensorRole::Layer(0, LayerTensor::ExpertUp(1)),
+        TensorRole::Layer(0, LayerTensor::ExpertDown(0)),
     ] {
         if let Some(view) = store.tensor(role).unwrap() {
             let mut row = vec![0.0; view.cols];
@@ -84,6 +87,27 @@ proptest! {
     #[test]
     fn mutated_gguf_files_never_panic(mutations in prop::collection::vec(mutation(), 1..6)) {
         let file = Gguf::llama();
+        let head = file.bytes().len() - file.tensors.iter().map(|tensor| tensor.bytes.len()).sum::<usize>();
+        let disk = on_disk("m.gguf", &mutate(file.bytes(), head, &mutations));
+        if let Ok(store) = WeightStore::open(&disk.path) {
+            read_everything(&store);
+        }
+    }
+
+    /// Fused projections and stacked experts: roles that are some rows of a tensor.
+    #[test]
+    fn mutated_gguf_files_of_experts_never_panic(mutations in prop::collection::vec(mutation(), 1..6)) {
+        let mut file = Gguf::llama()
+            .key("llama.expert_count", value::u32(3))
+            .key("llama.expert_used_count", value::u32(2))
+            .f32_tensor("blk.0.attn_qkv.weight", &[32, 64])
+            .f32_tensor("blk.0.ffn_gate_inp.weight", &[32, 3])
+            .f32_tensor("blk.0.ffn_gate_up_exps.weight", &[32, 128, 3])
+            .f32_tensor("blk.0.ffn_down_exps.weight", &[64, 32, 3]);
+        for name in ["attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up", "ffn_down"] {
+            file = file.without_tensor(&format!("blk.0.{name}.weight"));
+        }
+        prop_assert!(WeightStore::open(&on_disk("m.gguf", &file.bytes()).path).is_ok());
         let head = file.bytes().len() - file.tensors.iter().map(|tensor| tensor.bytes.len()).sum::<usize>();
         let disk = on_disk("m.gguf", &mutate(file.bytes(), head, &mutations));
         if let Ok(store) = WeightStore::open(&disk.path) {
