@@ -347,7 +347,7 @@ pub(super) fn head_names() -> impl Iterator<Item = String> {
 /// Names in transformers' checkpoints, from the classes' modules and `conversion_mapping.py` (transformers 5.23), which
 /// tells how experts were named before they were stacked.
 fn in_hugging_face_layer(block: Block, tensor: LayerTensor) -> &'static [Kept] {
-    use Kept::*;
+    use Kept::{Alone, GateUp, Qkv, QkvByHead, Stacked, StackedGateUp};
     use LayerTensor as T;
     match tensor {
         T::AttentionNorm => match block {
@@ -414,7 +414,7 @@ const FALCON_QKV_BIAS: &str = "self_attention.query_key_value.bias";
 
 /// Names in llama.cpp's files, from its `llama-arch.cpp` and the loaders in `src/models/`.
 fn in_gguf_layer(block: Block, tensor: LayerTensor) -> &'static [Kept] {
-    use Kept::*;
+    use Kept::{Alone, GateUp, Qkv, Stacked, StackedGateUp};
     use LayerTensor as T;
     match tensor {
         // Falcon 40B: the first norm is the MLP's.

@@ -357,12 +357,11 @@ fn layers(
                 return Ok((vec![layer(None, Some(0)); num_layers], vec![full]));
             };
             const PATTERN: &str = "attention.sliding_window_pattern";
-            let sliding = match keys.truths(PATTERN, num_layers)? {
-                Some(sliding) => sliding,
-                None => {
-                    let pattern = keys.whole(PATTERN)?.unwrap_or(pattern);
-                    (0..num_layers as u64).map(|index| pattern == 0 || index % pattern < pattern - 1).collect()
-                }
+            let sliding = if let Some(sliding) = keys.truths(PATTERN, num_layers)? {
+                sliding
+            } else {
+                let pattern = keys.whole(PATTERN)?.unwrap_or(pattern);
+                (0..num_layers as u64).map(|index| pattern == 0 || index % pattern < pattern - 1).collect()
             };
             let base = keys.number("rope.freq_base_swa")?.map(|base| base as f32);
             let own = match own_rotary {

@@ -28,6 +28,9 @@ fn scaling(keys: Keys<'_>, dim: usize, context: usize) -> Outcome<RopeScaling> {
     let long = factors(keys, "rope_factors_long.weight", dim)?;
     let short = factors(keys, "rope_factors_short.weight", dim)?;
     let scaling = match (kind, long, short) {
+        (Some("yarn"), None, None) if keys.file.tensor("rope_freqs.weight").is_some() => {
+            return unsupported("rope_freqs.weight beside YaRN is not supported");
+        }
         (Some("yarn"), None, None) => return yarn(keys, original, attention_factor),
         (Some("longrope") | None, Some(long), Some(short)) => {
             keys.refuse_number("rope.scaling.factor", &[0.0, 1.0])?;

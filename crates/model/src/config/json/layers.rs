@@ -146,7 +146,9 @@ pub(super) fn experts(
     match family.experts {
         FamilyExperts::None => Ok(None),
         FamilyExperts::Mixtral => {
-            layers.iter_mut().for_each(|layer| layer.feed_forward = FeedForward::Experts);
+            for layer in layers.iter_mut() {
+                layer.feed_forward = FeedForward::Experts;
+            }
             Ok(Some(Experts {
                 num_experts: num_experts(keys, ["num_local_experts", "num_experts"], 8)?,
                 num_experts_per_token: keys.size("num_experts_per_tok", Limits::EXPERTS)?.unwrap_or(2),

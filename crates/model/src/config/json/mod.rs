@@ -43,12 +43,13 @@ pub(super) fn decoder_config(value: &Value) -> Outcome<(DecoderConfig, Option<We
     let mut layers = layers::layers(keys, family, num_layers)?;
     let experts = layers::experts(keys, family, activation, &mut layers)?;
     let alibi = if is_falcon { falcon::alibi(keys, num_heads, head_dim)? } else { None };
-    let rotaries = match alibi {
-        None => rotary::rotaries(keys, family, head_dim, max_position_embeddings)?,
-        Some(_) => {
-            layers.iter_mut().for_each(|layer| layer.rotary = None);
-            Vec::new()
+    let rotaries = if alibi.is_some() {
+        for layer in &mut layers {
+            layer.rotary = None;
         }
+        Vec::new()
+    } else {
+        rotary::rotaries(keys, family, head_dim, max_position_embeddings)?
     };
     let caps = Caps::read(keys, family, head_dim)?;
     // A nested config leaves these to the outer one.

@@ -23,7 +23,7 @@ pub(super) fn rotaries(
     let reader = Reader { keys, head_dim, max_position_embeddings };
     match family.rotary {
         FamilyRotary::One { theta } => {
-            reader.refuse_partial(keys)?;
+            refuse_partial(keys)?;
             Ok(vec![reader.one(theta, Kinds::All)?])
         }
         FamilyRotary::Falcon => Ok(vec![reader.one(10_000.0, Kinds::All)?]),
@@ -58,7 +58,7 @@ enum Kinds {
     Phi3,
 }
 
-impl<'a> Reader<'a> {
+impl Reader<'_> {
     fn one(&self, default_theta: f64, kinds: Kinds) -> Outcome<Rotary> {
         // Of the two, `rope_scaling` wins where it holds anything; the other is not looked at then.
         let scaling = self.keys.object("rope_scaling")?.filter(|keys| !keys.is_empty());
@@ -75,7 +75,7 @@ impl<'a> Reader<'a> {
         let dim = match kinds {
             Kinds::Phi3 => self.partial_dim(parameters)?,
             Kinds::All => {
-                parameters.map_or(Ok(()), |parameters| self.refuse_partial(parameters))?;
+                parameters.map_or(Ok(()), |parameters| refuse_partial(parameters))?;
                 self.head_dim
             }
         };
@@ -95,7 +95,7 @@ impl<'a> Reader<'a> {
     /// Full attention, then sliding windows. Older configs give `rope_theta`, `rope_local_base_freq` and a `rope_scaling`
     /// that is for full attention only.
     fn gemma3(&self) -> Outcome<Vec<Rotary>> {
-        self.refuse_partial(self.keys)?;
+        refuse_partial(self.keys)?;
         let by_type = self.keys.object("rope_parameters")?;
         if let Some(parameters) = by_type
             && !parameters.is_empty()
@@ -117,21 +117,11 @@ impl<'a> Reader<'a> {
         };
         let sliding_theta = self.theta(sliding, "rope_local_base_freq", 10_000.0)?;
         let rotary = |parameters: Option<Keys<'_>>, theta: f64| {
-            parameters.map_or(Ok(()), |parameters| self.refuse_partial(parameters))?;
+            parameters.map_or(Ok(()), |parameters| refuse_partial(parameters))?;
             let scaling = parameters.map_or(Ok(RopeScaling::None), |keys| self.scaling(keys, Kinds::All))?;
             Ok(Rotary { style: RopeStyle::Neox, dim: self.head_dim, base: theta as f32, scaling })
         };
         Ok(vec![rotary(scaling.or(full), full_theta)?, rotary(sliding, sliding_theta)?])
-    }
-
-    fn refuse_partial(&self, keys: Keys<'_>) -> Outcome<()> {
-        match keys.number("partial_rotary_factor")? {
-            None | Some(1.0) => Ok(()),
-            Some(factor) => unsupported(format!(
-                "partial_rotary_factor is {factor}, which is not supported in this architecture, nor does transformers \
-                 compute it"
-            )),
-        }
     }
 
     fn partial_dim(&self, parameters: Option<Keys<'_>>) -> Outcome<usize> {
@@ -235,6 +225,16 @@ impl<'a> Reader<'a> {
             attention_factor: attention_factor as f32,
             truncate: keys.truth("truncate")?.unwrap_or(true),
         })
+    }
+}
+
+fn refuse_partial(keys: Keys<'_>) -> Outcome<()> {
+    match keys.number("partial_rotary_factor")? {
+        None | Some(1.0) => Ok(()),
+        Some(factor) => unsupported(format!(
+            "partial_rotary_factor is {factor}, which is not supported in this architecture, nor does transformers \
+             compute it"
+        )),
     }
 }
 
