@@ -17,7 +17,7 @@ use crate::serving::Serving;
 const TOLERANCE: f64 = 5e-3;
 /// As many as the route gives.
 const NUM_TOP: usize = 5;
-/// Longer than the longest golden, in steps of a few tokens: prompts are computed in chunks, beside each other.
+/// Steps of a few tokens: longer prompts are computed in chunks.
 const FLAGS: [&str; 4] = ["--dtype", "f32", "--max-num-batched-tokens", "24"];
 
 fn checkpoints() -> PathBuf {
