@@ -33,7 +33,7 @@ mod tests {
 
     #[test]
     fn products_are_rounded_to_eight_bits() {
-        let slope = bf16::from_f32(0.707_106_8).to_f32();
+        let slope = bf16::from_f32(std::f32::consts::FRAC_1_SQRT_2).to_f32();
         assert_eq!(slope, 0.707_031_25);
         let config = DecoderConfig { alibi: Some(Alibi { slopes: vec![slope * 0.5; 4] }), ..small_config() };
         let mut biases = Vec::new();
