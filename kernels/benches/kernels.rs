@@ -6,8 +6,8 @@
 use std::hint::black_box;
 
 use bindery_kernels::{
-    Activations, AttentionArgs, AttentionSequence, CodeBits, Cpu, Form, Isa, KvCache, KvDtype, KvShape, Matrix,
-    QuantFormat, Quantized, Scaling,
+    Activation, Activations, AttentionArgs, AttentionSequence, CodeBits, Cpu, Form, GatedProduct, Isa, KvCache,
+    KvDtype, KvShape, Matrix, Norm, Projection, QuantFormat, Quantized, Scaling,
 };
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use half::{bf16, f16};
@@ -108,17 +108,24 @@ fn rows(c: &mut Criterion) {
     let mut group = c.benchmark_group(format!("{}/rows", cpu.isa()));
     for m in [1, 512] {
         let (x, weight) = ((0..m * 576).map(noise).collect::<Vec<_>>(), vec![1.0; 576]);
+        let norm = Norm::Rms { weight: &weight, eps: 1e-5 };
         let mut activations = Activations::default();
         group.throughput(Throughput::Bytes(4 * (m * 576) as u64));
         group.bench_function(BenchmarkId::new("rms_norm+quantize", m), |b| {
-            b.iter(|| cpu.rms_norm(&x, m, &weight, 1e-5, Form::Int8, black_box(&mut activations)));
+            b.iter(|| cpu.norm(&x, m, &norm, Form::Int8, black_box(&mut activations)));
         });
         let (gate, up) = (matrix(&cpu, "q4_1", 1536, 576), matrix(&cpu, "q4_1", 1536, 576));
         let mut gated = Activations::default();
-        group.throughput(Throughput::Elements(2 * 2 * (m * 1536 * 576) as u64));
-        group.bench_function(BenchmarkId::new("gate+up+silu+quantize", m), |b| {
-            b.iter(|| cpu.gated_matmul(&activations, &gate, &up, Form::Int8, black_box(&mut gated)));
-        });
+        for (name, activation) in
+            [("silu", Activation::Silu), ("gelu", Activation::Gelu), ("gelu_tanh", Activation::GeluTanh)]
+        {
+            let [gate, up] = [&gate, &up].map(|weights| Projection { weights, bias: None });
+            let product = GatedProduct { gate, up: Some(up), activation };
+            group.throughput(Throughput::Elements(2 * 2 * (m * 1536 * 576) as u64));
+            group.bench_function(BenchmarkId::new(format!("gate+up+{name}+quantize"), m), |b| {
+                b.iter(|| cpu.gated_matmul(&activations, &product, Form::Int8, black_box(&mut gated)));
+            });
+        }
     }
     let mut logits: Vec<f32> = (0..49_152).map(noise).collect();
     group.throughput(Throughput::Bytes(4 * 49_152));
@@ -148,7 +155,7 @@ fn attention(c: &mut Criterion) {
             let table: Vec<u32> = (0..(context / 16) as u32).collect();
             let q: Vec<f32> = (0..m * 576).map(noise).collect();
             let mut out = vec![0.0; m * 576];
-            let args = AttentionArgs { num_heads: 9, scale: 0.125, window: None, soft_cap: None, alibi_slopes: None };
+            let args = AttentionArgs { num_heads: 9, scale: 0.125, window: None, soft_cap: None, biases: None };
             let visits = if m == 1 { context } else { context * (context + 1) / 2 };
             group.throughput(Throughput::Elements((visits * 9 * 64 * 4) as u64));
             group.bench_function(BenchmarkId::new(format!("context {context}"), m), |b| {

@@ -9,6 +9,7 @@
 //! - matrix products split weight rows over threads, the inner dimension never; every output has ONE f32 accumulator
 //!   that walks the inner dimension (dense) or its groups of 32 (quantised) in ascending order;
 //! - attention walks keys in tiles and spans that start at multiples of fixed counts of absolute positions;
+//! - a row adds the experts that a router chose for it in ascending order;
 //! - every other sum over a row has 16 lanes and one fixed tree that joins them.
 //!
 //! Because all instruction sets follow the same order with the same fused multiply-adds, they agree bit for bit too;
@@ -92,10 +93,13 @@ mod quant_format;
 pub use cpu::activations::{Activations, Form};
 pub use cpu::attention::{AttentionArgs, AttentionSequence};
 pub use cpu::dispatch::{ISA_VARIABLE, Isa};
+pub use cpu::experts::{ExpertWeights, Mixture, RoutingArgs, Shares};
+pub use cpu::gated::{Activation, GatedProduct, Projection};
 pub use cpu::logits::TopEntry;
 pub use cpu::matmul::Product;
 pub use cpu::peak::ReadTarget;
 pub use cpu::rope::{RopeArgs, RopeStyle};
+pub use cpu::rows::{LayerNorm, Norm};
 pub use cpu::{Cpu, MAX_THREADS};
 pub use error::KernelError;
 pub use kv::{KvCache, KvDtype, KvShape};

@@ -9,9 +9,10 @@ mod common;
 use std::ops::Range;
 
 use bindery_kernels::{
-    Activations, AttentionArgs, Cpu, Form, Isa, KvDtype, KvShape, Matrix, QuantFormat, Quantized, RopeStyle,
+    Activation, Activations, AttentionArgs, Cpu, ExpertWeights, Form, GatedProduct, Isa, KvDtype, KvShape, LayerNorm,
+    Matrix, Mixture, Norm, Projection, QuantFormat, Quantized, RopeStyle, RoutingArgs, Shares,
 };
-use common::{Family, Paged, Random, bits, gated, product};
+use common::{ACTIVATIONS, Family, Paged, Random, bits, gate_and_up, gated, product};
 use half::f16;
 use proptest::prelude::*;
 
@@ -83,40 +84,198 @@ fn check_product_independence(isa: Isa, family: Family, m: usize, rows_len: usiz
     assert_eq!(bits(&alone), bits(&whole[row * rows_len..(row + 1) * rows_len]));
 }
 
+/// A gated product's projections and function.
+#[derive(Clone, Debug)]
+struct GatedCase {
+    families: [Family; 2],
+    has_up: bool,
+    has_biases: bool,
+    activation: Activation,
+}
+
+fn gated_case() -> impl Strategy<Value = GatedCase> {
+    let activation = proptest::sample::select(&ACTIVATIONS[..]);
+    ([family(), family()], any::<bool>(), any::<bool>(), activation)
+        .prop_map(|(families, has_up, has_biases, activation)| GatedCase { families, has_up, has_biases, activation })
+}
+
+impl GatedCase {
+    /// On one instruction set; `x` has `m` rows.
+    fn run(&self, cpu: &Cpu, x: &[f32], m: usize, outputs: usize, seed: u64) -> Vec<f32> {
+        let cols = x.len() / m;
+        let [gate, up] = self.families.map(|family| {
+            let weights = family.matrix(cpu.isa(), outputs, cols, seed ^ family.span() as u64);
+            let bias = Random(!seed).vec(outputs);
+            (weights, bias)
+        });
+        let projection = |(weights, bias)| Projection { weights, bias: self.has_biases.then_some(bias) };
+        let gate = projection((&gate.0, &gate.1[..]));
+        let up = self.has_up.then(|| projection((&up.0, &up.1[..])));
+        gated(cpu, x, m, &GatedProduct { gate, up, activation: self.activation })
+    }
+}
+
 /// Both projections' families, the outputs and the rows of activations are free.
-fn check_gated(isa: Isa, families: [Family; 2], m: usize, outputs: usize, groups: usize, strange: bool, seed: u64) {
+fn check_gated(isa: Isa, case: &GatedCase, m: usize, outputs: usize, groups: usize, strange: bool, seed: u64) {
     let Some((cpu, scalar)) = pair(isa) else { return };
     let mut random = Random(seed);
-    let cols = (groups * 32).next_multiple_of(families[0].span().max(families[1].span()));
+    let cols = (groups * 32).next_multiple_of(case.families[0].span().max(case.families[1].span()));
     let x = rows(&mut random, m * cols, strange);
-    let on = |cpu: &Cpu| {
-        let [gate, up] = families.map(|family| family.matrix(cpu.isa(), outputs, cols, seed ^ family.span() as u64));
-        bits(&gated(cpu, &x, m, &gate, &up))
-    };
-    assert_eq!(on(&cpu), on(&scalar));
+    let whole = case.run(&cpu, &x, m, outputs, seed);
+    assert_eq!(bits(&whole), bits(&case.run(&scalar, &x, m, outputs, seed)));
     let (start, len) = (random.below(m), 1 + random.below(m));
     let end = (start + len).min(m);
-    let [gate, up] = families.map(|family| family.matrix(isa, outputs, cols, seed ^ family.span() as u64));
-    let whole = gated(&cpu, &x, m, &gate, &up);
     for threads in [1, 3] {
-        let part = gated(&Cpu::new(isa, threads), &x[start * cols..end * cols], end - start, &gate, &up);
+        let part = case.run(&Cpu::new(isa, threads), &x[start * cols..end * cols], end - start, outputs, seed);
         assert_eq!(bits(&part), bits(&whole[start * outputs..end * outputs]));
     }
+}
+
+/// Experts of some families (several in one mixture are possible), their router's logits random.
+#[derive(Clone, Debug)]
+struct MixtureCase {
+    families: [Family; 3],
+    num_experts: usize,
+    num_chosen: usize,
+    shares: Shares,
+    activation: Activation,
+    /// Groups of 32 inputs, of the width inside, and outputs.
+    sizes: (usize, usize, usize),
+}
+
+fn mixture_case() -> impl Strategy<Value = MixtureCase> {
+    let shares = prop_oneof![Just(Shares::OfAll), Just(Shares::OfChosen)];
+    let sizes = (1..=2_usize, 1..=3_usize, 1..=70_usize);
+    let experts = (1..=9_usize, 1..=4_usize);
+    let activation = proptest::sample::select(&ACTIVATIONS[..]);
+    ([family(), family(), family()], experts, shares, activation, sizes).prop_map(
+        |(families, (num_experts, num_chosen), shares, activation, sizes)| {
+            let num_chosen = num_chosen.min(num_experts);
+            MixtureCase { families, num_experts, num_chosen, shares, activation, sizes }
+        },
+    )
+}
+
+impl MixtureCase {
+    /// Inputs of a row and the width inside.
+    fn widths(&self) -> (usize, usize) {
+        let span = self.families.iter().map(|family| family.span()).max().unwrap();
+        ((self.sizes.0 * 32).next_multiple_of(span), (self.sizes.1 * 32).next_multiple_of(span))
+    }
+
+    /// Gate, up and down of every expert; every second one of another family.
+    fn experts(&self, isa: Isa, seed: u64) -> Vec<[Matrix; 3]> {
+        let (cols, inner) = self.widths();
+        let matrix = |expert: usize, which: usize, rows, cols| {
+            self.families[(expert + which) % 3].matrix(isa, rows, cols, seed ^ (expert * 3 + which) as u64)
+        };
+        let expert = |at| [matrix(at, 0, inner, cols), matrix(at, 1, inner, cols), matrix(at, 2, self.sizes.2, inner)];
+        (0..self.num_experts).map(expert).collect()
+    }
+
+    fn weights<'a>(&self, [gate, up, down]: &'a [Matrix; 3]) -> ExpertWeights<'a> {
+        let down = Projection { weights: down, bias: None };
+        ExpertWeights { product: gate_and_up(gate, up, self.activation), down }
+    }
+
+    fn run(&self, cpu: &Cpu, x: &[f32], logits: &[f32], experts: &[[Matrix; 3]]) -> Vec<f32> {
+        let (cols, _) = self.widths();
+        let (m, mut activations, mut mixture) = (x.len() / cols, Activations::default(), Mixture::default());
+        let (num_experts, num_chosen, shares) = (self.num_experts, self.num_chosen, self.shares);
+        let mut probabilities = logits.to_vec();
+        cpu.route(&mut probabilities, &RoutingArgs { num_experts, num_chosen, shares }, &mut mixture);
+        cpu.prepare(x, m, cols, Form::of(experts.iter().flatten()), &mut activations);
+        let mut out = vec![0.0; m * self.sizes.2];
+        cpu.experts(&activations, &mut mixture, |expert| self.weights(&experts[expert]), &mut out);
+        out
+    }
+}
+
+/// Against the scalar twin, in batches and alone; and a row is the sum of its experts' own results.
+fn check_mixture(isa: Isa, case: &MixtureCase, m: usize, seed: u64) {
+    let Some((cpu, scalar)) = pair(isa) else { return };
+    let (mut random, (cols, _), width) = (Random(seed), case.widths(), case.sizes.2);
+    let (x, logits) = (random.vec(m * cols), random.vec(m * case.num_experts));
+    let experts = case.experts(isa, seed);
+    let whole = case.run(&cpu, &x, &logits, &experts);
+    assert_eq!(bits(&whole), bits(&case.run(&scalar, &x, &logits, &case.experts(Isa::Scalar, seed))));
+    let (start, len) = (random.below(m), 1 + random.below(m));
+    let end = (start + len).min(m);
+    for threads in [1, 3] {
+        let logits = &logits[start * case.num_experts..end * case.num_experts];
+        let part = case.run(&Cpu::new(isa, threads), &x[start * cols..end * cols], logits, &experts);
+        assert_eq!(bits(&part), bits(&whole[start * width..end * width]));
+    }
+    let row = random.below(m);
+    let expected = naive_mixture(&cpu, case, &x[row * cols..(row + 1) * cols], &logits, row, &experts);
+    for (&ours, expected) in whole[row * width..(row + 1) * width].iter().zip(expected) {
+        assert!((f64::from(ours) - expected).abs() <= 1e-4 * (1.0 + expected.abs()), "{ours} and {expected}");
+    }
+}
+
+/// One row, expert by expert, the weighting in f64.
+fn naive_mixture(
+    cpu: &Cpu,
+    case: &MixtureCase,
+    x: &[f32],
+    logits: &[f32],
+    row: usize,
+    experts: &[[Matrix; 3]],
+) -> Vec<f64> {
+    let logits = &logits[row * case.num_experts..(row + 1) * case.num_experts];
+    let mut order: Vec<usize> = (0..case.num_experts).collect();
+    order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]));
+    order.truncate(case.num_chosen);
+    let among: Vec<usize> = if case.shares == Shares::OfAll { (0..case.num_experts).collect() } else { order.clone() };
+    let total: f64 = among.iter().map(|&expert| f64::from(logits[expert]).exp()).sum();
+    let mut sum = vec![0.0; case.sizes.2];
+    for expert in order {
+        let ExpertWeights { product: wanted, down } = case.weights(&experts[expert]);
+        let inner = gated(cpu, x, 1, &wanted);
+        let out = product(cpu, &inner, 1, down.weights, None);
+        let weight = f64::from(logits[expert]).exp() / total;
+        sum.iter_mut().zip(out).for_each(|(sum, out)| *sum += weight * f64::from(out));
+    }
+    sum
 }
 
 fn check_rows(isa: Isa, m: usize, k: usize, strange: bool, seed: u64) {
     let Some((cpu, scalar)) = pair(isa) else { return };
     let mut random = Random(seed);
     let x = rows(&mut random, m * k, strange);
-    let weight = random.vec(k);
-    let normed = |cpu: &Cpu| {
-        let mut out = Activations::default();
-        cpu.rms_norm(&x, m, &weight, 1e-6, Form::F32, &mut out);
-        bits(out.rows())
+    let (weight, bias) = (random.vec(k), random.vec(k));
+    let (eps, start) = (1e-6, random.vec(m * k));
+    let layer = Norm::Layer(LayerNorm { weight: &weight, bias: &bias, eps });
+    for norm in [Norm::Rms { weight: &weight, eps }, layer] {
+        let normed = |cpu: &Cpu| {
+            let (mut out, mut in_place, mut added) = (Activations::default(), x.clone(), start.clone());
+            cpu.norm(&x, m, &norm, Form::F32, &mut out);
+            cpu.norm_in_place(&mut in_place, &norm);
+            assert_eq!(bits(out.rows()), bits(&in_place));
+            cpu.norm_add(&x, &norm, &mut added);
+            let sums: Vec<f32> = start.iter().zip(&in_place).map(|(start, normed)| start + normed).collect();
+            assert_eq!(bits(&added), bits(&sums));
+            bits(&in_place)
+        };
+        assert_eq!(normed(&cpu), normed(&scalar));
+    }
+    let factors = random.vec(m);
+    let scaled = |cpu: &Cpu| {
+        let mut out = start.clone();
+        cpu.add_scaled_rows(&x, &factors, &mut out);
+        bits(&out)
     };
-    assert_eq!(normed(&cpu), normed(&scalar));
+    assert_eq!(scaled(&cpu), scaled(&scalar));
     // Values in reach of the exponential's whole range.
     let logits: Vec<f32> = x.iter().map(|x| x * 60.0).collect();
+    for cap in [None, Some(30.0)] {
+        let capped = |cpu: &Cpu| {
+            let mut logits = logits.clone();
+            cpu.scale_and_cap(&mut logits, 0.7, cap);
+            bits(&logits)
+        };
+        assert_eq!(capped(&cpu), capped(&scalar));
+    }
     assert_eq!(cpu.argmax(&logits), scalar.argmax(&logits));
     assert_eq!(bits(&[cpu.log_sum_exp(&logits)]), bits(&[scalar.log_sum_exp(&logits)]));
     let soft = |cpu: &Cpu| {
@@ -151,7 +310,7 @@ struct AttentionCase {
     contexts: Vec<usize>,
     window: Option<usize>,
     soft_cap: Option<f32>,
-    alibi: bool,
+    has_biases: bool,
     seed: u64,
 }
 
@@ -166,22 +325,23 @@ fn attention_case() -> impl Strategy<Value = AttentionCase> {
     let scores = (prop::option::of(1..=600_usize), prop::option::of(1.0_f32..=30.0), any::<bool>());
     (shape, 1..=5_usize, contexts, scores, any::<u64>()).prop_map(|(shape, group, contexts, scores, seed)| {
         let (num_kv_heads, head_dim, block_size, dtype) = shape;
-        let (window, soft_cap, alibi) = scores;
+        let (window, soft_cap, has_biases) = scores;
         let shape = KvShape { num_layers: 1, num_kv_heads, head_dim, block_size, dtype };
-        AttentionCase { shape, group, contexts, window, soft_cap, alibi, seed }
+        AttentionCase { shape, group, contexts, window, soft_cap, has_biases, seed }
     })
 }
 
 impl AttentionCase {
     fn with<R>(&self, cpu: &Cpu, check: impl FnOnce(&Paged, &AttentionArgs<'_>, &mut Random) -> R) -> R {
         let num_heads = self.shape.num_kv_heads * self.group;
-        let slopes: Vec<f32> = (1..=num_heads).map(|head| 0.5 / head as f32).collect();
+        let num_positions = self.contexts.iter().max().unwrap().next_multiple_of(64);
+        let biases: Vec<f32> = Random(self.seed).vec(num_heads * num_positions).iter().map(|x| 5.0 * x).collect();
         let args = AttentionArgs {
             num_heads,
             scale: 1.0 / (self.shape.head_dim as f32).sqrt(),
             window: self.window,
             soft_cap: self.soft_cap,
-            alibi_slopes: self.alibi.then_some(&slopes[..]),
+            biases: self.has_biases.then_some(&biases[..]),
         };
         let paged = Paged::new(cpu, self.shape, num_heads, &self.contexts, self.seed);
         check(&paged, &args, &mut Random(self.seed))
@@ -256,12 +416,19 @@ macro_rules! properties {
 
                 #[test]
                 fn gated_products_match_scalar(
-                    families in [family(), family()], m in 1..=40_usize, outputs in 1..=100_usize,
+                    case in gated_case(), m in 1..=40_usize, outputs in 1..=100_usize,
                     groups in 1..=3_usize, whole in any::<bool>(), strange in any::<bool>(), seed in any::<u64>(),
                 ) {
                     // int8 wants whole groups of outputs.
                     let outputs = if whole { outputs.next_multiple_of(32) } else { outputs };
-                    check_gated($isa, families, m, outputs, groups, strange, seed);
+                    check_gated($isa, &case, m, outputs, groups, strange, seed);
+                }
+
+                #[test]
+                fn mixtures_match_scalar_and_their_experts(
+                    case in mixture_case(), m in 1..=40_usize, seed in any::<u64>(),
+                ) {
+                    check_mixture($isa, &case, m, seed);
                 }
 
                 #[test]
@@ -333,7 +500,7 @@ macro_rules! properties {
                     }
                 }
                 let nothing = Family::F32.matrix($isa, 0, 256, 1);
-                assert!(gated(&cpu, &[0.0; 256], 1, &nothing, &nothing).is_empty());
+                assert!(gated(&cpu, &[0.0; 256], 1, &gate_and_up(&nothing, &nothing, Activation::Silu)).is_empty());
                 assert_eq!(cpu.max(&[]), f32::NEG_INFINITY);
             }
         })*

@@ -6,10 +6,11 @@
 mod common;
 
 use bindery_kernels::{
-    Activations, AttentionArgs, AttentionSequence, CodeBits, Cpu, Form, Isa, KvCache, KvDtype, KvShape, Matrix,
-    Product, QuantFormat, Quantized, RopeStyle, Scaling, TopEntry,
+    Activation, Activations, AttentionArgs, AttentionSequence, CodeBits, Cpu, Form, GatedProduct, Isa, KvCache,
+    KvDtype, KvShape, LayerNorm, Matrix, Norm, Product, Projection, QuantFormat, Quantized, RopeStyle, Scaling,
+    TopEntry,
 };
-use common::{Family, Paged, Random, W4, W4_WITH_MINS, W8, gated, product, rows_of};
+use common::{Family, Paged, Random, W4, W4_WITH_MINS, W8, gate_and_up, gated, product, rows_of};
 use half::f16;
 
 /// f32 sums of some hundred terms of magnitude one: a few hundred half-units of 2^-24.
@@ -118,32 +119,52 @@ fn activations_of_another_instruction_set_give_the_product_or_a_panic() {
 }
 
 #[test]
-fn rms_norm_norms() {
+fn norms_norm() {
     let cpu = scalar();
     let mut random = Random(3);
     for k in [1, 7, 16, 576, 1001] {
-        let (x, weight) = (random.vec(3 * k), random.vec(k));
+        // Far from zero, so that a variance by the difference of two large numbers would show.
+        let x: Vec<f32> = random.vec(3 * k).iter().map(|x| x + 100.0).collect();
+        let (weight, bias) = (random.vec(k), random.vec(k));
         let mut out = Activations::default();
-        cpu.rms_norm(&x, 3, &weight, 1e-5, Form::F32, &mut out);
+        let f64s = |x: &[f32]| x.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
+        let mean = |x: &[f64]| x.iter().sum::<f64>() / k as f64;
+        cpu.norm(&x, 3, &Norm::Rms { weight: &weight, eps: 1e-5 }, Form::F32, &mut out);
         for (x, out) in x.chunks_exact(k).zip(out.rows().chunks_exact(k)) {
-            let mean = x.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>() / k as f64;
+            let square = mean(&f64s(x).iter().map(|x| x * x).collect::<Vec<_>>());
             for i in 0..k {
-                let truth = f64::from(x[i]) / (mean + 1e-5).sqrt() * f64::from(weight[i]);
+                let truth = f64::from(x[i]) / (square + 1e-5).sqrt() * f64::from(weight[i]);
                 assert!((f64::from(out[i]) - truth).abs() <= 1e-5, "{k}");
+            }
+        }
+        let norm = LayerNorm { weight: &weight, bias: &bias, eps: 1e-5 };
+        cpu.norm(&x, 3, &Norm::Layer(norm), Form::F32, &mut out);
+        for (x, out) in x.chunks_exact(k).zip(out.rows().chunks_exact(k)) {
+            let x = f64s(x);
+            let centre = mean(&x);
+            let variance = mean(&x.iter().map(|x| (x - centre).powi(2)).collect::<Vec<_>>());
+            for i in 0..k {
+                let truth = (x[i] - centre) / (variance + 1e-5).sqrt() * f64::from(weight[i]) + f64::from(bias[i]);
+                // The mean of numbers near 100 is off by some 1e-5.
+                assert!((f64::from(out[i]) - truth).abs() <= 1e-4, "{k}: {} {truth}", out[i]);
             }
         }
     }
 }
 
 #[test]
-fn rms_norm_in_place_is_rms_norm() {
+fn logits_are_scaled_and_capped() {
     let cpu = scalar();
-    let mut random = Random(12);
-    let (mut x, weight) = (random.vec(40 * 576), random.vec(576));
-    let mut out = Activations::default();
-    cpu.rms_norm(&x, 40, &weight, 1e-5, Form::F32, &mut out);
-    cpu.rms_norm_in_place(&mut x, &weight, 1e-5);
-    assert_eq!(x, out.rows());
+    let logits: Vec<f32> = (-2000..2000).map(|i| i as f32 * 0.1).collect();
+    let (mut scaled, mut capped) = (logits.clone(), logits.clone());
+    cpu.scale_and_cap(&mut scaled, 0.25, None);
+    cpu.scale_and_cap(&mut capped, 0.25, Some(30.0));
+    for ((x, scaled), capped) in logits.iter().zip(scaled).zip(capped) {
+        assert_eq!(scaled, x * 0.25);
+        let truth = 30.0 * (f64::from(*x) * 0.25 / 30.0).tanh();
+        // 30 times the bound of tanh.
+        assert!((f64::from(capped) - truth).abs() <= 30.0 * 2.0_f64.powi(-22), "{x}: {capped} {truth}");
+    }
 }
 
 #[test]
@@ -189,7 +210,7 @@ fn slots_beyond_the_cache_are_refused() {
 fn short_block_tables_are_refused() {
     let shape = KvShape { num_layers: 1, num_kv_heads: 1, head_dim: 2, block_size: 4, dtype: KvDtype::F32 };
     let cache = KvCache::new(shape, 4).unwrap();
-    let args = AttentionArgs { num_heads: 1, scale: 1.0, window: None, soft_cap: None, alibi_slopes: None };
+    let args = AttentionArgs { num_heads: 1, scale: 1.0, window: None, soft_cap: None, biases: None };
     let sequence = AttentionSequence { rows: 0..1, context_len: 9, block_table: &[0, 1] };
     scalar().attention(&[0.0; 2], &cache, 0, &[sequence], &args, &mut [0.0; 2]);
 }
@@ -219,16 +240,26 @@ fn rope_turns_pairs_and_leaves_the_rest() {
 }
 
 #[test]
-fn silu_mul_gates() {
+fn gated_products_gate() {
     let gate: Vec<f32> = (-1000..1000).map(|i| i as f32 * 0.05).collect();
     let up = Random(5).vec(gate.len());
     // One input each: the projections give the columns themselves.
     let cpu = scalar();
     let column = |values: &[f32]| Matrix::pack_f32(cpu.isa(), values.len(), 1, |row, out| out[0] = values[row]);
-    let out = gated(&cpu, &[1.0], 1, &column(&gate), &column(&up));
+    let (gates, ups) = (column(&gate), column(&up));
+    let out = gated(&cpu, &[1.0], 1, &gate_and_up(&gates, &ups, Activation::Silu));
     for i in 0..gate.len() {
         let g = f64::from(gate[i]);
         let truth = g / (1.0 + (-g).exp()) * f64::from(up[i]);
+        assert!((f64::from(out[i]) - truth).abs() <= 1e-6 * (1.0 + truth.abs()), "{g}");
+    }
+    // Without a gate, and with a bias. (The functions themselves are tested beside them.)
+    let bias = Random(6).vec(gate.len());
+    let alone = Projection { weights: &gates, bias: Some(&bias) };
+    let out = gated(&cpu, &[1.0], 1, &GatedProduct { gate: alone, up: None, activation: Activation::GeluTanh });
+    for i in 0..gate.len() {
+        let g = f64::from(gate[i] + bias[i]);
+        let truth = 0.5 * g * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (g + 0.044715 * g.powi(3))).tanh());
         assert!((f64::from(out[i]) - truth).abs() <= 1e-6 * (1.0 + truth.abs()), "{g}");
     }
 }
@@ -247,7 +278,7 @@ fn naive_attention(paged: &Paged, i: usize, args: &AttentionArgs<'_>, position: 
             let dot: f64 = query.iter().zip(keys).map(|(&q, &k)| f64::from(q) * f64::from(k)).sum();
             let score = dot * f64::from(args.scale);
             let score = args.soft_cap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh());
-            score + args.alibi_slopes.map_or(0.0, |slopes| f64::from(slopes[head]) * (key as f64 - position as f64))
+            score + args.biases.map_or(0.0, |biases| f64::from(biases[head * biases.len() / args.num_heads + key]))
         })
         .collect();
     let max = scores.iter().copied().fold(f64::MIN, f64::max);
@@ -266,13 +297,15 @@ fn naive_attention(paged: &Paged, i: usize, args: &AttentionArgs<'_>, position: 
 fn attention_attends() {
     let cpu = scalar();
     let slopes = [0.5, 0.25, 0.125, 0.0625, 0.03, 0.015];
-    let plain = AttentionArgs { num_heads: 6, scale: 0.4, window: None, soft_cap: None, alibi_slopes: None };
+    let biases: Vec<f32> =
+        slopes.iter().flat_map(|slope| (0..1344_u16).map(move |key| slope * f32::from(key) - 50.0)).collect();
+    let plain = AttentionArgs { num_heads: 6, scale: 0.4, window: None, soft_cap: None, biases: None };
     let cases = [
         plain,
         AttentionArgs { window: Some(37), ..plain },
         AttentionArgs { window: Some(700), ..plain },
         AttentionArgs { soft_cap: Some(2.0), ..plain },
-        AttentionArgs { alibi_slopes: Some(&slopes), ..plain },
+        AttentionArgs { biases: Some(&biases), ..plain },
     ];
     for dtype in [KvDtype::F32, KvDtype::F16, KvDtype::Bf16, KvDtype::Int8] {
         let shape = KvShape { num_layers: 1, num_kv_heads: 2, head_dim: 10, block_size: 5, dtype };

@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bindery_model::{ForwardBatch, ModelError, StepModel};
+use bindery_model::{ForwardBatch, ModelError, RopeRegimes, StepModel};
 use bindery_scheduler::{Limits, Refusal, Scheduler, SeqId, StepPlan};
 use tokio::sync::watch;
 
@@ -44,6 +44,7 @@ const COMMANDS_MAX: usize = 1 << 16;
 /// The state of the loop.
 pub(crate) struct EngineLoop {
     model: Box<dyn StepModel>,
+    rope_regimes: Option<RopeRegimes>,
     scheduler: Scheduler,
     limits: Limits,
     requests: LiveRequests,
@@ -80,6 +81,7 @@ impl EngineLoop {
         let (published, stats) =
             watch::channel(Arc::new(recorder.snapshot(&scheduler.stats(), limits.block_size, 0, 0)));
         let engine_loop = Self {
+            rope_regimes: model.rope_regimes(),
             model,
             scheduler,
             limits,
@@ -158,7 +160,7 @@ impl EngineLoop {
         if num_started > 0 {
             self.pace.observe(&self.door, now, num_started);
         }
-        rows::fill(&self.plan, &self.requests, &mut self.batch, &mut self.rows);
+        rows::fill(&self.plan, &self.requests, self.rope_regimes, &mut self.batch, &mut self.rows);
     }
 
     /// Holds the sequences whose masks are not there yet. A mask is usually ready long before the next step, so a moment's
@@ -233,6 +235,7 @@ impl EngineLoop {
             self.end_request(key, sample_error(&error));
         }
         self.scheduler.commit(&self.plan, &self.outcome.sampled);
+        self.recompute_stale();
         self.recorder.count_step(self.plan.num_batched_tokens());
         self.recorder.generation_tokens += self.outcome.sampled.len() as u64;
         self.awaiting_masks.append(&mut self.outcome.advanced);
@@ -250,6 +253,21 @@ impl EngineLoop {
         }
         for sampled in self.outcome.sampled.iter().filter(|sampled| sampled.finished) {
             self.requests.remove_if_ended(key_of(sampled.id));
+        }
+    }
+
+    /// Sequences whose new token brings them to a length of other rotary frequencies: their keys are made anew. (None is
+    /// ever found in a regime but that of its known tokens, so it is enough to look at those that grew.)
+    fn recompute_stale(&mut self) {
+        let Some(regimes) = self.rope_regimes else { return };
+        for sequence in &self.plan.sequences {
+            let rope_len = |num_known_tokens| regimes.rope_len(sequence.num_prompt_tokens, num_known_tokens);
+            if rope_len(sequence.num_known_tokens) == rope_len(sequence.num_known_tokens + 1) {
+                continue;
+            }
+            for &id in &self.plan.samples[sequence.samples.clone()] {
+                self.scheduler.recompute(id);
+            }
         }
     }
 

@@ -15,7 +15,9 @@ use std::{
     time::Duration,
 };
 
-use bindery_model::{BackendKind, ForwardBatch, KvCacheDtype, ModelError, ModelInfo, ModelPhase, StepModel};
+use bindery_model::{
+    BackendKind, ForwardBatch, KvCacheDtype, ModelError, ModelInfo, ModelPhase, RopeRegimes, StepModel,
+};
 use bindery_scheduler::{Limits, TokenId};
 
 use crate::{
@@ -44,6 +46,8 @@ pub struct FakeModelOptions {
     pub gate: Option<Gate>,
     /// Every grammar thread waits here after each mask it has computed, and computes no other meanwhile.
     pub mask_gate: Option<Gate>,
+    /// What the model says of its rotary frequencies. It notices keys of another regime than their request's.
+    pub rope_regimes: Option<RopeRegimes>,
     /// Every batch is noted here.
     pub batches: Option<Arc<Mutex<Vec<ForwardBatch>>>>,
 }
@@ -103,10 +107,18 @@ impl GateKeeper {
 pub struct FakeModel {
     options: FakeModelOptions,
     block_size: usize,
-    /// What each slot holds: token and position.
-    slots: Vec<Option<(u32, u32)>>,
+    /// What each slot holds.
+    slots: Vec<Option<Stored>>,
     /// The histories of the last batch's logit rows, as [`expected_logits`] takes them.
     rows: Vec<Vec<u32>>,
+}
+
+/// A token in the cache.
+#[derive(Clone, Copy, Debug)]
+struct Stored {
+    token: u32,
+    position: u32,
+    rope_len: usize,
 }
 
 impl FakeModel {
@@ -130,9 +142,12 @@ impl FakeModel {
         if written.len() != num_tokens {
             return Err(violation("a slot is written twice"));
         }
-        for row in 0..num_tokens {
-            let slot = self.slots.get_mut(batch.slots[row] as usize).ok_or_else(|| violation("no such slot"))?;
-            *slot = Some((batch.tokens[row], batch.positions[row]));
+        for sequence in &batch.sequences {
+            for row in sequence.rows.clone() {
+                let slot = self.slots.get_mut(batch.slots[row] as usize).ok_or_else(|| violation("no such slot"))?;
+                let (token, position) = (batch.tokens[row], batch.positions[row]);
+                *slot = Some(Stored { token, position, rope_len: sequence.rope_len });
+            }
         }
         Ok(())
     }
@@ -148,7 +163,12 @@ impl FakeModel {
                 let block = table.get(position / self.block_size).ok_or_else(|| violation("a table is too short"))?;
                 let slot = *block as usize * self.block_size + position % self.block_size;
                 match self.slots.get(slot) {
-                    Some(&Some((token, at))) if at as usize == position => Ok(token),
+                    Some(&Some(Stored { position: at, rope_len, .. }))
+                        if at as usize == position && rope_len != sequence.rope_len =>
+                    {
+                        Err(violation("a key was rotated for another length of its request"))
+                    }
+                    Some(&Some(Stored { token, position: at, .. })) if at as usize == position => Ok(token),
                     _ => Err(violation("a slot does not hold its position")),
                 }
             })
@@ -163,6 +183,10 @@ fn violation(what: &str) -> ModelError {
 impl StepModel for FakeModel {
     fn vocab_size(&self) -> usize {
         VOCAB_SIZE
+    }
+
+    fn rope_regimes(&self) -> Option<RopeRegimes> {
+        self.options.rope_regimes
     }
 
     fn copy_blocks(&mut self, copies: &[(u32, u32)]) -> Result<(), ModelError> {

@@ -16,6 +16,7 @@ use bindery_engine::{
     sample::{PreparedSampling, SampleState, Sampler},
     testing::{EOS, FakeModel, FakeModelOptions, GateKeeper, VOCAB_SIZE, expected_logits, gate, small_limits},
 };
+use bindery_model::RopeRegimes;
 use bindery_scheduler::{Limits, TokenId};
 use proptest::{prelude::*, test_runner::TestRng};
 
@@ -199,6 +200,48 @@ async fn preemption_changes_no_token() {
     let stats = assert_idle(&handle).await;
     assert!(stats.num_preemptions > 0, "the pool was meant to be too small");
     assert_eq!(stats.prompt_tokens, 150, "a prompt counts once");
+}
+
+/// The model refuses a row that reads keys of another regime than its request's; so what comes back was computed under one.
+#[tokio::test]
+async fn a_request_that_grows_into_another_rotary_regime_is_computed_again() {
+    for regimes in [RopeRegimes::long_rope(32), RopeRegimes::dynamic(32)] {
+        for max_num_batched_tokens in [8, 64] {
+            let limits = Limits { max_num_batched_tokens, ..small_limits() };
+            let batches = Arc::new(Mutex::new(Vec::new()));
+            let (rope_regimes, noted) = (Some(regimes), Some(Arc::clone(&batches)));
+            let options = FakeModelOptions { rope_regimes, batches: noted, ..FakeModelOptions::default() };
+            let (_engine, handle, keeper) = start_gated(&limits, options);
+            let mut streams = Vec::new();
+            // Within the original length; across it while decoding; at it; beyond it from the start, in chunks.
+            for (index, length) in [(0, 5), (1, 20), (2, 32), (3, 33), (4, 100)] {
+                let params = SamplingParams { ignore_eos: true, ..seeded(u64::from(index), 25) };
+                let request = TokenRequest { num_samples: 1 + index % 3, ..request(prompt(index, length), params) };
+                streams.push((request.clone(), handle.submit(request).await.unwrap()));
+            }
+            drop(keeper);
+            for (request, stream) in streams {
+                let found = collect(stream, request.num_samples as usize).await;
+                assert!(found.error.is_none(), "{regimes:?}: {:?}", found.error);
+                for sample in 0..request.num_samples {
+                    assert_eq!(found.tokens[sample as usize], naive(&request.prompt, &request.params, sample));
+                }
+            }
+            assert_idle(&handle).await;
+            let batches = batches.lock().unwrap();
+            let sequences = || batches.iter().flat_map(|batch| &batch.sequences);
+            let has = |rope_len, starts_at: usize| {
+                sequences().any(|one| one.rope_len == rope_len && one.context_len - one.rows.len() == starts_at)
+            };
+            assert!(has(0, 0) && has(0, 31), "up to 32 tokens are computed as such");
+            assert!(has(regimes.rope_len(20, 33), 0), "what crosses while decoding is computed again from its start");
+            assert!(has(regimes.rope_len(100, 100), 0), "a long prompt's first chunk knows how long it is");
+            // Under longrope once: the next tokens are computed one by one. Dynamic frequencies of so short a length change
+            // with every token.
+            let starts_at = if regimes == RopeRegimes::long_rope(32) { 33 } else { 0 };
+            assert!(has(regimes.rope_len(20, 34), starts_at));
+        }
+    }
 }
 
 #[tokio::test]

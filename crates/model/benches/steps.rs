@@ -129,6 +129,7 @@ impl Load {
                 rows: first_row..batch.tokens.len(),
                 block_table: first_block..first_block + blocks,
                 context_len: context,
+                rope_len: 0,
                 adapter: None,
             });
             batch.logit_rows.push(batch.tokens.len() as u32 - 1);

@@ -35,6 +35,9 @@ pub struct BatchSequence {
     pub block_table: Range<usize>,
     /// Tokens in the cache once this batch is written: position of its last row + 1.
     pub context_len: usize,
+    /// The length that decides its rotary frequencies, as [`crate::RopeRegimes::rope_len`] says; 0 for models where none
+    /// does. The same for all tokens that a request has in the cache.
+    pub rope_len: usize,
     /// Slot of the adapter its rows go through (adapters come with their own issue; None until then).
     pub adapter: Option<u32>,
 }
@@ -145,7 +148,7 @@ impl BatchChecker {
         sequence: &BatchSequence,
     ) -> Result<(), ModelError> {
         let BatchLimits { num_blocks, block_size, .. } = self.limits;
-        let BatchSequence { rows, block_table, context_len, adapter } = sequence;
+        let BatchSequence { rows, block_table, context_len, rope_len: _, adapter } = sequence;
         if let Some(adapter) = adapter {
             return Err(violation(format!("sequence {index} names adapter {adapter}, but no adapter is loaded")));
         }
@@ -227,8 +230,8 @@ mod tests {
             slots: vec![8, 9, 10, 0],
             block_tables: vec![5, 2, 0],
             sequences: vec![
-                BatchSequence { rows: 0..3, block_table: 0..2, context_len: 7, adapter: None },
-                BatchSequence { rows: 3..4, block_table: 2..3, context_len: 1, adapter: None },
+                BatchSequence { rows: 0..3, block_table: 0..2, context_len: 7, rope_len: 0, adapter: None },
+                BatchSequence { rows: 3..4, block_table: 2..3, context_len: 1, rope_len: 0, adapter: None },
             ],
             logit_rows: vec![2, 3],
         }

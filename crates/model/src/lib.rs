@@ -3,12 +3,13 @@
 //! It must not know a request, a tenant or a clock: a batch of token ids with block tables comes in, logits go out.
 //!
 //! Reading order: [`batch`] what comes in, [`model`] the door, `decoder` the computation written once, `backend` who
-//! carries it out, `rope` rotary angles, [`config`] what a family is, [`weights`] where tensors come from,
+//! carries it out, `rope` and `alibi` what positions do, [`config`] what a family is, [`weights`] where tensors come from,
 //! [`threads`] and [`memory`] what the machine has.
 
 pub mod batch;
 pub mod model;
 
+mod alibi;
 mod backend;
 mod decoder;
 mod rope;
@@ -27,3 +28,4 @@ pub use model::{
     BackendKind, Dtype, KvCacheDtype, LoadOptions, Model, ModelInfo, ModelPhase, OpenedModel, ProductWeights, Quantize,
     StepModel,
 };
+pub use rope::RopeRegimes;

@@ -20,6 +20,7 @@ use crate::{
     config::DecoderConfig,
     decoder::{Decoder, LoadedWeights},
     error::ModelError,
+    rope::RopeRegimes,
     threads::physical_cores,
     weights::WeightStore,
 };
@@ -220,7 +221,7 @@ pub enum ModelPhase {
     Mlp,
 }
 
-/// The matrices of one part of the forward pass, over all layers.
+/// The matrices of one part of the forward pass, over all layers; of experts, as many as one row uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProductWeights {
     /// "qkv", "output", "mlp" or "head".
@@ -237,6 +238,9 @@ pub struct ProductWeights {
 pub trait StepModel: Send {
     /// Width of a row of logits.
     fn vocab_size(&self) -> usize;
+    /// Where rotary frequencies depend on a request's length: which lengths share theirs. A request's
+    /// [`crate::BatchSequence::rope_len`] must be the same for all that is in the cache of it.
+    fn rope_regimes(&self) -> Option<RopeRegimes>;
     /// Copies whole blocks (source, target) in every layer, in order, before the next forward.
     fn copy_blocks(&mut self, copies: &[(u32, u32)]) -> Result<(), ModelError>;
     /// Computes a batch: writes its keys and values, keeps the final hidden state of `logit_rows`. A batch that breaks
@@ -252,6 +256,7 @@ pub trait StepModel: Send {
 pub struct Model {
     decoder: AnyDecoder,
     info: ModelInfo,
+    rope_regimes: Option<RopeRegimes>,
 }
 
 /// The decoder on the backend that was chosen.
@@ -294,6 +299,7 @@ impl OpenedModel {
     pub fn load(self, progress: &mut dyn FnMut(u64, u64)) -> Result<Model, ModelError> {
         let (config, options) = (self.config(), &self.options);
         let block_size = options.block_size;
+        let rope_regimes = RopeRegimes::of(config)?;
         match options.backend {
             BackendKind::Cpu => {
                 let cpu = Cpu::new(isa()?, options.threads.unwrap_or_else(physical_cores));
@@ -301,13 +307,13 @@ impl OpenedModel {
                 let (decoder, weights) =
                     pack_together(|| Decoder::load(config, &self.store, backend, block_size, progress))?;
                 let info = self.info(decoder.backend(), weights);
-                Ok(Model { decoder: AnyDecoder::Cpu(Box::new(decoder)), info })
+                Ok(Model { decoder: AnyDecoder::Cpu(Box::new(decoder)), info, rope_regimes })
             }
             BackendKind::Reference => {
                 let backend = ReferenceBackend::new(config, candle_core::Device::Cpu, block_size);
                 let (decoder, weights) = Decoder::load(config, &self.store, backend, block_size, progress)?;
                 let info = self.info(decoder.backend(), weights);
-                Ok(Model { decoder: AnyDecoder::Reference(Box::new(decoder)), info })
+                Ok(Model { decoder: AnyDecoder::Reference(Box::new(decoder)), info, rope_regimes })
             }
         }
     }
@@ -383,6 +389,10 @@ impl Model {
 impl StepModel for Model {
     fn vocab_size(&self) -> usize {
         self.info.vocab_size
+    }
+
+    fn rope_regimes(&self) -> Option<RopeRegimes> {
+        self.rope_regimes
     }
 
     fn copy_blocks(&mut self, copies: &[(u32, u32)]) -> Result<(), ModelError> {

@@ -254,7 +254,7 @@ fn one_token_batch(token: u32) -> ForwardBatch {
         positions: vec![0],
         slots: vec![0],
         block_tables: vec![0],
-        sequences: vec![BatchSequence { rows: 0..1, block_table: 0..1, context_len: 1, adapter: None }],
+        sequences: vec![BatchSequence { rows: 0..1, block_table: 0..1, context_len: 1, rope_len: 0, adapter: None }],
         logit_rows: vec![0],
     }
 }

@@ -1,9 +1,14 @@
 //! A step no larger than one before allocates nothing: asserted with an allocator that counts.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
-use std::{alloc::System, path::Path};
+use std::{
+    alloc::System,
+    fs,
+    path::{Path, PathBuf},
+};
 
 use bindery_model::{BackendKind, BatchSequence, ForwardBatch, LoadOptions, Model, Quantize, StepModel as _};
+use serde_json::{Value, json};
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 
 #[global_allocator]
@@ -30,20 +35,19 @@ fn batch(step: usize) -> ForwardBatch {
             rows: start..batch.tokens.len(),
             block_table: table_start..batch.block_tables.len(),
             context_len: first + count,
+            rope_len: if sequence % 2 == 0 { 0 } else { 65 + sequence },
             adapter: None,
         });
     }
     batch
 }
 
-#[test]
-fn a_step_allocates_nothing_after_the_first_of_its_size() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/checkpoints/tiny-llama");
+fn check(path: &Path, dummy: bool) {
     for quantize in [Quantize::None, Quantize::Int8, Quantize::Int4] {
         // One thread: which worker first meets a piece of work is chance, and each makes room for its own.
-        let options =
-            LoadOptions { threads: Some(1), block_size: BLOCK_SIZE, quantize, ..LoadOptions::new(BackendKind::Cpu) };
-        let mut model = Model::load(&path, &options, &mut |_, _| ()).unwrap();
+        let plain = LoadOptions::new(BackendKind::Cpu);
+        let options = LoadOptions { threads: Some(1), block_size: BLOCK_SIZE, quantize, dummy, ..plain };
+        let mut model = Model::load(path, &options, &mut |_, _| ()).unwrap();
         model.allocate_kv(5 * BLOCKS_EACH).unwrap();
         let mut logits = vec![0.0; 5 * model.vocab_size()];
         let batches: Vec<ForwardBatch> = (0..12).map(batch).collect();
@@ -54,8 +58,49 @@ fn a_step_allocates_nothing_after_the_first_of_its_size() {
             let change = region.change();
             let num_allocations = change.allocations + change.reallocations;
             // The longest context meets one more span of scratch only beyond 512 tokens; all here are within one.
-            assert!(step < 2 || num_allocations == 0, "{quantize:?}: step {step} allocated {num_allocations} times");
+            let what = format!("{}, {quantize:?}", path.display());
+            assert!(step < 2 || num_allocations == 0, "{what}: step {step} allocated {num_allocations} times");
         }
         assert!(logits.iter().all(|logit| logit.is_finite()));
+    }
+}
+
+/// A config.json of a small model of another family.
+fn config(folder: &Path, family: &Value) -> PathBuf {
+    let mut config = json!({
+        "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+    });
+    config.as_object_mut().unwrap().extend(family.as_object().unwrap().clone());
+    let path = folder.join(format!("{}.json", family["model_type"].as_str().unwrap()));
+    fs::write(&path, config.to_string()).unwrap();
+    path
+}
+
+/// One test, for what runs beside it would be counted too.
+#[test]
+fn a_step_allocates_nothing_after_the_first_of_its_size() {
+    check(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/checkpoints/tiny-llama"), false);
+    let folder = tempfile::tempdir().unwrap();
+    let divisors = |first: f32| (0..8_u8).map(|pair| first + f32::from(pair)).collect::<Vec<_>>();
+    let families = [
+        json!({"model_type": "mixtral", "num_local_experts": 5, "num_experts_per_tok": 2}),
+        json!({
+            "model_type": "qwen2_moe", "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 64, "norm_topk_prob": false,
+        }),
+        json!({"model_type": "gemma2", "head_dim": 16, "query_pre_attn_scalar": 16}),
+        json!({"model_type": "falcon", "new_decoder_architecture": true, "num_kv_heads": 2}),
+        json!({
+            "model_type": "phi3", "original_max_position_embeddings": 64, "max_position_embeddings": 256,
+            "rope_scaling": {"type": "longrope", "short_factor": divisors(1.0), "long_factor": divisors(2.0)},
+        }),
+        json!({
+            "model_type": "llama", "max_position_embeddings": 64,
+            "rope_scaling": {"rope_type": "dynamic", "factor": 2.0},
+        }),
+    ];
+    for family in &families {
+        check(&config(folder.path(), family), true);
     }
 }

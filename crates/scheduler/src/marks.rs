@@ -30,4 +30,6 @@ pub struct Marks {
     pub first_in_order_kept_a_token: u64,
     /// Rows of a prompt were not wanted again: they had been emitted before a preemption.
     pub prompt_rows_skipped: u64,
+    /// A sequence was told to be computed again.
+    pub recomputed: u64,
 }

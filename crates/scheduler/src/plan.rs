@@ -44,6 +44,10 @@ pub struct ScheduledSequence {
     pub block_table: Range<usize>,
     /// Tokens in the cache before this step; the first scheduled token has this position.
     pub num_computed_tokens: usize,
+    /// Tokens of its prompt.
+    pub num_prompt_tokens: usize,
+    /// Tokens it knows, of the prompt and sampled, whether this step gets to them or not.
+    pub num_known_tokens: usize,
     /// The adapter its rows go through.
     pub adapter: Option<AdapterId>,
     /// Which of its rows need logits.

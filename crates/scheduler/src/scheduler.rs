@@ -368,6 +368,29 @@ impl Scheduler {
         }
     }
 
+    /// What is computed of a sample is of no use any more (its keys were made under a rule that no longer holds for it): it
+    /// gives its blocks back and is computed again from its first token, as after a preemption, but it keeps its place
+    /// among the running ones. Nothing that was sampled is lost. False where nothing is computed, or the sample has not
+    /// begun.
+    ///
+    /// # Panics
+    /// Between a plan and its commit: what the step computes would be under the old rule.
+    pub fn recompute(&mut self, id: SeqId) -> bool {
+        assert!(self.in_flight.is_empty(), "recompute: the last plan was neither committed nor failed");
+        let Some(&index) = self.index_of.get(&id) else { return false };
+        let sequence = &mut self.sequences[index];
+        if sequence.id != id || sequence.num_computed_tokens == 0 {
+            return false;
+        }
+        sequence.num_computed_tokens = 0;
+        for block in sequence.blocks.drain(..) {
+            self.pool.release(block);
+        }
+        self.marks.recomputed += 1;
+        self.debug_check();
+        true
+    }
+
     /// Whether anything is alive: then the next plan is not empty, unless something is held.
     pub fn has_work(&self) -> bool {
         self.sequences.len() > 0

@@ -1,7 +1,8 @@
 //! One sequence: tokens it KNOWS (prompt, then what was sampled) and tokens it has COMPUTED (in the cache).
 //!
 //! There is no prefill and no decode here. A sequence runs until computed has caught up with known; then a token is
-//! sampled, and it is one behind again. Preemption sets computed to zero and forgets nothing. It must not know who
+//! sampled, and it is one behind again. Preemption sets computed to zero and forgets nothing;
+//! so does a caller whose keys have become stale ([`crate::Scheduler::recompute`]). It must not know who
 //! else exists. Its invariant: between steps its blocks cover its computed tokens exactly.
 
 use std::sync::Arc;

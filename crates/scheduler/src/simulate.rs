@@ -25,6 +25,8 @@ pub struct Scenario {
     pub abort_percent: usize,
     /// Chance that somebody cancels while a step is computed.
     pub abort_in_flight_percent: usize,
+    /// Chance that what is computed of somebody becomes stale between two steps.
+    pub recompute_percent: usize,
     /// Chance that a step fails.
     pub failure_percent: usize,
     /// The longest prompt that clients send; longer than fits is refused.
@@ -45,6 +47,7 @@ impl Scenario {
         let num_slots = num_blocks * block_size;
         let mut percent = |most: usize| if random.chance(50) { 0 } else { random.between(1, most) };
         let (abort_percent, abort_in_flight_percent, failure_percent) = (percent(30), percent(20), percent(8));
+        let recompute_percent = percent(10);
         Self {
             limits: Limits {
                 block_size,
@@ -58,6 +61,7 @@ impl Scenario {
             arrival_percent: random.between(5, 60),
             abort_percent,
             abort_in_flight_percent,
+            recompute_percent,
             failure_percent,
             num_prompt_tokens_max: random.between(1, num_slots.min(96)),
             max_new_tokens_max: random.between(1, 24),
@@ -97,6 +101,9 @@ pub fn run(seed: u64, scenario: &Scenario) -> Report {
         }
         if random.chance(scenario.abort_percent) {
             world.abort_nth(random.next_u64() as usize);
+        }
+        if random.chance(scenario.recompute_percent) {
+            world.recompute_nth(random.next_u64() as usize);
         }
         let num_aborted = usize::from(random.chance(scenario.abort_in_flight_percent)) * random.between(1, 3);
         let fate = StepFate {

@@ -344,3 +344,41 @@ fn prompt_rows_come_once_though_the_prompt_is_computed_twice() {
     assert!(story.marks().prompt_rows_skipped > 0);
     assert_eq!(rows, (9..24).collect::<Vec<_>>(), "the first nine came before it gave way");
 }
+
+#[test]
+fn a_sequence_is_computed_again_when_told_and_keeps_its_place() {
+    let mut story = Story::new(Limits { max_num_batched_tokens: 6, ..limits() });
+    story.add(request(1, 5, 9));
+    story.add(request(2, 1, 9));
+    assert_eq!(scheduled(&story.step()), [(2, 1), (1, 5)]);
+    assert_eq!(scheduled(&story.step()), [(1, 1), (2, 1)]);
+    let num_free_blocks = story.scheduler.stats().num_free_blocks;
+    assert!(story.scheduler.recompute(SeqId(1)));
+    assert_eq!(story.scheduler.stats().num_free_blocks, num_free_blocks + 2);
+    assert!(!story.scheduler.recompute(SeqId(1)), "there is nothing to forget any more");
+    assert!(!story.scheduler.recompute(SeqId(77)));
+    // Seven known tokens, prompt and sampled ones alike, in chunks; the other one goes on beside them.
+    let plan = story.step();
+    assert_eq!(scheduled(&plan), [(2, 1), (1, 5)]);
+    assert_eq!((plan.sequences[1].num_prompt_tokens, plan.sequences[1].num_known_tokens), (5, 7));
+    assert_eq!(plan.samples, [SeqId(2)]);
+    let plan = story.step();
+    assert_eq!(scheduled(&plan), [(2, 1), (1, 2)]);
+    assert_eq!((plan.samples, plan.preempted), (vec![SeqId(2), SeqId(1)], vec![]));
+    assert_eq!((story.marks().recomputed, story.marks().preempted), (1, 0));
+    story.drain();
+}
+
+/// What siblings share stays with those who are not told.
+#[test]
+fn a_sibling_that_is_computed_again_leaves_shared_blocks_to_the_others() {
+    let mut story = Story::new(limits());
+    story.add(SequenceSpec { samples: [1, 2].map(SeqId).to_vec(), ..request(0, 8, 9) });
+    story.step();
+    assert_eq!(story.scheduler.stats().num_free_blocks, 62, "two blocks hold the prompt for both");
+    assert!(story.scheduler.recompute(SeqId(2)));
+    assert_eq!(story.scheduler.stats().num_free_blocks, 62);
+    assert_eq!(scheduled(&story.step()), [(1, 1), (2, 9)]);
+    assert_eq!(story.scheduler.stats().num_free_blocks, 58, "each has three of its own, but for the two of before");
+    story.drain();
+}

@@ -65,6 +65,7 @@ fn add_marks(total: &mut Marks, marks: &Marks) {
         unseated,
         first_in_order_kept_a_token,
         prompt_rows_skipped,
+        recomputed,
     } = *marks;
     total.preempted += preempted;
     total.preempted_for_admission += preempted_for_admission;
@@ -79,6 +80,7 @@ fn add_marks(total: &mut Marks, marks: &Marks) {
     total.unseated += unseated;
     total.first_in_order_kept_a_token += first_in_order_kept_a_token;
     total.prompt_rows_skipped += prompt_rows_skipped;
+    total.recomputed += recomputed;
 }
 
 #[test]
@@ -105,6 +107,7 @@ fn a_server_sized_pool_under_pressure_loses_nothing() {
         arrival_percent: 30,
         abort_percent: 2,
         abort_in_flight_percent: 2,
+        recompute_percent: 1,
         failure_percent: 1,
         num_prompt_tokens_max: 400,
         max_new_tokens_max: 64,

@@ -16,6 +16,7 @@ enum Call {
     Steps(usize),
     Abort(usize),
     Hold(usize, bool),
+    Recompute(usize),
     StepWithAborts(Vec<usize>),
     FailedStep(Vec<usize>),
 }
@@ -33,6 +34,7 @@ fn walk(limits: Limits, calls: &[Call]) -> World {
                 let _nobody = !world.abort_nth(*n);
             }
             Call::Hold(n, is_held) => world.hold_nth(*n, *is_held),
+            Call::Recompute(n) => world.recompute_nth(*n),
             Call::StepWithAborts(aborted) => {
                 world.step(now_ms, &StepFate { aborted: aborted.clone(), has_failed: false });
             }
@@ -80,6 +82,7 @@ fn call() -> impl Strategy<Value = Call> {
         4 => (2_usize..9).prop_map(Call::Steps),
         2 => (0_usize..100).prop_map(Call::Abort),
         3 => (0_usize..100, any::<bool>()).prop_map(|(n, is_held)| Call::Hold(n, is_held)),
+        1 => (0_usize..100).prop_map(Call::Recompute),
         2 => picks().prop_map(Call::StepWithAborts),
         1 => picks().prop_map(Call::FailedStep),
     ]

@@ -4,6 +4,8 @@
 //! lies beyond the rows at hand is left as it is: a step after warm-up allocates nothing, and nothing is cleared that is
 //! written next. Invariant: the buffers of the form at hand hold at least `num_rows` whole rows of the same input.
 
+use std::ops::Range;
+
 use super::pool::SharedMut;
 use super::task::{ActivationsOut, Panels, QuantGroup, QuantRows};
 use crate::matrix::Matrix;
@@ -100,17 +102,69 @@ impl Activations {
         }
     }
 
+    /// All rows, as products read them.
+    pub(crate) fn inputs(&self) -> Inputs<'_> {
+        Inputs {
+            num_rows: self.num_rows,
+            cols: self.cols,
+            form: self.form,
+            panels: self.panels,
+            rows: if self.form.has_f32() { &self.rows[..self.num_rows * self.cols] } else { &[] },
+            groups: if self.form.has_int8() { &self.groups[..self.num_rows * self.panels.groups] } else { &[] },
+        }
+    }
+
+    /// Some rows that were written by themselves, see [`ActivationsOut::segment`].
+    pub(crate) fn segment(&self, rows: Range<usize>, panel_rows: usize) -> Inputs<'_> {
+        let groups = self.cols / GROUP;
+        Inputs {
+            num_rows: rows.len(),
+            cols: self.cols,
+            form: self.form,
+            panels: Panels::new(rows.len(), groups, panel_rows),
+            rows: if self.form.has_f32() { &self.rows[rows.start * self.cols..rows.end * self.cols] } else { &[] },
+            groups: if self.form.has_int8() { &self.groups[rows.start * groups..rows.end * groups] } else { &[] },
+        }
+    }
+}
+
+/// Input rows as products read them: all of some [`Activations`], or a part that was written by itself.
+#[derive(Clone, Copy)]
+pub(crate) struct Inputs<'a> {
+    num_rows: usize,
+    cols: usize,
+    form: Form,
+    panels: Panels,
+    rows: &'a [f32],
+    groups: &'a [QuantGroup],
+}
+
+impl<'a> Inputs<'a> {
+    pub(crate) fn num_rows(&self) -> usize {
+        self.num_rows
+    }
+
+    pub(crate) fn cols(&self) -> usize {
+        self.cols
+    }
+
     /// How rows are shared out over panels, whatever their form.
     pub(crate) fn panels(&self) -> Panels {
         self.panels
     }
 
+    /// `[num_rows, cols]`; panics where they are kept in int8 alone.
+    pub(crate) fn rows(&self) -> &'a [f32] {
+        assert!(self.form.has_f32(), "activations in int8 alone met a dense matrix: prepare them as Form::Both");
+        self.rows
+    }
+
     /// The int8 groups; panics where they were not asked for.
-    pub(crate) fn quantized_rows(&self) -> QuantRows<'_> {
+    pub(crate) fn quantized_rows(&self) -> QuantRows<'a> {
         assert!(
             self.form.has_int8(),
             "a quantised matrix met activations in f32 alone: prepare them as Form::Int8 or Form::Both"
         );
-        QuantRows { panels: self.panels, elements: &self.groups[..self.num_rows * self.panels.groups] }
+        QuantRows { panels: self.panels, elements: self.groups }
     }
 }

@@ -49,8 +49,16 @@ pub struct AttentionArgs<'a> {
     pub window: Option<usize>,
     /// Scores become `cap * tanh(score / cap)`.
     pub soft_cap: Option<f32>,
-    /// One slope a query head; adds `slope * (key - p)`.
-    pub alibi_slopes: Option<&'a [f32]>,
+    /// Added to scores that are scaled and capped, one for each query head and position of a key: `[num_heads, positions]`,
+    /// positions a multiple of 64 and no fewer than any context has (ALiBi).
+    pub biases: Option<&'a [f32]>,
+}
+
+impl AttentionArgs<'_> {
+    /// Of one head.
+    pub(crate) fn num_biases(&self) -> usize {
+        self.biases.map_or(0, |biases| biases.len() / self.num_heads)
+    }
 }
 
 /// Rows of a sequence that are computed together, for one key/value head.
@@ -228,8 +236,16 @@ fn check(
     );
     assert!(q.len() == out.len() && q.len().is_multiple_of(width), "q of {}, out of {}", q.len(), out.len());
     assert!(args.window != Some(0), "a window of 0 sees nothing");
-    if let Some(slopes) = args.alibi_slopes {
-        assert_eq!(slopes.len(), args.num_heads, "{} slopes for {} heads", slopes.len(), args.num_heads);
+    if let Some(biases) = args.biases {
+        let len = args.num_biases();
+        assert!(
+            biases.len() == args.num_heads * len && len.is_multiple_of(TILE_KEYS),
+            "{} biases for {} heads: each takes a multiple of {TILE_KEYS}",
+            biases.len(),
+            args.num_heads
+        );
+        let longest = sequences.iter().map(|sequence| sequence.context_len).max().unwrap_or(0);
+        assert!(longest <= len, "biases of {len} positions for a context of {longest}");
     }
     named.clear();
     named.resize(q.len() / width, false);

@@ -8,6 +8,7 @@ use std::sync::OnceLock;
 
 use half::{bf16, f16};
 
+use super::rows::LayerNorm;
 use super::task::{DenseTask, GatedTask, GroupsMut, QuantTask, RopeRow, SpanTask};
 use crate::KernelError;
 
@@ -127,6 +128,10 @@ pub(crate) struct Kernels {
     pub(crate) quantize: unsafe fn(&[f32], &GroupsMut<'_>),
     /// Row, weight, eps, normalised row.
     pub(crate) rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
+    /// Row, weight, bias and eps, normalised row.
+    pub(crate) layer_norm: unsafe fn(&[f32], &LayerNorm<'_>, &mut [f32]),
+    /// Adds a row times a factor to another.
+    pub(crate) add_scaled: unsafe fn(&mut [f32], &[f32], f32),
     pub(crate) rope: unsafe fn(&mut RopeRow<'_>),
     pub(crate) gated: unsafe fn(&GatedTask<'_>),
     pub(crate) attention_f32: unsafe fn(&mut SpanTask<'_, f32>),
@@ -139,6 +144,8 @@ pub(crate) struct Kernels {
     pub(crate) exp_sub_sum: unsafe fn(&mut [f32], f32) -> f32,
     /// Row and its maximum: the sum of exp(x - max).
     pub(crate) sum_exp_sub: unsafe fn(&[f32], f32) -> f32,
+    /// Row, scale and cap: writes cap * tanh(scale * x / cap) over x.
+    pub(crate) soft_cap: unsafe fn(&mut [f32], f32, f32),
     /// Rounds of f32 multiply-adds to operations.
     pub(crate) spin_f32: unsafe fn(usize) -> u64,
     /// Rounds of int8 dot products to operations.

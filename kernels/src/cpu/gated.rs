@@ -7,7 +7,7 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use super::activations::{Activations, Form};
+use super::activations::{Activations, Form, Inputs};
 use super::matmul::{MIN_PIECE_MACS, even_parts};
 use super::pool::SharedMut;
 use super::task::{ActivationsOut, GatedTask, Output};
@@ -24,42 +24,84 @@ thread_local! {
     static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-/// What a call is about, checked.
-struct Call<'a> {
-    x: &'a Activations,
-    gate: Projection<'a>,
-    up: Projection<'a>,
-    out: ActivationsOut,
+/// Activation functions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// x / (1 + exp(-x)).
+    Silu,
+    /// x * Phi(x), Phi the normal distribution's.
+    Gelu,
+    /// Its approximation by tanh.
+    GeluTanh,
 }
 
-/// A matrix and the rows of its tiles.
-struct Projection<'a> {
-    weights: &'a Matrix,
-    tile_rows: usize,
+/// A matrix and what is added to its products.
+#[derive(Clone, Copy, Debug)]
+pub struct Projection<'a> {
+    /// `[outputs, inputs]`
+    pub weights: &'a Matrix,
+    /// `[outputs]`
+    pub bias: Option<&'a [f32]>,
+}
+
+/// The first half of an MLP: `activation(gate(x)) * up(x)`, or `activation(gate(x))` where there is no up projection.
+#[derive(Clone, Copy, Debug)]
+pub struct GatedProduct<'a> {
+    /// What the activation is a function of.
+    pub gate: Projection<'a>,
+    /// Of as many outputs as the gate.
+    pub up: Option<Projection<'a>>,
+    /// The function.
+    pub activation: Activation,
+}
+
+/// What a call is about, checked.
+pub(super) struct Call<'a> {
+    pub(super) x: Inputs<'a>,
+    pub(super) product: GatedProduct<'a>,
+    pub(super) out: ActivationsOut,
+}
+
+impl GatedProduct<'_> {
+    /// Multiply-adds for one row.
+    pub(super) fn macs(&self) -> usize {
+        let num_matrices = 1 + usize::from(self.up.is_some());
+        num_matrices * self.gate.weights.rows() * self.gate.weights.cols()
+    }
 }
 
 impl Cpu {
-    /// `silu(x . gate^T) * (x . up^T)` as activations of `gate.rows()` columns in a form, with silu(x) = x / (1 +
-    /// exp(-x)). int8 groups need `gate.rows()` to be a multiple of 32.
-    pub fn gated_matmul(&self, x: &Activations, gate: &Matrix, up: &Matrix, form: Form, out: &mut Activations) {
-        let (m, cols) = (x.num_rows(), gate.rows());
-        assert_eq!(up.rows(), cols, "a gate of {cols} outputs meets an up projection of {}", up.rows());
-        let projection = |weights| Projection { weights, tile_rows: self.check(x, weights).1 };
-        let (gate, up) = (projection(gate), projection(up));
-        let call = Call { x, gate, up, out: out.reshape(m, cols, form, self.kernels.columns) };
+    /// The product as activations of `gate.rows()` columns in a form. int8 groups need `gate.rows()` to be a multiple of 32.
+    pub fn gated_matmul(&self, x: &Activations, product: &GatedProduct<'_>, form: Form, out: &mut Activations) {
+        let m = x.num_rows();
+        self.check_gated(&x.inputs(), product);
+        let cols = product.gate.weights.rows();
+        let call = Call { x: x.inputs(), product: *product, out: out.reshape(m, cols, form, self.kernels.columns) };
         if m == 0 {
             return;
         }
         let groups = cols.div_ceil(GROUP);
-        let num_wanted = (self.threads() * PIECES_PER_THREAD).min(2 * m * cols * x.cols() / MIN_PIECE_MACS);
+        let num_wanted = (self.threads() * PIECES_PER_THREAD).min(m * product.macs() / MIN_PIECE_MACS);
         let num_pieces = if self.threads() == 1 { 1 } else { num_wanted.clamp(1, groups.max(1)) };
         self.pool.run(num_pieces, |piece| {
             self.gated_groups(&call, piece * groups / num_pieces..(piece + 1) * groups / num_pieces);
         });
     }
 
+    /// Panics where the matrices do not fit the activations, each other, their biases or the instruction set.
+    pub(super) fn check_gated(&self, x: &Inputs<'_>, product: &GatedProduct<'_>) {
+        let cols = product.gate.weights.rows();
+        for Projection { weights, bias } in [Some(product.gate), product.up].into_iter().flatten() {
+            self.check(x, weights);
+            assert_eq!(weights.rows(), cols, "a gate of {cols} outputs meets an up projection of {}", weights.rows());
+            if let Some(bias) = bias {
+                assert_eq!(bias.len(), cols, "a bias of {} for {cols} outputs", bias.len());
+            }
+        }
+    }
+
     /// Some groups of outputs, as many rows and groups at a time as the scratch has room for.
-    fn gated_groups(&self, call: &Call<'_>, groups: Range<usize>) {
+    pub(super) fn gated_groups(&self, call: &Call<'_>, groups: Range<usize>) {
         let panels = call.x.panels();
         let row_block = (SCRATCH_ELEMENTS / GROUP / panels.panel_rows).max(1);
         SCRATCH.with_borrow_mut(|scratch| {
@@ -73,9 +115,14 @@ impl Cpu {
                     // What is left over in it is beyond the last output.
                     scratch.resize(scratch.len().max(2 * len), 0.0);
                     let (gate, up) = scratch[..2 * len].split_at_mut(len);
-                    self.columns(call.x, &call.gate, block.clone(), cols.clone(), stride, gate);
-                    self.columns(call.x, &call.up, block.clone(), cols.clone(), stride, up);
-                    let task = GatedTask { gate, up, stride, m: rows.clone(), cols, out: &call.out };
+                    let GatedProduct { gate: gate_weights, up: up_weights, activation } = &call.product;
+                    self.columns(&call.x, gate_weights, block.clone(), cols.clone(), stride, gate);
+                    let up = up_weights.as_ref().map(|weights| {
+                        self.columns(&call.x, weights, block.clone(), cols.clone(), stride, up);
+                        &*up
+                    });
+                    let (activation, out) = (*activation, &call.out);
+                    let task = GatedTask { gate, up, activation, stride, m: rows.clone(), cols, out };
                     // SAFETY: the table fits the machine; the outputs of these groups are this piece's.
                     unsafe { (self.kernels.gated)(&task) };
                 }
@@ -86,18 +133,19 @@ impl Cpu {
     /// Outputs `cols`, which begin a tile, of the rows of some panels.
     fn columns(
         &self,
-        x: &Activations,
+        x: &Inputs<'_>,
         projection: &Projection<'_>,
         panels: Range<usize>,
         cols: Range<usize>,
         stride: usize,
         out: &mut [f32],
     ) {
-        let Projection { weights, tile_rows } = *projection;
+        let Projection { weights, bias } = *projection;
+        let tile_rows = self.tile_rows(weights);
         let tiles = cols.start / tile_rows..cols.end.div_ceil(tile_rows);
         let first_m = x.panels().rows_of_all(&panels).start;
         let elements = SharedMut::new(out);
-        let out = Output { elements, stride, first_m, rows: cols, bias: None, accumulate: false };
+        let out = Output { elements, stride, first_m, rows: cols, bias, accumulate: false };
         self.tiles(x, weights, tiles, panels, &out);
     }
 }

@@ -6,9 +6,12 @@
 use std::cmp::Ordering;
 
 use super::Cpu;
+use super::pool::SharedMut;
 
 /// Elements summed in f32 before the sum goes on in f64: keeps the error of a 256k-entry row at some 1e-6.
 const SUM_CHUNK: usize = 1024;
+/// Elements that are worth waking another thread for.
+const MIN_PIECE_ELEMENTS: usize = 8 * 1024;
 
 /// A logit and where it stands.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -67,6 +70,24 @@ impl Cpu {
         for x in row {
             *x *= factor;
         }
+    }
+
+    /// Logits as a family defines them, in place: `scale * x`, or `cap * tanh(scale * x / cap)` where there is a cap.
+    pub fn scale_and_cap(&self, logits: &mut [f32], scale: f32, cap: Option<f32>) {
+        let (len, logits) = (logits.len(), SharedMut::new(logits));
+        self.split(len, MIN_PIECE_ELEMENTS, |piece| {
+            // SAFETY: pieces are disjoint.
+            let logits = unsafe { logits.slice(piece) };
+            match cap {
+                // SAFETY: the table fits the machine.
+                Some(cap) => unsafe { (self.kernels.soft_cap)(logits, scale, cap) },
+                None => {
+                    for x in logits {
+                        *x *= scale;
+                    }
+                }
+            }
+        });
     }
 
     /// The `k` largest logits, largest first, into `out`; fewer where the row is shorter or holds NaN. One pass with a

@@ -6,7 +6,7 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use super::activations::Activations;
+use super::activations::{Activations, Inputs};
 use super::pool::SharedMut;
 use super::task::{DenseTask, Line, Output, QuantGroup, QuantTask};
 use super::{Cpu, PIECES_PER_THREAD};
@@ -39,17 +39,19 @@ impl Cpu {
 
     /// Several products of the same activations in one parallel region: each `out = x . w^T (+ bias)`.
     pub fn matmul_all<const N: usize>(&self, x: &Activations, products: [Product<'_>; N]) {
+        let x = &x.inputs();
         self.products(x, &products.map(|Product { weights, bias, out }| self.part(x, weights, bias, out, false)));
     }
 
     fn product(&self, x: &Activations, w: &Matrix, bias: Option<&[f32]>, out: &mut [f32], accumulate: bool) {
+        let x = &x.inputs();
         self.products(x, &[self.part(x, w, bias, out, accumulate)]);
     }
 
     /// A product, checked.
     fn part<'a>(
         &self,
-        x: &Activations,
+        x: &Inputs<'_>,
         w: &'a Matrix,
         bias: Option<&'a [f32]>,
         out: &'a mut [f32],
@@ -66,7 +68,7 @@ impl Cpu {
     }
 
     /// A matrix's tiles and their rows; panics where it does not fit the activations or the instruction set.
-    pub(super) fn check(&self, x: &Activations, w: &Matrix) -> (usize, usize) {
+    pub(super) fn check(&self, x: &Inputs<'_>, w: &Matrix) -> (usize, usize) {
         assert_eq!(x.cols(), w.cols(), "activations of {} columns meet a matrix of {} inputs", x.cols(), w.cols());
         match w {
             Matrix::Quantized(w) => {
@@ -89,8 +91,13 @@ impl Cpu {
         }
     }
 
+    /// Rows of a matrix's tiles.
+    pub(super) fn tile_rows(&self, w: &Matrix) -> usize {
+        if w.is_quantized() { self.isa.quant_tile_rows() } else { DENSE_TILE_ROWS }
+    }
+
     /// One region for all parts: pieces of tiles, shared out by the work in them.
-    fn products<const N: usize>(&self, x: &Activations, parts: &[Part<'_>; N]) {
+    fn products<const N: usize>(&self, x: &Inputs<'_>, parts: &[Part<'_>; N]) {
         if x.num_rows() == 0 {
             return;
         }
@@ -121,7 +128,7 @@ impl Cpu {
     /// Every one of `tiles` meets every row of `panels` once. Shapes are checked, and the outputs are the calling task's.
     pub(super) fn tiles(
         &self,
-        x: &Activations,
+        x: &Inputs<'_>,
         weights: &Matrix,
         tiles: Range<usize>,
         panels: Range<usize>,
@@ -178,7 +185,7 @@ struct Part<'a> {
 
 fn dense<E: DenseElement>(
     kernel: unsafe fn(&DenseTask<'_, E>),
-    x: &Activations,
+    x: &Inputs<'_>,
     w: &Dense<E>,
     out: &Output<'_>,
     tiles: &Range<usize>,

@@ -6,6 +6,7 @@
 pub(crate) mod activations;
 pub(crate) mod attention;
 pub(crate) mod dispatch;
+pub(crate) mod experts;
 pub(crate) mod gated;
 pub(crate) mod logits;
 pub(crate) mod matmul;

@@ -249,6 +249,14 @@ impl std::fmt::Debug for Pool {
 /// A slice that several tasks write, each its own elements.
 pub(crate) struct SharedMut<T>(*mut T, usize);
 
+impl<T> Clone for SharedMut<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for SharedMut<T> {}
+
 // SAFETY: every access goes through `slice`, whose callers keep tasks apart.
 unsafe impl<T: Send> Sync for SharedMut<T> {}
 // SAFETY: as above.
@@ -259,7 +267,13 @@ impl<T> SharedMut<T> {
         Self(slice.as_mut_ptr(), slice.len())
     }
 
-    /// A part of it.
+    /// The same buffer, from one element to another: nothing is borrowed yet.
+    pub(crate) fn part(&self, range: std::ops::Range<usize>) -> Self {
+        assert!(range.start <= range.end && range.end <= self.1, "{range:?} of {} elements", self.1);
+        Self(self.0.wrapping_add(range.start), range.len())
+    }
+
+    /// A part of it, borrowed.
     ///
     /// # Safety
     /// - Parts that live at the same time do not overlap.

@@ -10,6 +10,7 @@ use bytemuck::Pod;
 use half::{bf16, f16};
 
 use super::attention::AttentionArgs;
+use super::gated::Activation;
 use super::pool::SharedMut;
 use super::rope::RopeStyle;
 use crate::matrix::{Dense, DenseElement};
@@ -187,6 +188,19 @@ pub(crate) struct ActivationsOut {
 }
 
 impl ActivationsOut {
+    /// Some rows by themselves: with panels of their own, as if there were no others.
+    pub(crate) fn segment(&self, rows: Range<usize>, panel_rows: usize) -> Self {
+        let cols = self.cols;
+        Self {
+            cols,
+            rows: self.rows.as_ref().map(|all| all.part(rows.start * cols..rows.end * cols)),
+            groups: self.groups.as_ref().map(|(panels, all)| {
+                let groups = panels.groups;
+                (Panels::new(rows.len(), groups, panel_rows), all.part(rows.start * groups..rows.end * groups))
+            }),
+        }
+    }
+
     /// Where a row's groups go, from number `first_group` on.
     #[inline(always)]
     pub(crate) fn groups_of(&self, row: usize, first_group: usize) -> Option<GroupsMut<'_>> {
@@ -197,12 +211,13 @@ impl ActivationsOut {
     }
 }
 
-/// Products of a gate and an up projection, to be joined: `activation(gate) * up`.
+/// Products of a gate and, where there is one, an up projection, to be joined: `activation(gate) [* up]`.
 pub(crate) struct GatedTask<'a> {
     /// `[m, stride]`, readable for whole groups of 32.
     pub(crate) gate: &'a [f32],
     /// Likewise.
-    pub(crate) up: &'a [f32],
+    pub(crate) up: Option<&'a [f32]>,
+    pub(crate) activation: Activation,
     pub(crate) stride: usize,
     /// Activation rows.
     pub(crate) m: Range<usize>,

@@ -4,8 +4,8 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 
 use bindery_kernels::{
-    Activations, AttentionSequence, CodeBits, Cpu, Form, Isa, KvCache, KvDtype, KvShape, Matrix, QuantFormat, QuantRow,
-    Quantized, Scaling,
+    Activation, Activations, AttentionSequence, CodeBits, Cpu, Form, GatedProduct, Isa, KvCache, KvDtype, KvShape,
+    Matrix, Projection, QuantFormat, QuantRow, Quantized, Scaling,
 };
 use half::{bf16, f16};
 
@@ -114,18 +114,20 @@ pub(crate) fn product(cpu: &Cpu, x: &[f32], m: usize, w: &Matrix, bias: Option<&
     out
 }
 
-/// `silu(x . gate^T) * (x . up^T)` in every form that fits, each held against the f32 rows.
-pub(crate) fn gated(cpu: &Cpu, x: &[f32], m: usize, gate: &Matrix, up: &Matrix) -> Vec<f32> {
+/// A gated product in every form that fits, each held against the f32 rows.
+pub(crate) fn gated(cpu: &Cpu, x: &[f32], m: usize, wanted: &GatedProduct<'_>) -> Vec<f32> {
     let (mut activations, mut out, mut other) = <(Activations, Activations, Activations)>::default();
-    cpu.prepare(x, m, gate.cols(), Form::of([gate, up]), &mut activations);
-    cpu.gated_matmul(&activations, gate, up, Form::F32, &mut out);
+    let gate = wanted.gate.weights;
+    let matrices = [Some(gate), wanted.up.map(|up| up.weights)].into_iter().flatten();
+    cpu.prepare(x, m, gate.cols(), Form::of(matrices), &mut activations);
+    cpu.gated_matmul(&activations, wanted, Form::F32, &mut out);
     let rows = out.rows().to_vec();
     if gate.rows().is_multiple_of(32) {
         // What a quantised matrix makes of them tells the int8 groups apart.
         let probe = W8.matrix(cpu.isa(), 19, gate.rows(), 5);
         let expected = product(cpu, &rows, m, &probe, None);
         for form in [Form::Int8, Form::Both] {
-            cpu.gated_matmul(&activations, gate, up, form, &mut other);
+            cpu.gated_matmul(&activations, wanted, form, &mut other);
             let mut product = vec![f32::NAN; expected.len()];
             cpu.matmul(&other, &probe, None, &mut product);
             assert_eq!(bits(&product), bits(&expected), "{form:?}");
@@ -133,6 +135,15 @@ pub(crate) fn gated(cpu: &Cpu, x: &[f32], m: usize, gate: &Matrix, up: &Matrix) 
         assert_eq!(bits(other.rows()), bits(&rows));
     }
     rows
+}
+
+/// All activations.
+pub(crate) const ACTIVATIONS: [Activation; 3] = [Activation::Silu, Activation::Gelu, Activation::GeluTanh];
+
+/// Two plain projections and an activation.
+pub(crate) fn gate_and_up<'a>(gate: &'a Matrix, up: &'a Matrix, activation: Activation) -> GatedProduct<'a> {
+    let [gate, up] = [gate, up].map(|weights| Projection { weights, bias: None });
+    GatedProduct { gate, up: Some(up), activation }
 }
 
 /// Bits, with every NaN alike.

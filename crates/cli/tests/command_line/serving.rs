@@ -2,6 +2,7 @@
 
 use std::{
     io::{BufRead as _, BufReader, Read as _},
+    path::Path,
     process::{Child, ChildStderr, Command, Stdio},
 };
 
@@ -10,7 +11,8 @@ use serde_json::{Value, json};
 
 use crate::support::{TINY_LLAMA, bindery};
 
-struct Serving {
+/// The binary at work; ended when it is dropped.
+pub(crate) struct Serving {
     child: Child,
     log: BufReader<ChildStderr>,
     url: String,
@@ -22,17 +24,31 @@ struct Serving {
 impl Serving {
     /// Returns when it takes requests.
     fn start(flags: &[&str], environment: &[(&str, &str)]) -> Self {
-        let mut serving = Self::spawn(flags, environment);
-        let ready = serving.lines_until("ready: http").pop().unwrap();
-        serving.url.push_str(ready.trim_start_matches("ready: "));
-        serving
+        Self::spawn(flags, environment).until_ready()
+    }
+
+    /// The same with a model of the test's choice, whose weights are read.
+    pub(crate) fn start_model(path: &Path, flags: &[&str]) -> Self {
+        Self::spawn_model(path, flags, &[]).until_ready()
+    }
+
+    fn until_ready(mut self) -> Self {
+        let ready = self.lines_until("ready: http").pop().unwrap();
+        self.url.push_str(ready.trim_start_matches("ready: "));
+        self
     }
 
     /// Returns at once: where it will listen is still to be read from its log.
     fn spawn(flags: &[&str], environment: &[(&str, &str)]) -> Self {
+        Self::spawn_model(Path::new(TINY_LLAMA), &[&["--load-format", "dummy"], flags].concat(), environment)
+    }
+
+    fn spawn_model(path: &Path, flags: &[&str], environment: &[(&str, &str)]) -> Self {
         let home = tempfile::tempdir().unwrap();
         let mut child = bindery(home.path())
-            .args(["serve", TINY_LLAMA, "--load-format", "dummy", "--port", "0", "--threads", "1"])
+            .arg("serve")
+            .arg(path)
+            .args(["--port", "0", "--threads", "1"])
             .args(flags)
             .envs(environment.iter().copied())
             .stderr(Stdio::piped())
@@ -72,7 +88,7 @@ impl Serving {
         self.runtime.block_on(async { request.send().await.unwrap().status() })
     }
 
-    fn post(&self, body: &Value) -> (StatusCode, Value) {
+    pub(crate) fn post(&self, body: &Value) -> (StatusCode, Value) {
         let request = self.client.post(format!("{}/v1/completions", self.url)).json(body);
         self.runtime.block_on(async {
             let answer = request.send().await.unwrap();

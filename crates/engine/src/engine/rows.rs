@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use bindery_model::{BatchSequence, ForwardBatch};
+use bindery_model::{BatchSequence, ForwardBatch, RopeRegimes};
 use bindery_scheduler::{LogitsWanted, StepPlan};
 
 use super::live::{LiveRequests, key_of};
@@ -21,8 +21,19 @@ pub(crate) struct LogitRow {
     pub(crate) samples: Range<usize>,
 }
 
+/// The length that a request's rotary frequencies go by.
+pub(crate) fn rope_len(regimes: Option<RopeRegimes>, num_prompt_tokens: usize, num_known_tokens: usize) -> usize {
+    regimes.map_or(0, |regimes| regimes.rope_len(num_prompt_tokens, num_known_tokens))
+}
+
 /// Fills `batch` and `rows` from `plan`, keeping their memory.
-pub(crate) fn fill(plan: &StepPlan, requests: &LiveRequests, batch: &mut ForwardBatch, rows: &mut Vec<LogitRow>) {
+pub(crate) fn fill(
+    plan: &StepPlan,
+    requests: &LiveRequests,
+    regimes: Option<RopeRegimes>,
+    batch: &mut ForwardBatch,
+    rows: &mut Vec<LogitRow>,
+) {
     batch.tokens.clear();
     batch.tokens.extend(plan.tokens.iter().map(|token| token.0));
     batch.positions.clone_from(&plan.positions);
@@ -39,6 +50,7 @@ pub(crate) fn fill(plan: &StepPlan, requests: &LiveRequests, batch: &mut Forward
             rows: tokens.clone(),
             block_table: sequence.block_table.clone(),
             context_len: sequence.num_computed_tokens + tokens.len(),
+            rope_len: rope_len(regimes, sequence.num_prompt_tokens, sequence.num_known_tokens),
             adapter: sequence.adapter.map(|adapter| adapter.0),
         });
         let key = key_of(sequence.id);

@@ -7,16 +7,24 @@
 use std::{mem, ops::Range};
 
 use bindery_kernels::{
-    Activations, AttentionArgs, AttentionSequence, Cpu, Form, KvCache, KvDtype, KvShape, Matrix, Product,
+    Activation, Activations, AttentionArgs, AttentionSequence, Cpu, ExpertWeights, Form, GatedProduct, KvCache,
+    KvDtype, KvShape, LayerNorm, Matrix, Mixture, Norm, Product, Projection, RoutingArgs, Shares,
 };
 
 use crate::{
-    backend::{AttentionWeights, Backend, Layer, Linear, MlpWeights, Step},
-    config::{Activation, DecoderConfig, RopeStyle},
+    alibi,
+    backend::{
+        AttentionWeights, Backend, ExpertsWeights, FeedForwardKind, FeedForwardWeights, HeadWeights, Layer, Linear,
+        MlpWeights, NormWeights, SharedExpert, Step,
+    },
+    config::{self, DecoderConfig, NormKind, RopeStyle},
     error::ModelError,
     model::{Dtype, KvCacheDtype, Quantize},
     weights::TensorView,
 };
+
+/// Positions that biases are made for at least; a multiple of what the kernels want whole.
+const MIN_BIASES: usize = 1024;
 
 /// How weights are taken over.
 #[derive(Clone, Copy, Debug)]
@@ -56,6 +64,16 @@ struct Buffers {
     attended: Vec<f32>,
     /// Input of the MLP's second half.
     gated: Activations,
+    /// What a branch gives before it is normed, or a shared expert before it is weighted: `[rows, hidden_size]`
+    branch: Vec<f32>,
+    shared: Vec<f32>,
+    /// `[rows, num_experts]`
+    router_logits: Vec<f32>,
+    /// `[rows]`
+    shared_gates: Vec<f32>,
+    mixture: Mixture,
+    /// ALiBi's, `[num_heads, positions]`
+    biases: Vec<f32>,
     /// Rows for the head, `[kept rows, hidden_size]`.
     kept: Vec<f32>,
     /// Empty between operations; keeps its memory.
@@ -121,6 +139,129 @@ fn product<'a>(linear: &'a Linear<CpuBackend>, out: &'a mut [f32]) -> Product<'a
     Product { weights: &linear.weight, bias: linear.bias.as_deref(), out }
 }
 
+fn projection(linear: &Linear<CpuBackend>) -> Projection<'_> {
+    Projection { weights: &linear.weight, bias: linear.bias.as_deref() }
+}
+
+/// A norm of the configuration's kind.
+fn norm<'a>(config: &DecoderConfig, weights: &'a NormWeights<CpuBackend>) -> Norm<'a> {
+    let (weight, eps) = (weights.weight.as_slice(), config.norm.eps);
+    match (config.norm.kind, &weights.bias) {
+        (NormKind::Layer, Some(bias)) => Norm::Layer(LayerNorm { weight, bias, eps }),
+        (NormKind::Rms, None) => Norm::Rms { weight, eps },
+        _ => unreachable!("the loader gives a bias to layer norms and to no others"),
+    }
+}
+
+/// The first half of an MLP.
+fn gated_product(mlp: &MlpWeights<CpuBackend>, activation: config::Activation) -> GatedProduct<'_> {
+    let activation = match activation {
+        config::Activation::Silu => Activation::Silu,
+        config::Activation::Gelu => Activation::Gelu,
+        config::Activation::GeluTanh => Activation::GeluTanh,
+    };
+    match &mlp.gate {
+        Some(gate) => GatedProduct { gate: projection(gate), up: Some(projection(&mlp.up)), activation },
+        None => GatedProduct { gate: projection(&mlp.up), up: None, activation },
+    }
+}
+
+/// The matrices that read an MLP's input.
+fn first_matrices(mlp: &MlpWeights<CpuBackend>) -> impl Iterator<Item = &Matrix> {
+    mlp.gate.iter().chain([&mlp.up]).map(|linear| &linear.weight)
+}
+
+/// What reads the normed residual stream.
+fn input_form(weights: &FeedForwardKind<CpuBackend>) -> Form {
+    match weights {
+        FeedForwardKind::Dense(mlp) => Form::of(first_matrices(mlp)),
+        FeedForwardKind::Experts(ExpertsWeights { router, experts, shared }) => {
+            let shared = shared.iter().flat_map(|shared| first_matrices(&shared.mlp).chain([&shared.gate]));
+            Form::of(experts.iter().flat_map(first_matrices).chain(shared).chain([router]))
+        }
+    }
+}
+
+impl CpuBackend {
+    /// ALiBi's biases for this many positions at least.
+    fn make_biases(&mut self, num_positions: usize) {
+        let (config, biases) = (&self.config, &mut self.buffers.biases);
+        if config.alibi.is_some() && biases.len() < config.num_heads * num_positions {
+            // Tiles of keys are whole, and a context grows by few tokens at a time.
+            alibi::fill(config, num_positions.max(MIN_BIASES).next_power_of_two(), biases);
+        }
+    }
+
+    /// An MLP of `activations` into `hidden`: added to it, by way of a norm where there is one.
+    fn mlp(
+        &mut self,
+        mlp: &MlpWeights<Self>,
+        post_norm: Option<&NormWeights<Self>>,
+        rows: usize,
+    ) -> Result<(), ModelError> {
+        let Self { cpu, config, buffers, .. } = self;
+        let Buffers { hidden, activations, gated, branch, .. } = buffers;
+        let hidden = &mut hidden[..rows * config.hidden_size];
+        let product = gated_product(mlp, config.mlp.activation);
+        cpu.gated_matmul(activations, &product, Form::of([&mlp.down.weight]), gated);
+        let Some(post_norm) = post_norm else {
+            cpu.matmul_add(gated, &mlp.down.weight, mlp.down.bias.as_deref(), hidden);
+            return Ok(());
+        };
+        let branch = sized(branch, hidden.len())?;
+        cpu.matmul(gated, &mlp.down.weight, mlp.down.bias.as_deref(), branch);
+        cpu.norm_add(branch, &norm(config, post_norm), hidden);
+        Ok(())
+    }
+
+    /// Likewise a mixture of experts.
+    fn mixture(
+        &mut self,
+        weights: &ExpertsWeights<Self>,
+        post_norm: Option<&NormWeights<Self>>,
+        rows: usize,
+    ) -> Result<(), ModelError> {
+        let Self { cpu, config, buffers, .. } = self;
+        let Buffers { hidden, activations, gated, branch, shared, router_logits, shared_gates, mixture, .. } = buffers;
+        let experts = config.experts.as_ref().expect("the decoder has checked that layers with experts have them");
+        let hidden = &mut hidden[..rows * config.hidden_size];
+        let logits = sized(router_logits, rows * experts.num_experts)?;
+        cpu.matmul(activations, &weights.router, None, logits);
+        let shares = if experts.normalize_weights { Shares::OfChosen } else { Shares::OfAll };
+        let (num_experts, num_chosen) = (experts.num_experts, experts.num_experts_per_token);
+        cpu.route(logits, &RoutingArgs { num_experts, num_chosen, shares }, mixture);
+        // Without a norm in between, experts add to the residual stream at once.
+        let out = if post_norm.is_none() {
+            &mut *hidden
+        } else {
+            let branch = sized(branch, hidden.len())?;
+            branch.fill(0.0);
+            branch
+        };
+        let activation = experts.activation;
+        let expert = |index: usize| {
+            let mlp = &weights.experts[index];
+            ExpertWeights { product: gated_product(mlp, activation), down: projection(&mlp.down) }
+        };
+        cpu.experts(activations, mixture, expert, out);
+        if let Some(SharedExpert { mlp, gate }) = &weights.shared {
+            cpu.gated_matmul(activations, &gated_product(mlp, activation), Form::of([&mlp.down.weight]), gated);
+            let shared = sized(shared, out.len())?;
+            cpu.matmul(gated, &mlp.down.weight, mlp.down.bias.as_deref(), shared);
+            let gates = sized(shared_gates, rows)?;
+            cpu.matmul(activations, gate, None, gates);
+            for gate in &mut *gates {
+                *gate = 1.0 / (1.0 + (-*gate).exp());
+            }
+            cpu.add_scaled_rows(shared, gates, out);
+        }
+        if let Some(post_norm) = post_norm {
+            cpu.norm_add(&branch[..hidden.len()], &norm(config, post_norm), hidden);
+        }
+        Ok(())
+    }
+}
+
 impl Backend for CpuBackend {
     type Matrix = Matrix;
     type Vector = Vec<f32>;
@@ -136,12 +277,18 @@ impl Backend for CpuBackend {
     }
 
     fn import_matrix(&self, tensor: &TensorView<'_>) -> Result<Matrix, ModelError> {
-        let Self { cpu, import, .. } = self;
-        if import.dequantize { tensor.import_f32(cpu) } else { tensor.import(cpu, import.dtype, import.quantize) }
+        if self.import.dequantize {
+            return self.import_dense_matrix(tensor);
+        }
+        tensor.import(&self.cpu, self.import.dtype, self.import.quantize)
     }
 
-    fn import_vector(&self, tensor: &TensorView<'_>) -> Result<Vec<f32>, ModelError> {
-        tensor.to_f32()
+    fn import_dense_matrix(&self, tensor: &TensorView<'_>) -> Result<Matrix, ModelError> {
+        tensor.import_f32(&self.cpu)
+    }
+
+    fn import_vector(&self, values: Vec<f32>) -> Result<Vec<f32>, ModelError> {
+        Ok(values)
     }
 
     fn matrix_bytes(matrix: &Matrix) -> usize {
@@ -174,10 +321,15 @@ impl Backend for CpuBackend {
     }
 
     fn embed(&mut self, table: &Matrix, step: Step<'_>) -> Result<(), ModelError> {
-        let hidden_size = self.config.hidden_size;
+        let DecoderConfig { hidden_size, embedding_scale, .. } = self.config;
         let hidden = sized(&mut self.buffers.hidden, step.num_rows() * hidden_size)?;
         for (&token, row) in step.batch.tokens.iter().zip(hidden.chunks_exact_mut(hidden_size)) {
             table.row(token as usize, row);
+            if embedding_scale != 1.0 {
+                for x in row {
+                    *x *= embedding_scale;
+                }
+            }
         }
         Ok(())
     }
@@ -198,31 +350,36 @@ impl Backend for CpuBackend {
 
         let projections = [&weights.q, &weights.k, &weights.v];
         let form = Form::of(projections.map(|projection| &projection.weight));
-        cpu.rms_norm(hidden, rows, &weights.norm, self.config.norm.eps, form, activations);
+        cpu.norm(hidden, rows, &norm(&self.config, &weights.norm), form, activations);
         cpu.matmul_all(
             activations,
             [product(&weights.q, queries), product(&weights.k, keys), product(&weights.v, values)],
         );
-        let rotary = &self.config.rotary;
-        if layer.config.rotary && rotary.dim > 0 {
-            let style = RopeStyle::Neox;
-            cpu.rope(queries, rows, num_heads, head_dim, rotary.dim, style, step.cos, step.sin);
-            cpu.rope(keys, rows, num_kv_heads, head_dim, rotary.dim, style, step.cos, step.sin);
+        if let Some([query_norm, key_norm]) = &weights.head_norms {
+            cpu.norm_in_place(queries, &norm(&self.config, query_norm));
+            cpu.norm_in_place(keys, &norm(&self.config, key_norm));
+        }
+        if let Some((index, rope)) = step.rope(layer) {
+            let (dim, style) = (self.config.rotaries[index].dim, RopeStyle::Neox);
+            cpu.rope(queries, rows, num_heads, head_dim, dim, style, rope.cos(), rope.sin());
+            cpu.rope(keys, rows, num_kv_heads, head_dim, dim, style, rope.cos(), rope.sin());
         }
         cpu.write_kv(cache(&mut self.cache), layer.index, keys, values, &step.batch.slots);
         Ok(())
     }
 
     fn attention(&mut self, layer: Layer<'_>, step: Step<'_>) -> Result<(), ModelError> {
+        let longest = step.batch.sequences.iter().map(|sequence| sequence.context_len).max().unwrap_or(0);
+        self.make_biases(longest);
         let width = self.config.num_heads * self.config.head_dim;
+        let Buffers { queries, attended, sequences, biases, .. } = &mut self.buffers;
         let args = AttentionArgs {
             num_heads: self.config.num_heads,
             scale: self.config.attention_scale,
             window: layer.config.window,
-            soft_cap: None,
-            alibi_slopes: None,
+            soft_cap: self.config.attention_soft_cap,
+            biases: self.config.alibi.is_some().then_some(biases.as_slice()),
         };
-        let Buffers { queries, attended, sequences, .. } = &mut self.buffers;
         let queries = &queries[..step.num_rows() * width];
         let attended = sized(attended, step.num_rows() * width)?;
         let mut step_sequences = recycled(mem::take(sequences));
@@ -238,27 +395,34 @@ impl Backend for CpuBackend {
 
     fn attention_output(&mut self, weights: &AttentionWeights<Self>, step: Step<'_>) -> Result<(), ModelError> {
         let (rows, width) = (step.num_rows(), self.config.num_heads * self.config.head_dim);
-        let Buffers { hidden, activations, attended, .. } = &mut self.buffers;
+        let Buffers { hidden, activations, attended, branch, .. } = &mut self.buffers;
         let hidden = &mut hidden[..rows * self.config.hidden_size];
         let attended = &attended[..rows * width];
         self.cpu.prepare(attended, rows, width, Form::of([&weights.o.weight]), activations);
-        self.cpu.matmul_add(activations, &weights.o.weight, weights.o.bias.as_deref(), hidden);
+        let Some(post_norm) = &weights.post_norm else {
+            self.cpu.matmul_add(activations, &weights.o.weight, weights.o.bias.as_deref(), hidden);
+            return Ok(());
+        };
+        let branch = sized(branch, hidden.len())?;
+        self.cpu.matmul(activations, &weights.o.weight, weights.o.bias.as_deref(), branch);
+        self.cpu.norm_add(branch, &norm(&self.config, post_norm), hidden);
         Ok(())
     }
 
-    fn mlp(&mut self, weights: &MlpWeights<Self>, step: Step<'_>) -> Result<(), ModelError> {
-        let (cpu, rows) = (&self.cpu, step.num_rows());
-        let Buffers { hidden, activations, gated, .. } = &mut self.buffers;
-        let hidden = &mut hidden[..rows * self.config.hidden_size];
-
-        let form = Form::of([&weights.gate, &weights.up]);
-        cpu.rms_norm(hidden, rows, &weights.norm, self.config.norm.eps, form, activations);
-        let form = Form::of([&weights.down]);
-        match self.config.mlp.activation {
-            Activation::Silu => cpu.gated_matmul(activations, &weights.gate, &weights.up, form, gated),
+    fn feed_forward(
+        &mut self,
+        norm: &NormWeights<Self>,
+        weights: &FeedForwardWeights<Self>,
+        step: Step<'_>,
+    ) -> Result<(), ModelError> {
+        let rows = step.num_rows();
+        let Buffers { hidden, activations, .. } = &mut self.buffers;
+        let hidden = &hidden[..rows * self.config.hidden_size];
+        self.cpu.norm(hidden, rows, &self::norm(&self.config, norm), input_form(&weights.kind), activations);
+        match &weights.kind {
+            FeedForwardKind::Dense(mlp) => self.mlp(mlp, weights.post_norm.as_ref(), rows),
+            FeedForwardKind::Experts(experts) => self.mixture(experts, weights.post_norm.as_ref(), rows),
         }
-        cpu.matmul_add(gated, &weights.down, None, hidden);
-        Ok(())
     }
 
     fn keep_rows(&mut self, rows: &[u32]) -> Result<(), ModelError> {
@@ -271,12 +435,16 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn head(&mut self, rows: Range<usize>, norm: &Vec<f32>, head: &Matrix, out: &mut [f32]) -> Result<(), ModelError> {
-        let hidden_size = self.config.hidden_size;
+    fn head(&mut self, rows: Range<usize>, weights: &HeadWeights<'_, Self>, out: &mut [f32]) -> Result<(), ModelError> {
+        let DecoderConfig { hidden_size, logit_scale, logit_soft_cap, .. } = self.config;
         let Buffers { activations, kept, .. } = &mut self.buffers;
         let kept = &kept[rows.start * hidden_size..rows.end * hidden_size];
-        self.cpu.rms_norm(kept, rows.len(), norm, self.config.norm.eps, Form::of([head]), activations);
-        self.cpu.matmul(activations, head, None, out);
+        let HeadWeights { norm, weight, bias } = *weights;
+        self.cpu.norm(kept, rows.len(), &self::norm(&self.config, norm), Form::of([weight]), activations);
+        self.cpu.matmul(activations, weight, bias.map(Vec::as_slice), out);
+        if logit_scale != 1.0 || logit_soft_cap.is_some() {
+            self.cpu.scale_and_cap(out, logit_scale, logit_soft_cap);
+        }
         Ok(())
     }
 }

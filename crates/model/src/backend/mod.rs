@@ -12,7 +12,7 @@ pub(crate) mod reference;
 
 use std::ops::Range;
 
-use crate::{batch::ForwardBatch, config::LayerConfig, error::ModelError, weights::TensorView};
+use crate::{batch::ForwardBatch, config::LayerConfig, error::ModelError, rope::Rope, weights::TensorView};
 
 /// One step as every operation sees it.
 #[derive(Clone, Copy, Debug)]
@@ -20,16 +20,20 @@ pub(crate) struct Step<'a> {
     /// Checked. Each sequence carries its adapter: products with a base weight get their segmented adapter products
     /// beside them, in the same operation.
     pub(crate) batch: &'a ForwardBatch,
-    /// Rotary cosines, `[num_tokens, rotary dim / 2]`.
-    pub(crate) cos: &'a [f32],
-    /// Rotary sines, `[num_tokens, rotary dim / 2]`.
-    pub(crate) sin: &'a [f32],
+    /// The batch's angles, one a rotary embedding; None for one that no layer uses.
+    pub(crate) ropes: &'a [Option<Rope>],
 }
 
-impl Step<'_> {
+impl<'a> Step<'a> {
     /// Rows of the step.
     pub(crate) fn num_rows(&self) -> usize {
         self.batch.num_tokens()
+    }
+
+    /// The angles of a layer's rotation, and the number of its embedding; None where it does not rotate.
+    pub(crate) fn rope(&self, layer: Layer<'_>) -> Option<(usize, &'a Rope)> {
+        let index = layer.config.rotary?;
+        Some((index, self.ropes.get(index)?.as_ref()?))
     }
 }
 
@@ -48,21 +52,69 @@ pub(crate) struct Linear<B: Backend> {
     pub(crate) bias: Option<B::Vector>,
 }
 
+/// A norm of the configuration's kind; a family's offset is in the weight already.
+pub(crate) struct NormWeights<B: Backend> {
+    /// `[width]`
+    pub(crate) weight: B::Vector,
+    /// `[width]`, under `NormKind::Layer`.
+    pub(crate) bias: Option<B::Vector>,
+}
+
 /// Attention's weights in one layer.
 pub(crate) struct AttentionWeights<B: Backend> {
-    pub(crate) norm: B::Vector,
+    pub(crate) norm: NormWeights<B>,
     pub(crate) q: Linear<B>,
     pub(crate) k: Linear<B>,
     pub(crate) v: Linear<B>,
     pub(crate) o: Linear<B>,
+    /// Of each query head, `[head_dim]`, and of each key head.
+    pub(crate) head_norms: Option<[NormWeights<B>; 2]>,
+    /// Of what the output projection gives.
+    pub(crate) post_norm: Option<NormWeights<B>>,
 }
 
-/// The MLP's weights in one layer.
+/// The MLP's weights in one layer, with what stands around it.
+pub(crate) struct FeedForwardWeights<B: Backend> {
+    /// None: that of attention, of the same input.
+    pub(crate) norm: Option<NormWeights<B>>,
+    pub(crate) kind: FeedForwardKind<B>,
+    /// Of what it gives.
+    pub(crate) post_norm: Option<NormWeights<B>>,
+}
+
+/// What stands where the MLP stands.
+pub(crate) enum FeedForwardKind<B: Backend> {
+    Dense(MlpWeights<B>),
+    Experts(ExpertsWeights<B>),
+}
+
+/// `down(activation(gate(x)) * up(x))`, or, without a gate, `down(activation(up(x)))`.
 pub(crate) struct MlpWeights<B: Backend> {
-    pub(crate) norm: B::Vector,
+    pub(crate) gate: Option<Linear<B>>,
+    pub(crate) up: Linear<B>,
+    pub(crate) down: Linear<B>,
+}
+
+/// A mixture of experts.
+pub(crate) struct ExpertsWeights<B: Backend> {
+    /// `[num_experts, hidden_size]`, dense.
+    pub(crate) router: B::Matrix,
+    pub(crate) experts: Vec<MlpWeights<B>>,
+    pub(crate) shared: Option<SharedExpert<B>>,
+}
+
+/// An expert that computes every token.
+pub(crate) struct SharedExpert<B: Backend> {
+    pub(crate) mlp: MlpWeights<B>,
+    /// `[1, hidden_size]`, dense: the expert is multiplied with the sigmoid of its product.
     pub(crate) gate: B::Matrix,
-    pub(crate) up: B::Matrix,
-    pub(crate) down: B::Matrix,
+}
+
+/// The head, as it is asked for logits.
+pub(crate) struct HeadWeights<'a, B: Backend> {
+    pub(crate) norm: &'a NormWeights<B>,
+    pub(crate) weight: &'a B::Matrix,
+    pub(crate) bias: Option<&'a B::Vector>,
 }
 
 /// Carries out the decoder's operations over its own buffers. Between operations it holds the residual stream
@@ -87,8 +139,11 @@ pub(crate) trait Backend: Send + Sized {
 
     /// Takes a matrix over from the file.
     fn import_matrix(&self, tensor: &TensorView<'_>) -> Result<Self::Matrix, ModelError>;
-    /// Takes a vector over from the file.
-    fn import_vector(&self, tensor: &TensorView<'_>) -> Result<Self::Vector, ModelError>;
+    /// As [`Self::import_matrix`], for matrices so small and so sensitive that they stay dense f32, whatever the file has and
+    /// whatever is asked for (a router's).
+    fn import_dense_matrix(&self, tensor: &TensorView<'_>) -> Result<Self::Matrix, ModelError>;
+    /// Takes a vector over.
+    fn import_vector(&self, values: Vec<f32>) -> Result<Self::Vector, ModelError>;
     /// Memory held by a matrix.
     fn matrix_bytes(matrix: &Self::Matrix) -> usize;
     /// Elements of a matrix.
@@ -107,9 +162,9 @@ pub(crate) trait Backend: Send + Sized {
 
     // --- a step, in this order ---
 
-    /// Residual stream = embedding rows of the step's tokens.
+    /// Residual stream = embedding rows of the step's tokens, scaled.
     fn embed(&mut self, table: &Self::Matrix, step: Step<'_>) -> Result<(), ModelError>;
-    /// Norm, queries, keys and values, rotary embedding; keys and values go to their pages.
+    /// Norm, queries, keys and values, norms of heads, rotary embedding; keys and values go to their pages.
     fn attention_inputs(
         &mut self,
         layer: Layer<'_>,
@@ -118,21 +173,21 @@ pub(crate) trait Backend: Send + Sized {
     ) -> Result<(), ModelError>;
     /// Attention of the queries over their sequences' pages.
     fn attention(&mut self, layer: Layer<'_>, step: Step<'_>) -> Result<(), ModelError>;
-    /// Residual stream += output projection of the attended values.
+    /// Residual stream += [norm of] output projection of the attended values.
     fn attention_output(&mut self, weights: &AttentionWeights<Self>, step: Step<'_>) -> Result<(), ModelError>;
-    /// Residual stream += down(activation(gate(x)) * up(x)), x = norm(residual stream).
-    fn mlp(&mut self, weights: &MlpWeights<Self>, step: Step<'_>) -> Result<(), ModelError>;
+    /// Residual stream += [norm of] MLP or experts of norm(residual stream). In blocks whose branches are parallel this
+    /// comes before `attention_output`, and so sees the same residual stream as attention did.
+    fn feed_forward(
+        &mut self,
+        norm: &NormWeights<Self>,
+        weights: &FeedForwardWeights<Self>,
+        step: Step<'_>,
+    ) -> Result<(), ModelError>;
     /// Keeps these rows of the residual stream for the head, in place of those kept before.
     fn keep_rows(&mut self, rows: &[u32]) -> Result<(), ModelError>;
 
     // --- after a step, any number of times ---
 
-    /// Logits of some of the kept rows: head(norm(row)). `out: [rows.len(), vocab_size]`
-    fn head(
-        &mut self,
-        rows: Range<usize>,
-        norm: &Self::Vector,
-        head: &Self::Matrix,
-        out: &mut [f32],
-    ) -> Result<(), ModelError>;
+    /// Logits of some of the kept rows: head(norm(row)), scaled and capped. `out: [rows.len(), vocab_size]`
+    fn head(&mut self, rows: Range<usize>, weights: &HeadWeights<'_, Self>, out: &mut [f32]) -> Result<(), ModelError>;
 }

@@ -9,9 +9,13 @@ use std::ops::Range;
 use candle_core::{D, Device, Tensor};
 
 use crate::{
-    backend::{AttentionWeights, Backend, Layer, Linear, MlpWeights, Step},
+    alibi,
+    backend::{
+        AttentionWeights, Backend, ExpertsWeights, FeedForwardKind, FeedForwardWeights, HeadWeights, Layer, Linear,
+        MlpWeights, NormWeights, SharedExpert, Step,
+    },
     batch::BatchSequence,
-    config::{Activation, DecoderConfig, RopeStyle},
+    config::{Activation, DecoderConfig, NormKind, RopeStyle},
     error::ModelError,
     weights::TensorView,
 };
@@ -38,9 +42,6 @@ struct LayerCache {
 struct Activations {
     /// `[rows, hidden_size]`
     hidden: Tensor,
-    /// `[rows, rotary dim / 2]`
-    cos: Tensor,
-    sin: Tensor,
     /// Queries, after `attention` the attended values: `[rows, num_heads, head_dim]`
     heads: Tensor,
 }
@@ -58,22 +59,70 @@ impl ReferenceBackend {
         self.activations.as_mut().expect("`embed` comes first in a step")
     }
 
-    /// x / rms(x) * weight
-    fn rms_norm(&self, x: &Tensor, weight: &Tensor) -> candle_core::Result<Tensor> {
+    /// x / rms(x) * weight, or (x - mean) / std(x) * weight + bias.
+    fn norm(&self, x: &Tensor, weights: &NormWeights<Self>) -> candle_core::Result<Tensor> {
+        let x = match self.config.norm.kind {
+            NormKind::Rms => x.clone(),
+            NormKind::Layer => x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?,
+        };
         let mean_square = x.sqr()?.mean_keepdim(D::Minus1)?;
         let rms = (mean_square + f64::from(self.config.norm.eps))?.sqrt()?;
-        x.broadcast_div(&rms)?.broadcast_mul(weight)
+        let normed = x.broadcast_div(&rms)?.broadcast_mul(&weights.weight)?;
+        match &weights.bias {
+            Some(bias) => normed.broadcast_add(bias),
+            None => Ok(normed),
+        }
+    }
+
+    /// The norm of what a branch gives, where there is one.
+    fn post_norm(&self, x: Tensor, weights: Option<&NormWeights<Self>>) -> candle_core::Result<Tensor> {
+        match weights {
+            Some(weights) => self.norm(&x, weights),
+            None => Ok(x),
+        }
+    }
+
+    /// Row by row, expert by expert. x: `[rows, hidden_size]`
+    fn experts(&self, x: &Tensor, weights: &ExpertsWeights<Self>) -> candle_core::Result<Tensor> {
+        let config = self.config.experts.as_ref().expect("the decoder has checked that layers with experts have them");
+        let logits = x.matmul(&weights.router.t()?)?.to_vec2::<f32>()?;
+        let mut rows = Vec::with_capacity(logits.len());
+        for (row, logits) in logits.iter().enumerate() {
+            let x = x.narrow(0, row, 1)?;
+            let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let exponentials: Vec<f32> = logits.iter().map(|logit| (logit - max).exp()).collect();
+            let mut order: Vec<usize> = (0..logits.len()).collect();
+            // Stable: the lower number first among equals.
+            order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]));
+            let chosen = &order[..config.num_experts_per_token];
+            let among: &[usize] = if config.normalize_weights { chosen } else { &order };
+            let total: f32 = among.iter().map(|&expert| exponentials[expert]).sum();
+            let mut sum = x.zeros_like()?;
+            for &expert in chosen {
+                let out = mlp_of(&x, &weights.experts[expert], config.activation)?;
+                sum = (sum + (out * f64::from(exponentials[expert] / total))?)?;
+            }
+            rows.push(sum);
+        }
+        let routed = Tensor::cat(&rows, 0)?;
+        let Some(SharedExpert { mlp, gate }) = &weights.shared else { return Ok(routed) };
+        let gate = x.matmul(&gate.t()?)?;
+        // 1 / (1 + exp(-gate))
+        let share = (gate.neg()?.exp()? + 1.0)?.recip()?;
+        routed + mlp_of(x, mlp, config.activation)?.broadcast_mul(&share)?
     }
 
     /// Rotates the first `rotary.dim` elements of each head. x: `[rows, heads, head_dim]`
-    fn rotate(&self, x: &Tensor, cos: &Tensor, sin: &Tensor) -> candle_core::Result<Tensor> {
-        let rotary = &self.config.rotary;
+    fn rotate(&self, x: &Tensor, layer: Layer<'_>, step: Step<'_>) -> candle_core::Result<Tensor> {
+        let Some((index, rope)) = step.rope(layer) else { return Ok(x.clone()) };
+        let rotary = &self.config.rotaries[index];
         let (rows, heads, head_dim) = x.dims3()?;
         let num_pairs = rotary.dim / 2;
         if num_pairs == 0 {
             return Ok(x.clone());
         }
         let rotated = x.narrow(2, 0, rotary.dim)?;
+        let (cos, sin) = (self.tensor(rope.cos(), (rows, num_pairs))?, self.tensor(rope.sin(), (rows, num_pairs))?);
         let (cos, sin) = (cos.unsqueeze(1)?, sin.unsqueeze(1)?);
         // `a` and `b` are the two halves of each pair, `[rows, heads, num_pairs]`.
         let (a, b) = match rotary.style {
@@ -117,6 +166,15 @@ impl ReferenceBackend {
         let (keys, values) = (for_each_query_head(keys)?, for_each_query_head(values)?);
         let queries = queries.transpose(0, 1)?.contiguous()?;
         let scores = (queries.matmul(&keys.transpose(1, 2)?)? * f64::from(self.config.attention_scale))?;
+        let mut scores = match self.config.attention_soft_cap.map(f64::from) {
+            Some(cap) => ((scores / cap)?.tanh()? * cap)?,
+            None => scores,
+        };
+        if self.config.alibi.is_some() {
+            let mut biases = Vec::new();
+            alibi::fill(&self.config, context_len, &mut biases);
+            scores = scores.broadcast_add(&Tensor::from_vec(biases, (num_heads, 1, context_len), &self.device)?)?;
+        }
         let scores = scores.broadcast_add(&self.mask(rows, context_len, layer.config.window)?)?;
         let exponentials = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
         let weights = exponentials.broadcast_div(&exponentials.sum_keepdim(D::Minus1)?)?;
@@ -156,6 +214,21 @@ fn linear(x: &Tensor, linear: &Linear<ReferenceBackend>) -> candle_core::Result<
     }
 }
 
+/// x: `[rows, hidden_size]`
+fn mlp_of(x: &Tensor, weights: &MlpWeights<ReferenceBackend>, activation: Activation) -> candle_core::Result<Tensor> {
+    let activate = |x: Tensor| match activation {
+        Activation::Silu => x.silu(),
+        Activation::Gelu => x.gelu_erf(),
+        Activation::GeluTanh => x.gelu(),
+    };
+    let up = linear(x, &weights.up)?;
+    let inner = match &weights.gate {
+        Some(gate) => (activate(linear(x, gate)?)? * up)?,
+        None => activate(up)?,
+    };
+    linear(&inner, &weights.down)
+}
+
 #[expect(clippy::needless_pass_by_value, reason = "the shape that map_err takes")]
 fn failed(error: candle_core::Error) -> ModelError {
     ModelError::Step(format!("the reference backend failed: {error}"))
@@ -178,8 +251,13 @@ impl Backend for ReferenceBackend {
         self.tensor(&tensor.to_f32()?, (tensor.rows, tensor.cols)).map_err(failed)
     }
 
-    fn import_vector(&self, tensor: &TensorView<'_>) -> Result<Tensor, ModelError> {
-        Tensor::from_vec(tensor.to_f32()?, tensor.cols, &self.device).map_err(failed)
+    fn import_dense_matrix(&self, tensor: &TensorView<'_>) -> Result<Tensor, ModelError> {
+        self.import_matrix(tensor)
+    }
+
+    fn import_vector(&self, values: Vec<f32>) -> Result<Tensor, ModelError> {
+        let len = values.len();
+        Tensor::from_vec(values, len, &self.device).map_err(failed)
     }
 
     fn matrix_bytes(matrix: &Tensor) -> usize {
@@ -230,10 +308,8 @@ impl Backend for ReferenceBackend {
     fn embed(&mut self, table: &Tensor, step: Step<'_>) -> Result<(), ModelError> {
         let mut start = || {
             let tokens = Tensor::new(step.batch.tokens.as_slice(), &self.device)?;
-            let hidden = table.index_select(&tokens, 0)?;
-            let angles = (step.num_rows(), self.config.rotary.dim / 2);
-            let (cos, sin) = (self.tensor(step.cos, angles)?, self.tensor(step.sin, angles)?);
-            self.activations = Some(Activations { heads: hidden.clone(), hidden, cos, sin });
+            let hidden = (table.index_select(&tokens, 0)? * f64::from(self.config.embedding_scale))?;
+            self.activations = Some(Activations { heads: hidden.clone(), hidden });
             Ok(())
         };
         start().map_err(failed)
@@ -247,17 +323,18 @@ impl Backend for ReferenceBackend {
     ) -> Result<(), ModelError> {
         let DecoderConfig { num_heads, num_kv_heads, head_dim, .. } = self.config;
         let rows = step.num_rows();
-        let Activations { hidden, cos, sin, .. } = self.activations();
-        let (hidden, cos, sin) = (hidden.clone(), cos.clone(), sin.clone());
+        let hidden = self.activations().hidden.clone();
         let compute = || {
-            let x = self.rms_norm(&hidden, &weights.norm)?;
+            let x = self.norm(&hidden, &weights.norm)?;
             let mut queries = linear(&x, &weights.q)?.reshape((rows, num_heads, head_dim))?;
             let mut keys = linear(&x, &weights.k)?.reshape((rows, num_kv_heads, head_dim))?;
             let values = linear(&x, &weights.v)?;
-            if layer.config.rotary {
-                queries = self.rotate(&queries, &cos, &sin)?;
-                keys = self.rotate(&keys, &cos, &sin)?;
+            if let Some([query_norm, key_norm]) = &weights.head_norms {
+                queries = self.norm(&queries, query_norm)?;
+                keys = self.norm(&keys, key_norm)?;
             }
+            let queries = self.rotate(&queries, layer, step)?;
+            let keys = self.rotate(&keys, layer, step)?;
             let keys = keys.reshape((rows, num_kv_heads * head_dim))?;
             let pages = &self.cache[layer.index];
             for (row, &slot) in step.batch.slots.iter().enumerate() {
@@ -292,22 +369,31 @@ impl Backend for ReferenceBackend {
     }
 
     fn attention_output(&mut self, weights: &AttentionWeights<Self>, _step: Step<'_>) -> Result<(), ModelError> {
-        let Activations { hidden, heads, .. } = self.activations();
-        let compute = || hidden.add(&linear(&heads.flatten_from(1)?, &weights.o)?);
-        *hidden = compute().map_err(failed)?;
+        let Activations { hidden, heads } = self.activations();
+        let (hidden, heads) = (hidden.clone(), heads.clone());
+        let compute = || {
+            let branch = linear(&heads.flatten_from(1)?, &weights.o)?;
+            hidden.add(&self.post_norm(branch, weights.post_norm.as_ref())?)
+        };
+        let hidden = compute().map_err(failed)?;
+        self.activations().hidden = hidden;
         Ok(())
     }
 
-    fn mlp(&mut self, weights: &MlpWeights<Self>, _step: Step<'_>) -> Result<(), ModelError> {
+    fn feed_forward(
+        &mut self,
+        norm: &NormWeights<Self>,
+        weights: &FeedForwardWeights<Self>,
+        _step: Step<'_>,
+    ) -> Result<(), ModelError> {
         let hidden = self.activations().hidden.clone();
         let compute = || {
-            let x = self.rms_norm(&hidden, &weights.norm)?;
-            let gate = x.matmul(&weights.gate.t()?)?;
-            let gate = match self.config.mlp.activation {
-                Activation::Silu => gate.silu()?,
+            let x = self.norm(&hidden, norm)?;
+            let branch = match &weights.kind {
+                FeedForwardKind::Dense(mlp) => mlp_of(&x, mlp, self.config.mlp.activation)?,
+                FeedForwardKind::Experts(experts) => self.experts(&x, experts)?,
             };
-            let up = x.matmul(&weights.up.t()?)?;
-            hidden.add(&(gate * up)?.matmul(&weights.down.t()?)?)
+            hidden.add(&self.post_norm(branch, weights.post_norm.as_ref())?)
         };
         let hidden = compute().map_err(failed)?;
         self.activations().hidden = hidden;
@@ -324,11 +410,19 @@ impl Backend for ReferenceBackend {
         Ok(())
     }
 
-    fn head(&mut self, rows: Range<usize>, norm: &Tensor, head: &Tensor, out: &mut [f32]) -> Result<(), ModelError> {
+    fn head(&mut self, rows: Range<usize>, weights: &HeadWeights<'_, Self>, out: &mut [f32]) -> Result<(), ModelError> {
         let kept = self.kept.as_ref().expect("the decoder asks for rows that were kept");
         let compute = || {
-            let x = self.rms_norm(&kept.narrow(0, rows.start, rows.len())?, norm)?;
-            x.matmul(&head.t()?)?.flatten_all()?.to_vec1::<f32>()
+            let x = self.norm(&kept.narrow(0, rows.start, rows.len())?, weights.norm)?;
+            let mut logits = x.matmul(&weights.weight.t()?)?;
+            if let Some(bias) = weights.bias {
+                logits = logits.broadcast_add(bias)?;
+            }
+            logits = (logits * f64::from(self.config.logit_scale))?;
+            if let Some(cap) = self.config.logit_soft_cap.map(f64::from) {
+                logits = ((logits / cap)?.tanh()? * cap)?;
+            }
+            logits.flatten_all()?.to_vec1::<f32>()
         };
         out.copy_from_slice(&compute().map_err(failed)?);
         Ok(())

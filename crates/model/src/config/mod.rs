@@ -37,33 +37,66 @@ pub struct DecoderConfig {
     pub head_dim: usize,
     /// Longest context the model was made for, tokens.
     pub max_position_embeddings: usize,
-    /// Normalisation before attention, MLP and head.
+    /// Normalisation of the residual stream, and of heads where `query_key_norm` is set.
     pub norm: Norm,
-    /// Rotary embedding.
-    pub rotary: Rotary,
+    /// How norms, attention and MLP of a layer follow each other.
+    pub block: Block,
+    /// Each query and key head is normalised over its `head_dim` elements before the rotation (Qwen 3, Gemma 3).
+    pub query_key_norm: bool,
+    /// Rotary embeddings that layers choose from (Gemma 3 has two; others one, or none). All have one style and one width.
+    pub rotaries: Vec<Rotary>,
+    /// Biases by distance instead of a rotation (Falcon RW).
+    pub alibi: Option<Alibi>,
     /// Scores are multiplied by this (1 / sqrt(head_dim) unless a family says otherwise).
     pub attention_scale: f32,
-    /// The MLP of every layer.
+    /// Scaled scores become `cap * tanh(score / cap)` (Gemma 2).
+    pub attention_soft_cap: Option<f32>,
+    /// The MLP of layers that have no experts.
     pub mlp: Mlp,
-    /// Biases of the attention's projections.
+    /// The experts of layers that have them.
+    pub experts: Option<Experts>,
+    /// Which projections add a bias.
     pub biases: Biases,
     /// Per-layer differences, `[num_layers]`.
     pub layers: Vec<LayerConfig>,
+    /// Embedding rows are multiplied by this (Gemma: sqrt(hidden_size)); the head is not.
+    pub embedding_scale: f32,
     /// The head shares the embedding's matrix.
     pub tied_embeddings: bool,
+    /// The head adds a bias.
+    pub head_bias: bool,
+    /// Logits are multiplied by this.
+    pub logit_scale: f32,
+    /// Scaled logits become `cap * tanh(logit / cap)` (Gemma 2).
+    pub logit_soft_cap: Option<f32>,
     /// From the file; generation_config.json wins in the engine.
     pub bos_token_id: Option<u32>,
     /// From the file.
     pub eos_token_ids: Vec<u32>,
 }
 
-/// Which projections of the attention add a bias.
+/// Which projections add a bias.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Biases {
     /// Query, key and value.
     pub qkv: bool,
-    /// Output.
+    /// The attention's output.
     pub output: bool,
+    /// All projections of the MLP.
+    pub mlp: bool,
+}
+
+/// How norms, attention and MLP of a layer follow each other. x is the residual stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Block {
+    /// `x += attention(norm(x)); x += mlp(norm(x))`: LLaMA and most others.
+    PreNorm,
+    /// `x += norm(attention(norm(x))); x += norm(mlp(norm(x)))`, four norms: Gemma 2 and 3.
+    SandwichNorm,
+    /// `x += attention(n) + mlp(n)`, n = norm(x): Falcon 7B.
+    Parallel,
+    /// `x += attention(norm(x)) + mlp(norm(x))`, two norms of the same x: Falcon 40B and 11B.
+    ParallelTwoNorms,
 }
 
 /// What one layer does differently.
@@ -71,15 +104,51 @@ pub struct Biases {
 pub struct LayerConfig {
     /// Sliding window: a row at p sees keys in (p - window, p].
     pub window: Option<usize>,
-    /// False: this layer has no rotary embedding (SmolLM3).
-    pub rotary: bool,
+    /// Index into `rotaries`. None: this layer does not rotate (SmolLM3's every fourth, all with ALiBi).
+    pub rotary: Option<usize>,
+    /// What stands where the MLP stands.
+    pub feed_forward: FeedForward,
+}
+
+/// What stands where the MLP stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FeedForward {
+    /// `DecoderConfig::mlp`.
+    Dense,
+    /// `DecoderConfig::experts`.
+    Experts,
 }
 
 /// Normalisation.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Norm {
-    /// Added to the mean square.
+    /// What is computed.
+    pub kind: NormKind,
+    /// Added to the mean square (Rms) or the variance (Layer).
     pub eps: f32,
+    /// Added to the stored weight at load (Gemma's checkpoints store weight - 1; llama.cpp's converter adds it already).
+    pub weight_offset: f32,
+}
+
+/// Kinds of normalisation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormKind {
+    /// `x / rms(x) * weight`.
+    Rms,
+    /// `(x - mean(x)) / std(x) * weight + bias`: Falcon.
+    Layer,
+}
+
+/// Attention with linear biases (Press et al. 2021): to each score, `slope(head) * position of the key`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Alibi {
+    /// One a query head. What is added to a score that has been scaled: a family that adds before it scales (Falcon) has the
+    /// scale in its slopes.
+    ///
+    /// Falcon, the one family here, multiplies in bfloat16: what transformers adds is `bf16(bf16(slope / attention_scale) *
+    /// position) * attention_scale`, where the inner rounding gives its own slope back exactly. For slopes that are powers of
+    /// two the product is exact up to position 256; beyond, and for other numbers of heads, it matters.
+    pub slopes: Vec<f32>,
 }
 
 /// Rotary position embedding.
@@ -121,6 +190,40 @@ pub enum RopeScaling {
     },
     /// Divisors given by the file, one a pair (GGUF `rope_freqs.weight`).
     Factors(Vec<f32>),
+    /// Phi 3 (LongRoPE, Ding et al. 2024): divisors by pair, one set while a request's known tokens fit the original
+    /// length and another beyond it.
+    LongRope {
+        /// `[dim / 2]`, up to the original length.
+        short: Vec<f32>,
+        /// `[dim / 2]`, beyond it.
+        long: Vec<f32>,
+        /// Tokens.
+        original_max_position_embeddings: usize,
+        /// Cosines and sines are multiplied by this, in both regimes.
+        attention_factor: f32,
+    },
+    /// The base grows with the length of the request (NTK-aware, "dynamic").
+    Dynamic {
+        /// How much the base grows.
+        factor: f32,
+        /// Up to this many tokens nothing changes.
+        original_max_position_embeddings: usize,
+    },
+    /// YaRN (Peng et al. 2023), whatever the length, as transformers computes it.
+    Yarn {
+        /// Of low frequencies.
+        factor: f32,
+        /// Rotations within the original length above which a pair is kept.
+        beta_fast: f32,
+        /// Rotations below which a pair is stretched fully.
+        beta_slow: f32,
+        /// Context before scaling.
+        original_max_position_embeddings: usize,
+        /// Cosines and sines are multiplied by this.
+        attention_factor: f32,
+        /// The two limits are rounded to whole pairs.
+        truncate: bool,
+    },
 }
 
 /// The MLP.
@@ -128,8 +231,27 @@ pub enum RopeScaling {
 pub struct Mlp {
     /// Width inside.
     pub intermediate_size: usize,
-    /// Of the gate.
+    /// Of the gate, or, without a gate, of the only product.
     pub activation: Activation,
+    /// `down(activation(gate(x)) * up(x))`; false: `down(activation(up(x)))` (Falcon).
+    pub gated: bool,
+}
+
+/// A mixture of experts: `sum over the chosen of weight * expert(x)`, each expert a gated MLP.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Experts {
+    /// How many there are.
+    pub num_experts: usize,
+    /// How many compute a token.
+    pub num_experts_per_token: usize,
+    /// Width inside each.
+    pub intermediate_size: usize,
+    /// Of their gates.
+    pub activation: Activation,
+    /// The chosen ones' softmax weights are divided by their sum (Mixtral, Qwen 3); false: they stay shares of all (Qwen 2).
+    pub normalize_weights: bool,
+    /// Width of an expert that computes every token, times sigmoid of a learned gate (Qwen 2 MoE).
+    pub shared_intermediate_size: Option<usize>,
 }
 
 /// Activation functions.
@@ -137,6 +259,10 @@ pub struct Mlp {
 pub enum Activation {
     /// x * sigmoid(x).
     Silu,
+    /// x * Phi(x), by the error function.
+    Gelu,
+    /// Its approximation by tanh ("gelu_pytorch_tanh", "gelu_new").
+    GeluTanh,
 }
 
 /// Why a model description is not taken.
@@ -174,6 +300,9 @@ impl Limits {
     const HEADS: usize = 1 << 14;
     const HEAD_DIM: usize = 1 << 12;
     const POSITIONS: usize = 1 << 28;
+    /// Of one layer, and of all.
+    const EXPERTS: usize = 1 << 12;
+    const ALL_EXPERTS: usize = 1 << 17;
 }
 
 impl DecoderConfig {
@@ -187,7 +316,7 @@ impl DecoderConfig {
         Ok(read_json_file(path)?.0)
     }
 
-    /// Reads the metadata of a GGUF file (and the sizes of its embedding and rotary factors).
+    /// Reads the metadata of a GGUF file (and its rotary factors, the sizes of its embedding, and which biases it has).
     pub fn from_gguf(file: &GgufFile) -> Result<Self, ModelError> {
         gguf::decoder_config(file).map_err(|error| error.in_file(file.path()))
     }
@@ -204,7 +333,6 @@ impl DecoderConfig {
             ("the width of a head", self.head_dim, Limits::HEAD_DIM),
             ("the width of all heads", self.num_heads.saturating_mul(self.head_dim), Limits::WIDTH),
             ("the context length", self.max_position_embeddings, Limits::POSITIONS),
-            ("the rotary width", self.rotary.dim, self.head_dim),
         ];
         for (name, value, limit) in sizes {
             check_size(name, value as u64, limit)?;
@@ -215,28 +343,85 @@ impl DecoderConfig {
                 self.num_heads, self.num_kv_heads
             ));
         }
-        if !self.rotary.dim.is_multiple_of(2) {
-            return bad(format!(
-                "the rotary width is {}; it must be even, since elements turn in pairs",
-                self.rotary.dim
-            ));
-        }
         for window in self.layers.iter().filter_map(|layer| layer.window) {
             check_size("the sliding window", window as u64, Limits::POSITIONS)?;
         }
         check_positive("the norm's epsilon", self.norm.eps)?;
-        check_positive("the rotary base", self.rotary.base)?;
-        self.rotary.scaling.check(self.rotary.dim)
+        check_positive("the score's scale", self.attention_scale)?;
+        check_positive("the embedding's scale", self.embedding_scale)?;
+        for (name, cap) in [("scores", self.attention_soft_cap), ("logits", self.logit_soft_cap)] {
+            cap.map_or(Ok(()), |cap| check_positive(&format!("the soft cap of {name}"), cap))?;
+        }
+        if let Some(experts) = &self.experts {
+            experts.check(self.layers.iter().filter(|layer| layer.feed_forward == FeedForward::Experts).count())?;
+        }
+        self.rotaries.iter().try_for_each(|rotary| rotary.check(self.head_dim))
+    }
+
+    /// Leaves out rotary embeddings that no layer uses (Gemma 3 with layers of one type only), and counts the rest anew.
+    fn drop_unused_rotaries(&mut self) {
+        let used = |index| self.layers.iter().any(|layer| layer.rotary == Some(index));
+        let kept: Vec<usize> = (0..self.rotaries.len()).filter(|&index| used(index)).collect();
+        // A model that rotates nowhere keeps its own: there is nothing to count anew.
+        if kept.is_empty() || kept.len() == self.rotaries.len() {
+            return;
+        }
+        for layer in &mut self.layers {
+            layer.rotary = layer.rotary.and_then(|index| kept.iter().position(|&kept| kept == index));
+        }
+        self.rotaries = kept.iter().map(|&index| self.rotaries[index].clone()).collect();
+    }
+}
+
+impl Experts {
+    fn check(&self, num_layers: usize) -> Result<(), ConfigError> {
+        check_size("the number of experts", self.num_experts as u64, Limits::EXPERTS)?;
+        check_size(
+            "the number of experts in all layers",
+            self.num_experts.saturating_mul(num_layers) as u64,
+            Limits::ALL_EXPERTS,
+        )?;
+        check_size("the number of experts that compute a token", self.num_experts_per_token as u64, self.num_experts)?;
+        check_size("the width of an expert", self.intermediate_size as u64, Limits::WIDTH)?;
+        if let Some(shared) = self.shared_intermediate_size {
+            check_size("the width of the shared expert", shared as u64, Limits::WIDTH)?;
+        }
+        Ok(())
+    }
+}
+
+impl Rotary {
+    fn check(&self, head_dim: usize) -> Result<(), ConfigError> {
+        check_size("the rotary width", self.dim as u64, head_dim)?;
+        if !self.dim.is_multiple_of(2) {
+            return bad(format!("the rotary width is {}; it must be even, since elements turn in pairs", self.dim));
+        }
+        check_positive("the rotary base", self.base)?;
+        if matches!(self.scaling, RopeScaling::Yarn { .. }) && self.base <= 1.0 {
+            return bad(format!("the rotary base is {}; YaRN takes its logarithm, so it must be above 1", self.base));
+        }
+        self.scaling.check(self.dim)
     }
 }
 
 impl RopeScaling {
     fn check(&self, rotary_dim: usize) -> Result<(), ConfigError> {
+        let factors = |name: &str, factors: &[f32]| {
+            if factors.len() != rotary_dim / 2 {
+                return bad(format!("{} {name}s are given for {} pairs", factors.len(), rotary_dim / 2));
+            }
+            factors.iter().try_for_each(|&factor| check_positive(&format!("a {name}"), factor))
+        };
+        let original = |length: usize| {
+            check_size("original_max_position_embeddings", length as u64, Limits::POSITIONS).map(|_| ())
+        };
+        const FACTOR: &str = "the rotary scaling's factor";
+        const ATTENTION_FACTOR: &str = "the rotary scaling's attention factor";
         match self {
             Self::None => Ok(()),
-            Self::Linear { factor } => check_positive("the rotary scaling's factor", *factor),
+            Self::Linear { factor } => check_positive(FACTOR, *factor),
             Self::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
-                check_positive("the rotary scaling's factor", *factor)?;
+                check_positive(FACTOR, *factor)?;
                 check_positive("low_freq_factor", *low_freq_factor)?;
                 check_positive("high_freq_factor", *high_freq_factor)?;
                 if high_freq_factor <= low_freq_factor {
@@ -244,17 +429,36 @@ impl RopeScaling {
                         "high_freq_factor is {high_freq_factor}; it must be above low_freq_factor, {low_freq_factor}"
                     ));
                 }
-                check_size(
-                    "original_max_position_embeddings",
-                    *original_max_position_embeddings as u64,
-                    Limits::POSITIONS,
-                )?;
-                Ok(())
+                original(*original_max_position_embeddings)
             }
-            Self::Factors(factors) if factors.len() != rotary_dim / 2 => {
-                bad(format!("{} rotary factors are given for {} pairs", factors.len(), rotary_dim / 2))
+            Self::Factors(values) => factors("rotary factor", values),
+            Self::LongRope { short, long, original_max_position_embeddings, attention_factor } => {
+                factors("short rotary factor", short)?;
+                factors("long rotary factor", long)?;
+                check_positive(ATTENTION_FACTOR, *attention_factor)?;
+                original(*original_max_position_embeddings)
             }
-            Self::Factors(factors) => factors.iter().try_for_each(|&factor| check_positive("a rotary factor", factor)),
+            Self::Dynamic { factor, original_max_position_embeddings } => {
+                check_positive(FACTOR, *factor)?;
+                if rotary_dim <= 2 {
+                    return bad("dynamic rotary scaling needs more than one pair a head");
+                }
+                original(*original_max_position_embeddings)
+            }
+            Self::Yarn {
+                factor,
+                beta_fast,
+                beta_slow,
+                original_max_position_embeddings,
+                attention_factor,
+                truncate: _,
+            } => {
+                check_positive(FACTOR, *factor)?;
+                check_positive("beta_fast", *beta_fast)?;
+                check_positive("beta_slow", *beta_slow)?;
+                check_positive(ATTENTION_FACTOR, *attention_factor)?;
+                original(*original_max_position_embeddings)
+            }
         }
     }
 }

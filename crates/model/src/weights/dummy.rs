@@ -2,7 +2,7 @@
 //!
 //! Every element is a function of the tensor's name and its place, made when its row is read, so nothing large is ever
 //! allocated and every run, on every machine, has the same weights. The scale keeps activations near one: norms are
-//! near 1, matrices have variance 1 / inputs, biases are small.
+//! near 1 (where a family adds one to them, near 0), matrices have variance 1 / inputs, biases are small.
 
 /// The numbers of one tensor.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -20,9 +20,9 @@ impl Generator {
         Self { seed: fnv1a(name), center: 0.0, spread: (3.0 / cols as f32).sqrt() }
     }
 
-    /// A norm's weights.
-    pub(super) fn norm(name: &str) -> Self {
-        Self { seed: fnv1a(name), center: 1.0, spread: 0.05 }
+    /// A norm's weights, around `center`.
+    pub(super) fn norm(name: &str, center: f32) -> Self {
+        Self { seed: fnv1a(name), center, spread: 0.05 }
     }
 
     /// A bias.

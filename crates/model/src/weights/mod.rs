@@ -1,10 +1,10 @@
 //! Bytes on disk to named tensors.
 //!
 //! A [`WeightStore`] is an opened model: mapped files, a [`DecoderConfig`], and a table from what a tensor does to where it
-//! lies. One file per container (`gguf`, `safetensors`, `dummy`), one table of names, one file per step from stored
-//! blocks to packed matrices (`blocks`, `quantize`, `import`). It must not know a backend's buffers or the forward pass.
-//! Its invariant: once a store is open, every tensor that the config calls for is there, in a format that can be read,
-//! with the shape the config demands.
+//! lies. One file per container (`gguf`, `safetensors`, `dummy`), one table of names (`names`, resolved against a file by
+//! `table`), one file per step from stored blocks to packed matrices (`blocks`, `quantize`, `import`). It must not know a
+//! backend's buffers or the forward pass. Its invariant: once a store is open, every tensor that the config calls for is
+//! there, in a format that can be read, with the shape the config demands.
 
 mod blocks;
 mod dummy;
@@ -15,10 +15,11 @@ pub(crate) mod mmap;
 mod names;
 mod quantize;
 mod safetensors;
+mod table;
 mod view;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     ops::Range,
     path::{Path, PathBuf},
 };
@@ -29,29 +30,38 @@ use self::{
     mmap::MappedFile,
     names::{Expected, Naming, TensorKind, expected},
     safetensors::Checkpoint,
-    view::TensorData,
+    table::{Found, build_table},
+    view::{RowsAt, TensorData},
 };
 pub use self::{format::WeightFormat, view::TensorView};
 use crate::{ModelError, Quantize, config::DecoderConfig};
 
-/// A tensor by what it does; a table per source maps its names to these.
+/// A tensor by what it does; a table per source maps its names to these. A role may be some rows of what is stored (one of
+/// three in a fused projection, one expert of a stack): its view has the shape given here all the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum TensorRole {
     /// `[vocabulary, hidden]`; the head too, where embeddings are tied.
     Embedding,
     /// Before the head, `[hidden]`.
     FinalNorm,
+    /// `[hidden]`, under `NormKind::Layer`.
+    FinalNormBias,
     /// `[vocabulary, hidden]`, where embeddings are not tied.
     Head,
+    /// `[vocabulary]`, under `DecoderConfig::head_bias`.
+    HeadBias,
     /// In layer number `.0`.
     Layer(usize, LayerTensor),
 }
 
-/// A tensor of one layer.
+/// A tensor of one layer. What each block order has of norms: all have `AttentionNorm`; all but `Block::Parallel` have
+/// `MlpNorm`; `Block::SandwichNorm` has the two `Post` norms; under `NormKind::Layer` each has its bias.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum LayerTensor {
-    /// `[hidden]`.
+    /// Before attention, `[hidden]`; before the MLP, too, under `Block::Parallel`.
     AttentionNorm,
+    /// `[hidden]`, under `NormKind::Layer`.
+    AttentionNormBias,
     /// `[heads * head_dim, hidden]`.
     Q,
     /// `[kv_heads * head_dim, hidden]`.
@@ -60,22 +70,55 @@ pub enum LayerTensor {
     V,
     /// `[hidden, heads * head_dim]`.
     O,
-    /// `[heads * head_dim]`.
+    /// `[heads * head_dim]`, under `Biases::qkv`.
     QBias,
     /// `[kv_heads * head_dim]`.
     KBias,
     /// `[kv_heads * head_dim]`.
     VBias,
-    /// `[hidden]`.
+    /// `[hidden]`, under `Biases::output`.
     OBias,
-    /// `[hidden]`.
+    /// Of each query head before the rotation, `[head_dim]`, under `DecoderConfig::query_key_norm`. Elements stand in the
+    /// order of the file, as those of `Q`: who reorders the rows of a head reorders these alike.
+    QueryNorm,
+    /// Of each key head, `[head_dim]`.
+    KeyNorm,
+    /// Of what attention gives, `[hidden]`, under `Block::SandwichNorm`.
+    PostAttentionNorm,
+    /// Before the MLP or the experts, `[hidden]`.
     MlpNorm,
-    /// `[intermediate, hidden]`.
+    /// `[hidden]`, under `NormKind::Layer`.
+    MlpNormBias,
+    /// Of what the MLP gives, `[hidden]`, under `Block::SandwichNorm`.
+    PostMlpNorm,
+    /// `[intermediate, hidden]`, where the MLP is gated.
     Gate,
     /// `[intermediate, hidden]`.
     Up,
     /// `[hidden, intermediate]`.
     Down,
+    /// `[intermediate]`, where the MLP is gated and under `Biases::mlp`.
+    GateBias,
+    /// `[intermediate]`, under `Biases::mlp`.
+    UpBias,
+    /// `[hidden]`, under `Biases::mlp`.
+    DownBias,
+    /// `[experts, hidden]`, in layers of `FeedForward::Experts`, as all below.
+    Router,
+    /// Expert number `.0`: `[Experts::intermediate_size, hidden]`.
+    ExpertGate(usize),
+    /// Expert number `.0`: `[Experts::intermediate_size, hidden]`.
+    ExpertUp(usize),
+    /// Expert number `.0`: `[hidden, Experts::intermediate_size]`.
+    ExpertDown(usize),
+    /// `[shared_intermediate_size, hidden]`, where `Experts::shared_intermediate_size` is set.
+    SharedGate,
+    /// `[shared_intermediate_size, hidden]`.
+    SharedUp,
+    /// `[hidden, shared_intermediate_size]`.
+    SharedDown,
+    /// One row, `[1, hidden]`: the shared expert is multiplied with the sigmoid of its product.
+    SharedExpertGate,
 }
 
 /// An opened model: mapped files and the table of their tensors. Nothing is copied until it is imported.
@@ -101,6 +144,8 @@ struct StoredTensor {
     cols: usize,
     kind: TensorKind,
     format: WeightFormat,
+    rows_at: RowsAt,
+    stored_cols: usize,
     place: Place,
 }
 
@@ -132,26 +177,26 @@ impl WeightStore {
             crate::config::read_json_file(path)?
         };
         let format = dtype.unwrap_or(WeightFormat::Bf16);
-        let naming = Naming::HuggingFace { prefix: "model." };
-        let tensors = expected(&config)
-            .into_iter()
-            .map(|Expected { role, rows, cols, kind }| {
-                let name = naming.name(role);
-                let generator = match (kind, role) {
-                    (TensorKind::Matrix, _) => Generator::matrix(&name, cols),
-                    (TensorKind::Vector, TensorRole::Layer(_, tensor)) if tensor.is_bias() => Generator::bias(&name),
-                    (TensorKind::Vector, _) => Generator::norm(&name),
-                };
-                (role, StoredTensor { name, rows, cols, kind, format, place: Place::Generated(generator) })
-            })
-            .collect();
+        // No file, so names as a causal model has them.
+        let naming = Naming::hugging_face(&config, |_| false);
+        let name = |tensor: &Expected| naming.places(&config, tensor).swap_remove(0).name;
+        // Where one is added to the norms' weights, they lie around zero.
+        let tensors = generated(&config, format, 1.0 - config.norm.weight_offset, name);
         Ok(Self { path: path.to_owned(), config, source: Source::Dummy, tensors })
+    }
+
+    /// Random f32 weights of any configuration, for tests of what no file at hand has. What is made up for a role depends
+    /// on the role alone.
+    #[cfg(test)]
+    pub(crate) fn made_up(config: &DecoderConfig) -> Self {
+        let tensors = generated(config, WeightFormat::F32, 1.0, |tensor| format!("{:?}", tensor.role));
+        Self { path: "made up".into(), config: config.clone(), source: Source::Dummy, tensors }
     }
 
     fn open_gguf(path: &Path) -> Result<Self, ModelError> {
         let file = GgufFile::open(path)?;
         let config = DecoderConfig::from_gguf(&file)?;
-        let names = file.tensors().map(|(name, _)| name);
+        let names: Vec<&str> = file.tensors().map(|(name, _)| name).collect();
         let lookup = |name: &str| match file.tensor(name) {
             None => Ok(None),
             Some(tensor) => {
@@ -160,7 +205,7 @@ impl WeightStore {
                 Ok(Some(Found { shape: gguf_shape(tensor), format, file: 0, range: tensor.range.clone() }))
             }
         };
-        let tensors = build_table(path, &config, Naming::Gguf, names, lookup)?;
+        let tensors = build_table(path, &config, Naming::Gguf, &names, lookup)?;
         Ok(Self { path: path.to_owned(), config, source: Source::Gguf(file), tensors })
     }
 
@@ -171,12 +216,17 @@ impl WeightStore {
                         or a .gguf file";
             return Err(ModelError::bad_file(path, what));
         }
-        let (config, _) = crate::config::read_json_file(&config_path)?;
+        let (mut config, _) = crate::config::read_json_file(&config_path)?;
         let checkpoint = Checkpoint::open(path)?;
-        // A base model saved without its head has no prefix.
-        let bare = checkpoint.entries.contains_key("embed_tokens.weight");
-        let naming = Naming::HuggingFace { prefix: if bare { "" } else { "model." } };
-        let names = checkpoint.entries.keys().map(String::as_str);
+        let naming = Naming::hugging_face(&config, |name| checkpoint.entries.contains_key(name));
+        if config.tied_embeddings && table::has_head_of_its_own(&checkpoint, &config, naming) {
+            tracing::warn!(
+                "{}: the config ties the head to the embedding, but the file has a head with other values, which is used",
+                path.display()
+            );
+            config.tied_embeddings = false;
+        }
+        let names: Vec<&str> = checkpoint.entries.keys().map(String::as_str).collect();
         let lookup = |name: &str| match checkpoint.get(name).map_err(|what| ModelError::bad_file(path, what))? {
             None => Ok(None),
             Some(entry) => {
@@ -190,7 +240,7 @@ impl WeightStore {
                 Ok(Some(Found { shape: entry.shape.clone(), format, file: entry.file, range: entry.range.clone() }))
             }
         };
-        let tensors = build_table(path, &config, naming, names, lookup)?;
+        let tensors = build_table(path, &config, naming, &names, lookup)?;
         Ok(Self { path: path.to_owned(), config, source: Source::Safetensors(checkpoint), tensors })
     }
 
@@ -229,8 +279,8 @@ impl WeightStore {
             Place::File { file, range } => TensorData::Mapped { file: self.file(*file), range: range.clone() },
             Place::Generated(generator) => TensorData::Generated(*generator),
         };
-        let StoredTensor { name, rows, cols, kind, format, .. } = tensor;
-        TensorView { name, rows: *rows, cols: *cols, format: *format, kind: *kind, data, halves: None }
+        let StoredTensor { ref name, rows, cols, kind, format, rows_at, stored_cols, .. } = *tensor;
+        TensorView { name, rows, cols, format, kind, data, rows_at, stored_cols, halves: None }
     }
 
     fn file(&self, index: usize) -> &MappedFile {
@@ -259,8 +309,10 @@ impl WeightStore {
     /// "Q4_1 (210), F32 (61)": formats by how many tensors have them, most first.
     pub fn describe_formats(&self) -> String {
         let mut counts: BTreeMap<WeightFormat, usize> = BTreeMap::new();
-        for tensor in self.tensors.values() {
-            *counts.entry(tensor.format).or_default() += 1;
+        // Several roles may share a stored tensor.
+        let stored: HashSet<_> = self.tensors.values().map(|tensor| (tensor.name.as_str(), tensor.format)).collect();
+        for (_, format) in stored {
+            *counts.entry(format).or_default() += 1;
         }
         let mut counts: Vec<_> = counts.into_iter().collect();
         counts.sort_by_key(|&(_, count)| std::cmp::Reverse(count));
@@ -268,69 +320,55 @@ impl WeightStore {
     }
 }
 
-impl LayerTensor {
+impl TensorRole {
     fn is_bias(self) -> bool {
-        matches!(self, Self::QBias | Self::KBias | Self::VBias | Self::OBias)
+        use LayerTensor as T;
+        match self {
+            Self::FinalNormBias | Self::HeadBias => true,
+            Self::Embedding | Self::FinalNorm | Self::Head => false,
+            Self::Layer(_, tensor) => matches!(
+                tensor,
+                T::QBias
+                    | T::KBias
+                    | T::VBias
+                    | T::OBias
+                    | T::GateBias
+                    | T::UpBias
+                    | T::DownBias
+                    | T::AttentionNormBias
+                    | T::MlpNormBias
+            ),
+        }
     }
+}
+
+/// Made-up tensors.
+fn generated(
+    config: &DecoderConfig,
+    format: WeightFormat,
+    norm_center: f32,
+    name: impl Fn(&Expected) -> String,
+) -> HashMap<TensorRole, StoredTensor> {
+    let stored = |tensor| {
+        let name = name(&tensor);
+        let Expected { role, rows, cols, kind } = tensor;
+        let generator = match (kind, role) {
+            (TensorKind::Matrix, _) => Generator::matrix(&name, cols),
+            (TensorKind::Vector, role) if role.is_bias() => Generator::bias(&name),
+            (TensorKind::Vector, _) => Generator::norm(&name, norm_center),
+        };
+        let (rows_at, place) = (RowsAt::WHOLE, Place::Generated(generator));
+        (role, StoredTensor { name, rows, cols, kind, format, rows_at, stored_cols: cols, place })
+    };
+    expected(config).into_iter().map(stored).collect()
 }
 
 const CONFIG_FILE: &str = "config.json";
-
-/// What a source says of one tensor.
-struct Found {
-    /// Outermost first, as in config terms: `[rows, cols]` or `[cols]`.
-    shape: Vec<usize>,
-    format: WeightFormat,
-    file: usize,
-    range: Range<usize>,
-}
-
-/// Finds every tensor that the config calls for and checks its shape; refuses files with tensors inside a layer that
-/// this decoder would leave out.
-fn build_table<'a>(
-    path: &Path,
-    config: &DecoderConfig,
-    naming: Naming,
-    mut names: impl Iterator<Item = &'a str>,
-    lookup: impl Fn(&str) -> Result<Option<Found>, ModelError>,
-) -> Result<HashMap<TensorRole, StoredTensor>, ModelError> {
-    if let Some(name) = names.find(|name| naming.is_foreign(name, config.num_layers())) {
-        let what = format!(
-            "tensor {name:?} is not part of the {} architecture as this version knows it, so answers would be wrong",
-            config.architecture
-        );
-        return Err(ModelError::unsupported(path, what));
-    }
-    let mut tensors = HashMap::new();
-    for Expected { role, rows, cols, kind } in expected(config) {
-        let name = naming.name(role);
-        let Some(Found { shape, format, file, range }) = lookup(&name)? else {
-            return Err(ModelError::bad_file(path, format!("tensor {name:?} is missing")));
-        };
-        let wanted = match kind {
-            TensorKind::Matrix => vec![rows, cols],
-            TensorKind::Vector => vec![cols],
-        };
-        if significant(&shape) != significant(&wanted) {
-            let what = format!("tensor {name:?} has the shape {shape:?}; the config calls for {wanted:?}");
-            return Err(ModelError::bad_file(path, what));
-        }
-        let place = Place::File { file, range };
-        tensors.insert(role, StoredTensor { name, rows, cols, kind, format, place });
-    }
-    Ok(tensors)
-}
 
 /// Outermost first.
 fn gguf_shape(tensor: &gguf::GgufTensor) -> Vec<usize> {
     let sizes = tensor.dimensions.iter().rev().map(|&size| usize::try_from(size).unwrap_or(usize::MAX));
     sizes.skip_while(|&size| size == 1).collect()
-}
-
-/// Without outer sizes of one: GGUF does not tell a vector from a matrix of one row.
-fn significant(shape: &[usize]) -> &[usize] {
-    let ones = shape.iter().take_while(|&&size| size == 1).count();
-    &shape[ones..]
 }
 
 fn unreadable_type(name: &str, type_id: u32) -> String {

@@ -19,8 +19,35 @@ pub struct TensorView<'a> {
     pub format: WeightFormat,
     pub(super) kind: TensorKind,
     pub(super) data: TensorData<'a>,
+    /// Which rows (of a vector: elements) of the stored tensor these are.
+    pub(super) rows_at: RowsAt,
+    /// Inputs of the stored tensor: `cols`, but for a part of a vector.
+    pub(super) stored_cols: usize,
     /// Rows (of a vector: elements) come in another order than they are stored in.
     pub(super) halves: Option<Halves>,
+}
+
+/// Which rows of a stored tensor a view has: several matrices may lie in one (fused projections, stacked experts). Rows are
+/// whole numbers of blocks in every format, so nothing has to be copied to take some of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum RowsAt {
+    /// Row r is row `first + r`.
+    From(usize),
+    /// Runs of `run` rows, each run `stride` further than the one before.
+    Runs { first: usize, run: usize, stride: usize },
+}
+
+impl RowsAt {
+    /// All of them.
+    pub(super) const WHOLE: Self = Self::From(0);
+
+    /// The stored number of row `row`. It grows with `row`.
+    fn stored(self, row: usize) -> usize {
+        match self {
+            Self::From(first) => first + row,
+            Self::Runs { first, run, stride } => first + row / run * stride + row % run,
+        }
+    }
 }
 
 /// Heads whose rotated elements are stored as pairs (2 i, 2 i + 1) and handed over as halves (i, i + rotary_dim / 2).
@@ -62,7 +89,11 @@ impl TensorView<'_> {
 
     /// Bytes as stored (for made-up weights: what they would take).
     pub fn num_bytes(&self) -> u64 {
-        self.rows as u64 * self.row_bytes() as u64
+        match self.kind {
+            TensorKind::Matrix => self.rows as u64 * self.row_bytes() as u64,
+            // A share of the stored vector.
+            TensorKind::Vector => self.row_bytes() as u64 * self.cols as u64 / self.stored_cols as u64,
+        }
     }
 
     /// One row dequantised, `out: [cols]`. An error for a row that is not there or another length of `out`.
@@ -104,6 +135,15 @@ impl TensorView<'_> {
 
     /// `row < rows` and `out: [cols]`.
     pub(super) fn read_row(&self, row: usize, out: &mut [f32]) {
+        if self.stored_cols != self.cols {
+            // Part of a vector: small, and not cut at blocks.
+            let mut stored = vec![0.0; self.stored_cols];
+            blocks::dequantize(self.format, self.stored_row(row), &mut stored);
+            for (i, out) in out.iter_mut().enumerate() {
+                *out = stored[self.rows_at.stored(i)];
+            }
+            return;
+        }
         match &self.data {
             TensorData::Mapped { .. } => blocks::dequantize(self.format, self.stored_row(row), out),
             TensorData::Generated(generator) => {
@@ -126,14 +166,14 @@ impl TensorView<'_> {
 
     /// The row's number in the file.
     fn stored_place(&self, row: usize) -> usize {
-        match self.halves {
-            Some(halves) if self.kind == TensorKind::Matrix => halves.stored(row),
-            _ => row,
+        if self.kind == TensorKind::Vector {
+            return 0;
         }
+        self.rows_at.stored(self.halves.map_or(row, |halves| halves.stored(row)))
     }
 
     fn row_bytes(&self) -> usize {
-        self.cols / self.format.block_elements() * self.format.block_bytes()
+        self.stored_cols / self.format.block_elements() * self.format.block_bytes()
     }
 
     /// An error where the file has changed since it was opened: asked before a tensor is read.
@@ -148,8 +188,17 @@ impl TensorView<'_> {
     pub(super) fn pages(&self, rows: Range<usize>) -> Pages<'_> {
         // Within a head the order in the file may be another one.
         let step = self.halves.map_or(1, |halves| halves.head_dim);
-        let TensorData::Mapped { file, range } = &self.data else { return Pages { source: None, step } };
-        Pages { source: Some(MappedPages::new(file, range.clone(), self.row_bytes(), rows)), step }
+        // A vector is one row.
+        let rows_at = if self.kind == TensorKind::Vector { RowsAt::WHOLE } else { self.rows_at };
+        let mut pages = Pages { source: None, rows_at, step };
+        if let TensorData::Mapped { file, range } = &self.data {
+            let row_bytes = self.row_bytes();
+            let after =
+                |row: usize| range.start + row.checked_sub(1).map_or(0, |last| rows_at.stored(last) + 1) * row_bytes;
+            let used = range.start + rows_at.stored(rows.start) * row_bytes..after(rows.end);
+            pages.source = Some(MappedPages::new(file, range.start, used, after(self.rows), row_bytes));
+        }
+        pages
     }
 
     /// An error about this tensor's content.
@@ -167,6 +216,7 @@ impl TensorView<'_> {
 pub(super) struct Pages<'a> {
     /// None for made-up weights.
     source: Option<MappedPages<'a>>,
+    rows_at: RowsAt,
     /// Rows that may be read in any order among themselves.
     step: usize,
 }
@@ -174,7 +224,7 @@ pub(super) struct Pages<'a> {
 struct MappedPages<'a> {
     file: &'a MappedFile,
     row_bytes: usize,
-    /// Where row 0 begins, and the last one ends.
+    /// Where the stored row 0 begins, and the last one that anybody will read ends.
     tensor: Range<usize>,
     /// Of the rows to be read, not yet given back.
     kept: Range<usize>,
@@ -187,17 +237,16 @@ impl Pages<'_> {
     /// Row `row` is read next.
     pub(super) fn reach(&mut self, row: usize) {
         if let Some(pages) = &mut self.source {
-            pages.reach(row / self.step * self.step);
+            pages.reach(self.rows_at.stored(row / self.step * self.step));
         }
     }
 }
 
 impl<'a> MappedPages<'a> {
-    fn new(file: &'a MappedFile, tensor: Range<usize>, row_bytes: usize, rows: Range<usize>) -> Self {
-        let kept = tensor.start + rows.start * row_bytes..tensor.start + rows.end * row_bytes;
-        // Beyond these rows, too: they are read next.
-        file.prefetch(&(kept.start..tensor.end.min(kept.start + 2 * WINDOW)));
-        Self { file, row_bytes, tensor, kept }
+    /// Rows begin at `start`; those in `used` will be read now, those up to `end` next.
+    fn new(file: &'a MappedFile, start: usize, used: Range<usize>, end: usize, row_bytes: usize) -> Self {
+        file.prefetch(&(used.start..end.min(used.start + 2 * WINDOW)));
+        Self { file, row_bytes, tensor: start..end, kept: used }
     }
 
     fn reach(&mut self, row: usize) {
@@ -246,7 +295,7 @@ mod tests {
         let path = folder.path().join("large");
         std::fs::write(&path, vec![1; 64 * ROW]).unwrap();
         let file = MappedFile::open(&path).unwrap();
-        let mut pages = MappedPages::new(&file, ROW..64 * ROW, ROW, 0..63);
+        let mut pages = MappedPages::new(&file, ROW, ROW..64 * ROW, 64 * ROW, ROW);
         let mut largest = 0;
         for row in 0..63 {
             pages.reach(row);

@@ -8,12 +8,12 @@
 #![allow(clippy::print_stderr, reason = "skips are aloud")]
 
 use std::{
-    collections::VecDeque,
+    collections::{HashMap, VecDeque},
     fs,
     path::{Path, PathBuf},
 };
 
-use bindery_model::{BatchSequence, ForwardBatch, LoadOptions, Model, StepModel};
+use bindery_model::{BatchSequence, ForwardBatch, LoadOptions, Model, RopeRegimes, StepModel};
 
 /// Logit rows fetched at once; odd, so that slices end inside sequences.
 const LOGIT_SLICE: usize = 7;
@@ -29,17 +29,36 @@ pub(crate) struct Harness {
 #[derive(Clone, Debug)]
 pub(crate) struct Sequence {
     pub(crate) tokens: Vec<u32>,
+    pub(crate) num_prompt_tokens: usize,
     pub(crate) num_computed_tokens: usize,
     pub(crate) block_table: Vec<u32>,
 }
 
 impl Sequence {
     pub(crate) fn new(tokens: &[u32]) -> Self {
-        Self { tokens: tokens.to_vec(), num_computed_tokens: 0, block_table: Vec::new() }
+        Self {
+            tokens: tokens.to_vec(),
+            num_prompt_tokens: tokens.len(),
+            num_computed_tokens: 0,
+            block_table: Vec::new(),
+        }
     }
 
     pub(crate) fn num_uncomputed_tokens(&self) -> usize {
         self.tokens.len() - self.num_computed_tokens
+    }
+
+    fn rope_len(&self, regimes: RopeRegimes) -> usize {
+        regimes.rope_len(self.num_prompt_tokens, self.tokens.len())
+    }
+
+    /// One more known token. Where it brings the sequence into another rotary regime, all of it is computed again.
+    pub(crate) fn push(&mut self, token: u32, regimes: Option<RopeRegimes>) {
+        let rope_len = regimes.map(|regimes| self.rope_len(regimes));
+        self.tokens.push(token);
+        if regimes.map(|regimes| self.rope_len(regimes)) != rope_len {
+            self.num_computed_tokens = 0;
+        }
     }
 }
 
@@ -68,6 +87,7 @@ impl Harness {
     ) -> (ForwardBatch, Vec<(usize, usize)>) {
         let mut batch = ForwardBatch::default();
         let mut kept = Vec::new();
+        let rope_regimes = self.model.rope_regimes();
         for (index, (sequence, num_tokens)) in work.iter_mut().enumerate() {
             let (row, table) = (batch.tokens.len(), batch.block_tables.len());
             let positions = sequence.num_computed_tokens..sequence.num_computed_tokens + *num_tokens;
@@ -89,6 +109,7 @@ impl Harness {
                 rows: row..batch.tokens.len(),
                 block_table: table..batch.block_tables.len(),
                 context_len: positions.end,
+                rope_len: rope_regimes.map_or(0, |regimes| sequence.rope_len(regimes)),
                 adapter: None,
             });
             sequence.num_computed_tokens = positions.end;
@@ -134,12 +155,14 @@ impl Harness {
         rows
     }
 
-    /// Appends the greedy token of the last row, computes it, and so on.
+    /// Appends the greedy token of the last row, computes it, and so on. Where that changes the frequencies of rotation,
+    /// all is computed again, as the engine does.
     pub(crate) fn greedy(&mut self, sequence: &mut Sequence, last_row: &[f32], num_tokens: usize) -> Vec<u32> {
         let mut continuation = vec![argmax(last_row)];
         while continuation.len() < num_tokens {
-            sequence.tokens.push(continuation[continuation.len() - 1]);
-            let rows = self.step(&mut [(sequence, 1)], |_| true);
+            sequence.push(continuation[continuation.len() - 1], self.model.rope_regimes());
+            let (num_tokens, last) = (sequence.num_uncomputed_tokens(), sequence.tokens.len() - 1);
+            let rows = self.step(&mut [(sequence, num_tokens)], |position| position == last);
             continuation.push(argmax(&rows[0].2));
         }
         continuation
@@ -182,6 +205,20 @@ pub(crate) struct Golden {
     pub(crate) prompts: Vec<GoldenPrompt>,
     #[serde(default)]
     pub(crate) file_sha256: Option<String>,
+    /// The frequencies of rotation depend on how long the whole sequence is.
+    #[serde(default)]
+    pub(crate) rope_depends_on_length: bool,
+    /// How far transformers strays from its own f32, by data type. Of the checkpoints' goldens only.
+    #[serde(default)]
+    pub(crate) errors: HashMap<String, GoldenErrors>,
+}
+
+#[derive(Clone, Copy, Debug, serde::Deserialize)]
+pub(crate) struct GoldenErrors {
+    /// The largest difference of a log-probability.
+    pub(crate) max: f64,
+    /// The mean divergence of a row.
+    pub(crate) kl: f64,
 }
 
 #[derive(Debug, serde::Deserialize)]

@@ -50,7 +50,10 @@ fn a_plain_llama() {
     );
     assert_eq!((config.mlp.intermediate_size, config.num_layers(), config.max_position_embeddings), (64, 1, 64));
     assert_eq!((config.norm.eps, config.attention_scale), (1e-5, 0.25));
-    assert_eq!((config.rotary.style, config.rotary.dim, config.rotary.base), (RopeStyle::Neox, 16, 10_000.0));
+    assert_eq!(
+        (config.rotaries[0].style, config.rotaries[0].dim, config.rotaries[0].base),
+        (RopeStyle::Neox, 16, 10_000.0)
+    );
     assert_eq!((config.biases, config.tied_embeddings), (Biases::default(), false));
     assert_eq!((config.bos_token_id, config.eos_token_ids.as_slice()), (Some(1), &[2][..]));
     assert_eq!(config.architecture, "llama");
@@ -73,7 +76,7 @@ fn absent_and_null_keys_take_the_defaults_of_the_family() {
 #[test]
 fn head_dim_may_differ_from_the_quotient() {
     let config = read(&with(json!({"head_dim": 64}))).unwrap();
-    assert_eq!((config.head_dim, config.rotary.dim, config.attention_scale), (64, 64, 0.125));
+    assert_eq!((config.head_dim, config.rotaries[0].dim, config.attention_scale), (64, 64, 0.125));
 }
 
 #[test]
@@ -96,40 +99,145 @@ fn older_and_newer_rotary_keys_say_the_same() {
         // Saved with both: what stands inside wins.
         with(json!({"rope_theta": 7.0, "rope_parameters": newer})),
     ] {
-        let rotary = read(&config).unwrap().rotary;
+        let rotary = read(&config).unwrap().rotaries.remove(0);
         assert_eq!((rotary.base, &rotary.scaling), (500_000.0, &llama3));
     }
     let linear = RopeScaling::Linear { factor: 2.0 };
     for scaling in [json!({"type": "linear", "factor": 2}), json!({"rope_type": "linear", "factor": 2.0})] {
-        assert_eq!(read(&with(json!({"rope_scaling": scaling}))).unwrap().rotary.scaling, linear);
+        assert_eq!(read(&with(json!({"rope_scaling": scaling}))).unwrap().rotaries[0].scaling, linear);
     }
     for none in [json!(null), json!({"rope_type": "default"}), json!({"type": "default"}), json!({})] {
-        assert_eq!(read(&with(json!({"rope_scaling": none}))).unwrap().rotary.scaling, RopeScaling::None);
+        assert_eq!(read(&with(json!({"rope_scaling": none}))).unwrap().rotaries[0].scaling, RopeScaling::None);
     }
     let theta = read(&with(json!({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}))).unwrap();
-    assert_eq!((theta.rotary.base, theta.rotary.scaling), (1e6, RopeScaling::None));
+    assert_eq!((theta.rotaries[0].base, theta.rotaries[0].scaling.clone()), (1e6, RopeScaling::None));
 }
 
 #[test]
 fn what_is_not_done_is_refused_by_name() {
-    for kind in ["dynamic", "yarn", "longrope", "su", "mrope"] {
+    for kind in ["su", "mrope", "proportional"] {
         refused(&with(json!({"rope_scaling": {"type": kind, "factor": 2.0}})), &[kind, "linear", "llama3"]);
         refused(&with(json!({"rope_parameters": {"rope_type": kind}})), &[kind, "linear", "llama3"]);
     }
+    let phi3 = |scaling: Value| with(json!({"model_type": "phi3", "rope_scaling": scaling}));
+    refused(&phi3(json!({"rope_type": "linear", "factor": 2})), &["linear", "longrope"]);
+    refused(&with(json!({"rope_scaling": {"type": "dynamic", "factor": 2, "alpha": 1000}})), &["alpha", "1000"]);
     refused(&with(json!({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}})), &["full_attention"]);
-    refused(&with(json!({"hidden_act": "gelu_new"})), &["gelu_new", "silu"]);
-    refused(&with(json!({"mlp_bias": true})), &["mlp_bias"]);
+    let gemma3 = json!({"model_type": "gemma3_text", "rope_parameters": {"rope_type": "linear", "factor": 2}});
+    refused(&with(gemma3), &["rope_parameters", "layer type"]);
+    refused(&with(json!({"hidden_act": "relu"})), &["relu", "silu"]);
+    refused(&with(json!({"model_type": "mistral", "mlp_bias": true})), &["mlp_bias"]);
+    refused(&with(json!({"model_type": "gemma2", "use_bidirectional_attention": true})), &["use_bidirectional"]);
+    let gemma = json!({"model_type": "gemma", "hidden_act": "gelu", "hidden_activation": "silu"});
+    refused(&with(gemma), &["hidden_activation", "silu"]);
     refused(&with(json!({"partial_rotary_factor": 0.5})), &["partial_rotary_factor", "0.5"]);
     refused(&with(json!({"quantization_config": {"quant_method": "gptq"}})), &["gptq"]);
-    refused(&with(json!({"model_type": "gpt_neox"})), &["gpt_neox", "llama, mistral, qwen2, smollm3"]);
+    refused(&with(json!({"model_type": "gpt_neox"})), &["gpt_neox", "llama, mistral, mixtral, falcon", "gemma3"]);
     let mut class = without("model_type");
-    class["architectures"] = json!(["FalconForCausalLM"]);
-    refused(&class, &["FalconForCausalLM", "llama"]);
+    class["architectures"] = json!(["BloomForCausalLM"]);
+    refused(&class, &["BloomForCausalLM", "llama"]);
     class["architectures"] = json!(["MistralForCausalLM"]);
     assert_eq!(read(&class).unwrap().architecture, "mistral");
-    for config in [with(json!({"hidden_act": "gelu"})), with(json!({"model_type": "x"}))] {
+    for config in [with(json!({"hidden_act": "relu"})), with(json!({"model_type": "x"}))] {
         assert!(matches!(read(&config), Err(ModelError::Unsupported(_))));
     }
+}
+
+#[test]
+fn hostile_values_of_newer_keys_are_refused_with_value_and_limit() {
+    let family = |name: &str, changes: Value| {
+        let mut config = with(json!({"model_type": name}));
+        config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+        config
+    };
+    // 17 layers of 4096 experts are within no limit, nor is one expert more in a layer, nor none at all.
+    for (layers, experts, word) in
+        [(100, 4096, "all layers"), (1, 4097, "4097"), (1, 0, "experts"), (1, u64::MAX, "18446")]
+    {
+        let config = family("mixtral", json!({"num_hidden_layers": layers, "num_local_experts": experts}));
+        refused(&config, &[word]);
+    }
+    refused(
+        &family("mixtral", json!({"num_local_experts": 4, "num_experts_per_tok": 5})),
+        &["compute a token", "5", "4"],
+    );
+    refused(&family("qwen3_moe", json!({"mlp_only_layers": [-1]})), &["mlp_only_layers", "-1"]);
+    refused(&family("qwen3_moe", json!({"decoder_sparse_step": 0})), &["decoder_sparse_step", "0"]);
+    for types in [json!([]), json!(["full_attention", "full_attention"])] {
+        for name in ["gemma2", "gemma3_text", "qwen2", "qwen3", "qwen2_moe"] {
+            refused(&family(name, json!({"layer_types": types})), &["layer_types", "1 layers"]);
+        }
+    }
+    let longrope = |short: Value, long: Value| {
+        family("phi3", json!({"rope_scaling": {"type": "longrope", "short_factor": short, "long_factor": long}}))
+    };
+    let eight = json!([1, 1, 1, 1, 1, 1, 1, 1]);
+    assert!(read(&longrope(eight.clone(), eight.clone())).is_ok());
+    refused(&longrope(eight.clone(), json!([1, 2])), &["2 long rotary factors", "8 pairs"]);
+    refused(&longrope(json!([]), eight.clone()), &["short_factor", "0"]);
+    refused(&longrope(json!(null), eight.clone()), &["short_factor", "missing"]);
+    refused(&longrope(json!([0, 1, 1, 1, 1, 1, 1, 1]), eight.clone()), &["short rotary factor", "0"]);
+    refused(&longrope(json!(["x", 1, 1, 1, 1, 1, 1, 1]), eight.clone()), &["short_factor", "x"]);
+    refused(&longrope(json!([1e300, 1, 1, 1, 1, 1, 1, 1]), eight), &["short rotary factor", "inf"]);
+    refused(&family("phi3", json!({"partial_rotary_factor": 1.5})), &["partial_rotary_factor", "1.5"]);
+    refused(&family("phi3", json!({"partial_rotary_factor": 0.0})), &["rotary width", "0"]);
+    let yarn = |changes: Value| {
+        let mut scaling = json!({"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 16});
+        scaling.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+        with(json!({"rope_scaling": scaling}))
+    };
+    refused(&yarn(json!({"rope_theta": 1.0})), &["rotary base", "above 1"]);
+    refused(&yarn(json!({"factor": -1})), &["factor", "-1"]);
+    refused(&yarn(json!({"attention_factor": 1e300})), &["attention factor"]);
+    refused(&yarn(json!({"original_max_position_embeddings": 0})), &["original_max_position_embeddings", "0"]);
+    refused(&with(json!({"head_dim": 2, "rope_scaling": {"type": "dynamic", "factor": 2}})), &["dynamic"]);
+    refused(&family("gemma2", json!({"query_pre_attn_scalar": 0})), &["score's scale"]);
+    refused(&family("gemma2", json!({"attn_logit_softcapping": 0})), &["soft cap of scores", "0"]);
+    refused(&family("gemma3_text", json!({"sliding_window": null})), &["sliding_window"]);
+    refused(&family("falcon", json!({"multi_query": false, "num_kv_heads": 1})), &["num_kv_heads", "1"]);
+    refused(
+        &family("falcon", json!({"new_decoder_architecture": true, "parallel_attn": false})),
+        &["new_decoder_architecture", "parallel_attn"],
+    );
+    refused(&json!({"model_type": "gemma3"}), &["text_config", "missing"]);
+    refused(&json!({"model_type": "gemma3", "text_config": {"model_type": "llama4"}}), &["llama4"]);
+}
+
+#[test]
+fn older_keys_mean_what_they_meant() {
+    let phi3 = |kind: &str| {
+        let factors = vec![1.5; 8];
+        let scaling = json!({"type": kind, "short_factor": factors, "long_factor": factors});
+        read(&with(json!({"model_type": "phi3", "max_position_embeddings": 32_768, "rope_scaling": scaling}))).unwrap()
+    };
+    assert_eq!(phi3("su").rotaries, phi3("longrope").rotaries);
+    let RopeScaling::LongRope { original_max_position_embeddings, attention_factor, .. } =
+        phi3("su").rotaries[0].scaling
+    else {
+        panic!("longrope");
+    };
+    // sqrt(1 + ln 8 / ln 4096), with the class's default for the original length.
+    assert_eq!((original_max_position_embeddings, attention_factor), (4096, 1.118_034));
+
+    let old = json!({"model_type": "RefinedWeb", "hidden_size": 32, "n_head": 4, "n_head_kv": 2, "n_layer": 1,
+                     "vocab_size": 8, "layer_norm_epsilon": 1e-5, "parallel_attn": true, "alibi": false});
+    let new = json!({"model_type": "falcon", "hidden_size": 32, "num_attention_heads": 4, "num_kv_heads": 2,
+                     "num_hidden_layers": 1, "vocab_size": 8, "new_decoder_architecture": true});
+    assert_eq!(read(&old).unwrap(), read(&new).unwrap());
+    let gemma3 = |keys: Value| {
+        let mut config = with(json!({"model_type": "gemma3_text", "head_dim": 16, "num_hidden_layers": 6}));
+        config.as_object_mut().unwrap().extend(keys.as_object().unwrap().clone());
+        read(&config).unwrap()
+    };
+    let scaling = json!({"rope_type": "linear", "factor": 8.0});
+    let older = gemma3(json!({"rope_theta": 5e5, "rope_local_base_freq": 2e4, "rope_scaling": scaling,
+                              "sliding_window_pattern": 3}));
+    let types = ["sliding_attention", "sliding_attention", "full_attention"].repeat(2);
+    let newer = gemma3(json!({"layer_types": types, "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 2e4}}}));
+    assert_eq!(older, newer);
+    assert_eq!(older.rotaries.len(), 2);
 }
 
 #[test]
@@ -199,9 +307,9 @@ fn token_ids_may_be_lists_and_those_outside_the_vocabulary_fall_away() {
 #[test]
 fn biases_follow_config_and_family() {
     let both = read(&with(json!({"attention_bias": true}))).unwrap().biases;
-    assert_eq!(both, Biases { qkv: true, output: true });
+    assert_eq!(both, Biases { qkv: true, output: true, mlp: false });
     let qwen2 = read(&with(json!({"model_type": "qwen2"}))).unwrap();
-    assert_eq!(qwen2.biases, Biases { qkv: true, output: false });
+    assert_eq!(qwen2.biases, Biases { qkv: true, ..Biases::default() });
     assert_eq!(read(&with(json!({"model_type": "mistral"}))).unwrap().biases, Biases::default());
 }
 
@@ -237,13 +345,13 @@ fn smollm3_goes_without_rotary_on_some_layers() {
     let rotary = |changes: Value| -> Vec<bool> {
         let mut config = with(base.clone());
         config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
-        read(&config).unwrap().layers.iter().map(|layer| layer.rotary).collect()
+        read(&config).unwrap().layers.iter().map(|layer| layer.rotary.is_some()).collect()
     };
     assert_eq!(rotary(json!({})), [true, true, true, false, true]);
     assert_eq!(rotary(json!({"no_rope_layer_interval": 2})), [true, false, true, false, true]);
     assert_eq!(rotary(json!({"no_rope_layers": [0, 1, 1, 1, 0]})), [false, true, true, true, false]);
     let config = read(&with(base.clone())).unwrap();
-    assert_eq!((config.rotary.base, config.tied_embeddings), (2_000_000.0, false));
+    assert_eq!((config.rotaries[0].base, config.tied_embeddings), (2_000_000.0, false));
     let mut wrong = with(base);
     wrong["no_rope_layers"] = json!([1, 0]);
     refused(&wrong, &["no_rope_layers", "2", "5"]);
@@ -274,9 +382,12 @@ fn a_gguf_llama() {
     );
     assert_eq!((config.mlp.intermediate_size, config.num_layers(), config.max_position_embeddings), (64, 1, 64));
     assert_eq!((config.norm.eps, config.attention_scale), (1e-5, 0.25));
-    assert_eq!((config.rotary.style, config.rotary.dim, config.rotary.base), (RopeStyle::Interleaved, 16, 10_000.0));
+    assert_eq!(
+        (config.rotaries[0].style, config.rotaries[0].dim, config.rotaries[0].base),
+        (RopeStyle::Interleaved, 16, 10_000.0)
+    );
     assert_eq!((config.tied_embeddings, config.eos_token_ids.as_slice(), config.bos_token_id), (true, &[2][..], None));
-    assert_eq!(config.rotary.scaling, RopeScaling::None);
+    assert_eq!(config.rotaries[0].scaling, RopeScaling::None);
 }
 
 #[test]
@@ -287,7 +398,7 @@ fn gguf_head_and_biases_are_found_by_their_tensors() {
         .f32_tensor("blk.0.attn_k.bias", &[16])
         .f32_tensor("blk.0.attn_v.bias", &[16]);
     let config = gguf(&file).unwrap();
-    assert_eq!((config.tied_embeddings, config.biases), (false, Biases { qkv: true, output: false }));
+    assert_eq!((config.tied_embeddings, config.biases), (false, Biases { qkv: true, ..Biases::default() }));
     let disk = on_disk("m.gguf", &file.bytes());
     assert!(WeightStore::open(&disk.path).unwrap().tensor(TensorRole::Head).unwrap().is_some());
     gguf_refused(&file.without_tensor("blk.0.attn_v.bias"), &["blk.0.attn_v.bias", "missing"]);
@@ -297,21 +408,38 @@ fn gguf_head_and_biases_are_found_by_their_tensors() {
 fn gguf_rotary_scaling_of_every_kind() {
     let typed = |kind: &[u8]| Gguf::llama().key("llama.rope.scaling.type", value::string(kind));
     let factor = |file: Gguf| file.key("llama.rope.scaling.factor", value::f32(4.0));
-    assert_eq!(gguf(&factor(typed(b"linear"))).unwrap().rotary.scaling, RopeScaling::Linear { factor: 4.0 });
-    assert_eq!(gguf(&factor(Gguf::llama())).unwrap().rotary.scaling, RopeScaling::Linear { factor: 4.0 });
-    assert_eq!(gguf(&factor(typed(b"none"))).unwrap().rotary.scaling, RopeScaling::None);
+    assert_eq!(gguf(&factor(typed(b"linear"))).unwrap().rotaries[0].scaling, RopeScaling::Linear { factor: 4.0 });
+    assert_eq!(gguf(&factor(Gguf::llama())).unwrap().rotaries[0].scaling, RopeScaling::Linear { factor: 4.0 });
+    assert_eq!(gguf(&factor(typed(b"none"))).unwrap().rotaries[0].scaling, RopeScaling::None);
     let older = Gguf::llama().key("llama.rope.scale_linear", value::f32(2.0));
-    assert_eq!(gguf(&older).unwrap().rotary.scaling, RopeScaling::Linear { factor: 2.0 });
+    assert_eq!(gguf(&older).unwrap().rotaries[0].scaling, RopeScaling::Linear { factor: 2.0 });
     gguf_refused(&typed(b"linear"), &["llama.rope.scaling.factor", "missing"]);
-    gguf_refused(&typed(b"yarn"), &["yarn"]);
-    gguf_refused(&Gguf::llama().f32_tensor("rope_factors_long.weight", &[8]), &["longrope"]);
+    gguf_refused(&typed(b"yarn"), &["llama.rope.scaling.factor", "missing"]);
+    gguf_refused(&typed(b"dynamic"), &["dynamic", "yarn"]);
+    gguf_refused(&typed(b"longrope"), &["rope_factors_long.weight", "missing"]);
+    gguf_refused(
+        &Gguf::llama().f32_tensor("rope_factors_long.weight", &[8]),
+        &["rope_factors_short.weight", "only one"],
+    );
+    gguf_refused(&Gguf::llama().key("llama.rope.scaling.attn_factor", value::f32(1.5)), &["attn_factor", "1.5"]);
+    let yarn = factor(typed(b"yarn")).key("llama.rope.scaling.original_context_length", value::u32(16));
+    // 1 + 0.1 ln 4, as transformers has it by default.
+    let expected = RopeScaling::Yarn {
+        factor: 4.0,
+        beta_fast: 32.0,
+        beta_slow: 1.0,
+        original_max_position_embeddings: 16,
+        attention_factor: 1.138_629_4,
+        truncate: true,
+    };
+    assert_eq!(gguf(&yarn).unwrap().rotaries[0].scaling, expected);
 
     let divisors = [1.0f32, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0, 8.0];
     let bytes: Vec<u8> = divisors.iter().flat_map(|x| x.to_le_bytes()).collect();
     let file = Gguf::llama().tensor("rope_freqs.weight", &[8], 0, bytes);
-    assert_eq!(gguf(&file).unwrap().rotary.scaling, RopeScaling::Factors(divisors.to_vec()));
+    assert_eq!(gguf(&file).unwrap().rotaries[0].scaling, RopeScaling::Factors(divisors.to_vec()));
     let both = divisors.iter().map(|x| x * 4.0).collect();
-    assert_eq!(gguf(&factor(file)).unwrap().rotary.scaling, RopeScaling::Factors(both));
+    assert_eq!(gguf(&factor(file)).unwrap().rotaries[0].scaling, RopeScaling::Factors(both));
     gguf_refused(&Gguf::llama().f32_tensor("rope_freqs.weight", &[16]), &["rope_freqs.weight", "8 f32"]);
     gguf_refused(&Gguf::llama().f32_tensor("rope_freqs.weight", &[8]), &["rotary factor", "-0.25"]);
 }
@@ -319,9 +447,18 @@ fn gguf_rotary_scaling_of_every_kind() {
 #[test]
 fn gguf_keys_that_change_the_model_are_honoured_or_refused() {
     let number = |key: &str, number: u32| Gguf::llama().key(key, value::u32(number));
-    gguf_refused(&Gguf::llama().key("general.architecture", value::string(b"gemma3")), &["gemma3", "llama"]);
+    gguf_refused(&Gguf::llama().key("general.architecture", value::string(b"bloom")), &["bloom", "llama"]);
     gguf_refused(&Gguf::llama().without_key("general.architecture"), &["general.architecture"]);
-    gguf_refused(&number("llama.expert_count", 8), &["8 experts"]);
+    gguf_refused(&number("llama.expert_count", 8), &["llama.expert_used_count", "missing"]);
+    gguf_refused(&number("llama.expert_count", 8).key("llama.expert_used_count", value::u32(9)), &["9", "8"]);
+    gguf_refused(&number("llama.expert_count", 1 << 20), &["llama.expert_count", "4096"]);
+    gguf_refused(&number("llama.expert_gating_func", 2), &["llama.expert_gating_func", "2"]);
+    let float = |key: &str, number: f32| Gguf::llama().key(key, value::f32(number));
+    gguf_refused(&float("llama.attn_logit_softcapping", 30.0), &["attn_logit_softcapping", "30"]);
+    gguf_refused(&float("llama.attention.temperature_scale", 0.1), &["temperature_scale"]);
+    gguf_refused(&float("llama.residual_scale", 0.22), &["residual_scale", "0.2"]);
+    assert_eq!(gguf(&float("llama.attention.scale", 0.5)).unwrap().attention_scale, 0.5);
+    assert_eq!(gguf(&number("llama.attention.sliding_window", 0)).unwrap().layers[0].window, None);
     gguf_refused(&number("llama.attention.value_length", 8), &["8", "16"]);
     gguf_refused(&number("llama.rope.dimension_count", 17), &["rotary width"]);
     gguf_refused(&number("llama.attention.head_count", 3), &["32", "3"]);
@@ -341,7 +478,7 @@ fn gguf_keys_that_change_the_model_are_honoured_or_refused() {
     let too_many = Gguf::llama().key("tokenizer.ggml.tokens", value::array(8, 9, &tokens));
     gguf_refused(&too_many, &["tokenizer.ggml.tokens", "9", "8 rows"]);
 
-    assert_eq!(gguf(&number("llama.rope.dimension_count", 8)).unwrap().rotary.dim, 8);
+    assert_eq!(gguf(&number("llama.rope.dimension_count", 8)).unwrap().rotaries[0].dim, 8);
     assert_eq!(gguf(&number("llama.attention.sliding_window", 5)).unwrap().layers[0].window, Some(5));
     let ends = number("tokenizer.ggml.eot_token_id", 3).key("tokenizer.ggml.eom_token_id", value::u32(2));
     assert_eq!(gguf(&ends).unwrap().eos_token_ids, [2, 3]);

@@ -8,7 +8,7 @@ use bindery_model::{
 use proptest::prelude::*;
 use safetensors::Dtype;
 
-use crate::builder::{Gguf, config_json, model_folder, named_tensors, on_disk, safetensors_bytes};
+use crate::builder::{Gguf, config_json, model_folder, named_tensors, on_disk, safetensors_bytes, value};
 
 /// Replace some bytes, cut, or put some in.
 #[derive(Clone, Debug)]
@@ -72,6 +72,9 @@ fn read_everything(store: &WeightStore) {
         TensorRole::FinalNorm,
         TensorRole::Layer(0, LayerTensor::Q),
         TensorRole::Layer(0, LayerTensor::Down),
+        TensorRole::Layer(0, LayerTensor::V),
+        TensorRole::Layer(0, LayerTensor::ExpertUp(1)),
+        TensorRole::Layer(0, LayerTensor::ExpertDown(0)),
     ] {
         if let Some(view) = store.tensor(role).unwrap() {
             let mut row = vec![0.0; view.cols];
@@ -84,6 +87,27 @@ proptest! {
     #[test]
     fn mutated_gguf_files_never_panic(mutations in prop::collection::vec(mutation(), 1..6)) {
         let file = Gguf::llama();
+        let head = file.bytes().len() - file.tensors.iter().map(|tensor| tensor.bytes.len()).sum::<usize>();
+        let disk = on_disk("m.gguf", &mutate(file.bytes(), head, &mutations));
+        if let Ok(store) = WeightStore::open(&disk.path) {
+            read_everything(&store);
+        }
+    }
+
+    /// Fused projections and stacked experts: roles that are some rows of a tensor.
+    #[test]
+    fn mutated_gguf_files_of_experts_never_panic(mutations in prop::collection::vec(mutation(), 1..6)) {
+        let mut file = Gguf::llama()
+            .key("llama.expert_count", value::u32(3))
+            .key("llama.expert_used_count", value::u32(2))
+            .f32_tensor("blk.0.attn_qkv.weight", &[32, 64])
+            .f32_tensor("blk.0.ffn_gate_inp.weight", &[32, 3])
+            .f32_tensor("blk.0.ffn_gate_up_exps.weight", &[32, 128, 3])
+            .f32_tensor("blk.0.ffn_down_exps.weight", &[64, 32, 3]);
+        for name in ["attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up", "ffn_down"] {
+            file = file.without_tensor(&format!("blk.0.{name}.weight"));
+        }
+        prop_assert!(WeightStore::open(&on_disk("m.gguf", &file.bytes()).path).is_ok());
         let head = file.bytes().len() - file.tensors.iter().map(|tensor| tensor.bytes.len()).sum::<usize>();
         let disk = on_disk("m.gguf", &mutate(file.bytes(), head, &mutations));
         if let Ok(store) = WeightStore::open(&disk.path) {
@@ -113,7 +137,7 @@ proptest! {
     /// Any key with any kind of value.
     #[test]
     fn strange_config_values_never_panic(
-        key in 0usize..40, value in prop_oneof![
+        key in 0usize..60, value in prop_oneof![
             Just(serde_json::json!(null)), Just(serde_json::json!([])), Just(serde_json::json!({})),
             Just(serde_json::json!([[1]])), Just(serde_json::json!(true)), Just(serde_json::json!("é\u{0}")),
             any::<i64>().prop_map(|x| serde_json::json!(x)), any::<u64>().prop_map(|x| serde_json::json!(x)),
@@ -126,15 +150,54 @@ proptest! {
             "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "hidden_act", "tie_word_embeddings",
             "bos_token_id", "eos_token_id", "attention_bias", "mlp_bias", "sliding_window", "use_sliding_window",
             "layer_types", "no_rope_layers", "no_rope_layer_interval", "max_window_layers", "torch_dtype",
-            "quantization_config", "partial_rotary_factor", "use_mrope",
+            "quantization_config", "partial_rotary_factor", "use_mrope", "num_local_experts", "num_experts",
+            "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size", "mlp_only_layers",
+            "decoder_sparse_step", "norm_topk_prob", "qkv_bias", "hidden_activation", "query_pre_attn_scalar",
+            "attn_logit_softcapping", "final_logit_softcapping", "sliding_window_pattern", "rope_local_base_freq",
+            "original_max_position_embeddings", "text_config", "alibi", "bias", "multi_query", "parallel_attn",
+            "new_decoder_architecture", "num_kv_heads", "num_ln_in_parallel_attn", "ffn_hidden_size", "activation",
         ];
-        for family in ["llama", "mistral", "qwen2", "smollm3"] {
+        for family in [
+            "llama", "mistral", "mixtral", "falcon", "gemma", "gemma2", "gemma3_text", "gemma3", "phi3", "qwen2", "qwen3",
+            "qwen2_moe", "qwen3_moe", "smollm3",
+        ] {
             let mut config = config_json();
             config["model_type"] = serde_json::json!(family);
             config[keys[key % keys.len()]] = value.clone();
             let disk = on_disk("config.json", &serde_json::to_vec(&config).unwrap());
             if let Ok(config) = DecoderConfig::from_json_file(&disk.path) {
                 prop_assert!(config.num_layers() > 0 && config.num_layers() <= 1024);
+            }
+        }
+    }
+
+    /// Any rotary parameter with any number or a list.
+    #[test]
+    fn strange_rotary_parameters_never_panic(
+        kind in prop::sample::select(vec!["default", "linear", "dynamic", "llama3", "yarn", "longrope", "su"]),
+        key in prop::sample::select(vec![
+            "factor", "rope_theta", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+            "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "short_factor",
+            "long_factor", "partial_rotary_factor",
+        ]),
+        value in prop_oneof![
+            Just(serde_json::json!(null)), Just(serde_json::json!([])), Just(serde_json::json!([1e300])),
+            Just(serde_json::json!({})), any::<i64>().prop_map(|x| serde_json::json!(x)),
+            any::<f64>().prop_map(|x| serde_json::json!(x)), Just(serde_json::json!(1)), Just(serde_json::json!(0)),
+        ],
+    ) {
+        let mut scaling = serde_json::json!({
+            "rope_type": kind, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "short_factor": vec![1.0; 8], "long_factor": vec![2.0; 8], "original_max_position_embeddings": 16,
+        });
+        scaling[key] = value;
+        for family in ["llama", "phi3", "gemma3_text", "falcon"] {
+            let mut config = config_json();
+            config["model_type"] = serde_json::json!(family);
+            config["rope_scaling"] = scaling.clone();
+            let disk = on_disk("config.json", &serde_json::to_vec(&config).unwrap());
+            if let Ok(config) = DecoderConfig::from_json_file(&disk.path) {
+                prop_assert!(config.rotaries.iter().all(|rotary| rotary.dim > 0 && rotary.base > 0.0));
             }
         }
     }

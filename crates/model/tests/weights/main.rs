@@ -5,8 +5,10 @@
 
 mod builder;
 mod config;
+mod config_goldens;
 mod fuzz;
 mod gguf;
 mod import;
+mod places;
 mod real_model;
 mod safetensors_files;

@@ -30,8 +30,8 @@ fn the_default_model_is_what_its_card_says() {
     );
     assert_eq!((config.vocab_size, config.max_position_embeddings), (49152, 8192));
     assert_eq!((config.mlp.intermediate_size, config.norm.eps), (1536, 1e-5));
-    assert_eq!((config.rotary.style, config.rotary.base), (RopeStyle::Interleaved, 100_000.0));
-    assert_eq!((&config.rotary.scaling, config.tied_embeddings), (&RopeScaling::None, true));
+    assert_eq!((config.rotaries[0].style, config.rotaries[0].base), (RopeStyle::Interleaved, 100_000.0));
+    assert_eq!((&config.rotaries[0].scaling, config.tied_embeddings), (&RopeScaling::None, true));
     assert_eq!((config.bos_token_id, config.eos_token_ids.as_slice()), (Some(1), &[2][..]));
     assert_eq!(store.describe_formats(), "Q4_1 (210), F32 (61), Q8_0 (1)");
     assert_eq!(store.num_quantized_by(Quantize::Int4), 0, "its embedding is stored as Q8_0 and stays so");

@@ -47,12 +47,25 @@ fn every_dense_type_is_read_as_written() {
 }
 
 #[test]
-fn a_tied_model_has_no_head_even_where_the_file_holds_one() {
+fn a_tied_head_that_the_file_holds_is_used_where_its_values_differ() {
     let mut config = config_json();
     config["tie_word_embeddings"] = json!(true);
-    let folder = model_folder(&config, &safetensors_bytes(&named_tensors(), Dtype::F32));
-    let store = WeightStore::open(folder.path()).unwrap();
-    assert!(store.tensor(TensorRole::Head).unwrap().is_none());
+    let mut tensors = named_tensors();
+    let store = |tensors: &[_]| {
+        let folder = model_folder(&config, &safetensors_bytes(tensors, Dtype::F32));
+        WeightStore::open(folder.path()).unwrap()
+    };
+    // transformers 5 does not tie them then.
+    let differs = store(&tensors);
+    assert!(differs.tensor(TensorRole::Head).unwrap().is_some() && !differs.config().tied_embeddings);
+    let embedding = tensors[0].2.clone();
+    tensors.last_mut().unwrap().2 = embedding;
+    let same = store(&tensors);
+    assert!(same.tensor(TensorRole::Head).unwrap().is_none() && same.config().tied_embeddings);
+    // Of two tied tensors either may be there.
+    tensors.remove(0);
+    let head_only = store(&tensors);
+    assert_eq!(head_only.tensor(TensorRole::Embedding).unwrap().unwrap().name, "lm_head.weight");
 }
 
 #[test]

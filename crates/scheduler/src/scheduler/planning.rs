@@ -416,12 +416,9 @@ impl Scheduler {
         self.leave_running(index);
         let sequence = &mut self.sequences[index];
         for block in sequence.blocks.drain(..) {
-            // It may be written in this very step, but no planned copy reads it: who shares a block are siblings,
-            // neighbours in the order, so a later one that gives way leaves it to the next of them.
-            assert!(
-                self.pool.is_shared(block) || plan.copies.iter().all(|copy| copy.source != block),
-                "a copy's source outlives the plan"
-            );
+            // It may be the source of a planned copy, and be written in this very step: copies come before all writes. It
+            // is the target of none: only siblings copy, each from what it shares with another, and where the last in order
+            // was the last to hold a block, no sibling before it has anything left to copy.
             self.pool.release(block);
         }
         sequence.num_computed_tokens = 0;
@@ -483,6 +480,8 @@ impl Scheduler {
             tokens: tokens_start..plan.tokens.len(),
             block_table: table_start..plan.block_tables.len(),
             num_computed_tokens: start,
+            num_prompt_tokens: sequence.prompt.len(),
+            num_known_tokens: sequence.num_known_tokens(),
             adapter: sequence.adapter,
             logits,
             samples,

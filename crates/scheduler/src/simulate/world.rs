@@ -273,6 +273,20 @@ impl World {
         }
     }
 
+    /// The n-th live sample, modulo their number, is computed again.
+    pub fn recompute_nth(&mut self, n: usize) {
+        if self.live.is_empty() {
+            return;
+        }
+        let at = self.live[n % self.live.len()];
+        let sample = &mut self.samples[at];
+        let has_begun = sample.standing != Standing::Pending && sample.num_computed_tokens > 0;
+        assert_eq!(self.scheduler.recompute(SeqId(at as u64)), has_begun, "who has something to forget");
+        sample.num_computed_tokens = 0;
+        sample.blocks.clear();
+        self.check();
+    }
+
     fn hold(&mut self, at: usize, is_held: bool) {
         self.scheduler.hold(SeqId(at as u64), is_held);
         let sample = &mut self.samples[at];
@@ -496,6 +510,12 @@ impl World {
             assert_eq!(one.num_computed_tokens, sample.num_computed_tokens, "{at} goes on where it was");
             assert_eq!(plan.tokens[one.tokens.clone()], self.known_tokens(at)[one.num_computed_tokens..end], "of {at}");
             assert_eq!(one.adapter, request.adapter, "of {at}");
+            let num_known_tokens = self.known_tokens(at).len();
+            assert_eq!(
+                (one.num_prompt_tokens, one.num_known_tokens),
+                (request.prompt.len(), num_known_tokens),
+                "of {at}"
+            );
 
             let samples = plan.samples[one.samples.clone()].iter().map(|id| id.0 as usize);
             let expected = std::iter::once(at).chain(self.pending_siblings(at));

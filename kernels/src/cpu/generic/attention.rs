@@ -4,7 +4,7 @@
 //! for each tile of 64 positions:
 //!     for four queries (rows and heads that share the key/value head):
 //!         scores[q][key]  = sum over components of q * key       vectors of 16 keys, from the transposed key pages
-//!         scale, cap, slope; -inf where not visible
+//!         scale, cap, bias; -inf where not visible
 //!         maximum, weights = exp(score - maximum), their sum
 //!         values[q][c]    = values * rescale + sum over keys of weight * value    vectors of 16 components
 //! ```
@@ -31,8 +31,6 @@ use crate::cpu::task::{KvElement, SpanTask};
 const WIDTH: usize = 16;
 /// Queries that share a key vector's load.
 const BLOCK_QUERIES: usize = 4;
-/// 0, 1, ... 15: positions within a vector.
-const STEPS: [f32; WIDTH] = [0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.];
 
 /// Vectors of keys in a tile.
 const VECTORS: usize = TILE_KEYS / WIDTH;
@@ -426,11 +424,9 @@ unsafe fn weigh<L: Lanes, E: Element>(
             if let Some(cap) = args.soft_cap {
                 score = tanh(score.div(L::splat(cap))).mul(L::splat(cap));
             }
-            if let Some(slopes) = args.alibi_slopes {
-                let position = task.first_position + query / task.heads_per_kv;
-                let distance = (tile.start + vector * WIDTH) as f32 - position as f32;
-                let distances = L::load(STEPS.as_ptr()).add(L::splat(distance));
-                score = L::splat(slopes[task.head(query)]).mul_add(distances, score);
+            if let Some(biases) = args.biases {
+                let at = task.head(query) * args.num_biases() + tile.start + vector * WIDTH;
+                score = score.add(L::load(biases[at..at + WIDTH].as_ptr()));
             }
             score.store(to.add(vector * WIDTH));
         }

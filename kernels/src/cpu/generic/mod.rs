@@ -13,6 +13,7 @@ pub(super) mod block;
 pub(super) mod codes;
 pub(super) mod dense;
 pub(super) mod exp;
+pub(super) mod gated;
 pub(super) mod peak;
 pub(super) mod quant;
 pub(super) mod rows;
@@ -262,7 +263,8 @@ macro_rules! kernel_table {
             use half::{bf16, f16};
 
             use crate::cpu::dispatch::Kernels;
-            use crate::cpu::generic::{attention, dense, peak, rows};
+            use crate::cpu::generic::{attention, dense, gated, peak, rows};
+            use crate::cpu::rows::LayerNorm;
             use crate::cpu::task::{DenseTask, GatedTask, GroupsMut, RopeRow, SpanTask};
 
             /// A function with the set's features around a generic one.
@@ -279,7 +281,7 @@ macro_rules! kernel_table {
     entry!(dense_f16(&DenseTask<'_, f16>) = dense::multiply::<$lanes, f16, $block, $wide_block>);
     entry!(dense_bf16(&DenseTask<'_, bf16>) = dense::multiply::<$lanes, bf16, $block, $wide_block>);
     entry!(rope(&mut RopeRow<'_>) = rows::rope::<$lanes>);
-    entry!(gated(&GatedTask<'_>) = rows::gated::<$lanes>);
+    entry!(gated(&GatedTask<'_>) = gated::gated::<$lanes>);
 
             /// One element type's attention: the walk over queries has the features, the walk over tiles needs none.
             macro_rules! attention_entry {
@@ -311,6 +313,21 @@ macro_rules! kernel_table {
                 unsafe { rows::rms_norm::<$lanes>(x, weight, eps, out) }
             }
             #[target_feature(enable = $features)]
+            unsafe fn layer_norm(x: &[f32], norm: &LayerNorm<'_>, out: &mut [f32]) {
+                // SAFETY: the table's duty, as above.
+                unsafe { rows::layer_norm::<$lanes>(x, norm, out) }
+            }
+            #[target_feature(enable = $features)]
+            unsafe fn add_scaled(into: &mut [f32], x: &[f32], factor: f32) {
+                // SAFETY: the table's duty, as above.
+                unsafe { rows::add_scaled::<$lanes>(into, x, factor) }
+            }
+            #[target_feature(enable = $features)]
+            unsafe fn soft_cap(row: &mut [f32], scale: f32, cap: f32) {
+                // SAFETY: the table's duty, as above.
+                unsafe { rows::soft_cap::<$lanes>(row, scale, cap) }
+            }
+            #[target_feature(enable = $features)]
             unsafe fn max(row: &[f32]) -> f32 {
                 // SAFETY: the table's duty, as above.
                 unsafe { rows::max::<$lanes>(row) }
@@ -338,6 +355,8 @@ macro_rules! kernel_table {
                 dense_bf16,
                 quantize,
                 rms_norm,
+                layer_norm,
+                add_scaled,
                 rope,
                 gated,
                 attention_f32,
@@ -347,6 +366,7 @@ macro_rules! kernel_table {
                 max,
                 exp_sub_sum,
                 sum_exp_sub,
+                soft_cap,
                 spin_f32,
                 ..$rest
             }

@@ -3,14 +3,16 @@
 //! A tail is brought to sixteen with values that change nothing: zeroes for sums of squares, -inf for maxima.
 
 use super::Lanes;
-use super::exp::exp;
+use super::exp::{exp, tanh};
 use crate::cpu::rope::RopeStyle;
+use crate::cpu::rows::LayerNorm;
+use crate::cpu::scalar;
 use crate::cpu::scalar::quantize::SMALLEST_MAGNITUDE;
 use crate::cpu::scalar::rope::turn;
-use crate::cpu::task::{GatedTask, GroupsMut, QuantGroup, RopeRow};
+use crate::cpu::task::{GroupsMut, QuantGroup, RopeRow};
 use crate::quant_format::GROUP;
 
-const WIDTH: usize = 16;
+pub(super) const WIDTH: usize = 16;
 
 /// The row's last `len % 16` elements, the rest `fill`.
 #[inline(always)]
@@ -51,6 +53,66 @@ pub(in crate::cpu) unsafe fn rms_norm<L: Lanes>(x: &[f32], weight: &[f32], eps: 
 }
 
 /// # Safety
+/// As [`Lanes`].
+#[inline(always)]
+pub(in crate::cpu) unsafe fn layer_norm<L: Lanes>(x: &[f32], norm: &LayerNorm<'_>, out: &mut [f32]) {
+    let LayerNorm { weight, bias, eps } = *norm;
+    let (len, whole) = (x.len(), x.len() / WIDTH * WIDTH);
+    assert!(weight.len() == len && bias.len() == len && out.len() == len, "row, weights and output differ in length");
+    // SAFETY: every load and store lies below `whole <= len`, or in an array of 16.
+    unsafe {
+        let mut sum = L::splat(0.0);
+        for i in (0..whole).step_by(WIDTH) {
+            sum = sum.add(L::load(x.as_ptr().add(i)));
+        }
+        if whole < len {
+            sum = sum.add(L::load(tail(x, 0.0).as_ptr()));
+        }
+        let mean = sum.join_add() / len as f32;
+        let means = L::splat(mean);
+        let mut sum = L::splat(0.0);
+        for i in (0..whole).step_by(WIDTH) {
+            let x = L::load(x.as_ptr().add(i)).sub(means);
+            sum = x.mul_add(x, sum);
+        }
+        if whole < len {
+            // What is filled up with differs from the mean by 0, or, where the mean is no number, makes all of it none, as
+            // it is already.
+            let x = L::load(tail(x, mean).as_ptr()).sub(means);
+            sum = x.mul_add(x, sum);
+        }
+        let factor = 1.0 / (sum.join_add() / len as f32 + eps).sqrt();
+        let factors = L::splat(factor);
+        for i in (0..whole).step_by(WIDTH) {
+            let x = L::load(x.as_ptr().add(i)).sub(means).mul(factors);
+            x.mul_add(L::load(weight.as_ptr().add(i)), L::load(bias.as_ptr().add(i))).store(out.as_mut_ptr().add(i));
+        }
+        for i in whole..len {
+            out[i] = ((x[i] - mean) * factor).mul_add(weight[i], bias[i]);
+        }
+    }
+}
+
+/// # Safety
+/// As [`Lanes`].
+#[inline(always)]
+pub(in crate::cpu) unsafe fn add_scaled<L: Lanes>(into: &mut [f32], x: &[f32], factor: f32) {
+    let whole = x.len() / WIDTH * WIDTH;
+    assert_eq!(into.len(), x.len(), "rows differ in length");
+    // SAFETY: every load and store lies below `whole <= len`.
+    unsafe {
+        let factors = L::splat(factor);
+        for i in (0..whole).step_by(WIDTH) {
+            let to = into.as_mut_ptr().add(i);
+            L::load(x.as_ptr().add(i)).mul_add(factors, L::load(to)).store(to);
+        }
+    }
+    for i in whole..x.len() {
+        into[i] = x[i].mul_add(factor, into[i]);
+    }
+}
+
+/// # Safety
 /// As [`Lanes`]; the row that `out` names belongs to the calling task.
 #[inline(always)]
 pub(in crate::cpu) unsafe fn quantize<L: Lanes>(x: &[f32], out: &GroupsMut<'_>) {
@@ -65,7 +127,7 @@ pub(in crate::cpu) unsafe fn quantize<L: Lanes>(x: &[f32], out: &GroupsMut<'_>) 
 /// # Safety
 /// As [`Lanes`].
 #[inline(always)]
-unsafe fn group<L: Lanes>(first: L, second: L) -> QuantGroup {
+pub(super) unsafe fn group<L: Lanes>(first: L, second: L) -> QuantGroup {
     let mut group = QuantGroup::default();
     // SAFETY: the caller's duty; codes have room for 32.
     unsafe {
@@ -115,53 +177,6 @@ pub(in crate::cpu) unsafe fn rope<L: Lanes>(row: &mut RopeRow<'_>) {
                 RopeStyle::Interleaved => (2 * i, 2 * i + 1),
             };
             (head[first], head[second]) = turn(head[first], head[second], row.cos[i], row.sin[i]);
-        }
-    }
-}
-
-/// # Safety
-/// As [`Lanes`].
-#[inline(always)]
-unsafe fn silu_mul_lanes<L: Lanes>(gate: L, up: L) -> L {
-    // SAFETY: the caller's duty is the same.
-    unsafe { gate.div(L::splat(1.0).add(exp(L::splat(0.0).sub(gate)))).mul(up) }
-}
-
-/// # Safety
-/// As [`Lanes`]; the task's ranges lie within its buffers, and its outputs belong to it.
-#[inline(always)]
-pub(in crate::cpu) unsafe fn gated<L: Lanes>(task: &GatedTask<'_>) {
-    let (num_rows, cols) = (task.m.len(), task.out.cols);
-    assert!(task.stride.is_multiple_of(GROUP) && task.cols.len() <= task.stride, "products without whole groups");
-    let (gate, up) = (&task.gate[..num_rows * task.stride], &task.up[..num_rows * task.stride]);
-    for (index, row) in task.m.clone().enumerate() {
-        let groups = task.out.groups_of(row, task.cols.start / GROUP);
-        for (number, start) in task.cols.clone().step_by(GROUP).enumerate() {
-            let at = index * task.stride + number * GROUP;
-            // SAFETY: a row's products are whole groups, checked above.
-            let (first, second) = unsafe {
-                let (gate, up) = (gate.as_ptr().add(at), up.as_ptr().add(at));
-                (
-                    silu_mul_lanes(L::load(gate), L::load(up)),
-                    silu_mul_lanes(L::load(gate.add(WIDTH)), L::load(up.add(WIDTH))),
-                )
-            };
-            if let Some(rows) = &task.out.rows {
-                let mut joined = [0.0; GROUP];
-                // SAFETY: the array has 32 elements.
-                unsafe {
-                    first.store(joined.as_mut_ptr());
-                    second.store(joined.as_mut_ptr().add(WIDTH));
-                }
-                let len = GROUP.min(task.cols.end - start);
-                // SAFETY: the outputs are the task's.
-                let out = unsafe { rows.slice(row * cols + start..row * cols + start + len) };
-                out.copy_from_slice(&joined[..len]);
-            }
-            if let Some(groups) = &groups {
-                // SAFETY: as above.
-                unsafe { groups.set(number, group::<L>(first, second)) };
-            }
         }
     }
 }
@@ -235,5 +250,23 @@ pub(in crate::cpu) unsafe fn sum_exp_sub<L: Lanes>(row: &[f32], max: f32) -> f32
         }
         sum = sum.add(L::load(exp_sub_tail(row, maxes).as_ptr()));
         sum.join_add()
+    }
+}
+
+/// # Safety
+/// As [`Lanes`].
+#[inline(always)]
+pub(in crate::cpu) unsafe fn soft_cap<L: Lanes>(row: &mut [f32], scale: f32, cap: f32) {
+    let whole = row.len() / WIDTH * WIDTH;
+    // SAFETY: every load and store lies below `whole <= len`.
+    unsafe {
+        let (scales, caps) = (L::splat(scale), L::splat(cap));
+        for i in (0..whole).step_by(WIDTH) {
+            let at = row.as_mut_ptr().add(i);
+            tanh(L::load(at).mul(scales).div(caps)).mul(caps).store(at);
+        }
+    }
+    for x in &mut row[whole..] {
+        *x = scalar::exp::tanh(*x * scale / cap) * cap;
     }
 }

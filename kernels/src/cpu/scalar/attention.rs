@@ -60,9 +60,8 @@ fn score<E: KvElement>(task: &SpanTask<'_, E>, query: usize, key: usize) -> f32 
     if let Some(cap) = task.args.soft_cap {
         score = tanh(score / cap) * cap;
     }
-    if let Some(slopes) = task.args.alibi_slopes {
-        let position = task.first_position + query / task.heads_per_kv;
-        score = slopes[task.head(query)].mul_add(key as f32 - position as f32, score);
+    if let Some(biases) = task.args.biases {
+        score += biases[task.head(query) * task.args.num_biases() + key];
     }
     score
 }

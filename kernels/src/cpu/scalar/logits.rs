@@ -1,6 +1,6 @@
 //! Sums and maxima over a row of logits. Sums have sixteen lanes: element i goes to lane i mod 16.
 
-use super::exp::exp;
+use super::exp::{exp, tanh};
 use super::{LANES, join_lanes};
 
 /// # Safety
@@ -28,4 +28,14 @@ pub(super) unsafe fn sum_exp_sub(row: &[f32], max: f32) -> f32 {
         lanes[i % LANES] += exp(x - max);
     }
     join_lanes(lanes)
+}
+
+/// Writes cap * tanh(scale * x / cap) over x.
+///
+/// # Safety
+/// Safe in fact; unsafe to fit the table.
+pub(super) unsafe fn soft_cap(row: &mut [f32], scale: f32, cap: f32) {
+    for x in row {
+        *x = tanh(*x * scale / cap) * cap;
+    }
 }

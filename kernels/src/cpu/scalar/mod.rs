@@ -6,13 +6,13 @@
 mod attention;
 mod dense;
 pub(crate) mod exp;
+pub(crate) mod gated;
 mod logits;
 mod norm;
 mod peak;
 mod quant;
 pub(crate) mod quantize;
 pub(crate) mod rope;
-mod silu;
 
 use super::dispatch::Kernels;
 
@@ -40,8 +40,10 @@ pub(super) const TABLE: Kernels = Kernels {
     dense_bf16: dense::multiply,
     quantize: quantize::quantize,
     rms_norm: norm::rms_norm,
+    layer_norm: norm::layer_norm,
+    add_scaled: norm::add_scaled,
     rope: rope::rope,
-    gated: silu::gated,
+    gated: gated::gated,
     attention_f32: attention::attend,
     attention_f16: attention::attend,
     attention_bf16: attention::attend,
@@ -49,6 +51,7 @@ pub(super) const TABLE: Kernels = Kernels {
     max: logits::max,
     exp_sub_sum: logits::exp_sub_sum,
     sum_exp_sub: logits::sum_exp_sub,
+    soft_cap: logits::soft_cap,
     spin_f32: peak::spin_f32,
     spin_int8: peak::spin_int8,
 };
