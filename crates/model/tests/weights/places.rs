@@ -324,6 +324,18 @@ fn a_gguf_keeps_projections_fused_and_experts_stacked() {
     let both = values_of(&together, "blk.0.ffn_gate_up_exps.weight");
     assert_eq!(read(&store, T::ExpertGate(2)), rows(&both, 32, 256..320));
     assert_eq!(read(&store, T::ExpertUp(2)), rows(&both, 32, 320..384));
+    // Before experts were stacked each had its own tensor.
+    let mut old = experts("llama").without_tensor("blk.0.ffn_down_exps.weight");
+    for expert in 0..3 {
+        old = old
+            .f32_tensor(&format!("blk.0.ffn_gate.{expert}.weight"), &[32, 64])
+            .f32_tensor(&format!("blk.0.ffn_up.{expert}.weight"), &[32, 64])
+            .f32_tensor(&format!("blk.0.ffn_down.{expert}.weight"), &[64, 32]);
+    }
+    let disk = on_disk("m.gguf", &old.bytes());
+    let store = WeightStore::open(&disk.path).unwrap();
+    let view = store.tensor(TensorRole::Layer(0, T::ExpertDown(2))).unwrap().unwrap();
+    assert_eq!(view.name, "blk.0.ffn_down.2.weight");
 }
 
 #[test]
@@ -353,6 +365,19 @@ fn gguf_architectures_have_what_llama_cpp_has_in_its_code() {
         "the file's norms have the one"
     );
     assert_eq!((gemma3.mlp.activation, gemma3.attention_soft_cap), (Activation::GeluTanh, None));
+
+    // Which layers have the window may be written down.
+    let pattern = |flags: &[u8]| {
+        renamed("gemma2")
+            .key("gemma2.attention.sliding_window_pattern", value::array(7, flags.len() as u64, flags))
+            .f32_tensor("blk.0.post_attention_norm.weight", &[32])
+            .f32_tensor("blk.0.post_ffw_norm.weight", &[32])
+    };
+    assert_eq!((config(&pattern(&[0])).layers[0].window, config(&pattern(&[1])).layers[0].window), (None, Some(4096)));
+    assert_eq!(config(&pattern(&[0])).attention_soft_cap, Some(50.0));
+    let disk = on_disk("m.gguf", &pattern(&[1, 0]).bytes());
+    let error = WeightStore::open(&disk.path).unwrap_err().to_string();
+    assert!(error.contains("sliding_window_pattern") && error.contains("2 entries for 1 layers"), "{error}");
 
     let long = |name: &str, factor: f32| {
         let bytes = (0..8).flat_map(|i| (factor + i as f32).to_le_bytes()).collect::<Vec<u8>>();
