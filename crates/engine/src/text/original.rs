@@ -73,8 +73,12 @@ fn candidates(folder: &Path) -> Vec<PathBuf> {
     paths
 }
 
-/// Classes of transformers that put the first token before a text unless told otherwise.
+/// Classes of transformers that put the first token before a text unless told otherwise, and LLaMA 3.
 fn adds_bos_unasked(config: &Value) -> Option<bool> {
+    let bos = &config["bos_token"];
+    if bos.as_str().or(bos["content"].as_str()) == Some("<|begin_of_text|>") {
+        return Some(true);
+    }
     let class = config["tokenizer_class"].as_str()?;
     let family = class.trim_end_matches("Fast").trim_end_matches("Tokenizer");
     ["Llama", "CodeLlama", "Gemma"].contains(&family).then_some(true)

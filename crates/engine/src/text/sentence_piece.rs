@@ -140,7 +140,8 @@ fn assemble(vocabulary: &GgufVocabulary, model: ModelWrapper) -> Result<Tokenize
         Replace::new(pattern, by).map(NormalizerWrapper::from).map_err(|error| wrong("model", error))
     };
     if vocabulary.remove_extra_whitespaces.unwrap_or(false) {
-        stages.push(replace(ReplacePattern::Regex("^ +| +$".to_owned()), "")?);
+        // `^` and `$` would be ends of lines.
+        stages.push(replace(ReplacePattern::Regex(r"\A +| +\z".to_owned()), "")?);
         stages.push(replace(ReplacePattern::Regex(" {2,}".to_owned()), " ")?);
     }
     if prefix == SpacePrefix::EachSection {

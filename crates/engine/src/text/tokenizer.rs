@@ -86,7 +86,9 @@ impl Tokenizer {
         for (role, token) in built_in {
             named_tokens.entry(role).or_insert(token);
         }
-        add_missing_tokens(&mut inner, &config, &named_tokens).map_err(|error| unusable(&error))?;
+        // An original's vocabulary has the configuration's tokens already, at the ids that it gives.
+        let listed = if file.ends_with("tokenizer.json") { &config } else { &Value::Null };
+        add_missing_tokens(&mut inner, listed, &named_tokens).map_err(|error| unusable(&error))?;
 
         let id_of = |name: &str| named_tokens.get(name).and_then(|token| inner.token_to_id(token));
         let id_in = |config: &Value, key: &str| ids_of(&config[key]).first().copied();
@@ -329,7 +331,8 @@ impl Folder {
             EngineError::Text(format!("{} is unusable: its {}", file.display(), text.trim_start_matches(COMPLAINT)))
         })?;
         let built_in = built.named_tokens(&vocabulary);
-        let (add_bos, add_eos) = (built.add_bos, built.add_eos);
+        // The first token may be one that only the configuration names.
+        let (add_bos, add_eos) = (vocabulary.add_bos.unwrap_or(built.add_bos), built.add_eos);
         Ok(Self { inner: built.tokenizer, file, built_in, add_bos, add_eos })
     }
 }
