@@ -138,7 +138,9 @@ fn a_streamed_text_is_the_text() {
             streamed.push_str(&detokenizer.finish());
             assert_eq!(streamed, whole, "{name}");
             let swallows = name == "phi-3" && text.contains("<|");
+            // Names of tokens read as tokens, and control characters, for which Falcon's has no bytes.
             let is_own_name = text.contains("<0x") || text.contains('\u{2581}') || text.contains("<s>");
+            let is_own_name = is_own_name || text.contains('\0');
             if !NORMALISE.contains(&name.as_str()) && !swallows && !is_own_name {
                 assert_eq!(whole, *text, "{name}");
             }

@@ -163,7 +163,7 @@ impl ChatTemplate {
             let failed = |reason: String| {
                 EngineError::Text(format!("the model's chat template {name:?} is not valid Jinja: {reason}"))
             };
-            let prepared = template::prepared_source(source);
+            let prepared = template::prepared_source(source).map_err(|error| failed(describe(&error)))?;
             on_deep_stack(COMPILE_STACK_BYTES, || {
                 environment.add_template_owned(name.clone(), prepared).map_err(|error| describe(&error))
             })

@@ -5,7 +5,8 @@
 //!
 //! Reading order: [`tokenizer`]; [`gguf_vocabulary`], [`pre_tokenizer`] and `sentence_piece` for GGUF files, `original` for
 //! folders without tokenizer.json; `decoder` token bytes to text,
-//! [`detokenize`] the same one token at a time, [`stop`] stop strings, [`chat`] templates, `template` their Python-like parts.
+//! [`detokenize`] the same one token at a time, [`stop`] stop strings, [`chat`] templates, `template` their Python-like parts,
+//! `template_guard` what they pay for lists.
 
 pub mod chat;
 mod decoder;
@@ -17,5 +18,6 @@ mod sentence_piece;
 mod sentence_piece_file;
 pub mod stop;
 mod template;
+mod template_guard;
 mod token_table;
 pub mod tokenizer;
