@@ -150,15 +150,15 @@ def characters(fields, names, types):
 def sentence_piece(fields, names, types, model_type):
     flag = lambda name, default: fields[f"tokenizer.ggml.{name}"].contents() if f"tokenizer.ggml.{name}" in fields else default
     scores = fields["tokenizer.ggml.scores"].contents()
+    unknown = flag("unknown_token_id", types.index(UNKNOWN) if UNKNOWN in types else 0)
     proto = sentencepiece_model_pb2.ModelProto()
-    for name, score, kind in zip(names, scores, types):
+    for i, (name, score, kind) in enumerate(zip(names, scores, types)):
         # SentencePiece knows one unknown token; further ones are padding.
-        is_first_unknown = kind == UNKNOWN and not any(piece.type == UNKNOWN for piece in proto.pieces)
-        kind = kind if kind != UNKNOWN or is_first_unknown else UNUSED
+        kind = UNKNOWN if i == unknown else UNUSED if kind == UNKNOWN else kind
         proto.pieces.add(piece=name.replace(" ", "\u2581") or "\ufffd", score=score, type=kind)
     proto.trainer_spec.model_type = model_type
     proto.trainer_spec.byte_fallback = BYTE in types
-    proto.trainer_spec.unk_id = next(i for i, kind in enumerate(types) if kind == UNKNOWN)
+    proto.trainer_spec.unk_id = unknown
     proto.trainer_spec.unk_piece = names[proto.trainer_spec.unk_id]
     proto.trainer_spec.vocab_size = len(names)
     proto.normalizer_spec.add_dummy_prefix = flag("add_space_prefix", True)

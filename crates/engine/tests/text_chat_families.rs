@@ -91,7 +91,7 @@ fn the_families_templates_render_as_transformers() {
     let (shared, families): (Shared, Families) = (goldens("chat-goldens.json"), goldens("chat-family-goldens.json"));
     let (sources, tokenizer) = (sources(Path::new(&folder)), tokenizer());
     let mut wrong = String::new();
-    let (mut num_cases, mut num_wrong) = (0, 0);
+    let (mut num_cases, mut num_wrong, mut num_lenient) = (0, 0, 0);
     for (name, cases) in &families.templates {
         let template = match ChatTemplate::from_source(&sources[name], &tokenizer) {
             Ok(template) => template,
@@ -113,9 +113,13 @@ fn the_families_templates_render_as_transformers() {
             let is_right = match (&rendered, kind.as_str()) {
                 (Ok(text), "text") => text.len() == *length && digest(text) == *expected,
                 (Err(EngineError::Invalid { message, .. }), "raised") => digest(message) == *expected,
+                (Err(_), "error") => true,
                 // Python stops at a loop over none and at a lazy list's JSON form; here the first is empty and the second
                 // a list.
-                (Err(_), "error") | (Ok(_), "error") => true,
+                (Ok(_), "error") => {
+                    num_lenient += 1;
+                    true
+                }
                 _ => false,
             };
             num_cases += 1;
@@ -129,5 +133,6 @@ fn the_families_templates_render_as_transformers() {
         }
     }
     assert!(num_cases > 2000, "{num_cases}");
+    assert_eq!(num_lenient, 144, "renderings where Python stops");
     assert!(wrong.is_empty(), "{num_wrong} of {num_cases} differ:{wrong}");
 }

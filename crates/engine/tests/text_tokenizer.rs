@@ -358,6 +358,10 @@ fn control_tokens_with_well_known_names_end_a_generation() {
     vocabulary.types[2] = 1;
     let tokenizer = Tokenizer::from_vocabulary(&vocabulary).unwrap();
     assert_eq!(ids(tokenizer.eos_token_ids()), [0], "as ordinary text the name means nothing");
+    vocabulary.types[2] = 3;
+    (vocabulary.tokens[1], vocabulary.tokens[2]) = ("<end_of_turn>".into(), "</s>".into());
+    let tokenizer = Tokenizer::from_vocabulary(&vocabulary).unwrap();
+    assert_eq!(ids(tokenizer.eos_token_ids()), [0, 1], "a tag of HTML ends nothing in Gemma's vocabularies");
 }
 
 #[test]

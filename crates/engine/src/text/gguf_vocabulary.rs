@@ -262,10 +262,10 @@ impl GgufVocabulary {
         for (key, value) in ends {
             eos.extend(self.id(key, value)?);
         }
-        // In the harmony format <|end|> closes one of several messages of an answer, and <|return|> the answer; where
-        // <turn|> ends a turn (Gemma 4), </s> is HTML.
+        // In the harmony format <|end|> closes one of several messages of an answer, and <|return|> the answer; in Gemma's
+        // vocabularies </s> is HTML.
         let has = |name: &str| self.tokens.iter().any(|token| token == name);
-        let (has_return, has_turn) = (has("<|return|>"), has("<turn|>"));
+        let (has_return, has_turn) = (has("<|return|>"), has("<end_of_turn>") || has("<turn|>"));
         let is_text = |token: &str| (has_return && token == "<|end|>") || (has_turn && token == "</s>");
         for (id, token) in self.tokens.iter().enumerate() {
             let is_added = matches!(kinds[id], TokenKind::Control | TokenKind::UserDefined);
