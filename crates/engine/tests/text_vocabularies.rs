@@ -8,6 +8,7 @@
 
 use std::{
     collections::BTreeMap,
+    fmt::Write as _,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -112,7 +113,7 @@ fn nasty_texts_have_the_ids_of_the_originals() {
             if found != *expected && name == UNIGRAM.0 {
                 num_unigram += 1;
             } else if found != *expected {
-                wrong.push_str(&format!("\n{name}: {text:?}\n    ours {found:?}\n    want {expected:?}"));
+                let _ = write!(wrong, "\n{name}: {text:?}\n    ours {found:?}\n    want {expected:?}");
             }
         }
     }

@@ -78,11 +78,11 @@ struct Specs {
     bos: i64,
     eos: i64,
     padding: i64,
-    is_suffix: bool,
+    /// Spaces stand behind words, or are not escaped.
+    has_other_spaces: bool,
     charsmap: Vec<u8>,
     add_dummy_prefix: bool,
     remove_extra_whitespaces: bool,
-    escape_whitespaces: bool,
 }
 
 /// The vocabulary of a `tokenizer.model`.
@@ -94,11 +94,10 @@ pub(crate) fn read(bytes: &[u8]) -> Result<GgufVocabulary, String> {
         bos: 1,
         eos: 2,
         padding: -1,
-        is_suffix: false,
+        has_other_spaces: false,
         charsmap: Vec::new(),
         add_dummy_prefix: true,
         remove_extra_whitespaces: true,
-        escape_whitespaces: true,
     };
     let mut model = Fields { rest: bytes };
     while let Some((number, field)) = model.next()? {
@@ -112,15 +111,15 @@ pub(crate) fn read(bytes: &[u8]) -> Result<GgufVocabulary, String> {
     if vocabulary.tokens.is_empty() {
         return Err("it has no pieces: it is no SentencePiece model".to_owned());
     }
-    vocabulary.model = match specs.model_type {
+    let model = match specs.model_type {
         1 => "t5",
         2 => "llama",
         3 => return Err("it cuts text into words (model type 3); known are 1 (unigram) and 2 (BPE)".to_owned()),
         4 => return Err("it cuts text into characters (model type 4); known are 1 (unigram) and 2 (BPE)".to_owned()),
         other => return Err(format!("its model type is {other}; known are 1 (unigram) and 2 (BPE)")),
-    }
-    .to_owned();
-    if specs.is_suffix || !specs.escape_whitespaces {
+    };
+    model.clone_into(&mut vocabulary.model);
+    if specs.has_other_spaces {
         return Err("it writes spaces behind words or unescaped (treat_whitespace_as_suffix, escape_whitespaces), \
                     which is not known here"
             .to_owned());
@@ -164,7 +163,7 @@ fn read_trainer(bytes: &[u8], specs: &mut Specs) -> Result<(), String> {
         let Field::Number(value) = field else { continue };
         match number {
             3 => specs.model_type = value,
-            24 => specs.is_suffix = value != 0,
+            24 => specs.has_other_spaces |= value != 0,
             40 => specs.unknown = i64::from(value as i32),
             41 => specs.bos = i64::from(value as i32),
             42 => specs.eos = i64::from(value as i32),
@@ -182,7 +181,7 @@ fn read_normalizer(bytes: &[u8], specs: &mut Specs) -> Result<(), String> {
             (2, Field::Bytes(map)) => specs.charsmap = map.to_vec(),
             (3, Field::Number(value)) => specs.add_dummy_prefix = value != 0,
             (4, Field::Number(value)) => specs.remove_extra_whitespaces = value != 0,
-            (5, Field::Number(value)) => specs.escape_whitespaces = value != 0,
+            (5, Field::Number(value)) => specs.has_other_spaces |= value == 0,
             _ => {}
         }
     }

@@ -226,14 +226,11 @@ fn write_repr(state: &mut State, value: &Value, text: &mut String) -> Result<(),
             text.push_str(if value.is_tuple() && value.len() == Some(1) { "," } else { "" });
             text.push(close);
         }
-        _ => match exponent_repr(value) {
-            Some(float) => text.push_str(&float),
-            None => {
-                let repr = format!("{value:?}");
-                state.consume_fuel(repr.len() as u64 / 64)?;
-                text.push_str(&repr);
-            }
-        },
+        _ => {
+            let repr = exponent_repr(value).unwrap_or_else(|| format!("{value:?}"));
+            state.consume_fuel(repr.len() as u64 / 64)?;
+            text.push_str(&repr);
+        }
     }
     Ok(())
 }
