@@ -20,7 +20,8 @@ import tempfile
 import regex
 import sentencepiece
 from gguf import GGUFReader, GGUFWriter
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import corpus
 
@@ -139,7 +140,11 @@ def train_sentence_piece(model_type, vocab_size, add_dummy_prefix, user_defined,
             max_sentence_length=100000,
             minloglevel=2,
         )
-    return buffer.getvalue(), sentencepiece.SentencePieceProcessor(model_proto=buffer.getvalue())
+    # The model names its input, which is a temporary file.
+    model = sentencepiece_model_pb2.ModelProto.FromString(buffer.getvalue())
+    del model.trainer_spec.input[:]
+    model = model.SerializeToString(deterministic=True)
+    return model, sentencepiece.SentencePieceProcessor(model_proto=model)
 
 
 def make_sentence_piece(name, add_dummy_prefix, user_defined):
@@ -235,6 +240,69 @@ def make_tiktoken():
     dump("tiktoken.json", [{"text": text, "ids": encode(text)} for text in corpus.NASTY + [corpus.TRAINING]])
 
 
+def make_tokenizer_files():
+    """tokenizer.json in the manner of the families, each with what the Python package makes of the nasty texts."""
+    sp = GOLDENS / "sentencepiece-folder" / "tokenizer.model"
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(sp))
+    pieces = {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}
+    normal = {p: i for p, i in pieces.items() if not (processor.is_control(i) or processor.is_byte(i) or processor.is_unknown(i))}
+    splits = [(p[:k], p[k:]) for p in normal for k in range(1, len(p)) if p[:k] in normal and p[k:] in normal]
+    splits.sort(key=lambda pair: (-processor.get_score(pieces[pair[0] + pair[1]]), -len(pair[0])))
+    byte_model = train_byte_level()
+    byte_merges = [tuple(merge) for merge in byte_model["merges"]]
+    visible = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    stripped = decoders.Sequence(visible + [decoders.Strip(" ", 1, 0)])
+
+    def sentence(normalizer, pre_tokenizer, decoder):
+        tokenizer = Tokenizer(models.BPE(pieces, splits, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+        tokenizer.normalizer, tokenizer.decoder = normalizer, decoder
+        if pre_tokenizer:
+            tokenizer.pre_tokenizer = pre_tokenizer
+        tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in ("<unk>", "<s>", "</s>")])
+        return tokenizer
+
+    def falcon():
+        tokenizer = Tokenizer(models.BPE(byte_model["vocab"], byte_merges))
+        digits = [pre_tokenizers.Digits(individual_digits=False), pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated")]
+        punctuation = pre_tokenizers.Punctuation("contiguous")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([punctuation, byte_level(True), *digits])
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in CONTROLS])
+        return tokenizer
+
+    def llama3():
+        tokenizer = Tokenizer(models.BPE(byte_model["vocab"], byte_merges, ignore_merges=True))
+        tokenizer.pre_tokenizer, tokenizer.decoder = split(LLAMA3), decoders.ByteLevel()
+        tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in CONTROLS])
+        first = processors.TemplateProcessing("<|endoftext|> $A", None, [("<|endoftext|>", 0)])
+        tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), first])
+        return tokenizer
+
+    legacy = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    phi3 = sentence(legacy, None, stripped)
+    phi3.add_special_tokens([AddedToken(name, normalized=False, rstrip=True) for name in ("<|user|>", "<|end|>")])
+    gemma = sentence(
+        normalizers.Replace(" ", "\u2581"), pre_tokenizers.Split(" ", "merged_with_previous"), decoders.Sequence(visible)
+    )
+    gemma.add_tokens([AddedToken("\n\n", normalized=False), AddedToken("\u2581\u2581", normalized=False)])
+    first = pre_tokenizers.Metaspace("\u2581", prepend_scheme="first", split=False)
+    styles = {
+        "llama-2": sentence(legacy, None, stripped),
+        "mistral-v3": sentence(None, first, stripped),
+        "gemma": gemma,
+        "phi-3": phi3,
+        "falcon": falcon(),
+        "llama-3": llama3(),
+    }
+    texts = corpus.NASTY + ["<|user|>\n hi<|end|> \n<|user|>", "a\n\nb  c</s> d</s>e"]
+    goldens = {}
+    for name, tokenizer in styles.items():
+        decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
+        rows = list(cases(lambda text: tokenizer.encode(text, add_special_tokens=False).ids, decode, texts))
+        goldens[name] = {"file": json.loads(tokenizer.to_str()), "with_special": tokenizer.encode("hi").ids, "cases": rows}
+    dump("tokenizer-files.json", goldens)
+
+
 def bytes_to_unicode():
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
@@ -307,6 +375,7 @@ def main():
     make_tiktoken()
     make_sentence_piece("sentencepiece", True, ["<tool>"])
     make_sentence_piece("sentencepiece-no-prefix", False, ["<tool>", "\u2581\u2581\u2581\u2581"])
+    make_tokenizer_files()
     if len(sys.argv) > 1:
         make_default_model(sys.argv[1])
 

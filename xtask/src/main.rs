@@ -26,6 +26,8 @@ cargo xtask <verb>
           --no-python  leave out the client SDK tests (skipped aloud)
   lint    format and lints only
   docs    the API documentation, warnings denied
+  vocabularies
+          fetches what the tests of tokenizers and chat templates compare with, and says how to name it to them
   system [PYTEST ARGS...]
           only the whole-system tests with real clients; further arguments go to pytest
   bench-peer [ROUNDS]
@@ -53,6 +55,11 @@ fn run(args: &[String]) -> Result<()> {
         Some((verb, rest)) if verb == "test" => test(&mut steps, &TestOptions::parse(rest)?)?,
         Some((verb, [])) if verb == "lint" => lint(&mut steps)?,
         Some((verb, [])) if verb == "docs" => docs(&mut steps)?,
+        Some((verb, [])) if verb == "vocabularies" => {
+            if let Some(folder) = vocabularies::fetch(&mut steps)? {
+                println!("BINDERY_TEST_VOCABULARIES={}", folder.display());
+            }
+        }
         Some((verb, rest)) if verb == "system" => {
             build_binary(&mut steps)?;
             let model = fetch_model(&mut steps)?;

@@ -19,6 +19,15 @@ use bindery_scheduler::TokenId;
 use proptest::prelude::*;
 use serde::Deserialize;
 
+/// One family's manner of tokenizer.json.
+#[derive(Deserialize)]
+struct FileCase {
+    file: serde_json::Value,
+    /// "hi" with the special tokens that the file itself adds.
+    with_special: Vec<u32>,
+    cases: Vec<Case>,
+}
+
 #[derive(Clone, Deserialize)]
 struct Case {
     text: Option<String>,
@@ -134,6 +143,29 @@ fn a_folder_gives_the_same_tokens_as_the_gguf_file() {
     assert_eq!(folder.token_str(later), Some("<later>"));
     assert!(folder.is_special(later));
     assert_eq!(folder.vocab_size(), later.0 as usize + 1);
+}
+
+/// LLaMA 2's legacy normaliser, Metaspace before the first word only, Gemma's and Falcon's cuts, Phi-3's markers that
+/// swallow white space, a first token from a post-processor.
+#[test]
+fn tokenizer_files_of_every_manner_are_read() {
+    let manners: BTreeMap<String, FileCase> = goldens("tokenizer-files.json");
+    assert_eq!(manners.len(), 6);
+    let folder = tempfile::tempdir().unwrap();
+    for (name, manner) in manners {
+        std::fs::write(folder.path().join("tokenizer.json"), manner.file.to_string()).unwrap();
+        let tokenizer = Arc::new(Tokenizer::from_dir(folder.path()).unwrap());
+        assert!(tokenizer.spells_bytes(), "{name}: streaming goes by bytes");
+        assert_eq!(ids(&tokenizer.encode("hi", true).unwrap()), manner.with_special, "{name}");
+        for case in &manner.cases {
+            let text = case.text.as_ref().unwrap();
+            assert_eq!(ids(&tokenizer.encode(text, false).unwrap()), case.ids, "{name}: {text:?}");
+            let expected = case.decoded.as_ref().unwrap_or(text);
+            let tokens = tokens(&case.ids);
+            assert_eq!(&tokenizer.decode(&tokens, false).unwrap(), expected, "{name}: {:?}", case.ids);
+            assert_eq!(&streamed(&tokenizer, &[], &tokens, false), expected, "{name}: {:?}", case.ids);
+        }
+    }
 }
 
 /// Folders with nothing but the original's own file.
