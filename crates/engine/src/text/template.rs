@@ -5,7 +5,9 @@
 //! everything they can call is bounded by the render's fuel, and nothing reaches files, the network or the process.
 //!
 //! Known differences: `'...' % x` is an error (`'...' | format(x)` works); a loop over none is empty and a lazy list has a
-//! JSON form instead of an error; floats beyond 1e16 or below 1e-4 print in full after `join` and `format`.
+//! JSON form instead of an error; floats beyond 1e16 or below 1e-4 print in full after `join` and `format`. Known hole, in
+//! minijinja 3.1: comparing (`==`, `in`, `sort`, ...) two lists that were nested in themselves some thirty times over, as by
+//! `x = [x, x]`, takes time by the power of that and is not paid for by fuel.
 
 #![expect(clippy::needless_pass_by_value, reason = "minijinja hands a filter its arguments by value")]
 
