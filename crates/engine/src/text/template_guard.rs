@@ -83,7 +83,7 @@ pub(crate) fn guarded(source: &str, syntax: SyntaxConfig) -> Result<String, Erro
 #[derive(Default)]
 struct Terms {
     open: Vec<Term>,
-    /// Whether the last token makes a word a name (`.in`, `|in`), or `not` a part of a test (`is not`).
+    /// Whether the last token makes a word a name (`.in`, `|in`), `not` a part of a test (`is not`), or `-` a sign.
     last: Last,
     /// Operands of `+`.
     joined: Vec<Place>,
@@ -98,6 +98,8 @@ enum Last {
     /// A name comes next.
     DotOrPipe,
     Is,
+    /// An operand comes next.
+    Operator,
     #[default]
     Other,
 }
@@ -157,9 +159,17 @@ impl Terms {
                 if let Some(term) = self.open.last_mut() {
                     term.part = None;
                 }
+                self.last = Last::Operator;
             }
-            // In front of a term it is a sign.
-            Token::Minus if self.open.last().is_some_and(|term| term.bytes.is_none()) => self.extend(bytes),
+            // In front of an operand it is a sign.
+            Token::Minus if last == Last::Operator || self.open.last().is_some_and(|term| term.bytes.is_none()) => {
+                self.extend(bytes);
+                self.last = Last::Operator;
+            }
+            Token::Mul | Token::Div | Token::FloorDiv | Token::Mod | Token::Pow => {
+                self.extend(bytes);
+                self.last = Last::Operator;
+            }
             Token::Minus
             | Token::Comma
             | Token::Colon
@@ -215,7 +225,7 @@ fn is_boundary(word: &str, last: Last) -> bool {
         Last::Statement => true,
         Last::DotOrPipe => false,
         Last::Is => word != "not" && is_operator(word),
-        Last::Other => is_operator(word),
+        Last::Operator | Last::Other => is_operator(word),
     }
 }
 
@@ -248,6 +258,7 @@ mod tests {
             "{% set x = x ~ (a if b else c ~ d) %}{{ ~ }}",
             "{% set x = (x)$ ~ ((a if b else (c)$ ~ (d)$))$ %}{{ ~ }}",
         );
+        check("{{ a * -b + c ** - -d - -e }}", "{{ (a * -b)! + (c ** - -d)! - -e }}");
         check("{{ -a + -b * 2 }}", "{{ (-a)! + (-b * 2)! }}");
         check("{{ a ~ b + c ~ d }}", "{{ ((a)$ ~ (b)$)! + ((c)$ ~ (d)$)! }}");
         check("{{ [a + b] + f(c + d, e)[g + h:] }}", "{{ ([(a)! + (b)!])! + (f((c)! + (d)!, e)[(g)! + (h)!:])! }}");
