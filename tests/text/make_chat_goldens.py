@@ -303,4 +303,5 @@ def main():
     print(len(cases), "cases,", len(snippets), "snippets")
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,7 @@ the default model the ids come from a naive encoder in this file (the `regex` mo
 checked against `tokenizers` with SmolLM2's published pipeline (digits one by one, then GPT-2's expression, no normalizer).
 """
 
+import base64
 import io
 import json
 import pathlib
@@ -19,7 +20,8 @@ import tempfile
 import regex
 import sentencepiece
 from gguf import GGUFReader, GGUFWriter
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import corpus
 
@@ -117,8 +119,7 @@ def make_byte_level():
     dump("byte-level.json", goldens)
 
 
-def make_sentence_piece(name, add_dummy_prefix, user_defined):
-    """`llama`-like: BPE with byte fallback, text as it is (identity, no white space removed)."""
+def train_sentence_piece(model_type, vocab_size, add_dummy_prefix, user_defined, remove_extra_whitespaces):
     buffer = io.BytesIO()
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as text:
         text.write(corpus.TRAINING * 2)
@@ -126,12 +127,12 @@ def make_sentence_piece(name, add_dummy_prefix, user_defined):
         sentencepiece.SentencePieceTrainer.train(
             input=text.name,
             model_writer=buffer,
-            model_type="bpe",
-            vocab_size=620,
+            model_type=model_type,
+            vocab_size=vocab_size,
             byte_fallback=True,
             split_digits=True,
             normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
+            remove_extra_whitespaces=remove_extra_whitespaces,
             add_dummy_prefix=add_dummy_prefix,
             allow_whitespace_only_pieces=True,
             character_coverage=0.98,
@@ -139,7 +140,20 @@ def make_sentence_piece(name, add_dummy_prefix, user_defined):
             max_sentence_length=100000,
             minloglevel=2,
         )
-    processor = sentencepiece.SentencePieceProcessor(model_proto=buffer.getvalue())
+    # The model names its input, which is a temporary file.
+    model = sentencepiece_model_pb2.ModelProto.FromString(buffer.getvalue())
+    del model.trainer_spec.input[:]
+    model = model.SerializeToString(deterministic=True)
+    return model, sentencepiece.SentencePieceProcessor(model_proto=model)
+
+
+def make_sentence_piece(name, add_dummy_prefix, user_defined):
+    """`llama`-like: BPE with byte fallback, text as it is (identity, no white space removed)."""
+    buffer, processor = train_sentence_piece("bpe", 620, add_dummy_prefix, user_defined, remove_extra_whitespaces=False)
+    if name == "sentencepiece":
+        folder = GOLDENS / "sentencepiece-folder"
+        folder.mkdir(exist_ok=True)
+        (folder / "tokenizer.model").write_bytes(buffer)
     num_tokens = processor.get_piece_size()
     kind = lambda i: (
         UNKNOWN if processor.is_unknown(i)
@@ -179,6 +193,114 @@ def make_sentence_piece(name, add_dummy_prefix, user_defined):
         if processor.id_to_piece(ids[0]) != "<0x20>":
             goldens.append({"ids": ids, "decoded": processor.decode(ids)})
     dump(f"{name}.json", goldens)
+
+
+def make_unigram():
+    """SentencePiece's other kind, with superfluous spaces dropped, as a folder with nothing but tokenizer.model."""
+    buffer, processor = train_sentence_piece("unigram", 430, True, ["<tool>"], remove_extra_whitespaces=True)
+    folder = GOLDENS / "unigram-folder"
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(buffer)
+    texts = [text for text in corpus.NASTY if not any(mark in text for mark in ("<s>", "<0x", "\u2581", "\0"))]
+    rng = random.Random(11)
+    texts += [" ".join(rng.sample(corpus.TRAINING.split(), 12)) for _ in range(40)] + [corpus.TRAINING]
+    dump("unigram.json", list(cases(processor.encode, processor.decode, texts)))
+
+
+def make_tiktoken():
+    """A list of byte strings by rank, and tiktoken's algorithm: the adjacent pair whose joined string ranks best."""
+    names = sorted((vocabulary := train_byte_level()["vocab"]), key=vocabulary.get)
+    unspell = {char: byte for byte, char in bytes_to_unicode().items()}
+    strings = [bytes(unspell[char] for char in name) for name in names if name not in CONTROLS]
+    ranks = {string: rank for rank, string in enumerate(strings)}
+    folder = GOLDENS / "tiktoken-folder"
+    folder.mkdir(exist_ok=True)
+    lines = (f"{base64.b64encode(string).decode()} {rank}\n" for string, rank in ranks.items())
+    (folder / "tiny.tiktoken").write_text("".join(lines))
+    # Added tokens begin behind a hole in the id space, as LLaMA 3's do.
+    added = {str(len(strings) + 3 + i): {"content": name, "special": True} for i, name in enumerate(CONTROLS)}
+    config = {"added_tokens_decoder": added, "bos_token": CONTROLS[0], "eos_token": CONTROLS[2], "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config) + "\n")
+    special = regex.compile("(" + "|".join(map(regex.escape, CONTROLS)) + ")")
+
+    def encode(text):
+        ids = []
+        for index, section in enumerate(special.split(text)):
+            if index % 2:
+                ids.append(len(strings) + 3 + CONTROLS.index(section))
+                continue
+            for piece in regex.findall(LLAMA3, section):
+                parts = [piece.encode()] if piece.encode() in ranks else [bytes([byte]) for byte in piece.encode()]
+                while pairs := [(ranks[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in ranks]:
+                    _, i = min(pairs)
+                    parts[i : i + 2] = [parts[i] + parts[i + 1]]
+                ids += [ranks[part] for part in parts]
+        return ids
+
+    dump("tiktoken.json", [{"text": text, "ids": encode(text)} for text in corpus.NASTY + [corpus.TRAINING]])
+
+
+def make_tokenizer_files():
+    """tokenizer.json in the manner of the families, each with what the Python package makes of the nasty texts."""
+    sp = GOLDENS / "sentencepiece-folder" / "tokenizer.model"
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(sp))
+    pieces = {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}
+    normal = {p: i for p, i in pieces.items() if not (processor.is_control(i) or processor.is_byte(i) or processor.is_unknown(i))}
+    splits = [(p[:k], p[k:]) for p in normal for k in range(1, len(p)) if p[:k] in normal and p[k:] in normal]
+    splits.sort(key=lambda pair: (-processor.get_score(pieces[pair[0] + pair[1]]), -len(pair[0])))
+    byte_model = train_byte_level()
+    byte_merges = [tuple(merge) for merge in byte_model["merges"]]
+    visible = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    stripped = decoders.Sequence(visible + [decoders.Strip(" ", 1, 0)])
+
+    def sentence(normalizer, pre_tokenizer, decoder):
+        tokenizer = Tokenizer(models.BPE(pieces, splits, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+        tokenizer.normalizer, tokenizer.decoder = normalizer, decoder
+        if pre_tokenizer:
+            tokenizer.pre_tokenizer = pre_tokenizer
+        tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in ("<unk>", "<s>", "</s>")])
+        return tokenizer
+
+    def falcon():
+        tokenizer = Tokenizer(models.BPE(byte_model["vocab"], byte_merges))
+        digits = [pre_tokenizers.Digits(individual_digits=False), pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated")]
+        punctuation = pre_tokenizers.Punctuation("contiguous")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([punctuation, byte_level(True), *digits])
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in CONTROLS])
+        return tokenizer
+
+    def llama3():
+        tokenizer = Tokenizer(models.BPE(byte_model["vocab"], byte_merges, ignore_merges=True))
+        tokenizer.pre_tokenizer, tokenizer.decoder = split(LLAMA3), decoders.ByteLevel()
+        tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in CONTROLS])
+        first = processors.TemplateProcessing("<|endoftext|> $A", None, [("<|endoftext|>", 0)])
+        tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), first])
+        return tokenizer
+
+    legacy = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    phi3 = sentence(legacy, None, stripped)
+    phi3.add_special_tokens([AddedToken(name, normalized=False, rstrip=True) for name in ("<|user|>", "<|end|>")])
+    gemma = sentence(
+        normalizers.Replace(" ", "\u2581"), pre_tokenizers.Split(" ", "merged_with_previous"), decoders.Sequence(visible)
+    )
+    gemma.add_tokens([AddedToken("\n\n", normalized=False), AddedToken("\u2581\u2581", normalized=False)])
+    first = pre_tokenizers.Metaspace("\u2581", prepend_scheme="first", split=False)
+    styles = {
+        "llama-2": sentence(legacy, None, stripped),
+        "mistral-v3": sentence(None, first, stripped),
+        "gemma": gemma,
+        "phi-3": phi3,
+        "falcon": falcon(),
+        "llama-3": llama3(),
+    }
+    texts = corpus.NASTY + ["<|user|>\n hi<|end|> \n<|user|>", "a\n\nb  c</s> d</s>e"]
+    goldens = {}
+    for name, tokenizer in styles.items():
+        decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
+        rows = list(cases(lambda text: tokenizer.encode(text, add_special_tokens=False).ids, decode, texts))
+        goldens[name] = {"file": json.loads(tokenizer.to_str()), "with_special": tokenizer.encode("hi").ids, "cases": rows}
+    dump("tokenizer-files.json", goldens)
 
 
 def bytes_to_unicode():
@@ -249,8 +371,11 @@ def dump(name, value):
 def main():
     (GOLDENS / "folder").mkdir(parents=True, exist_ok=True)
     make_byte_level()
+    make_unigram()
+    make_tiktoken()
     make_sentence_piece("sentencepiece", True, ["<tool>"])
     make_sentence_piece("sentencepiece-no-prefix", False, ["<tool>", "\u2581\u2581\u2581\u2581"])
+    make_tokenizer_files()
     if len(sys.argv) > 1:
         make_default_model(sys.argv[1])
 

@@ -3,6 +3,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command-line tool talks to its terminal")]
 
 mod peer;
+mod vocabularies;
 
 use std::env;
 use std::ffi::OsString;
@@ -25,6 +26,8 @@ cargo xtask <verb>
           --no-python  leave out the client SDK tests (skipped aloud)
   lint    format and lints only
   docs    the API documentation, warnings denied
+  vocabularies
+          fetches what the tests of tokenizers and chat templates compare with, and says how to name it to them
   system [PYTEST ARGS...]
           only the whole-system tests with real clients; further arguments go to pytest
   bench-peer [ROUNDS]
@@ -52,6 +55,11 @@ fn run(args: &[String]) -> Result<()> {
         Some((verb, rest)) if verb == "test" => test(&mut steps, &TestOptions::parse(rest)?)?,
         Some((verb, [])) if verb == "lint" => lint(&mut steps)?,
         Some((verb, [])) if verb == "docs" => docs(&mut steps)?,
+        Some((verb, [])) if verb == "vocabularies" => {
+            if let Some(folder) = vocabularies::fetch(&mut steps)? {
+                println!("BINDERY_TEST_VOCABULARIES={}", folder.display());
+            }
+        }
         Some((verb, rest)) if verb == "system" => {
             build_binary(&mut steps)?;
             let model = fetch_model(&mut steps)?;
@@ -96,6 +104,11 @@ fn test(steps: &mut Steps, options: &TestOptions) -> Result<()> {
     let model = fetch_model(steps)?;
     let mut cargo_test = cargo();
     cargo_test.args(["test", "--workspace", "--no-fail-fast"]).env("BINDERY_TEST_MODEL", &model);
+    if !options.python {
+        steps.skip("the families' real vocabularies and chat templates: --no-python was given");
+    } else if let Some(folder) = vocabularies::fetch(steps)? {
+        cargo_test.env("BINDERY_TEST_VOCABULARIES", folder);
+    }
     if options.full {
         cargo_test.env("BINDERY_TEST_FULL", "1");
     }
@@ -151,8 +164,8 @@ fn fetch_model(steps: &mut Steps) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Real client SDKs against the real binary, in a virtual environment of our own with pinned packages.
-fn python_tests(steps: &mut Steps, model: &Path, full: bool, extra: &[String]) -> Result<()> {
+/// The Python of a virtual environment of our own with pinned packages; what is missing is named and skipped.
+fn python_environment(steps: &mut Steps) -> Result<Option<PathBuf>> {
     let python = env::var_os("BINDERY_PYTHON").unwrap_or_else(|| OsString::from("python3"));
     let venv = target_dir().join("venv");
     let venv_python = venv.join("bin").join("python");
@@ -161,13 +174,13 @@ fn python_tests(steps: &mut Steps, model: &Path, full: bool, extra: &[String]) -
     let wanted = std::fs::read_to_string(&requirements)?;
     if std::fs::read_to_string(&stamp).ok().as_deref() != Some(wanted.as_str()) {
         if !Command::new(&python).arg("--version").output().is_ok_and(|output| output.status.success()) {
-            steps.skip("client SDK tests: no python3 found (set BINDERY_PYTHON to one)");
-            return Ok(());
+            steps.skip("what needs Python: no python3 found (set BINDERY_PYTHON to one)");
+            return Ok(None);
         }
         // Debian's python3 comes without it.
         if !Command::new(&python).args(["-c", "import venv, ensurepip"]).output().is_ok_and(|o| o.status.success()) {
-            steps.skip("client SDK tests: python3 has no venv (Debian: apt-get install python3-venv)");
-            return Ok(());
+            steps.skip("what needs Python: python3 has no venv (Debian: apt-get install python3-venv)");
+            return Ok(None);
         }
         steps.run("python environment", Command::new(&python).args(["-m", "venv", "--clear"]).arg(&venv))?;
         let mut install = Command::new(&venv_python);
@@ -175,6 +188,12 @@ fn python_tests(steps: &mut Steps, model: &Path, full: bool, extra: &[String]) -
         steps.run("python packages", &mut install)?;
         std::fs::write(&stamp, wanted)?;
     }
+    Ok(Some(venv_python))
+}
+
+/// Real client SDKs against the real binary.
+fn python_tests(steps: &mut Steps, model: &Path, full: bool, extra: &[String]) -> Result<()> {
+    let Some(venv_python) = python_environment(steps)? else { return Ok(()) };
     let mut pytest = Command::new(&venv_python);
     pytest
         .args(["-m", "pytest", "-p", "no:cacheprovider", "-q", "tests/system"])

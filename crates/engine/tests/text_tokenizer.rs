@@ -19,6 +19,15 @@ use bindery_scheduler::TokenId;
 use proptest::prelude::*;
 use serde::Deserialize;
 
+/// One family's manner of tokenizer.json.
+#[derive(Deserialize)]
+struct FileCase {
+    file: serde_json::Value,
+    /// "hi" with the special tokens that the file itself adds.
+    with_special: Vec<u32>,
+    cases: Vec<Case>,
+}
+
 #[derive(Clone, Deserialize)]
 struct Case {
     text: Option<String>,
@@ -136,6 +145,111 @@ fn a_folder_gives_the_same_tokens_as_the_gguf_file() {
     assert_eq!(folder.vocab_size(), later.0 as usize + 1);
 }
 
+/// LLaMA 2's legacy normaliser, Metaspace before the first word only, Gemma's and Falcon's cuts, Phi-3's markers that
+/// swallow white space, a first token from a post-processor.
+#[test]
+fn tokenizer_files_of_every_manner_are_read() {
+    let manners: BTreeMap<String, FileCase> = goldens("tokenizer-files.json");
+    assert_eq!(manners.len(), 6);
+    let folder = tempfile::tempdir().unwrap();
+    for (name, manner) in manners {
+        std::fs::write(folder.path().join("tokenizer.json"), manner.file.to_string()).unwrap();
+        let tokenizer = Arc::new(Tokenizer::from_dir(folder.path()).unwrap());
+        assert!(tokenizer.spells_bytes(), "{name}: streaming goes by bytes");
+        assert_eq!(ids(&tokenizer.encode("hi", true).unwrap()), manner.with_special, "{name}");
+        for case in &manner.cases {
+            let text = case.text.as_ref().unwrap();
+            assert_eq!(ids(&tokenizer.encode(text, false).unwrap()), case.ids, "{name}: {text:?}");
+            let expected = case.decoded.as_ref().unwrap_or(text);
+            let tokens = tokens(&case.ids);
+            assert_eq!(&tokenizer.decode(&tokens, false).unwrap(), expected, "{name}: {:?}", case.ids);
+            assert_eq!(&streamed(&tokenizer, &[], &tokens, false), expected, "{name}: {:?}", case.ids);
+        }
+    }
+}
+
+/// Folders with nothing but the original's own file.
+#[test]
+fn original_files_are_read_where_tokenizer_json_is_missing() {
+    let folder = |name: &str| Tokenizer::from_dir(&fixture(name)).unwrap();
+    check(folder("sentencepiece-folder"), &goldens::<Vec<Case>>("sentencepiece.json"));
+    let cases = goldens::<Vec<Case>>("unigram.json");
+    assert!(cases.len() > 80);
+    check(folder("unigram-folder"), &cases);
+    let cases = goldens::<Vec<Case>>("tiktoken.json");
+    assert!(cases.len() > 40);
+    check(folder("tiktoken-folder"), &cases);
+
+    let tokenizer = folder("sentencepiece-folder");
+    assert_eq!((tokenizer.bos_token_id(), ids(tokenizer.eos_token_ids())), (Some(TokenId(1)), vec![2]));
+    assert_eq!(tokenizer.named_tokens()["unk_token"], "<unk>");
+    let bare = tokenizer.encode("the house", false).unwrap();
+    assert_eq!(tokenizer.encode("the house", true).unwrap(), [&[TokenId(1)], &bare[..]].concat());
+
+    let tokenizer = folder("tiktoken-folder");
+    let end = tokenizer.token_id("<|im_end|>").unwrap();
+    assert_eq!(tokenizer.eos_token_ids(), [end]);
+    assert_eq!(end.0 as usize + 1, tokenizer.vocab_size(), "the added tokens stand where the configuration says");
+    assert_eq!(tokenizer.token_str(TokenId(end.0 - 3)), None, "before them is a hole");
+    assert_eq!(tokenizer.encode("", true).unwrap(), [tokenizer.token_id("<|endoftext|>").unwrap()]);
+}
+
+/// tokenizer_config.json beside a tokenizer.model: added tokens at their ids, and where the first space goes.
+#[test]
+fn a_configuration_adds_to_a_sentencepiece_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str| folder.path().join(name);
+    std::fs::copy(fixture("sentencepiece-folder/tokenizer.model"), file("tokenizer.model")).unwrap();
+    let open = |config: serde_json::Value| {
+        std::fs::write(file("tokenizer_config.json"), config.to_string()).unwrap();
+        Tokenizer::from_dir(folder.path())
+    };
+    let added = serde_json::json!({
+        "0": {"content": "<unk>", "special": true}, "1": {"content": "<s>", "special": true},
+        "625": {"content": "<|user|>", "special": true, "rstrip": true}, "626": {"content": "\u{2581}\u{2581}\u{2581}", "special": false},
+    });
+    let tokenizer =
+        open(serde_json::json!({"added_tokens_decoder": added, "legacy": false, "add_bos_token": false})).unwrap();
+    assert_eq!(tokenizer.vocab_size(), 627);
+    let (user, house) = (TokenId(625), tokenizer.encode("house", true).unwrap());
+    assert_eq!(tokenizer.token_str(house[0]).unwrap().chars().next(), Some('\u{2581}'));
+    // White space after the marker is its own, and no second space is put after it.
+    let found = tokenizer.encode("<|user|> \n house", false).unwrap();
+    assert_eq!(found[0], user);
+    assert_eq!(tokenizer.decode(&found[1..], false).unwrap(), "house");
+    assert_ne!(found[1..], house);
+    assert!(tokenizer.encode("a   b", false).unwrap().contains(&TokenId(626)), "spaces are matched in the text itself");
+
+    let legacy = open(serde_json::json!({"added_tokens_decoder": added, "legacy": true})).unwrap();
+    assert_eq!(legacy.encode("<|user|>house", false).unwrap(), [&[user], &house[..]].concat());
+    let far = serde_json::json!({"added_tokens_decoder": {"99999999999": {"content": "x"}}});
+    let error = open(far).unwrap_err().to_string();
+    assert!(error.contains("99999999999") && error.contains("tokenizer.model"), "{error}");
+    for (bytes, expected) in [
+        (&b"\x0a\xff\x01"[..], "255 bytes"),
+        (b"QQ== 0\nQg== 7\n", "line 2 has not the rank 1"),
+        (b"QQ== 0\nQQ== 1\n", "line 2 repeats"),
+        (b"*** 0\n", "line 1 is no"),
+    ] {
+        std::fs::write(file("tokenizer.model"), bytes).unwrap();
+        let error = open(serde_json::json!({})).unwrap_err().to_string();
+        assert!(error.contains(expected) && error.contains("tokenizer.model"), "{error}");
+    }
+    std::fs::write(file("tokenizer.model"), "QQ== 0\n").unwrap();
+    let error = open(serde_json::json!({})).unwrap_err().to_string();
+    assert!(error.contains("added_tokens_decoder"), "{error}");
+}
+
+#[test]
+fn files_that_are_not_read_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, expected) in [("merges.txt", "AutoTokenizer"), ("tekken.json", "tekken.json")] {
+        std::fs::write(folder.path().join(name), "{}").unwrap();
+        let error = Tokenizer::from_dir(folder.path()).unwrap_err().to_string();
+        assert!(error.contains(expected) && error.contains("tokenizer.json"), "{error}");
+    }
+}
+
 #[test]
 fn tokens_know_their_bytes_names_and_roles() {
     let tokenizer = byte_level("smollm");
@@ -219,7 +333,7 @@ fn edited(name: &str, edit: impl FnOnce(&mut GgufVocabulary)) -> String {
 fn broken_vocabularies_are_refused_by_name() {
     type Edit = fn(&mut GgufVocabulary);
     let cases: &[(&str, Edit, &[&str])] = &[
-        ("byte-level.gguf", |v| v.model = "bert".into(), &["\"bert\"", "gpt2", "llama"]),
+        ("byte-level.gguf", |v| v.model = "bert".into(), &["\"bert\"", "gpt2", "llama", "gemma4", "t5"]),
         ("byte-level.gguf", |v| v.pre = Some("wolpertinger".into()), &["\"wolpertinger\"", "qwen2", "smollm"]),
         ("byte-level.gguf", |v| v.tokens.clear(), &["tokens", "empty"]),
         ("byte-level.gguf", |v| v.tokens[300] = v.tokens[299].clone(), &["twice", "299", "300"]),
@@ -234,6 +348,16 @@ fn broken_vocabularies_are_refused_by_name() {
         ("byte-level.gguf", |v| v.bos = Some(702), &["bos_token_id"]),
         ("sentencepiece.gguf", |v| v.scores.clear(), &["scores", "0 entries"]),
         ("sentencepiece.gguf", |v| v.scores[400] = f32::NAN, &["scores", "400"]),
+        (
+            "sentencepiece.gguf",
+            |v| {
+                v.model = "t5".into();
+                v.tokens[9].clear();
+            },
+            &["tokens", "entry 9 is empty"],
+        ),
+        ("sentencepiece.gguf", |v| v.precompiled_charsmap = vec![9; 9], &["precompiled_charsmap", "broken"]),
+        ("byte-level.gguf", |v| v.model = "t5".into(), &["scores", "0 entries"]),
         ("sentencepiece.gguf", |v| v.tokens[400] = "x".repeat(100_000), &["tokens", "400", "100000"]),
     ];
     for (name, edit, expected) in cases {
@@ -266,6 +390,10 @@ fn control_tokens_with_well_known_names_end_a_generation() {
     vocabulary.types[2] = 1;
     let tokenizer = Tokenizer::from_vocabulary(&vocabulary).unwrap();
     assert_eq!(ids(tokenizer.eos_token_ids()), [0], "as ordinary text the name means nothing");
+    vocabulary.types[2] = 3;
+    (vocabulary.tokens[1], vocabulary.tokens[2]) = ("<end_of_turn>".into(), "</s>".into());
+    let tokenizer = Tokenizer::from_vocabulary(&vocabulary).unwrap();
+    assert_eq!(ids(tokenizer.eos_token_ids()), [0, 1], "a tag of HTML ends nothing in Gemma's vocabularies");
 }
 
 #[test]
@@ -414,7 +542,7 @@ proptest! {
     #[test]
     fn mangled_vocabularies_never_panic(
         sentence_piece: bool,
-        edits in prop::collection::vec((0_usize..710, 0_u8..9, any::<u32>(), "\\PC{0,4}"), 1..8),
+        edits in prop::collection::vec((0_usize..710, 0_u8..10, any::<u32>(), "\\PC{0,4}"), 1..8),
         text in "\\PC{0,30}",
     ) {
         let mut vocabulary = vocabulary(if sentence_piece { "sentencepiece.gguf" } else { "byte-level.gguf" });
@@ -430,7 +558,13 @@ proptest! {
                 3 if !vocabulary.scores.is_empty() => vocabulary.scores[at] = f32::from_bits(number),
                 4 => vocabulary.eos = Some(u64::from(number % 800)),
                 5 => vocabulary.unknown = Some(u64::from(number % 800)),
-                6 => vocabulary.add_space_prefix = Some(number % 2 == 0),
+                6 => {
+                    vocabulary.add_space_prefix = Some(number % 2 == 0);
+                    vocabulary.remove_extra_whitespaces = Some(number % 3 == 0);
+                    vocabulary.legacy = Some(number % 5 == 0);
+                    vocabulary.strips_after.insert(at as u32);
+                }
+                9 if sentence_piece => vocabulary.model = ["t5", "gemma4", "llama"][number as usize % 3].into(),
                 7 => vocabulary.tokens.truncate(at.max(1)),
                 _ => vocabulary.bos = Some(u64::from(number % 800)),
             }

@@ -163,9 +163,10 @@ impl ChatTemplate {
             let failed = |reason: String| {
                 EngineError::Text(format!("the model's chat template {name:?} is not valid Jinja: {reason}"))
             };
-            let prepared = template::prepared_source(source);
             on_deep_stack(COMPILE_STACK_BYTES, || {
-                environment.add_template_owned(name.clone(), prepared).map_err(|error| describe(&error))
+                template::prepared_source(source)
+                    .and_then(|prepared| environment.add_template_owned(name.clone(), prepared))
+                    .map_err(|error| describe(&error))
             })
             .unwrap_or_else(|reason| Err(reason.to_owned()))
             .map_err(failed)?;

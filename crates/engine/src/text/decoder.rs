@@ -90,7 +90,6 @@ pub(crate) fn byte_of_char(character: char) -> Option<u8> {
 }
 
 /// The character of GPT-2's byte-level alphabet that stands for a byte.
-#[cfg(test)]
 pub(crate) fn char_of_byte(byte: u8) -> char {
     let code = u32::from(byte);
     let code = match byte {

@@ -2,25 +2,22 @@
 //!
 //! GGUF keeps a vocabulary as parallel arrays under `tokenizer.ggml.*` and only names the rules that go with it
 //! (keys as in the GGUF specification, kinds as llama.cpp reads them). This file must not know where the data came from:
-//! [`GgufVocabulary`] can be filled by hand, so everything below is testable without a model. The data is untrusted;
-//! each way it can be wrong is an error that names the key and the entry.
+//! [`GgufVocabulary`] can be filled by hand, so everything below is testable without a model, and `original` fills it from
+//! a folder's own files. The data is untrusted; each way it can be wrong is an error that names the key and the entry.
 //!
 //! Invariant: a tokenizer built here gives token `i` the name `tokens[i]`.
 
-use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, BTreeSet, hash_map::Entry};
 
 use bindery_model::weights::gguf::GgufFile;
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 use tokenizers::{
-    AddedToken, DecoderWrapper, ModelWrapper, NormalizerWrapper, Tokenizer,
-    decoders::{
-        byte_fallback::ByteFallback, byte_level::ByteLevel, fuse::Fuse, sequence::Sequence as Decoders, strip::Strip,
-    },
+    AddedToken, ModelWrapper, Tokenizer,
+    decoders::byte_level::ByteLevel,
     models::bpe::{BPE, Merges, Vocab},
-    normalizers::{Prepend, Replace, Sequence as Normalizers},
 };
 
-use super::{decoder::METASPACE, pre_tokenizer::PreTokenizerRule};
+use super::{pre_tokenizer::PreTokenizerRule, sentence_piece};
 use crate::EngineError;
 
 /// Most tokens a vocabulary may have: sixteen times the largest published one.
@@ -29,8 +26,6 @@ pub const MAX_TOKENS: usize = 1 << 22;
 pub const MAX_MERGES: usize = 1 << 24;
 /// Most bytes of all token names together.
 pub const MAX_VOCABULARY_BYTES: usize = 1 << 28;
-/// Longest name of a SentencePiece token whose splits are tried; published ones stay below 200 bytes.
-const MAX_PIECE_BYTES: usize = 4096;
 
 /// What a token is for: the values of `tokenizer.ggml.token_type`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,17 +62,20 @@ impl TokenKind {
 /// The metadata under `tokenizer.ggml.`, unchecked.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct GgufVocabulary {
-    /// `model`: `gpt2` (byte-level BPE) or `llama` (SentencePiece BPE).
+    /// `model`: `gpt2` (byte-level BPE), `llama` (SentencePiece BPE), `gemma4` (BPE over characters with listed merges) or
+    /// `t5` (SentencePiece unigram).
     pub model: String,
     /// `pre`: the pre-tokenizer's name (byte-level BPE only).
     pub pre: Option<String>,
+    /// `general.architecture`: for what a file says about its vocabulary only by what it is.
+    pub architecture: Option<String>,
     /// `tokens`, by id.
     pub tokens: Vec<String>,
     /// `token_type`, by id; empty: all normal.
     pub types: Vec<i64>,
     /// `scores`, by id (SentencePiece only).
     pub scores: Vec<f32>,
-    /// `merges`: "left right", best first (byte-level BPE only).
+    /// `merges`: "left right", best first (`gpt2` and `gemma4`).
     pub merges: Vec<String>,
     /// `bos_token_id`.
     pub bos: Option<u64>,
@@ -97,6 +95,23 @@ pub struct GgufVocabulary {
     pub add_eos: Option<bool>,
     /// `add_space_prefix` (SentencePiece only).
     pub add_space_prefix: Option<bool>,
+    /// False: that space goes only before the whole text, not after special tokens too (transformers' `legacy`).
+    pub legacy: Option<bool>,
+    /// `remove_extra_whitespaces` (SentencePiece only).
+    pub remove_extra_whitespaces: Option<bool>,
+    /// `precompiled_charsmap`: SentencePiece's character map, empty for none.
+    pub precompiled_charsmap: Vec<u8>,
+    /// Added tokens, by id, that swallow the white space after them.
+    pub strips_after: BTreeSet<u32>,
+}
+
+/// Where SentencePiece's space before a text goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SpacePrefix {
+    None,
+    /// Before the text and after each special token.
+    EachSection,
+    FirstSection,
 }
 
 /// A tokenizer with what `tokenizers` has no place for.
@@ -111,6 +126,20 @@ pub(crate) struct BuiltVocabulary {
     pub(crate) unknown: Option<u32>,
     pub(crate) add_bos: bool,
     pub(crate) add_eos: bool,
+}
+
+impl BuiltVocabulary {
+    /// The tokens with a role, by the names that templates use.
+    pub(crate) fn named_tokens(&self, vocabulary: &GgufVocabulary) -> BTreeMap<String, String> {
+        let roles = [
+            ("bos_token", self.bos),
+            ("eos_token", self.main_eos),
+            ("unk_token", self.unknown),
+            ("pad_token", self.padding),
+        ];
+        let named = roles.into_iter().filter_map(|(role, id)| Some((role, id?)));
+        named.map(|(role, id)| (role.to_owned(), vocabulary.tokens[id as usize].clone())).collect()
+    }
 }
 
 /// Names under which published models end a turn. A GGUF file often names only one of its ending tokens, while the
@@ -133,11 +162,16 @@ const END_NAMES: &[&str] = &[
     "<EOT>",
     "</s>",
     "<eos>",
+    "<turn|>",
+    "<|tool_response>",
     "<\u{ff5c}end\u{2581}of\u{2581}sentence\u{ff5c}>",
 ];
 
-fn wrong(key: &str, what: impl std::fmt::Display) -> EngineError {
-    EngineError::Text(format!("the GGUF file's vocabulary is unusable: tokenizer.ggml.{key} {what}"))
+/// How complaints about a vocabulary begin; the key follows.
+pub(crate) const COMPLAINT: &str = "the GGUF file's vocabulary is unusable: tokenizer.ggml.";
+
+pub(crate) fn wrong(key: &str, what: impl std::fmt::Display) -> EngineError {
+    EngineError::Text(format!("{COMPLAINT}{key} {what}"))
 }
 
 impl GgufVocabulary {
@@ -149,9 +183,12 @@ impl GgufVocabulary {
             file.strings(&key("tokens")).ok_or_else(|| wrong("tokens", "is missing or no array of strings"))?;
         let list = |name: &str| file.strings(&key(name)).unwrap_or_default().to_vec();
         let id = |name: &str| file.u64(&key(name));
-        Ok(Self {
+        // The array's own integers are of 8 bits, signed in some files.
+        let charsmap = file.ints(&key("precompiled_charsmap")).unwrap_or_default();
+        let mut vocabulary = Self {
             model,
             pre: file.str(&key("pre")).map(str::to_owned),
+            architecture: file.str("general.architecture").map(str::to_owned),
             tokens: tokens.to_vec(),
             types: file.ints(&key("token_type")).unwrap_or_default().to_vec(),
             scores: file.floats(&key("scores")).unwrap_or_default().to_vec(),
@@ -165,7 +202,39 @@ impl GgufVocabulary {
             add_bos: file.bool(&key("add_bos_token")),
             add_eos: file.bool(&key("add_eos_token")),
             add_space_prefix: file.bool(&key("add_space_prefix")),
-        })
+            legacy: None,
+            remove_extra_whitespaces: file.bool(&key("remove_extra_whitespaces")),
+            precompiled_charsmap: charsmap.iter().map(|&byte| byte as u8).collect(),
+            strips_after: BTreeSet::new(),
+        };
+        vocabulary.fill_in_what_files_leave_out();
+        Ok(vocabulary)
+    }
+
+    /// What a GGUF file has no key for, or what old files lack.
+    fn fill_in_what_files_leave_out(&mut self) {
+        if self.model == "llama" {
+            // Files from before the keys existed are LLaMA's, whose unknown, first and last tokens are these.
+            let is_kind = |id: usize, kind: TokenKind| self.types.get(id).and_then(|&c| TokenKind::of(c)) == Some(kind);
+            let missing = |key: Option<u64>, id: usize, kind| key.is_none() && is_kind(id, kind);
+            let (unknown, bos, eos) = (
+                missing(self.unknown, 0, TokenKind::Unknown),
+                missing(self.bos, 1, TokenKind::Control),
+                missing(self.eos, 2, TokenKind::Control),
+            );
+            self.unknown = self.unknown.or(unknown.then_some(0));
+            self.bos = self.bos.or(bos.then_some(1));
+            self.eos = self.eos.or(eos.then_some(2));
+            // Phi-3's tokenizer.json has "rstrip" on its added tokens but for three.
+            if self.architecture.as_deref() == Some("phi3") {
+                let is_added = |code: &i64| !matches!(TokenKind::of(*code), Some(TokenKind::Normal | TokenKind::Byte));
+                let added = self.tokens.iter().zip(&self.types).enumerate().filter(|(_, (_, code))| is_added(code));
+                self.strips_after = added
+                    .filter(|(_, (token, _))| !["<unk>", "<s>", "<|endoftext|>"].contains(&token.as_str()))
+                    .map(|(id, _)| id as u32)
+                    .collect();
+            }
+        }
     }
 
     /// Checks everything and builds the tokenizer.
@@ -173,14 +242,17 @@ impl GgufVocabulary {
         let kinds = self.check()?;
         let (mut tokenizer, add_bos_by_default) = match self.model.as_str() {
             "gpt2" => {
-                let rule = PreTokenizerRule::by_name(self.pre.as_deref())?;
+                let rule = PreTokenizerRule::by_name(self.pre.as_deref().or_else(|| self.unwritten_pre()))?;
                 (self.build_byte_level(rule)?, rule.add_bos)
             }
-            "llama" => (self.build_sentence_piece(&kinds)?, true),
+            "llama" => (sentence_piece::merged_by_score(self, &kinds)?, true),
+            "gemma4" => (sentence_piece::merged_by_list(self, &kinds, self.listed_merges()?)?, true),
+            "t5" => (sentence_piece::likeliest_path(self, &kinds)?, false),
             other => {
                 return Err(EngineError::Text(format!(
                     "the GGUF file's tokenizer (tokenizer.ggml.model) is {other:?}, which is not known here; known are \
-                     gpt2 (byte-level BPE) and llama (SentencePiece BPE): use the model's folder with tokenizer.json instead"
+                     gpt2 (byte-level BPE), llama (SentencePiece BPE), gemma4 (BPE over characters) and t5 \
+                     (SentencePiece unigram): use the model's folder with tokenizer.json instead"
                 )));
             }
         };
@@ -190,11 +262,14 @@ impl GgufVocabulary {
         for (key, value) in ends {
             eos.extend(self.id(key, value)?);
         }
-        // In the harmony format <|end|> closes one of several messages of an answer, and <|return|> the answer.
-        let has_return = self.tokens.iter().any(|token| token == "<|return|>");
+        // In the harmony format <|end|> closes one of several messages of an answer, and <|return|> the answer; in Gemma's
+        // vocabularies </s> is HTML.
+        let has = |name: &str| self.tokens.iter().any(|token| token == name);
+        let (has_return, has_turn) = (has("<|return|>"), has("<end_of_turn>") || has("<turn|>"));
+        let is_text = |token: &str| (has_return && token == "<|end|>") || (has_turn && token == "</s>");
         for (id, token) in self.tokens.iter().enumerate() {
             let is_added = matches!(kinds[id], TokenKind::Control | TokenKind::UserDefined);
-            if is_added && END_NAMES.contains(&token.as_str()) && !(has_return && token == "<|end|>") {
+            if is_added && END_NAMES.contains(&token.as_str()) && !is_text(token) {
                 eos.push(id as u32);
             }
         }
@@ -205,11 +280,39 @@ impl GgufVocabulary {
             tokenizer,
             bos,
             add_bos: self.add_bos.unwrap_or(add_bos_by_default) && bos.is_some(),
-            add_eos: self.add_eos.unwrap_or(false),
+            add_eos: self.add_eos.unwrap_or(self.model == "t5"),
             eos,
             main_eos: self.id("eos_token_id", self.eos)?,
             padding: self.id("padding_token_id", self.padding)?,
-            unknown: self.id("unknown_token_id", self.unknown)?,
+            unknown: self.unknown_id()?,
+        })
+    }
+
+    /// `unknown_token_id`, checked.
+    pub(crate) fn unknown_id(&self) -> Result<Option<u32>, EngineError> {
+        self.id("unknown_token_id", self.unknown)
+    }
+
+    /// Only SentencePiece's own model puts a space before a text unless told otherwise.
+    pub(crate) fn space_prefix(&self) -> SpacePrefix {
+        match (self.add_space_prefix.unwrap_or(self.model != "gemma4"), self.legacy) {
+            (false, _) => SpacePrefix::None,
+            (true, Some(false)) => SpacePrefix::FirstSection,
+            (true, _) => SpacePrefix::EachSection,
+        }
+    }
+
+    /// Files from before `pre` existed: the family's own rule where the file says which family it is.
+    fn unwritten_pre(&self) -> Option<&'static str> {
+        Some(match self.architecture.as_deref()? {
+            "falcon" => "falcon",
+            "qwen2" | "qwen2moe" => "qwen2",
+            "starcoder" | "starcoder2" => "starcoder",
+            "refact" => "refact",
+            "gptneox" | "mpt" => "mpt",
+            "command-r" => "command-r",
+            "llama" if self.tokens.iter().any(|token| token == "<|begin_of_text|>") => "llama-bpe",
+            _ => return None,
         })
     }
 
@@ -269,13 +372,14 @@ impl GgufVocabulary {
     }
 
     /// Name to id. Empty names are holes in the id space, which some converters leave.
-    fn vocabulary(&self) -> Vocab {
+    pub(crate) fn ids_by_name(&self) -> Vocab {
         let named = self.tokens.iter().enumerate().filter(|(_, token)| !token.is_empty());
         named.map(|(id, token)| (token.clone(), id as u32)).collect()
     }
 
-    fn build_byte_level(&self, rule: &PreTokenizerRule) -> Result<Tokenizer, EngineError> {
-        let vocabulary = self.vocabulary();
+    /// `merges`, each cut into its two tokens.
+    fn listed_merges(&self) -> Result<Merges, EngineError> {
+        let known: FxHashSet<&str> = self.tokens.iter().map(String::as_str).collect();
         let mut merges = Merges::with_capacity(self.merges.len());
         for (index, merge) in self.merges.iter().enumerate() {
             // The left part has at least one character, so a space at the very start belongs to it.
@@ -285,13 +389,17 @@ impl GgufVocabulary {
                 return Err(wrong("merges", format!("entry {index} is {merge:?}, which is not two tokens")));
             };
             let joined = format!("{left}{right}");
-            if let Some(unknown) = [left, right, &joined].into_iter().find(|part| !vocabulary.contains_key(*part)) {
+            if let Some(unknown) = [left, right, &joined].into_iter().find(|part| !known.contains(*part)) {
                 return Err(wrong("merges", format!("entry {index} is {merge:?}, but {unknown:?} is no token")));
             }
             merges.push((left.to_owned(), right.to_owned()));
         }
+        Ok(merges)
+    }
+
+    fn build_byte_level(&self, rule: &PreTokenizerRule) -> Result<Tokenizer, EngineError> {
         let model = BPE::builder()
-            .vocab_and_merges(vocabulary, merges)
+            .vocab_and_merges(self.ids_by_name(), self.listed_merges()?)
             .ignore_merges(rule.ignore_merges)
             .build()
             .map_err(|error| wrong("merges", format!("do not fit the tokens: {error}")))?;
@@ -299,72 +407,6 @@ impl GgufVocabulary {
         tokenizer.with_normalizer(rule.normalizer()).map_err(|error| wrong("pre", error))?;
         tokenizer.with_pre_tokenizer(Some(rule.pre_tokenizer()?));
         tokenizer.with_decoder(Some(ByteLevel::new(false, true, true)));
-        Ok(tokenizer)
-    }
-
-    /// SentencePiece merges the adjacent pair whose joined piece scores highest, so every split of every piece into two
-    /// pieces is a merge, ranked by the score of what it makes. Splits of one piece rank longer left part first, as in
-    /// transformers' conversion of the same vocabularies.
-    fn build_sentence_piece(&self, kinds: &[TokenKind]) -> Result<Tokenizer, EngineError> {
-        if self.scores.len() != self.tokens.len() {
-            let (num_scores, num_tokens) = (self.scores.len(), self.tokens.len());
-            return Err(wrong("scores", format!("has {num_scores} entries for {num_tokens} tokens")));
-        }
-        if let Some(id) = self.scores.iter().position(|score| score.is_nan()) {
-            return Err(wrong("scores", format!("is not a number for token {id}")));
-        }
-        let pieces: FxHashMap<&str, u32> = (self.tokens.iter().enumerate())
-            .filter(|(id, token)| kinds[*id] == TokenKind::Normal && !token.is_empty())
-            .map(|(id, token)| (token.as_str(), id as u32))
-            .collect();
-        let mut splits: Vec<(f32, &str, &str)> = Vec::new();
-        for (&piece, &id) in &pieces {
-            if piece.len() > MAX_PIECE_BYTES {
-                let num_bytes = piece.len();
-                return Err(wrong(
-                    "tokens",
-                    format!("entry {id} has {num_bytes} bytes, the limit is {MAX_PIECE_BYTES}"),
-                ));
-            }
-            for (cut, _) in piece.char_indices().skip(1) {
-                let (left, right) = piece.split_at(cut);
-                if pieces.contains_key(left) && pieces.contains_key(right) {
-                    splits.push((self.scores[id as usize], left, right));
-                }
-            }
-            if splits.len() > MAX_MERGES {
-                return Err(wrong("tokens", format!("can be split in more than {MAX_MERGES} ways")));
-            }
-        }
-        splits.sort_unstable_by(|a, b| {
-            let by_score = b.0.total_cmp(&a.0);
-            by_score.then(b.1.len().cmp(&a.1.len())).then(b.2.len().cmp(&a.2.len())).then((a.1, a.2).cmp(&(b.1, b.2)))
-        });
-        let merges: Merges = splits.into_iter().map(|(_, left, right)| (left.to_owned(), right.to_owned())).collect();
-
-        let mut builder = BPE::builder().vocab_and_merges(self.vocabulary(), merges).byte_fallback(true).fuse_unk(true);
-        let unknown = self.id("unknown_token_id", self.unknown)?.map(|id| id as usize);
-        let unknown = unknown.or_else(|| kinds.iter().position(|&kind| kind == TokenKind::Unknown));
-        if let Some(id) = unknown.filter(|&id| !self.tokens[id].is_empty()) {
-            builder = builder.unk_token(self.tokens[id].clone());
-        }
-        let model = builder.build().map_err(|error| wrong("tokens", format!("do not merge: {error}")))?;
-        let mut tokenizer = Tokenizer::new(ModelWrapper::BPE(model));
-
-        let add_space_prefix = self.add_space_prefix.unwrap_or(true);
-        let spaces = Replace::new(" ", METASPACE).map_err(|error| wrong("model", error))?;
-        let normalizer: NormalizerWrapper = if add_space_prefix {
-            Normalizers::new(vec![Prepend::new(METASPACE.to_owned()).into(), spaces.into()]).into()
-        } else {
-            spaces.into()
-        };
-        tokenizer.with_normalizer(Some(normalizer)).map_err(|error| wrong("model", error))?;
-        let spaces = Replace::new(METASPACE, " ").map_err(|error| wrong("model", error))?;
-        let mut decoders: Vec<DecoderWrapper> = vec![spaces.into(), ByteFallback::new().into(), Fuse::new().into()];
-        if add_space_prefix {
-            decoders.push(Strip::new(' ', 1, 0).into());
-        }
-        tokenizer.with_decoder(Some(Decoders::new(decoders)));
         Ok(tokenizer)
     }
 
@@ -382,7 +424,8 @@ impl GgufVocabulary {
             let is_marker = bos == Some(id as u32) || eos.contains(&(id as u32));
             let is_special = is_marker || matches!(kinds[id], TokenKind::Control | TokenKind::Unknown);
             if is_special || kinds[id] == TokenKind::UserDefined {
-                added.push(AddedToken::from(token.clone(), is_special).normalized(false));
+                let strips_after = self.strips_after.contains(&(id as u32));
+                added.push(AddedToken::from(token.clone(), is_special).normalized(false).rstrip(strips_after));
             }
         }
         tokenizer.add_tokens(added).map_err(|error| wrong("token_type", format!("cannot be applied: {error}")))?;

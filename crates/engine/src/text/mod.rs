@@ -3,15 +3,21 @@
 //! It must not know HTTP, the scheduler's plans or tensors. Model files are untrusted here: a broken vocabulary or
 //! template is an error with a name, never a panic, an endless loop or an unbounded allocation.
 //!
-//! Reading order: [`tokenizer`], [`gguf_vocabulary`] and [`pre_tokenizer`] for GGUF files, `decoder` token bytes to text,
-//! [`detokenize`] the same one token at a time, [`stop`] stop strings, [`chat`] templates, `template` their Python-like parts.
+//! Reading order: [`tokenizer`]; [`gguf_vocabulary`], [`pre_tokenizer`] and `sentence_piece` for GGUF files, `original` for
+//! folders without tokenizer.json; `decoder` token bytes to text,
+//! [`detokenize`] the same one token at a time, [`stop`] stop strings, [`chat`] templates, `template` their Python-like parts,
+//! `template_guard` what they pay for lists.
 
 pub mod chat;
 mod decoder;
 pub mod detokenize;
 pub mod gguf_vocabulary;
+mod original;
 pub mod pre_tokenizer;
+mod sentence_piece;
+mod sentence_piece_file;
 pub mod stop;
 mod template;
+mod template_guard;
 mod token_table;
 pub mod tokenizer;

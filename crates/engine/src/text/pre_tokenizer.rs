@@ -70,9 +70,13 @@ const RULES: &[PreTokenizerRule] = &[
     PreTokenizerRule {
         ignore_merges: true,
         add_bos: true,
-        ..rule(&["llama-bpe", "llama3", "llama-v3"], &[Stage::Split(LLAMA3), Stage::Bytes])
+        ..rule(
+            &["llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "lfm2", "midm-2.0", "pixtral"],
+            &[Stage::Split(LLAMA3), Stage::Bytes],
+        )
     },
-    rule(&["dbrx", "smaug-bpe", "glm4", "chatglm-bpe"], &[Stage::Split(LLAMA3), Stage::Bytes]),
+    rule(&["dbrx", "smaug-bpe", "chatglm-bpe"], &[Stage::Split(LLAMA3), Stage::Bytes]),
+    PreTokenizerRule { ignore_merges: true, ..rule(&["glm4"], &[Stage::Split(LLAMA3), Stage::Bytes]) },
     PreTokenizerRule { nfc: true, ..rule(&["qwen2"], &[Stage::Split(QWEN2), Stage::Bytes]) },
     rule(&["deepseek-r1-qwen"], &[Stage::Split(QWEN2), Stage::Bytes]),
     PreTokenizerRule { nfc: true, ..rule(&["qwen35"], &[Stage::Split(QWEN35), Stage::Bytes]) },

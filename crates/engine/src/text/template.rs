@@ -4,9 +4,10 @@
 //! and `strftime`. This file gives minijinja those; it must not know messages or models. Templates are untrusted:
 //! everything they can call is bounded by the render's fuel, and nothing reaches files, the network or the process.
 //!
-//! Known differences: `'...' % x` is an error (`'...' | format(x)` works); a loop over none is empty instead of an error;
-//! floats beyond 1e16 or below 1e-4 print in full inside lists and after `~`. Known hole, in minijinja 3.1: a list doubled
-//! some forty times by `x + x` is not paid for by fuel and can exhaust the memory.
+//! Known differences: `'...' % x` is an error (`'...' | format(x)` works); a loop over none is empty and a lazy list has a
+//! JSON form instead of an error; floats beyond 1e16 or below 1e-4 print in full after `join` and `format`. Known hole, in
+//! minijinja 3.1: comparing (`==`, `in`, `sort`, ...) two lists that were nested in themselves some thirty times over, as by
+//! `x = [x, x]`, takes time by the power of that and is not paid for by fuel.
 
 #![expect(clippy::needless_pass_by_value, reason = "minijinja hands a filter its arguments by value")]
 
@@ -19,6 +20,7 @@ use minijinja::{
     value::{Kwargs, Rest, Tuple, ValueKind, from_args},
 };
 
+use super::template_guard;
 use crate::EngineError;
 
 /// Deepest nesting that `tojson` follows. JSON from a client is at most 128 deep.
@@ -49,12 +51,19 @@ impl RaisedByTemplate {
 /// `tojson` and `raise_exception`. `strftime_now` depends on the time and comes with each render ([`strftime_now`]).
 pub(crate) fn environment() -> Result<Environment<'static>, EngineError> {
     let mut environment = Environment::new();
-    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-    environment
-        .set_syntax(syntax.map_err(|error| EngineError::Text(format!("the template syntax is invalid: {error}")))?);
+    let syntax = syntax().map_err(|error| EngineError::Text(format!("the template syntax is invalid: {error}")))?;
+    environment.set_syntax(syntax);
     minijinja_contrib::add_to_environment(&mut environment);
     environment.set_unknown_method_callback(python_method);
     environment.set_formatter(format_value);
+    environment.add_filter(template_guard::JOINED, template_guard::joined);
+    environment.add_filter(template_guard::SPELLED, spelled);
+    environment.add_filter("string", |state: &mut State, value: Value| -> Result<Value, Error> {
+        let value = spelled(state, value)?;
+        Ok(if value.kind() == ValueKind::String { value } else { Value::from(value.to_string()) })
+    });
+    // minijinja's own, not Jinja2's, and not paid for by fuel either.
+    environment.remove_filter("chain");
     environment.add_filter("tojson", tojson);
     for name in ["default", "d"] {
         environment.add_filter(name, default);
@@ -79,6 +88,10 @@ pub(crate) fn environment() -> Result<Environment<'static>, EngineError> {
     Ok(environment)
 }
 
+fn syntax() -> Result<SyntaxConfig, Error> {
+    SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()
+}
+
 /// The function of that name, fixed to a point in time.
 pub(crate) fn strftime_now(now: NaiveDateTime) -> Value {
     Value::from_function(move |format: String| strftime(now, &format))
@@ -88,8 +101,8 @@ pub(crate) fn strftime_now(now: NaiveDateTime) -> Value {
 /// tag; a `with` block prints its body in a scope of its own just so. Texts that look like the tag inside an expression
 /// or a comment do not occur in templates, so the tags are found by their form alone.
 ///
-/// Jinja2 also reads every kind of line end as a line feed.
-pub(crate) fn prepared_source(source: &str) -> String {
+/// Jinja2 also reads every kind of line end as a line feed. Last, joins of lists are made to be paid for.
+pub(crate) fn prepared_source(source: &str) -> Result<String, Error> {
     let source = source.replace("\r\n", "\n").replace('\r', "\n");
     let mut out = String::with_capacity(source.len());
     let mut rest = source.as_str();
@@ -117,7 +130,7 @@ pub(crate) fn prepared_source(source: &str) -> String {
         rest = &tag[end + 2..];
     }
     out.push_str(rest);
-    out
+    template_guard::guarded(&out, syntax()?)
 }
 
 /// A JSON value as a template sees it; integers stay integers, key order is kept.
@@ -143,13 +156,85 @@ fn invalid(message: impl Into<std::borrow::Cow<'static, str>>) -> Error {
 
 /// Prints floats as Python does, everything else as minijinja does.
 fn format_value(out: &mut Output, state: &mut State, value: &Value) -> Result<(), Error> {
-    if value.kind() == ValueKind::Number
-        && !value.is_integer()
-        && let Some(float) = f64::try_from(value.clone()).ok().filter(|float| float.is_finite())
-    {
-        return out.write_str(&float_repr(float)).map_err(Error::from);
+    let spelled = spelled(state, value.clone())?;
+    minijinja::escape_formatter(out, state, &spelled)
+}
+
+/// A float, or what holds one, as the text that Python prints, where minijinja would print another; else the value.
+fn spelled(state: &mut State, value: Value) -> Result<Value, Error> {
+    if !has_exponent(state, &value)? {
+        return Ok(value);
     }
-    minijinja::escape_formatter(out, state, value)
+    let mut text = String::new();
+    write_repr(state, &value, &mut text)?;
+    Ok(Value::from(text))
+}
+
+/// Whether Python writes a number in it with an exponent. The walk pays for all that printing the value takes, which
+/// minijinja asks for only after it has printed.
+fn has_exponent(state: &mut State, value: &Value) -> Result<bool, Error> {
+    let is_walked = |value: &Value| {
+        matches!(value.kind(), ValueKind::Seq | ValueKind::Map | ValueKind::Iterable) && value.len().is_some()
+    };
+    if !is_walked(value) {
+        return Ok(exponent_repr(value).is_some());
+    }
+    let mut pending = vec![value.clone()];
+    while let Some(value) = pending.pop() {
+        if !is_walked(&value) {
+            state.consume_fuel(value.as_str().map_or(0, str::len) as u64 / 64)?;
+            if exponent_repr(&value).is_some() {
+                return Ok(true);
+            }
+            continue;
+        }
+        for item in value.try_iter()? {
+            state.consume_fuel(1)?;
+            if value.kind() == ValueKind::Map {
+                pending.push(value.get_item(&item)?);
+            }
+            pending.push(item);
+        }
+    }
+    Ok(false)
+}
+
+fn exponent_repr(value: &Value) -> Option<String> {
+    let float = f64::try_from(value.clone()).ok().filter(|float| float.is_finite() && !value.is_integer())?;
+    Some(float_repr(float)).filter(|text| text.contains('e'))
+}
+
+/// Python's `repr` of what [`has_exponent`] walked.
+fn write_repr(state: &mut State, value: &Value, text: &mut String) -> Result<(), Error> {
+    state.consume_fuel(1)?;
+    match value.kind() {
+        ValueKind::Map => {
+            text.push('{');
+            for (index, key) in value.try_iter()?.enumerate() {
+                text.push_str(if index == 0 { "" } else { ", " });
+                write_repr(state, &key, text)?;
+                text.push_str(": ");
+                write_repr(state, &value.get_item(&key)?, text)?;
+            }
+            text.push('}');
+        }
+        ValueKind::Seq | ValueKind::Iterable if value.len().is_some() => {
+            let (open, close) = if value.is_tuple() { ('(', ')') } else { ('[', ']') };
+            text.push(open);
+            for (index, item) in value.try_iter()?.enumerate() {
+                text.push_str(if index == 0 { "" } else { ", " });
+                write_repr(state, &item, text)?;
+            }
+            text.push_str(if value.is_tuple() && value.len() == Some(1) { "," } else { "" });
+            text.push(close);
+        }
+        _ => {
+            let repr = exponent_repr(value).unwrap_or_else(|| format!("{value:?}"));
+            state.consume_fuel(repr.len() as u64 / 64)?;
+            text.push_str(&repr);
+        }
+    }
+    Ok(())
 }
 
 /// The arguments of a call by position or by name, as Python binds them; absent ones are undefined.

@@ -12,7 +12,7 @@
 use std::{
     collections::BTreeMap,
     panic::{AssertUnwindSafe, catch_unwind},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use bindery_model::weights::gguf::GgufFile;
@@ -22,7 +22,8 @@ use tokenizers::AddedToken;
 
 use super::{
     decoder::{ByteStream, DecoderKind},
-    gguf_vocabulary::{BuiltVocabulary, GgufVocabulary, MAX_TOKENS, MAX_VOCABULARY_BYTES},
+    gguf_vocabulary::{BuiltVocabulary, COMPLAINT, GgufVocabulary, MAX_TOKENS, MAX_VOCABULARY_BYTES},
+    original,
     token_table::{TokenPiece, TokenTable},
 };
 use crate::EngineError;
@@ -65,36 +66,29 @@ impl std::fmt::Debug for Tokenizer {
 }
 
 impl Tokenizer {
-    /// A model folder's tokenizer: `tokenizer.json`, with `tokenizer_config.json`, `special_tokens_map.json`,
-    /// `generation_config.json` and `config.json` for the tokens that begin and end a generation.
+    /// A model folder's tokenizer: `tokenizer.json`, else the original's own file (`tokenizer.model`, `*.tiktoken`), with
+    /// `tokenizer_config.json`, `special_tokens_map.json`, `generation_config.json` and `config.json` for the tokens that
+    /// begin and end a generation.
     ///
     /// Which special tokens are added is `tokenizer.json`'s post-processor's word, as in transformers; only where it has
     /// none do `add_bos_token` and `add_eos_token` of `tokenizer_config.json` count. A generation ends at `eos_token`
     /// and at every `eos_token_id` of `generation_config.json` (of `config.json` where that file is missing).
     pub fn from_dir(path: &Path) -> Result<Self, EngineError> {
-        let file = path.join("tokenizer.json");
+        let config = read_json(&path.join("tokenizer_config.json"))?.unwrap_or_default();
+        let Folder { mut inner, file, built_in, mut add_bos, mut add_eos } = Folder::open(path, &config)?;
         let unusable =
             |what: &dyn std::fmt::Display| EngineError::Text(format!("{} is unusable: {what}", file.display()));
-        let bytes = read_bounded(&file, MAX_TOKENIZER_FILE_BYTES)?.ok_or_else(|| {
-            EngineError::Text(format!(
-                "{} is missing: save the model's fast tokenizer there (transformers: save_pretrained)",
-                file.display()
-            ))
-        })?;
-        // Broken merges make the crate index out of bounds, so a panic counts as a broken file.
-        let mut inner = catch_unwind(|| tokenizers::Tokenizer::from_bytes(&bytes))
-            .map_err(|_| unusable(&"its vocabulary and merges contradict each other"))?
-            .map_err(|error| unusable(&error))?;
-        drop(bytes);
-        inner.with_padding(None);
-        inner.with_truncation(None).map_err(|error| unusable(&error))?;
 
-        let config = read_json(&path.join("tokenizer_config.json"))?.unwrap_or_default();
         let special_map = read_json(&path.join("special_tokens_map.json"))?.unwrap_or_default();
         let model_config = read_json(&path.join("config.json"))?.unwrap_or_default();
         let generation = read_json(&path.join("generation_config.json"))?;
-        let named_tokens = named_tokens(&special_map, &config);
-        add_missing_tokens(&mut inner, &config, &named_tokens).map_err(|error| unusable(&error))?;
+        let mut named_tokens = named_tokens(&special_map, &config);
+        for (role, token) in built_in {
+            named_tokens.entry(role).or_insert(token);
+        }
+        // An original's vocabulary has the configuration's tokens already, at the ids that it gives.
+        let listed = if file.ends_with("tokenizer.json") { &config } else { &Value::Null };
+        add_missing_tokens(&mut inner, listed, &named_tokens).map_err(|error| unusable(&error))?;
 
         let id_of = |name: &str| named_tokens.get(name).and_then(|token| inner.token_to_id(token));
         let id_in = |config: &Value, key: &str| ids_of(&config[key]).first().copied();
@@ -104,9 +98,11 @@ impl Tokenizer {
         let main_eos = id_of("eos_token");
         let listed = ids_of(&generation.as_ref().unwrap_or(&model_config)["eos_token_id"]);
         let eos: Vec<u32> = main_eos.into_iter().chain(listed).collect();
-        let adds = |key: &str| inner.get_post_processor().is_none() && config[key] == Value::Bool(true);
-        let prefix = bos.filter(|_| adds("add_bos_token"));
-        let suffix = main_eos.or(eos.first().copied()).filter(|_| adds("add_eos_token"));
+        if inner.get_post_processor().is_some() {
+            (add_bos, add_eos) = (false, false);
+        }
+        let prefix = bos.filter(|_| add_bos);
+        let suffix = main_eos.or(eos.first().copied()).filter(|_| add_eos);
         Self::assemble(inner, Specials { bos, eos, prefix, suffix, named_tokens }).map_err(|error| unusable(&error))
     }
 
@@ -118,17 +114,7 @@ impl Tokenizer {
     /// The same from a vocabulary in memory. See [`GgufVocabulary`] for the kinds that are known.
     pub fn from_vocabulary(vocabulary: &GgufVocabulary) -> Result<Self, EngineError> {
         let built: BuiltVocabulary = vocabulary.build()?;
-        let mut named_tokens = BTreeMap::new();
-        for (name, id) in [
-            ("bos_token", built.bos),
-            ("eos_token", built.main_eos),
-            ("unk_token", built.unknown),
-            ("pad_token", built.padding),
-        ] {
-            if let Some(id) = id {
-                named_tokens.insert(name.to_owned(), vocabulary.tokens[id as usize].clone());
-            }
-        }
+        let named_tokens = built.named_tokens(vocabulary);
         let specials = Specials {
             bos: built.bos,
             prefix: built.bos.filter(|_| built.add_bos),
@@ -303,6 +289,51 @@ impl Tokenizer {
             Some(max_shrink) => num_bytes.div_ceil(max_shrink).div_ceil(self.table.num_bytes_max().max(1)),
             None => usize::from(num_bytes > 0),
         }
+    }
+}
+
+/// What a model folder's tokenizer file holds.
+struct Folder {
+    inner: tokenizers::Tokenizer,
+    file: PathBuf,
+    /// Tokens with a role that the file itself names.
+    built_in: BTreeMap<String, String>,
+    add_bos: bool,
+    add_eos: bool,
+}
+
+impl Folder {
+    fn open(path: &Path, config: &Value) -> Result<Self, EngineError> {
+        let file = path.join("tokenizer.json");
+        let Some(bytes) = read_bounded(&file, MAX_TOKENIZER_FILE_BYTES)? else {
+            return Self::open_original(path, config);
+        };
+        let unusable =
+            |what: &dyn std::fmt::Display| EngineError::Text(format!("{} is unusable: {what}", file.display()));
+        // Broken merges make the crate index out of bounds, so a panic counts as a broken file.
+        let mut inner = catch_unwind(|| tokenizers::Tokenizer::from_bytes(&bytes))
+            .map_err(|_| unusable(&"its vocabulary and merges contradict each other"))?
+            .map_err(|error| unusable(&error))?;
+        inner.with_padding(None);
+        inner.with_truncation(None).map_err(|error| unusable(&error))?;
+        let adds = |key: &str| config[key] == Value::Bool(true);
+        let (add_bos, add_eos) = (adds("add_bos_token"), adds("add_eos_token"));
+        Ok(Self { inner, file, built_in: BTreeMap::new(), add_bos, add_eos })
+    }
+
+    fn open_original(path: &Path, config: &Value) -> Result<Self, EngineError> {
+        let Some((vocabulary, file)) = original::read(path, config)? else {
+            let missing = path.join("tokenizer.json");
+            return Err(EngineError::Text(format!("{} is missing: {}", missing.display(), original::advice(path))));
+        };
+        let built = vocabulary.build().map_err(|error| {
+            let text = error.to_string();
+            EngineError::Text(format!("{} is unusable: its {}", file.display(), text.trim_start_matches(COMPLAINT)))
+        })?;
+        let built_in = built.named_tokens(&vocabulary);
+        // The first token may be one that only the configuration names.
+        let (add_bos, add_eos) = (vocabulary.add_bos.unwrap_or(built.add_bos), built.add_eos);
+        Ok(Self { inner: built.tokenizer, file, built_in, add_bos, add_eos })
     }
 }
 
