@@ -4,6 +4,7 @@
 mod bench;
 mod chat;
 mod config;
+mod perplexity;
 mod serving;
 mod support;
 mod usage;
