@@ -110,8 +110,10 @@ pub(crate) fn run(steps: &mut Steps, chunks: u32) -> Result<()> {
             None => programs.model.clone(),
         };
         let (ours, _) = programs.ours(&file, setting.ours)?;
-        text.push_str(&ours.row(setting.name, "ours"));
-        text.push_str(&programs.theirs(&file, setting.theirs)?.row(setting.name, "theirs"));
+        let theirs = programs.theirs(&file, setting.theirs)?;
+        let pair = ours.row(setting.name, "ours") + &theirs.row(setting.name, "theirs");
+        print!("{pair}");
+        text.push_str(&pair);
         steps.end();
     }
     steps.begin("our cache alone");
@@ -174,6 +176,8 @@ impl Programs {
         command.arg("--model").arg(file).arg("--file").arg(&self.text).arg("--kl-divergence-base");
         command.arg(self.folder.join("f32.kld"));
         command.args(["--ctx-size", CTX_SIZE, "--chunks", &self.chunks, "--threads", &self.threads]);
+        // No figure depends on it, and threads that spin while they wait would slow down whatever runs beside them.
+        command.env("OMP_WAIT_POLICY", "passive");
         let output = command.args(flags).output().context("cannot start llama-perplexity")?;
         let text = [output.stdout, output.stderr].concat();
         let text = String::from_utf8_lossy(&text).into_owned();
