@@ -306,7 +306,7 @@ fn score_window(
             base.forward(window, &step)?;
         }
         let scored = scored_positions(window.len(), &step);
-        let targets = &window[scored.start + 1..scored.end + 1];
+        let targets = &window[scored.start + 1..][..scored.len()];
         for first in (0..targets.len()).step_by(rows_at_once) {
             let rows = first..(first + rows_at_once).min(targets.len());
             let targets = &targets[rows.clone()];

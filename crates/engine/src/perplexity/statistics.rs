@@ -233,6 +233,9 @@ mod tests {
         (actual - expected).abs() <= 1e-11 * (1.0 + expected.abs())
     }
 
+    /// Negative log-likelihoods of both, KL divergence, same top token.
+    type Drawn = (f64, f64, f64, bool);
+
     proptest! {
         #[test]
         fn a_row_agrees_with_the_definitions(
@@ -265,12 +268,12 @@ mod tests {
                 })
                 .collect();
             let n = values.len() as f64;
-            let mean = |of: &dyn Fn(&(f64, f64, f64, bool)) -> f64| values.iter().map(of).sum::<f64>() / n;
+            let mean = |of: fn(&Drawn) -> f64| values.iter().map(of).sum::<f64>() / n;
             // As llama-perplexity computes them.
             let variance = |a: f64, of_square: f64| ((of_square - a * a) / (n - 1.0)).max(0.0);
-            let (a, b) = (mean(&|v| v.0), mean(&|v| v.1));
-            let (var_a, var_b) = (variance(a, mean(&|v| v.0 * v.0)), variance(b, mean(&|v| v.1 * v.1)));
-            let covariance = (mean(&|v| v.0 * v.1) - a * b) / (n - 1.0);
+            let (a, b) = (mean(|v| v.0), mean(|v| v.1));
+            let (var_a, var_b) = (variance(a, mean(|v| v.0 * v.0)), variance(b, mean(|v| v.1 * v.1)));
+            let covariance = (mean(|v| v.0 * v.1) - a * b) / (n - 1.0);
 
             let comparison = compare(&tokens).unwrap();
             let near = |estimate: Estimate, value: f64, variance: f64| {
@@ -280,11 +283,11 @@ mod tests {
             prop_assert!(near(comparison.base_perplexity, b.exp(), var_b * (2.0 * b).exp()));
             prop_assert!(near(comparison.ln_perplexity_ratio, a - b, var_a + var_b - 2.0 * covariance));
             prop_assert!(close(comparison.perplexity_ratio.value, a.exp() / b.exp()));
-            let same = mean(&|v| f64::from(u8::from(v.3)));
+            let same = mean(|v| f64::from(u8::from(v.3)));
             prop_assert!(near(comparison.same_top, same, same * (1.0 - same) / (n - 1.0)));
-            let delta = |v: &(f64, f64, f64, bool)| (-v.0).exp() - (-v.1).exp();
-            prop_assert!(close(comparison.mean_delta_p.value, mean(&delta)));
-            prop_assert!(close(comparison.rms_delta_p.value.powi(2), mean(&|v| delta(v) * delta(v))));
+            let delta: fn(&Drawn) -> f64 = |v| (-v.0).exp() - (-v.1).exp();
+            prop_assert!(close(comparison.mean_delta_p.value, mean(delta)));
+            prop_assert!(close(comparison.rms_delta_p.value.powi(2), mean(|v| ((-v.0).exp() - (-v.1).exp()).powi(2))));
 
             let spread = comparison.kl_divergence;
             let mut sorted: Vec<f64> = values.iter().map(|v| v.2).collect();
