@@ -31,7 +31,7 @@ struct Setting {
     theirs: &'static [&'static str],
 }
 
-const SETTINGS: [Setting; 6] = [
+const SETTINGS: [Setting; 7] = [
     Setting { name: "Q4_1, cache f16 (defaults)", conversion: None, ours: &[], theirs: &[] },
     Setting {
         name: "Q4_1, cache f32",
@@ -43,6 +43,13 @@ const SETTINGS: [Setting; 6] = [
         name: "Q4_1, cache int8 / Q8_0",
         conversion: None,
         ours: &["--kv-cache-dtype", "int8"],
+        theirs: &["--cache-type-k", "q8_0", "--cache-type-v", "q8_0"],
+    },
+    // The cache alone, without the noise that int8 activations add to every change of them.
+    Setting {
+        name: "F32, cache int8 / Q8_0",
+        conversion: Some("f32"),
+        ours: &["--dtype", "f32", "--kv-cache-dtype", "int8"],
         theirs: &["--cache-type-k", "q8_0", "--cache-type-v", "q8_0"],
     },
     Setting { name: "F16", conversion: Some("f16"), ours: &[], theirs: &[] },
