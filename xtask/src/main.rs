@@ -3,6 +3,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command-line tool talks to its terminal")]
 
 mod peer;
+mod quality;
 mod vocabularies;
 
 use std::env;
@@ -33,6 +34,9 @@ cargo xtask <verb>
   bench-peer [ROUNDS]
           builds llama.cpp (once, in target/peer), serves the same model with it and with us, loads both in turns
           (ROUNDS A B A B, default 3) and prints the tables; needs python3, a C++ compiler and a quiet machine
+  bench-quality [CHUNKS]
+          perplexity and KL divergence to f32, ours and llama.cpp's (built as above), over CHUNKS windows of 512 tokens
+          (default 32) of a book; prints the table. The peer's f32 logits take 25 MB of disk a window meanwhile
   help    this text
 ";
 
@@ -68,6 +72,10 @@ fn run(args: &[String]) -> Result<()> {
         Some((verb, rest)) if verb == "bench-peer" && rest.len() < 2 => {
             let rounds = rest.first().map_or(Ok(3), |rounds| rounds.parse()).context("ROUNDS is a number")?;
             peer::run(&mut steps, rounds)?;
+        }
+        Some((verb, rest)) if verb == "bench-quality" && rest.len() < 2 => {
+            let chunks = rest.first().map_or(Ok(32), |chunks| chunks.parse()).context("CHUNKS is a number")?;
+            quality::run(&mut steps, chunks)?;
         }
         None => print!("{USAGE}"),
         Some((verb, _)) if verb == "help" || verb == "--help" => print!("{USAGE}"),

@@ -53,8 +53,7 @@ pub(crate) fn run(steps: &mut Steps, rounds: u32) -> Result<()> {
     let folder = target_dir().join("peer");
     fs::create_dir_all(&folder)?;
     let bin = build(steps, &folder)?;
-    let pulled = Command::new(&bindery).args(["pull", "smollm2-135m"]).stderr(Stdio::inherit()).output()?;
-    let model = PathBuf::from(String::from_utf8(pulled.stdout)?.trim());
+    let model = default_model(&bindery)?;
     let requantised = folder.join("q4_0.gguf");
     if !requantised.is_file() {
         let mut quantise = Command::new(bin.join("llama-quantize"));
@@ -99,8 +98,17 @@ pub(crate) fn run(steps: &mut Steps, rounds: u32) -> Result<()> {
     Ok(())
 }
 
+/// The default model's file, fetched if it is not here.
+pub(crate) fn default_model(bindery: &Path) -> Result<PathBuf> {
+    let pulled = Command::new(bindery).args(["pull", "smollm2-135m"]).stderr(Stdio::inherit()).output()?;
+    if !pulled.status.success() {
+        bail!("`bindery pull smollm2-135m` failed; the comparison needs the default model");
+    }
+    Ok(PathBuf::from(String::from_utf8(pulled.stdout)?.trim()))
+}
+
 /// When, where and of what tree: what a table in `benches/RESULTS.md` begins with.
-fn circumstances(threads: &str) -> Result<String> {
+pub(crate) fn circumstances(threads: &str) -> Result<String> {
     let said = |program: &str, args: &[&str]| -> Result<String> {
         let output = Command::new(program).args(args).output().with_context(|| format!("cannot start {program}"))?;
         Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
@@ -160,10 +168,11 @@ fn whole_steps(
 }
 
 /// What is built of the peer.
-const PROGRAMS: [&str; 4] = ["llama-server", "llama-quantize", "llama-bench", "llama-batched-bench"];
+const PROGRAMS: [&str; 5] =
+    ["llama-server", "llama-quantize", "llama-bench", "llama-batched-bench", "llama-perplexity"];
 
 /// The folder with the peer's programs, built if they are not there.
-fn build(steps: &mut Steps, folder: &Path) -> Result<PathBuf> {
+pub(crate) fn build(steps: &mut Steps, folder: &Path) -> Result<PathBuf> {
     let bin = folder.join("build").join("bin");
     if PROGRAMS.iter().all(|name| bin.join(name).is_file()) {
         return Ok(bin);

@@ -35,6 +35,8 @@ pub(crate) enum Command {
     Chat(Box<ChatArgs>),
     /// Load-test a server (or a model in this process) and print the table
     Bench(Box<BenchArgs>),
+    /// Score a text: perplexity, and KL divergence to the same model in f32
+    Perplexity(Box<PerplexityArgs>),
     /// Fetch a model's weights and print where they are
     Pull(PullArgs),
     /// List known models and what is cached
@@ -238,6 +240,52 @@ pub(crate) struct BenchArgs {
     pub(crate) engine: EngineArgs,
 }
 
+/// `perplexity`; what it shares with `serve` has the same names there.
+#[derive(Args, Debug)]
+pub(crate) struct PerplexityArgs {
+    #[arg(value_name = "MODEL", help = MODEL_HELP)]
+    pub(crate) model: Option<String>,
+    /// The text (UTF-8)
+    #[arg(short, long, value_name = "TEXT")]
+    pub(crate) file: PathBuf,
+    /// Tokens in a window; those of its second half are scored
+    #[arg(short, long, value_name = "TOKENS", default_value_t = 512, value_parser = clap::value_parser!(u32).range(8..))]
+    pub(crate) ctx_size: u32,
+    /// Windows to score; -1: all of the text's
+    #[arg(long, value_name = "N", default_value = "-1", allow_negative_numbers = true, value_parser = parse_chunks)]
+    pub(crate) chunks: Chunks,
+    /// Also compare with a base (KL divergence and what goes with it) [default without a value: f32]
+    #[arg(long, value_enum, value_name = "SETTING", num_args = 0..=1, require_equals = true, default_missing_value = "f32")]
+    pub(crate) base: Option<BaseArg>,
+    /// Take the base from other weights with the same vocabulary; where --base is not given, in f32
+    #[arg(long, value_name = "MODEL")]
+    pub(crate) base_model: Option<String>,
+    /// JSON instead of the table
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Type of dense weights and activations [default: auto: as stored]
+    #[arg(long, value_enum, env = "BINDERY_DTYPE")]
+    pub(crate) dtype: Option<DtypeArg>,
+    /// Quantise dense weights at load [default: none: as stored]
+    #[arg(long, value_enum, env = "BINDERY_QUANTIZE")]
+    pub(crate) quantize: Option<QuantizeArg>,
+    /// Type of the KV cache [default: auto: f32 under --dtype f32, else f16]
+    #[arg(long, value_enum, env = "BINDERY_KV_CACHE_DTYPE")]
+    pub(crate) kv_cache_dtype: Option<KvCacheDtypeArg>,
+    /// Threads that compute [default: physical cores]
+    #[arg(long, value_name = "N", env = "BINDERY_THREADS", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) threads: Option<u32>,
+    /// Where the weights come from; dummy: random ones of the model's shapes [default: auto]
+    #[arg(long, value_enum, env = "BINDERY_LOAD_FORMAT")]
+    pub(crate) load_format: Option<LoadFormat>,
+    /// Who computes: our kernels, or the slow and obviously right reference [default: cpu]
+    #[arg(long, value_enum, env = "BINDERY_BACKEND")]
+    pub(crate) backend: Option<BackendArg>,
+    /// Never touch the network
+    #[arg(long, env = "BINDERY_OFFLINE", value_parser = clap::builder::FalseyValueParser::new())]
+    pub(crate) offline: bool,
+}
+
 /// `pull`
 #[derive(Args, Debug)]
 pub(crate) struct PullArgs {
@@ -341,6 +389,25 @@ pub(crate) enum Endpoint {
     Completions,
     /// /v1/chat/completions
     Chat,
+}
+
+/// `--base`
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum BaseArg {
+    /// Quantised weights widened to f32, KV cache in f32, our kernels
+    #[default]
+    F32,
+    /// The same on the reference backend
+    Reference,
+    /// Weights as stored, KV cache in f16, our kernels: what `serve` does unless told otherwise
+    Stored,
+}
+
+/// `--chunks`
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Chunks {
+    All,
+    First(usize),
 }
 
 /// `--device`
@@ -450,6 +517,15 @@ pub(crate) fn parse_size(text: &str) -> Result<ByteSize, String> {
         Ok(ByteSize(0)) => Err("expected more than nothing".to_owned()),
         Ok(size) => Ok(size),
         Err(_) => Err("expected a size like 4GiB or 512MB".to_owned()),
+    }
+}
+
+/// As llama-perplexity takes it.
+fn parse_chunks(text: &str) -> Result<Chunks, String> {
+    match text.parse::<i32>() {
+        Ok(-1) => Ok(Chunks::All),
+        Ok(count @ 1..) => Ok(Chunks::First(count as usize)),
+        _ => Err("expected a number of windows, at least 1, or -1 for all".to_owned()),
     }
 }
 

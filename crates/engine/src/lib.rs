@@ -5,7 +5,7 @@
 //! Reading order: [`step`](crate::Engine) the loop's one screen (`src/step.rs`), [`engine`] the way in, [`request`] what
 //! goes in and comes out, [`sample`] a row of logits to a token, [`grammar`]
 //! which tokens a form allows, [`text`] tokenizer, detokenizer and templates,
-//! [`local_model`] all of it joined for a server, `load` how it comes into being.
+//! [`local_model`] all of it joined for a server, `load` how it comes into being, [`perplexity`] how good a model is.
 
 #![forbid(unsafe_code)]
 
@@ -16,6 +16,7 @@ pub mod error;
 pub mod grammar;
 mod load;
 pub mod local_model;
+pub mod perplexity;
 pub mod request;
 pub mod sample;
 #[doc(hidden)]

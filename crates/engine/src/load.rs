@@ -120,7 +120,8 @@ fn nothing_to_quantize(info: &ModelInfo, quantize: Quantize) -> Option<String> {
     })
 }
 
-fn load_text(path: &Path, is_dummy: bool) -> Result<(Tokenizer, Option<ChatTemplate>), EngineError> {
+/// Tokenizer and template of a model's file or folder.
+pub(crate) fn load_text(path: &Path, is_dummy: bool) -> Result<(Tokenizer, Option<ChatTemplate>), EngineError> {
     if path.is_file() && path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
         let file = GgufFile::open(path)?;
         let tokenizer = Tokenizer::from_gguf(&file)?;

@@ -5,6 +5,7 @@ mod chat;
 mod check;
 mod completions;
 mod models;
+mod perplexity;
 mod pull;
 mod serve;
 
@@ -18,6 +19,7 @@ pub(crate) fn run(command: Command) -> anyhow::Result<()> {
         Command::Serve(args) => block_on(serve::run(*args)),
         Command::Chat(args) => block_on(chat::run(*args)),
         Command::Bench(args) => block_on(bench::run(*args)),
+        Command::Perplexity(args) => block_on(perplexity::run(*args)),
         Command::Pull(args) => block_on(pull::run(args)),
         Command::Models(args) => block_on(models::run(args)),
         Command::Check(args) => block_on(check::run(args)),

@@ -1,0 +1,262 @@
+//! `bench-quality`: perplexity and KL divergence to f32, ours and llama.cpp's, on the same files and the same text.
+//!
+//! It calls programs and lays what they print side by side; the measuring is `bindery perplexity`'s and
+//! llama-perplexity's. The text is a book in the public domain that a crate of ours carries along as its test data, so
+//! nothing is fetched for it. What is made lies in `target/peer`.
+
+use std::{
+    fmt::Write as _,
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use crate::{Steps, cargo, peer, target_dir};
+
+/// What carries the text, and where: "Around the World in Eighty Days" in Project Gutenberg's edition.
+const TEXT_CRATE: &str = "esaxx-rs";
+const TEXT_FILE: &str = "data/eighty.txt";
+/// Tokens of a window, as llama-perplexity has it by default.
+const CTX_SIZE: &str = "512";
+
+/// A row: the weights, the cache, and what each program is told for it.
+struct Setting {
+    name: &'static str,
+    /// Of the peer's conversions; None: the default model's own file.
+    conversion: Option<&'static str>,
+    ours: &'static [&'static str],
+    theirs: &'static [&'static str],
+}
+
+const SETTINGS: [Setting; 7] = [
+    Setting { name: "Q4_1, cache f16 (defaults)", conversion: None, ours: &[], theirs: &[] },
+    Setting {
+        name: "Q4_1, cache f32",
+        conversion: None,
+        ours: &["--kv-cache-dtype", "f32"],
+        theirs: &["--cache-type-k", "f32", "--cache-type-v", "f32"],
+    },
+    Setting {
+        name: "Q4_1, cache int8 / Q8_0",
+        conversion: None,
+        ours: &["--kv-cache-dtype", "int8"],
+        theirs: &["--cache-type-k", "q8_0", "--cache-type-v", "q8_0"],
+    },
+    // The cache alone, without the noise that int8 activations add to every change of them.
+    Setting {
+        name: "F32, cache int8 / Q8_0",
+        conversion: Some("f32"),
+        ours: &["--dtype", "f32", "--kv-cache-dtype", "int8"],
+        theirs: &["--cache-type-k", "q8_0", "--cache-type-v", "q8_0"],
+    },
+    Setting { name: "F16", conversion: Some("f16"), ours: &[], theirs: &[] },
+    Setting { name: "Q8_0", conversion: Some("q8_0"), ours: &[], theirs: &[] },
+    Setting { name: "Q4_0", conversion: Some("q4_0"), ours: &[], theirs: &[] },
+];
+
+/// Figures of a row, as they are printed.
+#[derive(Default)]
+struct Figures {
+    perplexity: String,
+    ratio: String,
+    kl_mean: String,
+    kl_median: String,
+    kl_99: String,
+    kl_max: String,
+    same_top: String,
+    rms_delta_p: String,
+}
+
+impl Figures {
+    fn row(&self, name: &str, who: &str) -> String {
+        let Self { perplexity, ratio, kl_mean, kl_median, kl_99, kl_max, same_top, rms_delta_p } = self;
+        format!(
+            "| {name} | {who} | {perplexity} | {ratio} | {kl_mean} | {kl_median} | {kl_99} | {kl_max} | {same_top} | {rms_delta_p} |\n"
+        )
+    }
+}
+
+/// Scores `chunks` windows with every setting.
+pub(crate) fn run(steps: &mut Steps, chunks: u32) -> Result<()> {
+    steps.run("build", cargo().args(["build", "--release", "--package", "bindery"]))?;
+    let bindery = target_dir().join("release").join("bindery");
+    let folder = target_dir().join("peer");
+    fs::create_dir_all(&folder)?;
+    let bin = peer::build(steps, &folder)?;
+    let model = peer::default_model(&bindery)?;
+    let text = folder.join("eighty.txt");
+    fs::write(&text, book()?)?;
+    let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get).to_string();
+    let programs = Programs { bindery, bin, model, text, threads, chunks: chunks.to_string(), folder };
+
+    let f32_file = programs.converted(steps, "f32")?;
+    steps.begin("the peer's f32");
+    let their_base = programs.their_base(&f32_file)?;
+    steps.end();
+    steps.begin("ours on the f32 file, against the widened Q4_1 file");
+    let (widened, our_base) = programs.ours(&f32_file, &["--dtype", "f32"])?;
+    steps.end();
+    let mut text = peer::circumstances(&programs.threads)?;
+    let _ = writeln!(
+        text,
+        "- text: {TEXT_FILE} of the crate {TEXT_CRATE}; {chunks} windows of {CTX_SIZE} tokens\n- perplexity in f32: ours {our_base}, theirs \
+         {their_base}; ours on the f32 file that its tool made of the Q4_1 file has a KL divergence of {} (at most {})\n",
+        widened.kl_mean, widened.kl_max
+    );
+    text.push_str(
+        "| weights, cache | who | perplexity | to f32's | KL divergence | median | 99 % | most | same top, % | Δp RMS, % |\n\
+         |---|---|---|---|---|---|---|---|---|---|\n",
+    );
+    for setting in SETTINGS {
+        steps.begin(setting.name);
+        let file = match setting.conversion {
+            Some(format) => programs.converted(steps, format)?,
+            None => programs.model.clone(),
+        };
+        let (ours, _) = programs.ours(&file, setting.ours)?;
+        let theirs = programs.theirs(&file, setting.theirs)?;
+        let pair = ours.row(setting.name, "ours") + &theirs.row(setting.name, "theirs");
+        print!("{pair}");
+        text.push_str(&pair);
+        steps.end();
+    }
+    steps.begin("our cache alone");
+    let (cache, _) = programs.measured(&programs.model, &["--kv-cache-dtype", "int8", "--base=stored"])?;
+    text.push_str(&cache.row("Q4_1, cache int8, to the same with f16", "ours"));
+    steps.end();
+    print!("\n{text}");
+    // Gigabytes that the next run makes anew.
+    fs::remove_file(programs.folder.join("f32.kld"))?;
+    let results = programs.folder.join("quality.md");
+    fs::write(&results, text)?;
+    println!("written to {}", results.display());
+    Ok(())
+}
+
+/// The book without what its publisher says before and behind it, with bare line ends.
+fn book() -> Result<String> {
+    let output = cargo().args(["metadata", "--format-version", "1", "--locked"]).stderr(Stdio::inherit()).output()?;
+    let metadata: Value = serde_json::from_slice(&output.stdout).context("cargo metadata printed no JSON")?;
+    let packages = metadata["packages"].as_array().map_or(&[][..], Vec::as_slice);
+    let package = packages.iter().find(|package| package["name"] == TEXT_CRATE);
+    let manifest = package.and_then(|package| package["manifest_path"].as_str());
+    let path = Path::new(manifest.with_context(|| format!("{TEXT_CRATE} is no dependency any more"))?);
+    let path = path.with_file_name(TEXT_FILE);
+    let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let text = text.replace("\r\n", "\n");
+    let body = text.split_once("*** START OF").and_then(|(_, rest)| rest.split_once('\n')).map(|(_, rest)| rest);
+    let body = body.and_then(|rest| rest.split_once("End of Project Gutenberg")).map(|(body, _)| body);
+    let body = body.with_context(|| format!("{} is not in Project Gutenberg's form any more", path.display()))?;
+    Ok(format!("{}\n", body.trim()))
+}
+
+struct Programs {
+    bindery: PathBuf,
+    /// With the peer's programs.
+    bin: PathBuf,
+    /// The default model's file.
+    model: PathBuf,
+    text: PathBuf,
+    threads: String,
+    chunks: String,
+    folder: PathBuf,
+}
+
+impl Programs {
+    /// The default model's file in another format, made by the peer's tool.
+    fn converted(&self, steps: &mut Steps, format: &str) -> Result<PathBuf> {
+        let file = self.folder.join(format!("{format}.gguf"));
+        if !file.is_file() {
+            let mut quantise = Command::new(self.bin.join("llama-quantize"));
+            quantise.arg("--allow-requantize").arg(&self.model).arg(&file).arg(format).stdout(Stdio::null());
+            steps.run(&format!("convert to {format}"), quantise.stderr(Stdio::null()))?;
+        }
+        Ok(file)
+    }
+
+    /// llama-perplexity's output.
+    fn peer(&self, file: &Path, flags: &[&str]) -> Result<String> {
+        let mut command = Command::new(self.bin.join("llama-perplexity"));
+        command.arg("--model").arg(file).arg("--file").arg(&self.text).arg("--kl-divergence-base");
+        command.arg(self.folder.join("f32.kld"));
+        command.args(["--ctx-size", CTX_SIZE, "--chunks", &self.chunks, "--threads", &self.threads]);
+        // No figure depends on it, and threads that spin while they wait would slow down whatever runs beside them.
+        command.env("OMP_WAIT_POLICY", "passive");
+        let output = command.args(flags).output().context("cannot start llama-perplexity")?;
+        let text = [output.stdout, output.stderr].concat();
+        let text = String::from_utf8_lossy(&text).into_owned();
+        if !output.status.success() {
+            bail!("{command:?} failed:\n{text}");
+        }
+        Ok(text)
+    }
+
+    /// Perplexity with weights and cache in f32; its logits are kept for comparing.
+    fn their_base(&self, file: &Path) -> Result<String> {
+        let text = self.peer(file, &["--cache-type-k", "f32", "--cache-type-v", "f32"])?;
+        let figure = text.lines().find_map(|line| line.split_once("Final estimate: PPL = ")).map(|(_, figure)| figure);
+        Ok(figure.context("llama-perplexity printed no estimate")?.trim().replace("+/-", "±"))
+    }
+
+    fn theirs(&self, file: &Path, flags: &[&str]) -> Result<Figures> {
+        let text = self.peer(file, &[flags, &["--kl-divergence"]].concat())?;
+        let figure = |name: &str| -> Result<String> {
+            let words = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+            let found = text.lines().filter_map(|line| line.split_once(':')).find(|(before, _)| words(before) == name);
+            let (_, figure) = found.with_context(|| format!("llama-perplexity printed no {name:?}"))?;
+            Ok(words(figure).trim_end_matches([' ', '%']).to_owned())
+        };
+        Ok(Figures {
+            perplexity: figure("Mean PPL(Q)")?,
+            ratio: figure("Mean PPL(Q)/PPL(base)")?,
+            kl_mean: figure("Mean KLD")?,
+            kl_median: figure("Median KLD")?,
+            kl_99: figure("99.0% KLD")?,
+            kl_max: figure("Maximum KLD")?,
+            same_top: figure("Same top p")?,
+            rms_delta_p: figure("RMS Δp")?,
+        })
+    }
+
+    /// Against the default model widened to f32; with that one's perplexity.
+    fn ours(&self, file: &Path, flags: &[&str]) -> Result<(Figures, String)> {
+        let model = self.model.to_string_lossy();
+        self.measured(file, &[flags, &["--base=f32", "--base-model", &model]].concat())
+    }
+
+    fn measured(&self, file: &Path, flags: &[&str]) -> Result<(Figures, String)> {
+        let report = self.report(file, flags)?;
+        let comparison = &report["comparison"];
+        let estimate = |value: &Value, scale: f64, digits: usize| {
+            let of = |name: &str| value[name].as_f64().unwrap_or(f64::NAN) * scale;
+            format!("{:.digits$} ± {:.digits$}", of("value"), of("standard_error"))
+        };
+        let divergence = &comparison["kl_divergence"];
+        let plain = |name: &str| format!("{:.6}", divergence[name].as_f64().unwrap_or(f64::NAN));
+        let figures = Figures {
+            perplexity: estimate(&report["perplexity"], 1.0, 6),
+            ratio: estimate(&comparison["perplexity_ratio"], 1.0, 6),
+            kl_mean: estimate(&divergence["mean"], 1.0, 6),
+            kl_median: plain("median"),
+            kl_99: plain("p99"),
+            kl_max: plain("max"),
+            same_top: estimate(&comparison["same_top"], 100.0, 3),
+            rms_delta_p: estimate(&comparison["rms_delta_p"], 100.0, 3),
+        };
+        Ok((figures, estimate(&comparison["base_perplexity"], 1.0, 4)))
+    }
+
+    fn report(&self, file: &Path, flags: &[&str]) -> Result<Value> {
+        let mut command = Command::new(&self.bindery);
+        command.arg("perplexity").arg(file).arg("--file").arg(&self.text);
+        command.args(["--ctx-size", CTX_SIZE, "--chunks", &self.chunks, "--threads", &self.threads, "--json"]);
+        let output = command.args(flags).stderr(Stdio::inherit()).output()?;
+        if !output.status.success() {
+            bail!("{command:?} failed");
+        }
+        serde_json::from_slice(&output.stdout).context("bindery perplexity printed no JSON")
+    }
+}
