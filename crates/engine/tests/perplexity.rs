@@ -50,6 +50,7 @@ fn naive_rows(model: &mut Model, window: &[u32]) -> Vec<Vec<f64>> {
             rows: 0..len,
             block_table: 0..len.div_ceil(16),
             context_len: len,
+            rope_len: 0,
             adapter: None,
         }],
         logit_rows: (0..len as u32).collect(),

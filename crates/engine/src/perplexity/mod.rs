@@ -263,6 +263,8 @@ impl Scorer {
     /// asked for then.
     fn forward(&mut self, window: &[u32], step: &Range<usize>) -> Result<(), EngineError> {
         let num_blocks = window.len().div_ceil(self.model.info().block_size);
+        // A window is a prompt whose tokens are all known, whatever the steps it is computed in.
+        let rope_len = self.model.rope_regimes().map_or(0, |regimes| regimes.rope_len(window.len(), window.len()));
         let batch = &mut self.batch;
         batch.clear();
         batch.tokens.extend_from_slice(&window[step.clone()]);
@@ -274,6 +276,7 @@ impl Scorer {
             rows: 0..step.len(),
             block_table: 0..num_blocks,
             context_len: step.end,
+            rope_len,
             adapter: None,
         });
         batch.logit_rows.extend(scored_positions(window.len(), step).map(|position| (position - step.start) as u32));
