@@ -274,13 +274,17 @@ impl Start<'_> {
             ip => ip,
         };
         let key = if self.settings.api_keys.is_empty() { "" } else { " -H \"authorization: Bearer $BINDERY_API_KEY\"" };
-        let body = serde_json::json!({
-            "model": self.name, "stream": true, "messages": [{"role": "user", "content": "What does a bookbinder do?"}],
-        });
-        format!(
-            "curl -N {}/v1/chat/completions{key} -H \"content-type: application/json\" -d '{body}'",
-            self.url(reachable)
-        )
+        // A base model has no chat template, and would refuse what this page tells people to try.
+        let (route, body) = if self.model.template.is_some() {
+            let messages = serde_json::json!([{"role": "user", "content": "What does a bookbinder do?"}]);
+            ("chat/completions", serde_json::json!({"model": self.name, "stream": true, "messages": messages}))
+        } else {
+            let body = serde_json::json!({
+                "model": self.name, "stream": true, "prompt": "A bookbinder is a person who", "max_tokens": 40,
+            });
+            ("completions", body)
+        };
+        format!("curl -N {}/v1/{route}{key} -H \"content-type: application/json\" -d '{body}'", self.url(reachable))
     }
 }
 

@@ -178,3 +178,18 @@ fn a_json_log_is_json_from_the_first_line_to_the_last() {
     assert!(told.iter().any(|message| message.starts_with("SIGTERM: ")), "{told:?}");
     assert_eq!(told.last().map(String::as_str), Some("stopped"));
 }
+
+#[test]
+fn what_the_page_proposes_is_answered_by_a_model_without_a_chat_template() {
+    let mut serving = Serving::spawn(&[], &[]);
+    let page = serving.lines_until("ready: http");
+    let proposal = page.iter().find(|line| line.trim_start().starts_with("try ")).unwrap();
+    assert!(proposal.contains("/v1/completions"), "{proposal}");
+    let body = proposal.split_once("-d '").unwrap().1.trim_end_matches('\'');
+    let mut body: Value = serde_json::from_str(body).unwrap();
+    body["stream"] = json!(false);
+    serving.url.push_str(page.last().unwrap().trim_start_matches("ready: "));
+    let (status, answer) = serving.post(&body);
+    assert_eq!(status, StatusCode::OK, "{answer}");
+    assert_eq!(answer["usage"]["completion_tokens"], 40);
+}
