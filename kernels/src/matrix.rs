@@ -71,7 +71,7 @@ impl<E: DenseElement> Dense<E> {
         fill: impl Fn(Range<usize>) -> F + Sync,
     ) -> Self {
         let mut packed = Self::zeroed(rows, cols);
-        let rows_per_part = rows_per_part(cols, DENSE_TILE_ROWS);
+        let rows_per_part = rows_per_part(cpu.threads(), rows, cols, DENSE_TILE_ROWS);
         let parts = cut_every(rows_per_part * cols, &mut packed.elements);
         cpu.pack_parts(rows, rows_per_part, parts, |rows, out| pack_rows(rows.clone(), cols, out, fill(rows)));
         packed

@@ -79,7 +79,7 @@ impl Quantized {
     ) -> Self {
         let mut packed = Self::zeroed(cpu.isa(), rows, cols, format);
         let strides = packed.strides();
-        let rows_per_part = rows_per_part(cols, packed.tile_rows);
+        let rows_per_part = rows_per_part(cpu.threads(), rows, cols, packed.tile_rows);
         let parts = packed.parts(&strides, rows_per_part);
         cpu.pack_parts(rows, rows_per_part, parts, |rows, out| strides.pack(rows.clone(), out, fill(rows)));
         packed
@@ -344,13 +344,18 @@ impl Strides {
     }
 }
 
-/// Weights that a thread packs at a time: some milliseconds' work, and little enough for the last ones to be shared.
-/// (Miri interprets, and shall see several parts.)
-const PART_WEIGHTS: usize = if cfg!(miri) { 1 << 9 } else { 1 << 20 };
+/// Weights that a thread packs at a time, at most: some milliseconds' work.
+const MAX_PART_WEIGHTS: usize = 1 << 20;
+/// At least: more than handing it over costs. (Miri interprets, and shall see several parts.)
+const MIN_PART_WEIGHTS: usize = if cfg!(miri) { 1 << 9 } else { 1 << 15 };
+/// Parts that a thread should find on average, so that a slow one is helped out by the others.
+const PARTS_PER_THREAD: usize = 4;
 
 /// Rows of a part: whole tiles.
-pub(crate) fn rows_per_part(cols: usize, tile_rows: usize) -> usize {
-    (PART_WEIGHTS / cols.max(1)).max(1).next_multiple_of(tile_rows)
+pub(crate) fn rows_per_part(threads: usize, rows: usize, cols: usize, tile_rows: usize) -> usize {
+    let cols = cols.max(1);
+    let wanted = (rows * cols / (threads * PARTS_PER_THREAD)).clamp(MIN_PART_WEIGHTS, MAX_PART_WEIGHTS);
+    (wanted / cols).max(1).next_multiple_of(tile_rows)
 }
 
 /// Consecutive parts of `len` elements, then empty ones without end.
@@ -410,8 +415,7 @@ mod tests {
     #[test]
     fn several_threads_pack_what_one_packs() {
         let (cpu, cols) = (Cpu::new(Isa::Scalar, 3), SUPER_GROUP);
-        let part = rows_per_part(cols, Isa::Scalar.quant_tile_rows());
-        let row_counts = if cfg!(miri) { [0, 1, 2 * part + 3] } else { [0, 17, 3 * part + 3] };
+        let row_counts = if cfg!(miri) { [0, 1, 35] } else { [0, 17, 1603] };
         for format in QuantFormat::all() {
             for rows in row_counts {
                 let one = Quantized::pack(Isa::Scalar, rows, cols, format, |row, mut out| fill(format, row, &mut out));

@@ -23,7 +23,7 @@ use crate::EngineError;
 /// Largest vocabulary file; published ones stay below 20 MB.
 const MAX_FILE_BYTES: u64 = 128 << 20;
 /// Longest byte string in a tiktoken list whose splits are tried; published ones stay below 130 bytes.
-const MAX_RANKED_BYTES: usize = 1024;
+const MAX_RANKED_BYTES: usize = 512;
 const NORMAL: i64 = 1;
 const CONTROL: i64 = 3;
 const USER_DEFINED: i64 = 4;

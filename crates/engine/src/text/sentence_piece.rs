@@ -27,7 +27,7 @@ use super::{
 use crate::EngineError;
 
 /// Longest name of a SentencePiece token whose splits are tried; published ones stay below 200 bytes.
-const MAX_PIECE_BYTES: usize = 4096;
+const MAX_PIECE_BYTES: usize = 1024;
 /// Score of unigram tokens that no text is cut into (bytes, markers, padding): below any path of real ones.
 const OUT_OF_REACH: f64 = -1e4;
 

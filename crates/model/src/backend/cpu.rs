@@ -184,12 +184,13 @@ fn input_form(weights: &FeedForwardKind<CpuBackend>) -> Form {
 
 impl CpuBackend {
     /// ALiBi's biases for this many positions at least.
-    fn make_biases(&mut self, num_positions: usize) {
+    fn make_biases(&mut self, num_positions: usize) -> Result<(), ModelError> {
         let (config, biases) = (&self.config, &mut self.buffers.biases);
         if config.alibi.is_some() && biases.len() < config.num_heads * num_positions {
             // Tiles of keys are whole, and a context grows by few tokens at a time.
-            alibi::fill(config, num_positions.max(MIN_BIASES).next_power_of_two(), biases);
+            alibi::fill(config, num_positions.max(MIN_BIASES).next_power_of_two(), biases)?;
         }
+        Ok(())
     }
 
     /// An MLP of `activations` into `hidden`: added to it, by way of a norm where there is one.
@@ -312,7 +313,8 @@ impl Backend for CpuBackend {
         self.cache = None;
         self.cache =
             Some(KvCache::new(self.kv_shape, num_blocks).map_err(|error| ModelError::OutOfMemory(error.to_string()))?);
-        Ok(())
+        // Now, so that a context which grows while it is decoded finds them.
+        self.make_biases(self.config.max_position_embeddings.min(num_blocks * self.kv_shape.block_size))
     }
 
     fn copy_block(&mut self, source: u32, target: u32) -> Result<(), ModelError> {
@@ -370,7 +372,7 @@ impl Backend for CpuBackend {
 
     fn attention(&mut self, layer: Layer<'_>, step: Step<'_>) -> Result<(), ModelError> {
         let longest = step.batch.sequences.iter().map(|sequence| sequence.context_len).max().unwrap_or(0);
-        self.make_biases(longest);
+        self.make_biases(longest)?;
         let width = self.config.num_heads * self.config.head_dim;
         let Buffers { queries, attended, sequences, biases, .. } = &mut self.buffers;
         let args = AttentionArgs {

@@ -172,7 +172,7 @@ impl ReferenceBackend {
         };
         if self.config.alibi.is_some() {
             let mut biases = Vec::new();
-            alibi::fill(&self.config, context_len, &mut biases);
+            alibi::fill(&self.config, context_len, &mut biases).map_err(candle_core::Error::wrap)?;
             scores = scores.broadcast_add(&Tensor::from_vec(biases, (num_heads, 1, context_len), &self.device)?)?;
         }
         let scores = scores.broadcast_add(&self.mask(rows, context_len, layer.config.window)?)?;

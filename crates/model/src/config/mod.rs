@@ -302,6 +302,8 @@ impl Limits {
     const POSITIONS: usize = 1 << 28;
     /// Of one layer, and of all.
     const EXPERTS: usize = 1 << 12;
+    /// Choosing them takes the square of their number for each token.
+    const EXPERTS_PER_TOKEN: usize = 64;
     const ALL_EXPERTS: usize = 1 << 17;
 }
 
@@ -381,13 +383,31 @@ impl Experts {
             self.num_experts.saturating_mul(num_layers) as u64,
             Limits::ALL_EXPERTS,
         )?;
-        check_size("the number of experts that compute a token", self.num_experts_per_token as u64, self.num_experts)?;
+        let most = self.num_experts.min(Limits::EXPERTS_PER_TOKEN);
+        check_size("the number of experts that compute a token", self.num_experts_per_token as u64, most)?;
         check_size("the width of an expert", self.intermediate_size as u64, Limits::WIDTH)?;
         if let Some(shared) = self.shared_intermediate_size {
             check_size("the width of the shared expert", shared as u64, Limits::WIDTH)?;
         }
         Ok(())
     }
+}
+
+/// Tokens a request may have. Configs whose scaling was switched on later (Qwen's YaRN, Vicuna's linear, dynamic) still
+/// say how far the model was trained, and the scaling reaches its factor times as far, as vLLM takes it. LLaMA 3.1,
+/// longrope and Gemma 3 (the only one with two rotaries) count it already.
+fn context(rotaries: &[Rotary], max_position_embeddings: usize) -> usize {
+    let [rotary] = rotaries else { return max_position_embeddings };
+    let (trained, factor) = match rotary.scaling {
+        RopeScaling::Linear { factor } => (max_position_embeddings, factor),
+        RopeScaling::Dynamic { factor, original_max_position_embeddings: original }
+        | RopeScaling::Yarn { factor, original_max_position_embeddings: original, .. } => (original, factor),
+        RopeScaling::None | RopeScaling::Llama3 { .. } | RopeScaling::Factors(_) | RopeScaling::LongRope { .. } => {
+            return max_position_embeddings;
+        }
+    };
+    let reach = (trained as f64 * f64::from(factor)) as usize;
+    reach.max(max_position_embeddings).min(Limits::POSITIONS)
 }
 
 impl Rotary {

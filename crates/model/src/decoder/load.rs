@@ -23,7 +23,7 @@ pub(super) fn weights<B: Backend>(
     backend: &B,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<(DecoderWeights<B>, LoadedWeights), ModelError> {
-    let mut loader = Loader { store, backend, config, progress, bytes_done: 0, bytes_held: 0 };
+    let mut loader = Loader { store, backend, config, progress, bytes_total: 0, bytes_done: 0, bytes_held: 0 };
     let weights = loader.load()?;
     let loaded = LoadedWeights { num_bytes: loader.bytes_held, products: products(config, &weights) };
     Ok((weights, loaded))
@@ -97,6 +97,7 @@ struct Loader<'a, B: Backend> {
     backend: &'a B,
     config: &'a DecoderConfig,
     progress: &'a mut dyn FnMut(u64, u64),
+    bytes_total: u64,
     bytes_done: u64,
     bytes_held: u64,
 }
@@ -115,7 +116,9 @@ struct MlpRoles {
 impl<'a, B: Backend> Loader<'a, B> {
     fn load(&mut self) -> Result<DecoderWeights<B>, ModelError> {
         let DecoderConfig { vocab_size, hidden_size, tied_embeddings, head_bias, .. } = *self.config;
-        (self.progress)(0, self.store.num_bytes());
+        // Once: it is a sum over all tensors, and mixtures have tens of thousands.
+        self.bytes_total = self.store.num_bytes();
+        (self.progress)(0, self.bytes_total);
         let embedding = self.matrix(TensorRole::Embedding, vocab_size, hidden_size)?;
         let mut layers = Vec::with_capacity(self.config.num_layers());
         for index in 0..self.config.num_layers() {
@@ -315,7 +318,7 @@ impl<'a, B: Backend> Loader<'a, B> {
     fn taken(&mut self, tensor: &TensorView<'_>, bytes_held: usize) {
         self.bytes_done += tensor.num_bytes();
         self.bytes_held += bytes_held as u64;
-        (self.progress)(self.bytes_done, self.store.num_bytes().max(self.bytes_done));
+        (self.progress)(self.bytes_done, self.bytes_total.max(self.bytes_done));
     }
 
     fn required(&self, role: TensorRole) -> Result<TensorView<'a>, ModelError> {

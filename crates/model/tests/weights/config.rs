@@ -413,7 +413,7 @@ fn gguf_rotary_scaling_of_every_kind() {
     assert_eq!(gguf(&factor(typed(b"none"))).unwrap().rotaries[0].scaling, RopeScaling::None);
     let older = Gguf::llama().key("llama.rope.scale_linear", value::f32(2.0));
     assert_eq!(gguf(&older).unwrap().rotaries[0].scaling, RopeScaling::Linear { factor: 2.0 });
-    gguf_refused(&typed(b"linear"), &["llama.rope.scaling.factor", "missing"]);
+    assert_eq!(gguf(&typed(b"linear")).unwrap().rotaries[0].scaling, RopeScaling::None, "nothing says how much");
     gguf_refused(&typed(b"yarn"), &["llama.rope.scaling.factor", "missing"]);
     gguf_refused(&typed(b"dynamic"), &["dynamic", "yarn"]);
     gguf_refused(&typed(b"longrope"), &["rope_factors_long.weight", "missing"]);
@@ -450,6 +450,8 @@ fn gguf_keys_that_change_the_model_are_honoured_or_refused() {
     gguf_refused(&Gguf::llama().key("general.architecture", value::string(b"bloom")), &["bloom", "llama"]);
     gguf_refused(&Gguf::llama().without_key("general.architecture"), &["general.architecture"]);
     gguf_refused(&number("llama.expert_count", 8), &["llama.expert_used_count", "missing"]);
+    let many = number("llama.expert_count", 4096).key("llama.expert_used_count", value::u32(4096));
+    gguf_refused(&many, &["experts that compute a token is 4096", "64"]);
     gguf_refused(&number("llama.expert_count", 8).key("llama.expert_used_count", value::u32(9)), &["9", "8"]);
     gguf_refused(&number("llama.expert_count", 1 << 20), &["llama.expert_count", "4096"]);
     gguf_refused(&number("llama.expert_gating_func", 2), &["llama.expert_gating_func", "2"]);

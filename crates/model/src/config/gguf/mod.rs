@@ -11,7 +11,7 @@ mod rotary;
 use self::keys::{Keys, Outcome};
 use super::{
     Activation, Biases, Block, DecoderConfig, Experts, FeedForward, LayerConfig, Limits, Mlp, Norm, NormKind,
-    RopeScaling, RopeStyle, Rotary, bad, check_size, json, known_tokens, unsupported,
+    RopeScaling, RopeStyle, Rotary, bad, check_size, context, json, known_tokens, unsupported,
 };
 use crate::weights::gguf::GgufFile;
 
@@ -165,6 +165,7 @@ pub(super) fn decoder_config(file: &GgufFile) -> Outcome<DecoderConfig> {
     let max_position_embeddings = keys.required_size("context_length", Limits::POSITIONS)?;
     let full = rotary::rotary(keys, architecture.style, head_dim, max_position_embeddings)?;
     let (layers, rotaries) = layers(keys, architecture, num_layers, full)?;
+    let max_position_embeddings = context(&rotaries, max_position_embeddings);
     let mut config = DecoderConfig {
         architecture: name.to_owned(),
         vocab_size,

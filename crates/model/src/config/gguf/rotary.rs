@@ -67,18 +67,18 @@ fn scaling(keys: Keys<'_>, dim: usize, context: usize) -> Outcome<RopeScaling> {
 fn linear_factor(keys: Keys<'_>, kind: Option<&str>) -> Outcome<Option<f32>> {
     let factor = match kind {
         Some("none") => None,
-        Some("linear") => Some(keys.required_number("rope.scaling.factor")?),
+        // llama.cpp takes a factor without a type as linear, and so did files before the type existed; without a factor
+        // nothing is scaled.
+        Some("linear") | None => match keys.number("rope.scaling.factor")? {
+            Some(factor) => Some(factor),
+            None => keys.number("rope.scale_linear")?,
+        },
         Some("longrope") => return bad("rope_factors_long.weight and rope_factors_short.weight are missing"),
         Some(other) => {
             return unsupported(format!(
                 "the rotary scaling {other:?} is not supported; none, linear, yarn, longrope and rope_freqs.weight are"
             ));
         }
-        // llama.cpp takes a factor without a type as linear, and so did files before the type existed.
-        None => match keys.number("rope.scaling.factor")? {
-            Some(factor) => Some(factor),
-            None => keys.number("rope.scale_linear")?,
-        },
     };
     // Zero means "not set" in llama.cpp.
     Ok(factor.map(|factor| factor as f32).filter(|&factor| factor != 0.0 && factor != 1.0))

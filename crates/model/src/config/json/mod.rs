@@ -16,7 +16,7 @@ use self::{
     families::{FAMILIES, Family, FamilyActivation, FamilyBiases, FamilyCaps, FamilyRotary},
     keys::{Keys, Outcome},
 };
-use super::{Activation, Biases, DecoderConfig, Limits, Mlp, Norm, bad, known_tokens, unsupported};
+use super::{Activation, Biases, DecoderConfig, Limits, Mlp, Norm, bad, context, known_tokens, unsupported};
 use crate::weights::WeightFormat;
 
 pub(super) use self::rotary::yarn_attention;
@@ -89,7 +89,7 @@ pub(super) fn decoder_config(value: &Value) -> Outcome<(DecoderConfig, Option<We
         eos_token_ids: known_tokens("eos_token_id", eos_token_ids, vocab_size),
     };
     config.drop_unused_rotaries();
-    config.max_position_embeddings = rotary::context(&config.rotaries, max_position_embeddings);
+    config.max_position_embeddings = context(&config.rotaries, max_position_embeddings);
     config.check()?;
     Ok((config, stored_dtype(top).or_else(|| stored_dtype(keys))))
 }

@@ -32,18 +32,6 @@ pub(super) fn rotaries(
     }
 }
 
-/// Tokens a request may have. Dynamic scaling takes `max_position_embeddings` for the length at which it begins, and is made
-/// to reach its factor times as far; every other scaling says by it how far it reaches.
-pub(super) fn context(rotaries: &[Rotary], max_position_embeddings: usize) -> usize {
-    let scaled = rotaries.iter().filter_map(|rotary| match rotary.scaling {
-        RopeScaling::Dynamic { factor, original_max_position_embeddings: original } => {
-            Some((original as f64 * f64::from(factor)) as usize)
-        }
-        _ => None,
-    });
-    scaled.fold(max_position_embeddings, usize::max).min(Limits::POSITIONS)
-}
-
 struct Reader<'a> {
     keys: Keys<'a>,
     head_dim: usize,
