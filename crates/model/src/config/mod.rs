@@ -12,9 +12,10 @@ use std::path::Path;
 
 use serde_json::Value;
 
+pub(crate) use self::json::{CheckpointConfig, StoredQuantization};
 use crate::{
     ModelError,
-    weights::{WeightFormat, gguf::GgufFile, mmap::read_text},
+    weights::{gguf::GgufFile, mmap::read_text},
 };
 
 /// A config.json larger than this is not one (those in use have a few kB, with label tables a few MB).
@@ -315,7 +316,7 @@ impl DecoderConfig {
 
     /// Reads a config.json as Hugging Face's transformers understands it.
     pub fn from_json_file(path: &Path) -> Result<Self, ModelError> {
-        Ok(read_json_file(path)?.0)
+        Ok(read_json_file(path)?.decoder)
     }
 
     /// Reads the metadata of a GGUF file (and its rotary factors, the sizes of its embedding, and which biases it has).
@@ -512,8 +513,8 @@ fn known_tokens(name: &str, ids: Vec<u64>, vocab_size: usize) -> Vec<u32> {
         .collect()
 }
 
-/// The config, and the dtype it says the weights are stored in (what `--load-format dummy` makes up).
-pub(crate) fn read_json_file(path: &Path) -> Result<(DecoderConfig, Option<WeightFormat>), ModelError> {
+/// The config, and what it says of how weights are stored.
+pub(crate) fn read_json_file(path: &Path) -> Result<CheckpointConfig, ModelError> {
     let text = read_text(path, MAX_CONFIG_BYTES)?;
     // serde_json refuses more than 128 levels of nesting, so a deep file cannot exhaust the stack.
     let value: Value =

@@ -52,7 +52,12 @@ impl Block {
             WeightFormat::Q4K => self.q4_k(bytes),
             WeightFormat::Q5K => self.q5_k(bytes),
             WeightFormat::Q6K => self.q6_k(bytes),
-            WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16 => unreachable!("{format} has no blocks"),
+            WeightFormat::F32
+            | WeightFormat::F16
+            | WeightFormat::Bf16
+            | WeightFormat::Gptq { .. }
+            | WeightFormat::Awq
+            | WeightFormat::CompressedInt { .. } => unreachable!("{format} has no blocks"),
         }
     }
 
@@ -276,6 +281,9 @@ mod tests {
             WeightFormat::Q4K => GgmlDType::Q4K,
             WeightFormat::Q5K => GgmlDType::Q5K,
             WeightFormat::Q6K => GgmlDType::Q6K,
+            WeightFormat::Gptq { .. } | WeightFormat::Awq | WeightFormat::CompressedInt { .. } => {
+                unreachable!("{format} is not ggml's")
+            }
         }
     }
 

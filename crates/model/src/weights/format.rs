@@ -2,11 +2,12 @@
 
 use std::fmt;
 
-use bindery_kernels::{CodeBits, QuantFormat, Scaling};
+use bindery_kernels::{CodeBits, GROUP, QuantFormat, Scaling};
 
 use super::gguf::GgmlType;
 
-/// How a tensor's elements are stored. The block formats are ggml's.
+/// How a tensor's elements are stored. The block formats are ggml's; the last three are of safetensors checkpoints, whose
+/// scales and zero points are tensors of their own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum WeightFormat {
@@ -36,10 +37,22 @@ pub enum WeightFormat {
     Q5K,
     /// 256 elements: 6-bit codes, 8-bit scale a 16.
     Q6K,
+    /// AutoGPTQ's and GPTQModel's, of 2, 3, 4 or 8 bits.
+    Gptq {
+        /// Of a code.
+        bits: u8,
+    },
+    /// AutoAWQ's, of 4 bits.
+    Awq,
+    /// compressed-tensors', of 4 or 8 bits.
+    CompressedInt {
+        /// Of a code.
+        bits: u8,
+    },
 }
 
 impl WeightFormat {
-    /// Every format that can be read.
+    /// Every format that can be read from one tensor.
     pub const ALL: &'static [Self] = &[
         Self::F32,
         Self::F16,
@@ -56,9 +69,9 @@ impl WeightFormat {
         Self::Q6K,
     ];
 
-    /// The id in GGUF files.
-    pub(crate) fn ggml_id(self) -> u32 {
-        match self {
+    /// The id in GGUF files; none for what they never hold.
+    pub(crate) fn ggml_id(self) -> Option<u32> {
+        Some(match self {
             Self::F32 => 0,
             Self::F16 => 1,
             Self::Q4_0 => 2,
@@ -72,38 +85,49 @@ impl WeightFormat {
             Self::Q5K => 13,
             Self::Q6K => 14,
             Self::Bf16 => 30,
-        }
+            Self::Gptq { .. } | Self::Awq | Self::CompressedInt { .. } => return None,
+        })
     }
 
     /// None where ggml has the type and we do not compute it, or nobody knows it.
     pub(crate) fn from_ggml_id(id: u32) -> Option<Self> {
-        Self::ALL.iter().copied().find(|format| format.ggml_id() == id)
+        Self::ALL.iter().copied().find(|format| format.ggml_id() == Some(id))
     }
 
-    fn ggml(self) -> GgmlType {
-        GgmlType::from_id(self.ggml_id()).expect("every format is in the type table, as its test shows")
+    fn ggml(self) -> Option<GgmlType> {
+        self.ggml_id().map(|id| GgmlType::from_id(id).expect("every format is in the type table, as its test shows"))
+    }
+
+    /// Bits of a code whose scales and zero points are tensors of their own.
+    fn grouped_bits(self) -> usize {
+        match self {
+            Self::Gptq { bits } | Self::CompressedInt { bits } => usize::from(bits),
+            _ => 4,
+        }
     }
 
     /// Elements that are stored together.
     pub fn block_elements(self) -> usize {
-        self.ggml().block_elements as usize
+        self.ggml().map_or(GROUP, |ty| ty.block_elements as usize)
     }
 
-    /// Bytes of such a block.
+    /// Bytes of such a block, without scales that are tensors of their own.
     pub fn block_bytes(self) -> usize {
-        self.ggml().block_bytes as usize
+        self.ggml().map_or(GROUP / 8 * self.grouped_bits(), |ty| ty.block_bytes as usize)
     }
 
     /// f32, f16 or bf16: no blocks, no scales.
     pub fn is_dense(self) -> bool {
-        self.quant_format().is_none()
+        matches!(self, Self::F32 | Self::F16 | Self::Bf16)
     }
 
-    /// What the weights are made of; none for dense formats. With [`blocks`](super::blocks), this is all there is to say
+    /// What the weights of a block are made of; none for dense formats, and for those whose zero points decide it. With [`blocks`](super::blocks), this is all there is to say
     /// about a block format.
     pub(crate) fn quant_format(self) -> Option<QuantFormat> {
         let (bits, scaling, with_mins) = match self {
-            Self::F32 | Self::F16 | Self::Bf16 => return None,
+            Self::F32 | Self::F16 | Self::Bf16 | Self::Gptq { .. } | Self::Awq | Self::CompressedInt { .. } => {
+                return None;
+            }
             Self::Q4_0 => (CodeBits::Four, Scaling::Single, false),
             Self::Q4_1 => (CodeBits::Four, Scaling::Single, true),
             Self::Q5_0 => (CodeBits::Five, Scaling::Single, false),
@@ -126,7 +150,12 @@ impl WeightFormat {
 
 impl fmt::Display for WeightFormat {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.ggml().name)
+        match (self.ggml(), self) {
+            (Some(ty), _) => f.write_str(ty.name),
+            (None, Self::Gptq { bits }) => write!(f, "GPTQ int{bits}"),
+            (None, Self::CompressedInt { bits }) => write!(f, "compressed-tensors int{bits}"),
+            (None, _) => f.write_str("AWQ int4"),
+        }
     }
 }
 
@@ -137,8 +166,9 @@ mod tests {
     #[test]
     fn every_format_is_in_the_type_table_under_its_own_id() {
         for &format in WeightFormat::ALL {
-            assert_eq!(WeightFormat::from_ggml_id(format.ggml_id()), Some(format));
-            assert!(GgmlType::from_id(format.ggml_id()).is_some());
+            let id = format.ggml_id().unwrap();
+            assert_eq!(WeightFormat::from_ggml_id(id), Some(format));
+            assert!(GgmlType::from_id(id).is_some());
             // A block is what shares an f16 scale, and the kernels compute it.
             if let Some(quant) = format.quant_format() {
                 assert_eq!(format.block_elements(), quant.scale_span());

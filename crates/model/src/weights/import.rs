@@ -53,39 +53,58 @@ impl TensorView<'_> {
             Target::Int8 => self.quantized(cpu, INT8, |group, codes| Some((quantize::int8(group, codes)?, f16::ZERO))),
             Target::Int4 => {
                 let effort = match self.data {
-                    TensorData::Mapped { .. } => Effort::Search,
+                    TensorData::Mapped { .. } | TensorData::Grouped(_) => Effort::Search,
                     TensorData::Generated(_) => Effort::Plain,
                 };
                 self.quantized(cpu, INT4, |group, codes| quantize::int4(group, codes, effort))
             }
         }
+        .inspect(|_| self.release())
         .map_err(|what| self.bad(what))
     }
 
     /// Dense f32, whatever it is stored as.
     pub fn import_f32(&self, cpu: &Cpu) -> Result<Matrix, ModelError> {
         self.check_unchanged()?;
-        self.dense(cpu, |value| value, "f32").map(Matrix::F32).map_err(|what| self.bad(what))
+        let dense = self.dense(cpu, |value| value, "f32").inspect(|_| self.release());
+        dense.map(Matrix::F32).map_err(|what| self.bad(what))
+    }
+
+    /// Pages of a matrix in several tensors; what lies row by row has given its own back on the way.
+    fn release(&self) {
+        if let TensorData::Grouped(grouped) = &self.data {
+            grouped.release();
+        }
+    }
+
+    /// What keeps it as it is stored. None for dense tensors, and for codes that no kernel computes as they are: those of
+    /// inputs ordered by activation, of groups that 32 does not divide, of eight bits around other zero points than the
+    /// middle. They are unpacked as if they were f16.
+    fn stored_quant_format(&self) -> Option<QuantFormat> {
+        match &self.data {
+            TensorData::Grouped(grouped) => grouped.quant_format(),
+            TensorData::Mapped { .. } | TensorData::Generated(_) => self.format.quant_format(),
+        }
     }
 
     /// Whether import quantises it: a dense matrix whose inputs are a multiple of 32, if anything is to be quantised.
     pub fn is_quantized_by(&self, quantize: Quantize) -> bool {
-        let can_be = self.kind == TensorKind::Matrix && self.format.is_dense() && self.cols.is_multiple_of(GROUP);
-        can_be && quantize != Quantize::None
+        let can_be = self.kind == TensorKind::Matrix && self.cols.is_multiple_of(GROUP);
+        can_be && quantize != Quantize::None && self.stored_quant_format().is_none()
     }
 
     fn target(&self, dtype: Dtype, quantize: Quantize) -> Target {
         if self.kind == TensorKind::Vector {
             return Target::F32;
         }
-        match (self.format.quant_format(), quantize) {
+        match (self.stored_quant_format(), quantize) {
             (Some(stored), _) => Target::Keep(stored),
             (None, Quantize::Int8) if self.is_quantized_by(quantize) => Target::Int8,
             (None, Quantize::Int4) if self.is_quantized_by(quantize) => Target::Int4,
             (None, _) => match (dtype, self.format) {
                 (Dtype::F32, _) | (Dtype::Auto, WeightFormat::F32) => Target::F32,
-                (Dtype::F16, _) | (Dtype::Auto, WeightFormat::F16) => Target::F16,
-                (Dtype::Bf16 | Dtype::Auto, _) => Target::Bf16,
+                (Dtype::Bf16, _) | (Dtype::Auto, WeightFormat::Bf16) => Target::Bf16,
+                (Dtype::F16 | Dtype::Auto, _) => Target::F16,
             },
         }
     }
@@ -97,7 +116,14 @@ impl TensorView<'_> {
             let problem = &problem;
             move |row, mut out| {
                 pages.reach(row);
-                blocks::unpack(self.format, self.stored_row(row), &mut out);
+                match &self.data {
+                    TensorData::Grouped(grouped) => {
+                        grouped.unpack_row(self.stored_place(row), &mut pages.tile, out.codes, out.scales);
+                    }
+                    TensorData::Mapped { .. } | TensorData::Generated(_) => {
+                        blocks::unpack(self.format, self.stored_row(row), &mut out);
+                    }
+                }
                 problem.check_scales(row, out.scales, out.mins);
             }
         });
@@ -118,7 +144,7 @@ impl TensorView<'_> {
             let (problem, narrow) = (&problem, &narrow);
             move |row, out: &mut [E]| {
                 pages.reach(row);
-                self.read_row(row, &mut values);
+                self.read_row(row, &mut pages.tile, &mut values);
                 problem.check_values(row, &values);
                 for (out, &value) in out.iter_mut().zip(&values) {
                     *out = narrow(value);
@@ -146,7 +172,7 @@ impl TensorView<'_> {
             let (problem, quantize) = (&problem, &quantize);
             move |row, out: QuantRow<'_>| {
                 pages.reach(row);
-                self.read_row(row, &mut values);
+                self.read_row(row, &mut pages.tile, &mut values);
                 problem.check_values(row, &values);
                 let groups = values.as_chunks::<GROUP>().0.iter().zip(out.codes.as_chunks_mut::<GROUP>().0);
                 let mut mins = out.mins.iter_mut();

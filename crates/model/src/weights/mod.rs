@@ -1,7 +1,7 @@
 //! Bytes on disk to named tensors.
 //!
 //! A [`WeightStore`] is an opened model: mapped files, a [`DecoderConfig`], and a table from what a tensor does to where it
-//! lies. One file per container (`gguf`, `safetensors`, `dummy`), one table of names (`names`, resolved against a file by
+//! lies. One file per container (`gguf`, `safetensors`, `dummy`; `grouped` for integer weights in several tensors), one table of names (`names`, resolved against a file by
 //! `table`), one file per step from stored blocks to packed matrices (`blocks`, `quantize`, `import`). It must not know a
 //! backend's buffers or the forward pass. Its invariant: once a store is open, every tensor that the config calls for is
 //! there, in a format that can be read, with the shape the config demands.
@@ -10,6 +10,7 @@ mod blocks;
 mod dummy;
 mod format;
 pub mod gguf;
+mod grouped;
 mod import;
 pub(crate) mod mmap;
 mod names;
@@ -27,6 +28,7 @@ use std::{
 use self::{
     dummy::Generator,
     gguf::{GgmlType, GgufFile},
+    grouped::{Grouped, GroupedPlace},
     mmap::MappedFile,
     names::{Expected, Naming, TensorKind, expected},
     safetensors::Checkpoint,
@@ -157,6 +159,8 @@ enum Place {
         range: Range<usize>,
     },
     Generated(Generator),
+    /// Codes, scales and zero points of a checkpoint's files.
+    Grouped(Box<GroupedPlace>),
 }
 
 impl WeightStore {
@@ -169,12 +173,12 @@ impl WeightStore {
     /// `.gguf` file (whose own weights are not read; the made-up ones are bf16).
     pub fn dummy(path: &Path) -> Result<Self, ModelError> {
         let is_gguf = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
-        let (config, dtype) = if path.is_dir() {
-            crate::config::read_json_file(&path.join(CONFIG_FILE))?
-        } else if is_gguf {
+        let (config, dtype) = if is_gguf && !path.is_dir() {
             (DecoderConfig::from_gguf(&GgufFile::open(path)?)?, None)
         } else {
-            crate::config::read_json_file(path)?
+            let file = if path.is_dir() { path.join(CONFIG_FILE) } else { path.to_owned() };
+            let read = crate::config::read_json_file(&file)?;
+            (read.decoder, read.dtype)
         };
         let format = dtype.unwrap_or(WeightFormat::Bf16);
         // No file, so names as a causal model has them.
@@ -202,7 +206,11 @@ impl WeightStore {
             Some(tensor) => {
                 let format = WeightFormat::from_ggml_id(tensor.type_id)
                     .ok_or_else(|| ModelError::unsupported(path, unreadable_type(name, tensor.type_id)))?;
-                Ok(Some(Found { shape: gguf_shape(tensor), format, file: 0, range: tensor.range.clone() }))
+                Ok(Some(Found {
+                    shape: gguf_shape(tensor),
+                    format,
+                    place: Place::File { file: 0, range: tensor.range.clone() },
+                }))
             }
         };
         let tensors = build_table(path, &config, Naming::Gguf, &names, lookup)?;
@@ -216,7 +224,8 @@ impl WeightStore {
                         or a .gguf file";
             return Err(ModelError::bad_file(path, what));
         }
-        let (mut config, _) = crate::config::read_json_file(&config_path)?;
+        let read = crate::config::read_json_file(&config_path)?;
+        let (mut config, quantization) = (read.decoder, read.quantization);
         let checkpoint = Checkpoint::open(path)?;
         let naming = Naming::hugging_face(&config, |name| checkpoint.entries.contains_key(name));
         if config.tied_embeddings && table::has_head_of_its_own(&checkpoint, &config, naming) {
@@ -227,7 +236,13 @@ impl WeightStore {
             config.tied_embeddings = false;
         }
         let names: Vec<&str> = checkpoint.entries.keys().map(String::as_str).collect();
-        let lookup = |name: &str| match checkpoint.get(name).map_err(|what| ModelError::bad_file(path, what))? {
+        let quantized = |name: &str| match quantization {
+            None => Ok(None),
+            Some(quantization) => {
+                grouped::resolve(&checkpoint, quantization, name).map_err(|what| ModelError::bad_file(path, what))
+            }
+        };
+        let dense = |name: &str| match checkpoint.get(name).map_err(|what| ModelError::bad_file(path, what))? {
             None => Ok(None),
             Some(entry) => {
                 let format = entry.format().ok_or_else(|| {
@@ -237,10 +252,28 @@ impl WeightStore {
                     );
                     ModelError::unsupported(checkpoint.files[entry.file].path(), what)
                 })?;
-                Ok(Some(Found { shape: entry.shape.clone(), format, file: entry.file, range: entry.range.clone() }))
+                let place = Place::File { file: entry.file, range: entry.range.clone() };
+                Ok(Some(Found { shape: entry.shape.clone(), format, place }))
+            }
+        };
+        let lookup = |name: &str| match quantized(name)? {
+            None => dense(name),
+            Some(place) => {
+                let (shape, format) = (place.shape(), place.format());
+                Ok(Some(Found { shape, format, place: Place::Grouped(Box::new(place)) }))
             }
         };
         let tensors = build_table(path, &config, naming, &names, lookup)?;
+        let is_reordered =
+            |tensor: &&StoredTensor| matches!(&tensor.place, Place::Grouped(place) if place.is_reordered());
+        match tensors.values().filter(is_reordered).count() {
+            0 => {}
+            count => tracing::warn!(
+                "{}: {count} matrices are ordered by activation (desc_act); they are unpacked to f16, which takes several \
+                 times the file's size, or quantised anew by --quantize",
+                path.display()
+            ),
+        }
         Ok(Self { path: path.to_owned(), config, source: Source::Safetensors(checkpoint), tensors })
     }
 
@@ -278,9 +311,18 @@ impl WeightStore {
         let data = match &tensor.place {
             Place::File { file, range } => TensorData::Mapped { file: self.file(*file), range: range.clone() },
             Place::Generated(generator) => TensorData::Generated(*generator),
+            Place::Grouped(place) => TensorData::Grouped(Grouped { files: self.files(), place }),
         };
         let StoredTensor { ref name, rows, cols, kind, format, rows_at, stored_cols, .. } = *tensor;
         TensorView { name, rows, cols, format, kind, data, rows_at, stored_cols, halves: None }
+    }
+
+    /// Of a checkpoint; no other source has matrices in several tensors.
+    fn files(&self) -> &[MappedFile] {
+        match &self.source {
+            Source::Safetensors(checkpoint) => &checkpoint.files,
+            Source::Gguf(_) | Source::Dummy => unreachable!("only checkpoints are resolved so"),
+        }
     }
 
     fn file(&self, index: usize) -> &MappedFile {

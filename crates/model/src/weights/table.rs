@@ -5,25 +5,22 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    ops::Range,
     path::Path,
 };
 
 use super::{
-    StoredTensor, TensorRole, WeightFormat,
+    Place, StoredTensor, TensorRole, WeightFormat, grouped,
     names::{self, Expected, Naming, TensorKind, expected},
     safetensors::Checkpoint,
 };
 use crate::{ModelError, config::DecoderConfig};
 
 /// What a source says of one tensor.
-#[derive(Clone)]
 pub(super) struct Found {
     /// Outermost first, as in config terms: `[rows, cols]`, `[cols]`, or `[experts, rows, cols]`.
     pub(super) shape: Vec<usize>,
     pub(super) format: WeightFormat,
-    pub(super) file: usize,
-    pub(super) range: Range<usize>,
+    pub(super) place: Place,
 }
 
 /// Finds every tensor that the config calls for and checks its shape; refuses files with tensors inside a layer that
@@ -41,7 +38,11 @@ pub(super) fn build_table(
         tensors.insert(tensor.role, find(path, config, naming, &tensor, &lookup)?);
     }
     let used: HashSet<&str> = tensors.values().map(|tensor| tensor.name.as_str()).collect();
-    let is_foreign = |name: &str| naming.is_foreign(name, config.num_layers(), |name| used.contains(name));
+    let is_grouped = |tensor: &&StoredTensor| matches!(tensor.place, Place::Grouped(_));
+    let grouped: HashSet<&str> = tensors.values().filter(is_grouped).map(|tensor| tensor.name.as_str()).collect();
+    let is_part = |name: &str| grouped::owner(name).is_some_and(|owner| grouped.contains(owner.as_str()));
+    let is_foreign =
+        |name: &str| naming.is_foreign(name, config.num_layers(), |name| used.contains(name) || is_part(name));
     if let Some(name) = names.iter().find(|name| is_foreign(name)) {
         let what = format!(
             "tensor {name:?} is not part of the {} architecture as this version knows it, so answers would be wrong",
@@ -49,7 +50,7 @@ pub(super) fn build_table(
         );
         return Err(ModelError::unsupported(path, what));
     }
-    let mut others = names.iter().filter(|name| !naming.is_of_the_model(name));
+    let mut others = names.iter().filter(|name| !naming.is_of_the_model(name) && !is_part(name));
     if let Some(example) = others.next() {
         tracing::info!(
             "{}: {} tensors are not part of the language model and are ignored, {example:?} for one",
@@ -72,7 +73,9 @@ fn find(
     let mut misfit = None;
     for place in &places {
         let Some(found) = lookup(&place.name)? else { continue };
-        if significant(&found.shape) != significant(&place.shape) {
+        // Nobody quantises vectors; parts of such a shape are something else.
+        let is_no_vector = matches!(found.place, Place::Grouped(_)) && tensor.kind == TensorKind::Vector;
+        if is_no_vector || significant(&found.shape) != significant(&place.shape) {
             misfit.get_or_insert((place, found));
             continue;
         }
@@ -88,7 +91,7 @@ fn find(
                 TensorKind::Matrix => cols,
                 TensorKind::Vector => place.shape[0],
             },
-            place: super::Place::File { file: found.file, range: found.range },
+            place: found.place,
         });
     }
     let name = &places[0].name;

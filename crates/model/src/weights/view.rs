@@ -2,7 +2,13 @@
 
 use std::ops::Range;
 
-use super::{WeightFormat, blocks, dummy::Generator, mmap::MappedFile, names::TensorKind};
+use super::{
+    WeightFormat, blocks,
+    dummy::Generator,
+    grouped::{Grouped, Tile},
+    mmap::MappedFile,
+    names::TensorKind,
+};
 use crate::ModelError;
 
 /// A matrix (rows = outputs, cols = inputs) or vector (rows = 1) in a mapped file, or a made-up one. Shapes are checked
@@ -79,6 +85,8 @@ pub(super) enum TensorData<'a> {
     Mapped { file: &'a MappedFile, range: Range<usize> },
     /// Made when read, and rounded to the format.
     Generated(Generator),
+    /// Codes, scales and zero points, each a tensor of its own.
+    Grouped(Grouped<'a>),
 }
 
 impl TensorView<'_> {
@@ -89,6 +97,9 @@ impl TensorView<'_> {
 
     /// Bytes as stored (for made-up weights: what they would take).
     pub fn num_bytes(&self) -> u64 {
+        if let TensorData::Grouped(grouped) = &self.data {
+            return grouped.num_bytes(self.rows);
+        }
         match self.kind {
             TensorKind::Matrix => self.rows as u64 * self.row_bytes() as u64,
             // A share of the stored vector.
@@ -107,7 +118,7 @@ impl TensorView<'_> {
                 self.cols
             )));
         }
-        self.read_row(row, out);
+        self.read_row(row, &mut Tile::default(), out);
         Ok(())
     }
 
@@ -122,7 +133,7 @@ impl TensorView<'_> {
         let mut pages = self.pages(0..self.rows);
         for (row, out) in values.chunks_exact_mut(self.cols).enumerate() {
             pages.reach(row);
-            self.read_row(row, out);
+            self.read_row(row, &mut pages.tile, out);
             if let Some(value) = out.iter().find(|value| !value.is_finite()) {
                 return Err(self.bad(format!("row {} holds {value}", self.stored_place(row))));
             }
@@ -133,8 +144,8 @@ impl TensorView<'_> {
         Ok(values)
     }
 
-    /// `row < rows` and `out: [cols]`.
-    pub(super) fn read_row(&self, row: usize, out: &mut [f32]) {
+    /// `row < rows` and `out: [cols]`; `tile` is of this tensor, and empty at first.
+    pub(super) fn read_row(&self, row: usize, tile: &mut Tile, out: &mut [f32]) {
         if self.stored_cols != self.cols {
             // Part of a vector: small, and not cut at blocks.
             let mut stored = vec![0.0; self.stored_cols];
@@ -150,22 +161,23 @@ impl TensorView<'_> {
                 generator.fill_row(self.stored_place(row), out);
                 round_to(self.format, out);
             }
+            TensorData::Grouped(grouped) => grouped.read_row(self.stored_place(row), tile, out),
         }
     }
 
-    /// The bytes of a row as stored; empty for made-up weights.
+    /// The bytes of a row as stored; empty for made-up weights and those in several tensors.
     pub(super) fn stored_row(&self, row: usize) -> &[u8] {
         match &self.data {
             TensorData::Mapped { file, range } => {
                 let (row, row_bytes) = (self.stored_place(row), self.row_bytes());
                 &file.bytes()[range.clone()][row * row_bytes..][..row_bytes]
             }
-            TensorData::Generated(_) => &[],
+            TensorData::Generated(_) | TensorData::Grouped(_) => &[],
         }
     }
 
     /// The row's number in the file.
-    fn stored_place(&self, row: usize) -> usize {
+    pub(super) fn stored_place(&self, row: usize) -> usize {
         if self.kind == TensorKind::Vector {
             return 0;
         }
@@ -180,6 +192,7 @@ impl TensorView<'_> {
     pub(super) fn check_unchanged(&self) -> Result<(), ModelError> {
         match &self.data {
             TensorData::Mapped { file, .. } => file.check_unchanged(),
+            TensorData::Grouped(grouped) => grouped.check_unchanged(),
             TensorData::Generated(_) => Ok(()),
         }
     }
@@ -190,7 +203,7 @@ impl TensorView<'_> {
         let step = self.halves.map_or(1, |halves| halves.head_dim);
         // A vector is one row.
         let rows_at = if self.kind == TensorKind::Vector { RowsAt::WHOLE } else { self.rows_at };
-        let mut pages = Pages { source: None, rows_at, step };
+        let mut pages = Pages { source: None, rows_at, step, tile: Tile::default() };
         if let TensorData::Mapped { file, range } = &self.data {
             let row_bytes = self.row_bytes();
             let after =
@@ -206,6 +219,7 @@ impl TensorView<'_> {
         let what = format!("tensor {:?}: {what}", self.name);
         match &self.data {
             TensorData::Mapped { file, .. } => ModelError::bad_file(file.path(), what),
+            TensorData::Grouped(grouped) => ModelError::bad_file(grouped.file().path(), what),
             TensorData::Generated(_) => ModelError::BadOption(what),
         }
     }
@@ -219,6 +233,8 @@ pub(super) struct Pages<'a> {
     rows_at: RowsAt,
     /// Rows that may be read in any order among themselves.
     step: usize,
+    /// What is unpacked of a matrix whose rows are not stored one by one.
+    pub(super) tile: Tile,
 }
 
 struct MappedPages<'a> {

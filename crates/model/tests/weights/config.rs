@@ -131,7 +131,7 @@ fn what_is_not_done_is_refused_by_name() {
     let gemma = json!({"model_type": "gemma", "hidden_act": "gelu", "hidden_activation": "silu"});
     refused(&with(gemma), &["hidden_activation", "silu"]);
     refused(&with(json!({"partial_rotary_factor": 0.5})), &["partial_rotary_factor", "0.5"]);
-    refused(&with(json!({"quantization_config": {"quant_method": "gptq"}})), &["gptq"]);
+    refused(&with(json!({"quantization_config": {"quant_method": "gptq"}})), &["bits", "missing"]);
     refused(&with(json!({"model_type": "gpt_neox"})), &["gpt_neox", "llama, mistral, mixtral, falcon", "gemma3"]);
     let mut class = without("model_type");
     class["architectures"] = json!(["BloomForCausalLM"]);

@@ -1,6 +1,8 @@
 //! Mutated and truncated files: every reader answers Ok or Err and never panics. Whatever opens can be read whole.
 //! `PROPTEST_CASES` sets how many (256).
 
+use std::path::Path;
+
 use bindery_model::{
     config::DecoderConfig,
     weights::{LayerTensor, TensorRole, WeightStore},
@@ -119,6 +121,48 @@ proptest! {
     fn mutated_safetensors_files_never_panic(mutations in prop::collection::vec(mutation(), 1..6)) {
         let bytes = safetensors_bytes(&named_tensors(), Dtype::F16);
         let folder = model_folder(&config_json(), &mutate(bytes, 1500, &mutations));
+        if let Ok(store) = WeightStore::open(folder.path()) {
+            read_everything(&store);
+        }
+    }
+
+    #[test]
+    fn mutated_quantised_checkpoints_never_panic(
+        name in prop::sample::select(vec!["gptq4-asymmetric", "gptq3", "gptq4-act-order", "awq", "w4a16-asymmetric", "w8a8"]),
+        mutations in prop::collection::vec(mutation(), 1..6),
+    ) {
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/quantized").join(name);
+        let config = serde_json::from_slice(&std::fs::read(source.join("config.json")).unwrap()).unwrap();
+        let bytes = std::fs::read(source.join("model.safetensors")).unwrap();
+        let head = 8 + u64::from_le_bytes(*bytes.first_chunk().unwrap()) as usize;
+        let folder = model_folder(&config, &mutate(bytes, head, &mutations));
+        if let Ok(store) = WeightStore::open(folder.path()) {
+            read_everything(&store);
+        }
+    }
+
+    /// Any key of a quantisation with any kind of value.
+    #[test]
+    fn strange_quantizations_never_panic(
+        method in prop::sample::select(vec!["gptq", "awq", "compressed-tensors"]),
+        key in prop::sample::select(vec![
+            "quant_method", "bits", "w_bit", "group_size", "q_group_size", "desc_act", "checkpoint_format", "pack_dtype",
+            "is_marlin_format", "version", "backend", "format", "config_groups", "sparsity_config", "quantization_status",
+        ]),
+        value in prop_oneof![
+            Just(serde_json::json!(null)), Just(serde_json::json!([])), Just(serde_json::json!({"group_0": {"weights": 4}})),
+            Just(serde_json::json!("é")), any::<i64>().prop_map(|x| serde_json::json!(x)),
+            any::<f64>().prop_map(|x| serde_json::json!(x)), Just(serde_json::json!(0)), Just(serde_json::json!(true)),
+        ],
+    ) {
+        let mut config = config_json();
+        let mut quantization = serde_json::json!({
+            "quant_method": method, "bits": 4, "group_size": 32, "format": "pack-quantized",
+            "config_groups": {"group_0": {"weights": {"num_bits": 4}}},
+        });
+        quantization[key] = value;
+        config["quantization_config"] = quantization;
+        let folder = model_folder(&config, &safetensors_bytes(&named_tensors(), Dtype::F16));
         if let Ok(store) = WeightStore::open(folder.path()) {
             read_everything(&store);
         }

@@ -32,6 +32,11 @@ impl<'a> Keys<'a> {
         self.map.get(key).is_some_and(Value::is_null)
     }
 
+    /// All keys.
+    pub(super) fn names(self) -> impl Iterator<Item = &'a str> {
+        self.map.keys().map(String::as_str)
+    }
+
     /// The first key whose value is an object.
     pub(super) fn first_object(self) -> Option<&'a str> {
         self.map.iter().find(|(_, value)| value.is_object()).map(|(key, _)| key.as_str())

@@ -8,6 +8,7 @@ mod falcon;
 mod families;
 mod keys;
 mod layers;
+mod quantization;
 mod rotary;
 
 use serde_json::Value;
@@ -19,19 +20,32 @@ use self::{
 use super::{Activation, Biases, DecoderConfig, Limits, Mlp, Norm, bad, context, known_tokens, unsupported};
 use crate::weights::WeightFormat;
 
+pub(crate) use self::quantization::StoredQuantization;
 pub(super) use self::rotary::yarn_attention;
 
 /// Gemma 3 with its vision part: the language model's config is inside.
 const GEMMA3_MULTIMODAL: (&str, &str) = ("gemma3", "Gemma3ForConditionalGeneration");
 
-/// The config and the dtype its weights are said to be stored in.
-pub(super) fn decoder_config(value: &Value) -> Outcome<(DecoderConfig, Option<WeightFormat>)> {
+/// What a `config.json` says.
+pub(crate) struct CheckpointConfig {
+    pub(crate) decoder: DecoderConfig,
+    /// In which dense weights are said to be stored (what `--load-format dummy` makes up).
+    pub(crate) dtype: Option<WeightFormat>,
+    /// How the quantised ones are, if some are.
+    pub(crate) quantization: Option<StoredQuantization>,
+}
+
+pub(super) fn decoder_config(value: &Value) -> Outcome<CheckpointConfig> {
     let Some(top) = Keys::of(value) else {
         return bad("the top level is not a JSON object");
     };
     let (family, keys) = family(top)?;
     refuse_what_changes_the_model(top, family)?;
     refuse_what_changes_the_model(keys, family)?;
+    let quantization = match quantization::stored(top)? {
+        None => quantization::stored(keys)?,
+        found => found,
+    };
 
     let dimensions = dimensions(keys, family)?;
     let Dimensions { vocab_size, hidden_size, num_heads, num_kv_heads, head_dim, num_layers, intermediate_size } =
@@ -91,7 +105,8 @@ pub(super) fn decoder_config(value: &Value) -> Outcome<(DecoderConfig, Option<We
     config.drop_unused_rotaries();
     config.max_position_embeddings = context(&config.rotaries, max_position_embeddings);
     config.check()?;
-    Ok((config, stored_dtype(top).or_else(|| stored_dtype(keys))))
+    let dtype = stored_dtype(top).or_else(|| stored_dtype(keys));
+    Ok(CheckpointConfig { decoder: config, dtype, quantization })
 }
 
 /// Sizes that tensors have.
@@ -168,13 +183,6 @@ fn family(top: Keys<'_>) -> Outcome<(&'static Family, Keys<'_>)> {
 
 /// Keys that this family does not honour, with a value that means something.
 fn refuse_what_changes_the_model(keys: Keys<'_>, family: &Family) -> Outcome<()> {
-    if let Some(quantization) = keys.object("quantization_config")? {
-        let method = quantization.text("quant_method")?.unwrap_or("of an unnamed method");
-        return unsupported(format!(
-            "the weights are quantised ({method}), which is not supported yet; from safetensors f32, f16 and bf16 are \
-             read (--quantize int8 or int4 quantises them at load), from GGUF the formats in the README"
-        ));
-    }
     let has_mlp_bias = matches!(family.biases, FamilyBiases::AttentionAndMlp);
     for (key, honoured) in [("mlp_bias", has_mlp_bias), ("use_mrope", false), ("use_bidirectional_attention", false)] {
         if !honoured && keys.truth(key)? == Some(true) {
