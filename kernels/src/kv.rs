@@ -3,11 +3,18 @@
 //! Knows blocks and slots, nothing of sequences. Values lie row after row, `[num_blocks, kv_heads, block_size,
 //! head_dim]` a layer; keys lie transposed inside a block, `[num_blocks, kv_heads, head_dim, block_size]`, so that one
 //! vector holds the same component of 16 keys and a score needs no horizontal sum: its one accumulator walks the
-//! components in order. In int8 a head's page ends with `[block_size]` f32 scales, one a token, so that what a token is
-//! stored as depends on no other. Invariant: untouched pages cost no memory; a block's bytes move only as a whole.
+//! components in order. In int8 a head's page ends with its scales, `[groups, block_size]` bf16: a token has one for every
+//! [`SCALE_GROUP`] components, so that what it is stored as depends on no other, and 16 tokens' scales of a group are a
+//! vector, as their components are. Invariant: untouched pages cost no memory; a block's bytes move only as a whole.
 
 use crate::KernelError;
 use crate::memory::{Buffer, Use};
+
+/// Components of a head that share a scale in int8; the last group of a head may be shorter. As in llama.cpp's Q8_0.
+pub(crate) const SCALE_GROUP: usize = 32;
+/// A scale is a bf16: all of f32's range, so that none overflows or vanishes, and its 8 bits are enough since codes are
+/// made for the scale as it is stored.
+const SCALE_BYTES: usize = size_of::<half::bf16>();
 
 /// How keys and values are stored; arithmetic is f32 always.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,7 +25,7 @@ pub enum KvDtype {
     F16,
     /// 2 bytes an element, 8 significant bits.
     Bf16,
-    /// 1 byte an element, and 4 for the scale that a token's key (or value) has in each head.
+    /// 1 byte an element, and 2 for the scale that every 32 elements of a token's key (or value) share in each head.
     Int8,
 }
 
@@ -32,11 +39,16 @@ impl KvDtype {
         }
     }
 
-    /// Elements whose room the scale of a token's key (or value) takes in its head's page.
-    pub(crate) fn scale_elements(self) -> usize {
+    /// Bytes of a token's key (or value) in one head of `head_dim` components, scales included.
+    pub fn head_bytes(self, head_dim: usize) -> usize {
+        (head_dim + self.scale_elements(head_dim)) * self.size_bytes()
+    }
+
+    /// Elements whose room the scales of a token's key (or value) take in its head's page.
+    fn scale_elements(self, head_dim: usize) -> usize {
         match self {
             Self::F32 | Self::F16 | Self::Bf16 => 0,
-            Self::Int8 => size_of::<f32>(),
+            Self::Int8 => head_dim.div_ceil(SCALE_GROUP) * SCALE_BYTES,
         }
     }
 }
@@ -64,13 +76,13 @@ impl KvShape {
 
     /// Elements of one block's keys (or values) in one layer.
     fn block_elements(&self) -> Option<usize> {
-        let head = self.head_dim.checked_add(self.dtype.scale_elements())?;
+        let head = self.head_dim.checked_add(self.dtype.scale_elements(self.head_dim))?;
         self.num_kv_heads.checked_mul(head)?.checked_mul(self.block_size)
     }
 
     /// Elements of one head's page: a block's keys (or values) and, behind them, their scales.
     pub(crate) fn page_elements(&self) -> usize {
-        (self.head_dim + self.dtype.scale_elements()) * self.block_size
+        (self.head_dim + self.dtype.scale_elements(self.head_dim)) * self.block_size
     }
 }
 

@@ -216,6 +216,30 @@ fn short_block_tables_are_refused() {
 }
 
 #[test]
+fn a_large_component_costs_its_own_group_of_an_int8_cache_alone() {
+    let cpu = scalar();
+    // Groups of 32, 32 and 6; the large one stands in the second.
+    let shape = KvShape { num_layers: 1, num_kv_heads: 1, head_dim: 70, block_size: 3, dtype: KvDtype::Int8 };
+    assert_eq!(shape.block_bytes(), Some(2 * 3 * (70 + 3 * 2)));
+    let mut cache = KvCache::new(shape, 1).unwrap();
+    let mut v = Random(3).vec(70);
+    v[40] = 1e7;
+    cpu.write_kv(&mut cache, 0, &[0.5; 70], &v, &[0]);
+    let args = AttentionArgs { num_heads: 1, scale: 1.0, window: None, soft_cap: None, biases: None };
+    // One key has all the weight, so what comes out is its value as stored.
+    let mut out = vec![f32::NAN; 70];
+    let sequence = AttentionSequence { rows: 0..1, context_len: 1, block_table: &[0] };
+    cpu.attention(&[1.0; 70], &cache, 0, &[sequence], &args, &mut out);
+    for (v, out) in v.chunks(32).zip(out.chunks(32)) {
+        let largest = v.iter().fold(0.0_f32, |max, x| max.max(x.abs()));
+        for (v, out) in v.iter().zip(out) {
+            // Half a step of 1/127; the step's own rounding to bf16 is at most 1/256 of it.
+            assert!((v - out).abs() <= 0.5 / 127.0 * (1.0 + 1.0 / 128.0) * largest, "{v} {out}, largest {largest}");
+        }
+    }
+}
+
+#[test]
 fn rope_turns_pairs_and_leaves_the_rest() {
     let cpu = scalar();
     let (m, heads, head_dim, rotary) = (3, 2, 10, 6);

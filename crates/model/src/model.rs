@@ -60,7 +60,7 @@ pub enum KvCacheDtype {
     F16,
     /// bfloat16.
     Bf16,
-    /// 8-bit integers with a scale a token and head. Refused until its kernels are there.
+    /// 8-bit integers with a scale for every 32 components of a token in a head.
     Int8,
 }
 
@@ -429,8 +429,8 @@ fn kv_head_bytes(dtype: KvCacheDtype, head_dim: usize) -> usize {
     match dtype {
         KvCacheDtype::F32 => 4 * head_dim,
         KvCacheDtype::F16 | KvCacheDtype::Bf16 => 2 * head_dim,
-        // Its scale is an f32.
-        KvCacheDtype::Int8 => head_dim + size_of::<f32>(),
+        // Its scales are counted.
+        KvCacheDtype::Int8 => bindery_kernels::KvDtype::Int8.head_bytes(head_dim),
         KvCacheDtype::Auto => unreachable!("a backend reports what it chose"),
     }
 }

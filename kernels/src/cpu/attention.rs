@@ -79,8 +79,15 @@ struct Piece {
 struct Scratch {
     /// Joined state and one span's: maximum, sum and values of every query of a piece, twice.
     partials: Vec<f32>,
+    pages: Pages,
+}
+
+/// Room that kernels write a tile to; see [`SpanTask`].
+#[derive(Default)]
+struct Pages {
     /// Pages laid out anew.
-    pages: Vec<f32>,
+    elements: Vec<f32>,
+    scales: Vec<f32>,
 }
 
 /// Memory the calling thread keeps between calls, so that a step no larger than one before allocates nothing.
@@ -337,7 +344,7 @@ impl<E> Call<'_, E> {
         piece: &Piece,
         span: usize,
         state: &mut [f32],
-        pages: &mut Vec<f32>,
+        pages: &mut Pages,
     ) {
         let sequence = &self.sequences[piece.sequence];
         let queries = self.queries_of(piece);
@@ -360,7 +367,8 @@ impl<E> Call<'_, E> {
             block_table: sequence.block_table,
             span: start..(start + SPAN_KEYS).min(piece.first_position + piece.rows.len()),
             partial: Partial { max, sum, values },
-            scratch: pages,
+            scratch: &mut pages.elements,
+            scale_scratch: &mut pages.scales,
         };
         // SAFETY: the table fits the machine; `check` has measured rows, heads, block tables and blocks.
         unsafe { kernel(&mut task) };

@@ -13,6 +13,7 @@ use super::attention::AttentionArgs;
 use super::gated::Activation;
 use super::pool::SharedMut;
 use super::rope::RopeStyle;
+use crate::kv::SCALE_GROUP;
 use crate::matrix::{Dense, DenseElement};
 use crate::pack::Quantized;
 use crate::quant_format::GROUP;
@@ -239,7 +240,7 @@ pub(crate) struct RopeRow<'a> {
 
 /// How a component of a key or a value is stored.
 pub(crate) trait KvElement: Pod + Send + Sync {
-    /// Whether components are codes, to be multiplied with their token's scale.
+    /// Whether components are codes, to be multiplied with their group's scale.
     const HAS_SCALES: bool = false;
 
     /// Widens; exact for every type here.
@@ -300,6 +301,8 @@ pub(crate) struct SpanTask<'a, E> {
     pub(crate) partial: Partial<'a>,
     /// Room for pages that a kernel must lay out anew; grown on use, contents meaningless.
     pub(crate) scratch: &'a mut Vec<f32>,
+    /// Likewise for a tile's scales.
+    pub(crate) scale_scratch: &'a mut Vec<f32>,
 }
 
 /// Softmax over some keys, before division: for each query the maximum score, the sum of exp(score - maximum), and the
@@ -334,6 +337,7 @@ impl<E> SpanTask<'_, E> {
             span: self.span.clone(),
             partial: Partial { max, sum, values },
             scratch: self.scratch,
+            scale_scratch: self.scale_scratch,
         }
     }
 
@@ -378,13 +382,16 @@ impl<E> SpanTask<'_, E> {
 }
 
 impl<E: KvElement> SpanTask<'_, E> {
-    /// The scales of the key and the value at a position; of use where [`KvElement::HAS_SCALES`].
-    pub(crate) fn scales(&self, position: usize) -> (f32, f32) {
-        let at = self.page(position) + self.head_dim * self.block_size + position % self.block_size * size_of::<f32>();
-        let scale = |plane: &[E]| {
-            let bytes = bytemuck::cast_slice::<E, u8>(&plane[at..at + size_of::<f32>()]);
-            bytes.first_chunk().map_or(f32::NAN, |bytes| f32::from_le_bytes(*bytes))
-        };
-        (scale(self.keys), scale(self.values))
+    /// Scales of a head, of use where [`KvElement::HAS_SCALES`].
+    pub(crate) fn num_groups(&self) -> usize {
+        self.head_dim.div_ceil(SCALE_GROUP)
+    }
+
+    /// A group's scales of the keys (or the values, as `plane` says) from `position` on, which lie in one block.
+    pub(crate) fn scales(&self, plane: &[E], position: usize, count: usize, group: usize) -> impl Iterator<Item = f32> {
+        let offset = group * self.block_size + position % self.block_size;
+        let at = self.page(position) + self.head_dim * self.block_size + offset * size_of::<bf16>();
+        let bytes = bytemuck::cast_slice::<E, u8>(&plane[at..at + count * size_of::<bf16>()]);
+        bytes.as_chunks().0.iter().map(|&bytes| bf16::from_le_bytes(bytes).to_f32())
     }
 }

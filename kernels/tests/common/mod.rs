@@ -237,12 +237,12 @@ fn stored(x: &[f32], dtype: KvDtype, head_dim: usize) -> Vec<f32> {
         KvDtype::F32 => x.to_vec(),
         KvDtype::F16 => x.iter().map(|&x| f16::from_f32(x).to_f32()).collect(),
         KvDtype::Bf16 => x.iter().map(|&x| bf16::from_f32(x).to_f32()).collect(),
-        KvDtype::Int8 => x.chunks(head_dim).flat_map(stored_in_int8).collect(),
+        KvDtype::Int8 => x.chunks(head_dim).flat_map(|head| head.chunks(32)).flat_map(stored_in_int8).collect(),
     }
 }
 
-/// A token's head in 255 steps from its largest magnitude to minus that.
-fn stored_in_int8(head: &[f32]) -> Vec<f32> {
-    let step = head.iter().fold(0.0_f32, |max, x| max.max(x.abs())) / 127.0;
-    head.iter().map(|x| if step == 0.0 { 0.0 } else { (x / step).round() * step }).collect()
+/// A group of a token's head in steps of a 127th of its largest magnitude, that step as a bf16.
+fn stored_in_int8(group: &[f32]) -> Vec<f32> {
+    let step = bf16::from_f32(group.iter().fold(0.0_f32, |max, x| max.max(x.abs())) / 127.0).to_f32();
+    group.iter().map(|x| if step == 0.0 { 0.0 } else { (x / step).round() * step }).collect()
 }

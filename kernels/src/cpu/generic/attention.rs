@@ -11,8 +11,9 @@
 //!
 //! Both products are the block of `block.rs`, straight from the pages in the cache's own type; a dozen queries and more
 //! have a tile converted to f32 once. Only where a page's rows do not fill vectors (a block size or head dimension that
-//! is no multiple of 16) is a tile first laid out in f32; the same code then runs on that. Where elements are codes, a
-//! key's scale multiplies its score and a value's its weight.
+//! is no multiple of 16) is a tile first laid out in f32; the same code then runs on that. Where elements are codes, the
+//! components of a group make a dot product of their own, which a key's scale multiplies as it joins the score; and the
+//! weights are multiplied with the values' scales of a group before that group's components are summed.
 //! Four queries share the loads of those values that all of them see; what only some see, at the edges of the diagonal
 //! and of a window, goes one by one, so that none touches a value it must not see.
 //!
@@ -27,6 +28,7 @@ use super::{Element, Lanes};
 use crate::cpu::attention::TILE_KEYS;
 use crate::cpu::scalar;
 use crate::cpu::task::{KvElement, SpanTask};
+use crate::kv::SCALE_GROUP;
 
 const WIDTH: usize = 16;
 /// Queries that share a key vector's load.
@@ -66,10 +68,9 @@ pub(in crate::cpu) struct Tile<E> {
     num_runs: usize,
     /// From one value to the next.
     value_stride: usize,
-    /// Of the tile's keys and values; left alone where elements have none.
-    key_scales: [f32; TILE_KEYS],
-    value_scales: [f32; TILE_KEYS],
-    has_scales: bool,
+    /// `[groups, 64]` of the tile's keys, and of its values; null where elements have none.
+    key_scales: *const f32,
+    value_scales: *const f32,
 }
 
 impl<E> Tile<E> {
@@ -82,20 +83,33 @@ impl<E> Tile<E> {
             runs: [Run { keys: (0, 0), from: std::ptr::null() }; VECTORS],
             num_runs: 0,
             value_stride: 0,
-            key_scales: [0.0; TILE_KEYS],
-            value_scales: [0.0; TILE_KEYS],
-            has_scales: false,
+            key_scales: std::ptr::null(),
+            value_scales: std::ptr::null(),
         }
     }
 
-    fn take_scales<S: KvElement>(&mut self, task: &SpanTask<'_, S>, held: Range<usize>) {
-        if S::HAS_SCALES {
-            self.has_scales = true;
-            for position in held {
-                let (key, value) = task.scales(position);
-                (self.key_scales[position - self.start], self.value_scales[position - self.start]) = (key, value);
-            }
+    /// Copies the scales of the keys `held` to `room`, where the tile then points.
+    fn take_scales<S: KvElement>(&mut self, task: &SpanTask<'_, S>, held: Range<usize>, room: &mut Vec<f32>) {
+        if !S::HAS_SCALES {
+            return;
         }
+        let len = task.num_groups() * TILE_KEYS;
+        // What is left over in it belongs to keys that no query sees.
+        room.resize(room.len().max(2 * len), 0.0);
+        let (keys, values) = room.split_at_mut(len);
+        let mut position = held.start;
+        while position < held.end {
+            let count = (task.block_size - position % task.block_size).min(held.end - position);
+            for group in 0..task.num_groups() {
+                let at = group * TILE_KEYS + position - self.start;
+                for (to, plane) in [(&mut *keys, task.keys), (&mut *values, task.values)] {
+                    let scales = task.scales(plane, position, count, group);
+                    to[at..at + count].iter_mut().zip(scales).for_each(|(to, scale)| *to = scale);
+                }
+            }
+            position += count;
+        }
+        (self.key_scales, self.value_scales) = (keys.as_ptr(), values.as_ptr());
     }
 }
 
@@ -143,26 +157,34 @@ pub(in crate::cpu) unsafe fn attend<E: Element + KvElement>(
     let mut start = span.start / TILE_KEYS * TILE_KEYS;
     while start < span.end {
         let held = start.max(span.start)..(start + TILE_KEYS).min(span.end);
-        // SAFETY: the caller's duties; the tiles hold the keys `held`, which are those that any query sees.
+        let mut scales = std::mem::take(task.scale_scratch);
+        // SAFETY: the caller's duties; the tiles hold the keys `held`, which are those that any query sees, and `scales`
+        // lives as long as they.
         unsafe {
             if pages_serve {
-                walk(task, &tile_of_pages(task, start, held));
+                walk(task, &tile_of_pages(task, start, held, &mut scales));
             } else {
                 let mut room = std::mem::take(task.scratch);
-                let tile = lay_out(task, start, held, &mut room);
+                let tile = lay_out(task, start, held, &mut room, &mut scales);
                 walk_laid_out(&mut task.without_pages(), &tile);
                 *task.scratch = room;
             }
         }
+        *task.scale_scratch = scales;
         start += TILE_KEYS;
     }
 }
 
 /// A tile straight from the pages, whose rows fill vectors.
-fn tile_of_pages<E: Element + KvElement>(task: &SpanTask<'_, E>, start: usize, held: Range<usize>) -> Tile<E> {
+fn tile_of_pages<E: Element + KvElement>(
+    task: &SpanTask<'_, E>,
+    start: usize,
+    held: Range<usize>,
+    scales: &mut Vec<f32>,
+) -> Tile<E> {
     let (block_size, head_dim) = (task.block_size, task.head_dim);
     let mut tile = Tile { key_stride: block_size, value_stride: head_dim, ..Tile::empty(start) };
-    tile.take_scales(task, held.clone());
+    tile.take_scales(task, held.clone(), scales);
     for vector in (held.start - start) / WIDTH..(held.end - start).div_ceil(WIDTH) {
         let at = task.key_index(start + vector * WIDTH);
         tile.keys[vector] = task.keys[at..at + (head_dim - 1) * block_size + WIDTH].as_ptr();
@@ -186,6 +208,7 @@ fn lay_out<E: Element + KvElement>(
     start: usize,
     held: Range<usize>,
     room: &mut Vec<f32>,
+    scales: &mut Vec<f32>,
 ) -> Tile<f32> {
     let width = task.head_dim.next_multiple_of(WIDTH);
     room.clear();
@@ -205,7 +228,7 @@ fn lay_out<E: Element + KvElement>(
         value_stride: width,
         ..Tile::empty(start)
     };
-    tile.take_scales(task, held);
+    tile.take_scales(task, held, scales);
     for (vector, pointer) in tile.keys.iter_mut().enumerate() {
         *pointer = keys[vector * WIDTH..].as_ptr();
     }
@@ -251,7 +274,6 @@ unsafe fn convert<L: Lanes, E: Element>(tile: &Tile<E>, head_dim: usize, room: &
         value_stride: head_dim,
         key_scales: tile.key_scales,
         value_scales: tile.value_scales,
-        has_scales: tile.has_scales,
         ..Tile::empty(tile.start)
     };
     // SAFETY: `room` holds 64 keys and 64 values of `head_dim` components; the tile's rows are the caller's duty.
@@ -319,29 +341,88 @@ pub(in crate::cpu) unsafe fn walk_queries<L: Lanes, T: Element, const V: usize, 
                     weigh::<L, T>(task, tile, first + q, visible[q].clone(), &mut scores[q]);
                 }
             }
-            // What all of them see goes together, what lies before and behind it one by one, each query's in order.
-            let (mut start, mut end) = (0, TILE_KEYS);
-            for keys in &visible[..count] {
-                (start, end) = (start.max(keys.start), end.min(keys.end));
-            }
-            let shared = if start < end { start..end } else { TILE_KEYS..TILE_KEYS };
-            let mut weights = [std::ptr::null(); BLOCK_QUERIES];
-            for q in 0..count {
-                weights[q] = scores[q].as_ptr();
-                let own = visible[q].start..visible[q].end.min(shared.start);
-                let to = task.partial.values[(first + q) * width..(first + q + 1) * width].as_mut_ptr();
-                add_values::<L, T, 1, W>(tile, &[weights[q]; BLOCK_QUERIES], own, to, width);
-            }
-            let to = task.partial.values[first * width..(first + count) * width].as_mut_ptr();
-            with_queries!(count, add_values::<L, T, V, W>(tile, &weights, shared.clone(), to, width));
-            for q in 0..count {
-                let own = visible[q].start.max(shared.end)..visible[q].end;
-                let to = task.partial.values[(first + q) * width..(first + q + 1) * width].as_mut_ptr();
-                add_values::<L, T, 1, W>(tile, &[weights[q]; BLOCK_QUERIES], own, to, width);
+            let to = &mut task.partial.values[first * width..(first + count) * width];
+            if tile.value_scales.is_null() {
+                add_queries::<L, T, V, W>(tile, &scores, &visible[..count], to, 0..width);
+            } else {
+                for group in 0..head_dim.div_ceil(SCALE_GROUP) {
+                    let scales = tile.value_scales.add(group * TILE_KEYS);
+                    let weights = scaled::<L>(&scores, &visible[..count], scales);
+                    let components = group * SCALE_GROUP..((group + 1) * SCALE_GROUP).min(width);
+                    add_queries::<L, T, V, W>(tile, &weights, &visible[..count], to, components);
+                }
             }
         }
         first += count;
     }
+}
+
+/// The weights of what queries see, multiplied with a group's scales.
+///
+/// # Safety
+/// As [`Lanes`]; `scales` is valid for a tile's.
+#[inline(always)]
+unsafe fn scaled<L: Lanes>(weights: &Scores, visible: &[Range<usize>], scales: *const f32) -> Scores {
+    let mut scaled: Scores = [[0.0; TILE_KEYS]; BLOCK_QUERIES];
+    for (q, keys) in visible.iter().enumerate() {
+        for vector in keys.start / WIDTH..keys.end.div_ceil(WIDTH) {
+            // SAFETY: visible keys lie within the tile.
+            unsafe {
+                let weight = L::load(weights[q].as_ptr().add(vector * WIDTH));
+                weight.mul(L::load(scales.add(vector * WIDTH))).store(scaled[q].as_mut_ptr().add(vector * WIDTH));
+            }
+        }
+    }
+    scaled
+}
+
+/// Adds some components of the tile's values, weighted, to the queries that `visible` has: what all of them see goes
+/// together, what lies before and behind it one by one, each query's in order.
+///
+/// # Safety
+/// As [`walk_queries`]; `to` has as many floats for each query, and the components are whole vectors of these.
+#[inline(always)]
+unsafe fn add_queries<L: Lanes, T: Element, const V: usize, const W: usize>(
+    tile: &Tile<T>,
+    scores: &Scores,
+    visible: &[Range<usize>],
+    to: &mut [f32],
+    components: Range<usize>,
+) {
+    let count = visible.len();
+    let width = to.len() / count;
+    let (mut start, mut end) = (0, TILE_KEYS);
+    for keys in visible {
+        (start, end) = (start.max(keys.start), end.min(keys.end));
+    }
+    let shared = if start < end { start..end } else { TILE_KEYS..TILE_KEYS };
+    let mut weights = [std::ptr::null(); BLOCK_QUERIES];
+    // SAFETY: the caller's duties; keys named lie within the tile.
+    unsafe {
+        for q in 0..count {
+            weights[q] = scores[q].as_ptr();
+            let own = visible[q].start..visible[q].end.min(shared.start);
+            let to = Values { to: to[q * width..].as_mut_ptr(), width, components: components.clone() };
+            add_values::<L, T, 1, W>(tile, &[weights[q]; BLOCK_QUERIES], own, to);
+        }
+        let together = Values { to: to.as_mut_ptr(), width, components: components.clone() };
+        with_queries!(count, add_values::<L, T, V, W>(tile, &weights, shared.clone(), together));
+        for q in 0..count {
+            let own = visible[q].start.max(shared.end)..visible[q].end;
+            let to = Values { to: to[q * width..].as_mut_ptr(), width, components: components.clone() };
+            add_values::<L, T, 1, W>(tile, &[weights[q]; BLOCK_QUERIES], own, to);
+        }
+    }
+}
+
+/// Where weighted values are added to.
+struct Values {
+    /// Component 0 of the first query.
+    to: *mut f32,
+    /// From one query to the next.
+    width: usize,
+    /// Whole vectors of them.
+    components: Range<usize>,
 }
 
 /// Dot products of `Q` queries with the tile's key vectors.
@@ -388,7 +469,29 @@ unsafe fn score_vectors<L: Lanes, T: Element, const Q: usize, const V: usize>(
         from.copy_from_slice(&tile.keys[vector..vector + V]);
         let mut a = [queries[0]; Q];
         a.copy_from_slice(&queries[..Q]);
-        multiply_add::<L, _, Q, V, 0>(a, head_dim, from, tile.key_stride, &mut acc);
+        if tile.key_scales.is_null() {
+            multiply_add::<L, _, Q, V, 0>(a, head_dim, from, tile.key_stride, &mut acc);
+        } else {
+            for group in 0..head_dim.div_ceil(SCALE_GROUP) {
+                let first = group * SCALE_GROUP;
+                let len = (head_dim - first).min(SCALE_GROUP);
+                let (mut a, mut from) = (a, from);
+                for a in &mut a {
+                    *a = a.add(first);
+                }
+                for from in &mut from {
+                    *from = from.add(first * tile.key_stride);
+                }
+                let mut sums = [[L::splat(0.0); V]; Q];
+                multiply_add::<L, _, Q, V, 0>(a, len, from, tile.key_stride, &mut sums);
+                for v in 0..V {
+                    let scale = L::load(tile.key_scales.add(group * TILE_KEYS + (vector + v) * WIDTH));
+                    for q in 0..Q {
+                        acc[q][v] = sums[q][v].mul_add(scale, acc[q][v]);
+                    }
+                }
+            }
+        }
         for q in 0..Q {
             for v in 0..V {
                 acc[q][v].store(scores[q].as_mut_ptr().add((vector + v) * WIDTH));
@@ -416,11 +519,7 @@ unsafe fn weigh<L: Lanes, E: Element>(
     unsafe {
         let scale = L::splat(args.scale);
         for vector in vectors.clone() {
-            let mut score = L::load(to.add(vector * WIDTH));
-            if tile.has_scales {
-                score = score.mul(L::load(tile.key_scales.as_ptr().add(vector * WIDTH)));
-            }
-            score = score.mul(scale);
+            let mut score = L::load(to.add(vector * WIDTH)).mul(scale);
             if let Some(cap) = args.soft_cap {
                 score = tanh(score.div(L::splat(cap))).mul(L::splat(cap));
             }
@@ -442,11 +541,8 @@ unsafe fn weigh<L: Lanes, E: Element>(
         let new_max = maxes.join_max();
         let mut sums = L::splat(0.0);
         for vector in vectors {
-            let mut weights = exp_below_highest(L::load(to.add(vector * WIDTH)).sub(L::splat(new_max)));
+            let weights = exp_below_highest(L::load(to.add(vector * WIDTH)).sub(L::splat(new_max)));
             sums = sums.add(weights);
-            if tile.has_scales {
-                weights = weights.mul(L::load(tile.value_scales.as_ptr().add(vector * WIDTH)));
-            }
             weights.store(to.add(vector * WIDTH));
         }
         // exp(0) is exactly 1.
@@ -463,19 +559,19 @@ unsafe fn weigh<L: Lanes, E: Element>(
     }
 }
 
-/// Adds the values of the tile's keys `visible`, weighted, to `Q` queries of `width` floats from `to` on.
+/// Adds some components of the values of the tile's keys `visible`, weighted, to `Q` queries.
 ///
 /// # Safety
-/// As [`walk_queries`]: the first Q pointers are valid for a tile's weights, `to` for Q queries; all of them see exactly
+/// As [`walk_queries`]: the first Q pointers are valid for a tile's weights, `values` for Q queries; all of them see exactly
 /// the keys `visible`.
 #[inline(always)]
 unsafe fn add_values<L: Lanes, T: Element, const Q: usize, const V: usize>(
     tile: &Tile<T>,
     weights: &[*const f32; BLOCK_QUERIES],
     visible: Range<usize>,
-    to: *mut f32,
-    width: usize,
+    values: Values,
 ) {
+    let Values { to, width, components } = values;
     if visible.is_empty() {
         return;
     }
@@ -493,13 +589,19 @@ unsafe fn add_values<L: Lanes, T: Element, const Q: usize, const V: usize>(
             for q in 0..Q {
                 a[q] = weights[q].add(keys.start);
             }
-            let mut component = 0;
-            while component + V * WIDTH <= width {
+            let mut component = components.start;
+            while component + V * WIDTH <= components.end {
                 let (from, to) = (from.add(component), to.add(component));
                 add_components::<L, T, Q, V>(a, keys.len(), from, tile.value_stride, to, width);
                 component += V * WIDTH;
             }
-            while V > 1 && component < width {
+            // What scales have in common is a pair of vectors, which one accumulator each would make wait.
+            while V > 2 && component + 2 * WIDTH <= components.end {
+                let (from, to) = (from.add(component), to.add(component));
+                add_components::<L, T, Q, 2>(a, keys.len(), from, tile.value_stride, to, width);
+                component += 2 * WIDTH;
+            }
+            while V > 1 && component < components.end {
                 let (from, to) = (from.add(component), to.add(component));
                 add_components::<L, T, Q, 1>(a, keys.len(), from, tile.value_stride, to, width);
                 component += WIDTH;

@@ -2,12 +2,14 @@
 //!
 //! Tiles start at multiples of 64 absolute positions. A score's one accumulator walks the components in order; a
 //! value's one accumulator walks the keys in order; a tile's sum has sixteen lanes, by position mod 16. Codes are summed as
-//! they are: a key's scale multiplies its dot product, a value's scale its weight.
+//! they are, a group of components at a time: a key's scale multiplies the group's dot product, which then joins the
+//! score; a value's scale multiplies its weight.
 
 use super::exp::{exp, tanh};
 use super::{LANES, join_lanes};
 use crate::cpu::attention::TILE_KEYS;
 use crate::cpu::task::{KvElement, SpanTask};
+use crate::kv::SCALE_GROUP;
 
 /// # Safety
 /// Safe in fact; unsafe to fit the table.
@@ -31,13 +33,11 @@ pub(super) unsafe fn attend<E: KvElement>(task: &mut SpanTask<'_, E>) {
             }
             sum = sum.mul_add(rescale, join_lanes(lanes));
             max = new_max;
-            let scaled =
-                |(key, &weight): (usize, &f32)| if E::HAS_SCALES { weight * task.scales(key).1 } else { weight };
-            let weights: Vec<f32> = keys.clone().zip(&weights).map(scaled).collect();
             for (i, value) in values[..task.head_dim].iter_mut().enumerate() {
                 *value *= rescale;
                 for (key, &weight) in keys.clone().zip(&weights) {
-                    *value = weight.mul_add(task.values[task.value_index(key) + i].widen(), *value);
+                    let scale = scale(task, task.values, key, i / SCALE_GROUP);
+                    *value = (weight * scale).mul_add(task.values[task.value_index(key) + i].widen(), *value);
                 }
             }
             tile += TILE_KEYS;
@@ -50,12 +50,17 @@ pub(super) unsafe fn attend<E: KvElement>(task: &mut SpanTask<'_, E>) {
 
 fn score<E: KvElement>(task: &SpanTask<'_, E>, query: usize, key: usize) -> f32 {
     let at = task.key_index(key);
-    let dot = task
-        .query(query)
-        .iter()
-        .enumerate()
-        .fold(0.0_f32, |dot, (i, &q)| q.mul_add(task.keys[at + i * task.block_size].widen(), dot));
-    let dot = if E::HAS_SCALES { dot * task.scales(key).0 } else { dot };
+    // Without scales a head is one group.
+    let group_len = if E::HAS_SCALES { SCALE_GROUP } else { task.head_dim };
+    let mut dot = 0.0_f32;
+    for (group, query) in task.query(query).chunks(group_len).enumerate() {
+        let at = at + group * group_len * task.block_size;
+        let sum = query
+            .iter()
+            .enumerate()
+            .fold(0.0_f32, |sum, (i, &q)| q.mul_add(task.keys[at + i * task.block_size].widen(), sum));
+        dot = sum.mul_add(scale(task, task.keys, key, group), dot);
+    }
     let mut score = dot * task.args.scale;
     if let Some(cap) = task.args.soft_cap {
         score = tanh(score / cap) * cap;
@@ -64,4 +69,9 @@ fn score<E: KvElement>(task: &SpanTask<'_, E>, query: usize, key: usize) -> f32 
         score += biases[task.head(query) * task.args.num_biases() + key];
     }
     score
+}
+
+/// The scale of a group of a key or a value; 1 where components are no codes.
+fn scale<E: KvElement>(task: &SpanTask<'_, E>, plane: &[E], key: usize, group: usize) -> f32 {
+    if E::HAS_SCALES { task.scales(plane, key, 1, group).next().unwrap_or(f32::NAN) } else { 1.0 }
 }
