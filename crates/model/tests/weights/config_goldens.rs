@@ -130,10 +130,11 @@ fn check_sizes(name: &str, config: &DecoderConfig, expected: &Expected) {
     assert_eq!(ours, theirs, "{name}");
     let context = expected.max_position_embeddings;
     // Scaling that is switched on reaches its factor times as far as the config says; Gemma 3, with two, counts it already.
-    let reach = match &*config.rotaries {
-        [Rotary { scaling: RopeScaling::Linear { factor }, .. }] => context as f64 * f64::from(*factor),
-        [Rotary { scaling: RopeScaling::Dynamic { factor, original_max_position_embeddings: original }, .. }]
-        | [Rotary { scaling: RopeScaling::Yarn { factor, original_max_position_embeddings: original, .. }, .. }] => {
+    let scaling = if let [rotary] = &*config.rotaries { &rotary.scaling } else { &RopeScaling::None };
+    let reach = match scaling {
+        RopeScaling::Linear { factor } => context as f64 * f64::from(*factor),
+        RopeScaling::Dynamic { factor, original_max_position_embeddings: original }
+        | RopeScaling::Yarn { factor, original_max_position_embeddings: original, .. } => {
             *original as f64 * f64::from(*factor)
         }
         _ => context as f64,
