@@ -75,8 +75,7 @@ impl<B: Backend> Decoder<B> {
     pub(crate) fn check(config: &DecoderConfig) -> Result<Vec<Option<Rope>>, ModelError> {
         check::config(config)?;
         let rotaries = config.rotaries.iter().enumerate();
-        let in_use = |index| config.layers.iter().any(|layer| layer.rotary == Some(index));
-        rotaries.map(|(index, rotary)| in_use(index).then(|| Rope::new(rotary)).transpose()).collect()
+        rotaries.map(|(index, rotary)| config.uses_rotary(index).then(|| Rope::new(rotary)).transpose()).collect()
     }
 
     pub(crate) fn backend(&self) -> &B {

@@ -61,8 +61,8 @@ impl RopeRegimes {
     /// None where no layer's frequencies depend on the length. Refuses what has no one answer: rotary embeddings that
     /// change at different lengths.
     pub fn of(config: &DecoderConfig) -> Result<Option<Self>, ModelError> {
-        let in_use = |index: &usize| config.layers.iter().any(|layer| layer.rotary == Some(*index));
-        let rotaries = (0..config.rotaries.len()).filter(in_use).map(|index| &config.rotaries[index]);
+        let rotaries = config.rotaries.iter().enumerate();
+        let rotaries = rotaries.filter(|&(index, _)| config.uses_rotary(index)).map(|(_, rotary)| rotary);
         let mut regimes = rotaries.filter_map(|rotary| match &rotary.scaling {
             RopeScaling::LongRope { original_max_position_embeddings: original, .. } => {
                 Some(Self::long_rope(*original))

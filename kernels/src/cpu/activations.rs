@@ -74,8 +74,7 @@ impl Activations {
 
     /// The rows in f32, `[num_rows, cols]`; panics where they are kept in int8 alone.
     pub fn rows(&self) -> &[f32] {
-        assert!(self.form.has_f32(), "activations in int8 alone met a dense matrix: prepare them as Form::Both");
-        &self.rows[..self.num_rows * self.cols]
+        self.inputs().rows()
     }
 
     /// What the rows are kept as.

@@ -7,8 +7,8 @@
 use std::{mem, ops::Range};
 
 use bindery_kernels::{
-    Activation, Activations, AttentionArgs, AttentionSequence, Cpu, ExpertWeights, Form, GatedProduct, KvCache,
-    KvDtype, KvShape, LayerNorm, Matrix, Mixture, Norm, Product, Projection, RoutingArgs, Shares,
+    Activations, AttentionArgs, AttentionSequence, Cpu, ExpertWeights, Form, GatedProduct, KvCache, KvDtype, KvShape,
+    LayerNorm, Matrix, Mixture, Norm, Product, Projection, RoutingArgs, Shares,
 };
 
 use crate::{
@@ -17,7 +17,7 @@ use crate::{
         AttentionWeights, Backend, ExpertsWeights, FeedForwardKind, FeedForwardWeights, HeadWeights, Layer, Linear,
         MlpWeights, NormWeights, SharedExpert, Step,
     },
-    config::{self, DecoderConfig, NormKind, RopeStyle},
+    config::{Activation, DecoderConfig, NormKind, RopeStyle},
     error::ModelError,
     model::{Dtype, KvCacheDtype, Quantize},
     weights::TensorView,
@@ -153,13 +153,27 @@ fn norm<'a>(config: &DecoderConfig, weights: &'a NormWeights<CpuBackend>) -> Nor
     }
 }
 
-/// The first half of an MLP.
-fn gated_product(mlp: &MlpWeights<CpuBackend>, activation: config::Activation) -> GatedProduct<'_> {
-    let activation = match activation {
-        config::Activation::Silu => Activation::Silu,
-        config::Activation::Gelu => Activation::Gelu,
-        config::Activation::GeluTanh => Activation::GeluTanh,
+/// `hidden +=` the product, by way of a norm where there is one; `branch` is room for what is normed.
+fn add_branch(
+    cpu: &Cpu,
+    x: &Activations,
+    linear: &Linear<CpuBackend>,
+    post_norm: Option<Norm<'_>>,
+    branch: &mut Vec<f32>,
+    hidden: &mut [f32],
+) -> Result<(), ModelError> {
+    let Some(post_norm) = post_norm else {
+        cpu.matmul_add(x, &linear.weight, linear.bias.as_deref(), hidden);
+        return Ok(());
     };
+    let branch = sized(branch, hidden.len())?;
+    cpu.matmul(x, &linear.weight, linear.bias.as_deref(), branch);
+    cpu.norm_add(branch, &post_norm, hidden);
+    Ok(())
+}
+
+/// The first half of an MLP.
+fn gated_product(mlp: &MlpWeights<CpuBackend>, activation: Activation) -> GatedProduct<'_> {
     match &mlp.gate {
         Some(gate) => GatedProduct { gate: projection(gate), up: Some(projection(&mlp.up)), activation },
         None => GatedProduct { gate: projection(&mlp.up), up: None, activation },
@@ -205,14 +219,7 @@ impl CpuBackend {
         let hidden = &mut hidden[..rows * config.hidden_size];
         let product = gated_product(mlp, config.mlp.activation);
         cpu.gated_matmul(activations, &product, Form::of([&mlp.down.weight]), gated);
-        let Some(post_norm) = post_norm else {
-            cpu.matmul_add(gated, &mlp.down.weight, mlp.down.bias.as_deref(), hidden);
-            return Ok(());
-        };
-        let branch = sized(branch, hidden.len())?;
-        cpu.matmul(gated, &mlp.down.weight, mlp.down.bias.as_deref(), branch);
-        cpu.norm_add(branch, &norm(config, post_norm), hidden);
-        Ok(())
+        add_branch(cpu, gated, &mlp.down, post_norm.map(|post_norm| norm(config, post_norm)), branch, hidden)
     }
 
     /// Likewise a mixture of experts.
@@ -371,8 +378,10 @@ impl Backend for CpuBackend {
     }
 
     fn attention(&mut self, layer: Layer<'_>, step: Step<'_>) -> Result<(), ModelError> {
-        let longest = step.batch.sequences.iter().map(|sequence| sequence.context_len).max().unwrap_or(0);
-        self.make_biases(longest)?;
+        if self.config.alibi.is_some() {
+            let lengths = step.batch.sequences.iter().map(|sequence| sequence.context_len);
+            self.make_biases(lengths.max().unwrap_or(0))?;
+        }
         let width = self.config.num_heads * self.config.head_dim;
         let Buffers { queries, attended, sequences, biases, .. } = &mut self.buffers;
         let args = AttentionArgs {
@@ -401,14 +410,8 @@ impl Backend for CpuBackend {
         let hidden = &mut hidden[..rows * self.config.hidden_size];
         let attended = &attended[..rows * width];
         self.cpu.prepare(attended, rows, width, Form::of([&weights.o.weight]), activations);
-        let Some(post_norm) = &weights.post_norm else {
-            self.cpu.matmul_add(activations, &weights.o.weight, weights.o.bias.as_deref(), hidden);
-            return Ok(());
-        };
-        let branch = sized(branch, hidden.len())?;
-        self.cpu.matmul(activations, &weights.o.weight, weights.o.bias.as_deref(), branch);
-        self.cpu.norm_add(branch, &norm(&self.config, post_norm), hidden);
-        Ok(())
+        let post_norm = weights.post_norm.as_ref().map(|post_norm| norm(&self.config, post_norm));
+        add_branch(&self.cpu, activations, &weights.o, post_norm, branch, hidden)
     }
 
     fn feed_forward(

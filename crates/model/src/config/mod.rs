@@ -166,7 +166,7 @@ pub struct Rotary {
     pub scaling: RopeScaling,
 }
 
-pub use bindery_kernels::RopeStyle;
+pub use bindery_kernels::{Activation, RopeStyle};
 
 /// Scaling of rotary frequencies.
 #[derive(Clone, Debug, PartialEq)]
@@ -253,17 +253,6 @@ pub struct Experts {
     pub normalize_weights: bool,
     /// Width of an expert that computes every token, times sigmoid of a learned gate (Qwen 2 MoE).
     pub shared_intermediate_size: Option<usize>,
-}
-
-/// Activation functions.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Activation {
-    /// x * sigmoid(x).
-    Silu,
-    /// x * Phi(x), by the error function.
-    Gelu,
-    /// Its approximation by tanh ("gelu_pytorch_tanh", "gelu_new").
-    GeluTanh,
 }
 
 /// Why a model description is not taken.
@@ -361,10 +350,14 @@ impl DecoderConfig {
         self.rotaries.iter().try_for_each(|rotary| rotary.check(self.head_dim))
     }
 
+    /// Whether any layer rotates by the embedding of this number.
+    pub(crate) fn uses_rotary(&self, index: usize) -> bool {
+        self.layers.iter().any(|layer| layer.rotary == Some(index))
+    }
+
     /// Leaves out rotary embeddings that no layer uses (Gemma 3 with layers of one type only), and counts the rest anew.
     fn drop_unused_rotaries(&mut self) {
-        let used = |index| self.layers.iter().any(|layer| layer.rotary == Some(index));
-        let kept: Vec<usize> = (0..self.rotaries.len()).filter(|&index| used(index)).collect();
+        let kept: Vec<usize> = (0..self.rotaries.len()).filter(|&index| self.uses_rotary(index)).collect();
         // A model that rotates nowhere keeps its own: there is nothing to count anew.
         if kept.is_empty() || kept.len() == self.rotaries.len() {
             return;

@@ -23,7 +23,9 @@ pub(super) fn weights<B: Backend>(
     backend: &B,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<(DecoderWeights<B>, LoadedWeights), ModelError> {
-    let mut loader = Loader { store, backend, config, progress, bytes_total: 0, bytes_done: 0, bytes_held: 0 };
+    // Once: it is a sum over all tensors, and mixtures have tens of thousands.
+    let bytes_total = store.num_bytes();
+    let mut loader = Loader { store, backend, config, progress, bytes_total, bytes_done: 0, bytes_held: 0 };
     let weights = loader.load()?;
     let loaded = LoadedWeights { num_bytes: loader.bytes_held, products: products(config, &weights) };
     Ok((weights, loaded))
@@ -116,8 +118,6 @@ struct MlpRoles {
 impl<'a, B: Backend> Loader<'a, B> {
     fn load(&mut self) -> Result<DecoderWeights<B>, ModelError> {
         let DecoderConfig { vocab_size, hidden_size, tied_embeddings, head_bias, .. } = *self.config;
-        // Once: it is a sum over all tensors, and mixtures have tens of thousands.
-        self.bytes_total = self.store.num_bytes();
         (self.progress)(0, self.bytes_total);
         let embedding = self.matrix(TensorRole::Embedding, vocab_size, hidden_size)?;
         let mut layers = Vec::with_capacity(self.config.num_layers());
@@ -215,9 +215,7 @@ impl<'a, B: Backend> Loader<'a, B> {
         let in_halves = matches!(weight, LayerTensor::Q | LayerTensor::K);
         let in_order = |loader: &Self, tensor| if in_halves { loader.in_halves(tensor) } else { tensor };
         let weight = in_order(self, self.required(TensorRole::Layer(layer, weight))?);
-        self.check_shape(&weight, rows, cols)?;
-        let matrix = self.backend.import_matrix(&weight)?;
-        self.taken(&weight, B::matrix_bytes(&matrix));
+        let weight = self.import_matrix(&weight, rows, cols, B::import_matrix)?;
         let bias = match bias {
             None => None,
             Some(bias) => {
@@ -225,22 +223,29 @@ impl<'a, B: Backend> Loader<'a, B> {
                 Some(self.import_vector(&bias, rows, 0.0)?)
             }
         };
-        Ok(Linear { weight: matrix, bias })
+        Ok(Linear { weight, bias })
     }
 
     fn matrix(&mut self, role: TensorRole, rows: usize, cols: usize) -> Result<B::Matrix, ModelError> {
         let tensor = self.required(role)?;
-        self.check_shape(&tensor, rows, cols)?;
-        let matrix = self.backend.import_matrix(&tensor)?;
-        self.taken(&tensor, B::matrix_bytes(&matrix));
-        Ok(matrix)
+        self.import_matrix(&tensor, rows, cols, B::import_matrix)
     }
 
     fn dense_matrix(&mut self, role: TensorRole, rows: usize, cols: usize) -> Result<B::Matrix, ModelError> {
         let tensor = self.required(role)?;
-        self.check_shape(&tensor, rows, cols)?;
-        let matrix = self.backend.import_dense_matrix(&tensor)?;
-        self.taken(&tensor, B::matrix_bytes(&matrix));
+        self.import_matrix(&tensor, rows, cols, B::import_dense_matrix)
+    }
+
+    fn import_matrix(
+        &mut self,
+        tensor: &TensorView<'_>,
+        rows: usize,
+        cols: usize,
+        import: impl FnOnce(&B, &TensorView<'_>) -> Result<B::Matrix, ModelError>,
+    ) -> Result<B::Matrix, ModelError> {
+        self.check_shape(tensor, rows, cols)?;
+        let matrix = import(self.backend, tensor)?;
+        self.taken(tensor, B::matrix_bytes(&matrix));
         Ok(matrix)
     }
 
