@@ -31,8 +31,18 @@ struct Architecture {
     windows: Windows,
     experts: ArchitectureExperts,
     attention_scale: AttentionScale,
-    /// Soft caps of scores and logits where the keys are absent, and none where an architecture has none.
-    caps: [Option<f64>; 2],
+    attention_cap: SoftCap,
+    logit_cap: SoftCap,
+}
+
+#[derive(Clone, Copy)]
+enum SoftCap {
+    /// A file that asks for one is refused.
+    Never,
+    /// What the key says (0: none).
+    IfGiven,
+    /// Always, by this where the key is absent.
+    OrElse(f64),
 }
 
 #[derive(Clone, Copy)]
@@ -85,7 +95,8 @@ const LLAMA: Architecture = Architecture {
     windows: Windows::All,
     experts: ArchitectureExperts::Mixtral,
     attention_scale: AttentionScale::HeadDim,
-    caps: [None; 2],
+    attention_cap: SoftCap::Never,
+    logit_cap: SoftCap::Never,
 };
 
 const QWEN2: Architecture =
@@ -113,7 +124,8 @@ const ARCHITECTURES: &[Architecture] = &[
         block: Block::SandwichNorm,
         windows: Windows::Pattern { pattern: 2, default_window: Some(4096), own_rotary: OwnRotary::No },
         attention_scale: AttentionScale::Gemma { layers_of_27b: 46 },
-        caps: [Some(50.0), Some(30.0)],
+        attention_cap: SoftCap::OrElse(50.0),
+        logit_cap: SoftCap::OrElse(30.0),
         ..GEMMA
     },
     Architecture {
@@ -122,6 +134,7 @@ const ARCHITECTURES: &[Architecture] = &[
         query_key_norm: true,
         windows: Windows::Pattern { pattern: 6, default_window: None, own_rotary: OwnRotary::Base },
         attention_scale: AttentionScale::Gemma { layers_of_27b: 62 },
+        logit_cap: SoftCap::IfGiven,
         ..GEMMA
     },
     Architecture { name: "phi3", ..QWEN2 },
@@ -183,7 +196,7 @@ pub(super) fn decoder_config(file: &GgufFile) -> Outcome<DecoderConfig> {
         rotaries,
         alibi: None,
         attention_scale: attention_scale(keys, architecture, hidden_size, num_heads, head_dim)?,
-        attention_soft_cap: cap(keys, "attn_logit_softcapping", architecture.caps[0])?,
+        attention_soft_cap: cap(keys, "attn_logit_softcapping", architecture.attention_cap)?,
         mlp: Mlp {
             intermediate_size: keys.required_size("feed_forward_length", Limits::WIDTH)?,
             activation: architecture.activation,
@@ -200,13 +213,7 @@ pub(super) fn decoder_config(file: &GgufFile) -> Outcome<DecoderConfig> {
         tied_embeddings: file.tensor("output.weight").is_none(),
         head_bias: file.tensor("output.bias").is_some(),
         logit_scale: 1.0,
-        logit_soft_cap: match architecture.windows {
-            // The one architecture with a key and no default.
-            Windows::Pattern { own_rotary: OwnRotary::Base, .. } => {
-                keys.number("final_logit_softcapping")?.filter(|&cap| cap != 0.0).map(|cap| cap as f32)
-            }
-            _ => cap(keys, "final_logit_softcapping", architecture.caps[1])?,
-        },
+        logit_soft_cap: cap(keys, "final_logit_softcapping", architecture.logit_cap)?,
         bos_token_id: token_id(keys, "tokenizer.ggml.bos_token_id", vocab_size)?,
         eos_token_ids: eos_token_ids(keys, vocab_size)?,
     };
@@ -329,13 +336,16 @@ fn attention_scale(
     Ok((width as f64).sqrt().recip() as f32)
 }
 
-/// A soft cap of an architecture that has one; elsewhere a value that caps is refused.
-fn cap(keys: Keys<'_>, key: &str, default: Option<f64>) -> Outcome<Option<f32>> {
-    let Some(default) = default else {
-        keys.refuse_number(key, &[0.0])?;
-        return Ok(None);
+fn cap(keys: Keys<'_>, key: &str, kind: SoftCap) -> Outcome<Option<f32>> {
+    let cap = match kind {
+        SoftCap::Never => {
+            keys.refuse_number(key, &[0.0])?;
+            None
+        }
+        SoftCap::IfGiven => keys.number(key)?.filter(|&cap| cap != 0.0),
+        SoftCap::OrElse(default) => Some(keys.number(key)?.unwrap_or(default)),
     };
-    Ok(Some(keys.number(key)?.unwrap_or(default) as f32))
+    Ok(cap.map(|cap| cap as f32))
 }
 
 /// Layers with their windows, and the rotary embeddings they choose from; `full` is that of layers that see everything.
