@@ -71,6 +71,15 @@ enum Zeros {
     Bytes(Part),
 }
 
+impl Zeros {
+    fn part(&self) -> Option<&Part> {
+        match self {
+            Self::Middle => None,
+            Self::Stream { part, .. } | Self::Awq(part) | Self::Words(part) | Self::Bytes(part) => Some(part),
+        }
+    }
+}
+
 /// A matrix of codes and where its parts lie.
 #[derive(Debug)]
 pub(super) struct GroupedPlace {
@@ -424,10 +433,7 @@ impl GroupedPlace {
     }
 
     fn num_bytes(&self) -> usize {
-        let zeros = match &self.zeros {
-            Zeros::Middle => 0,
-            Zeros::Stream { part, .. } | Zeros::Awq(part) | Zeros::Words(part) | Zeros::Bytes(part) => part.range.len(),
-        };
+        let zeros = self.zeros.part().map_or(0, |part| part.range.len());
         self.codes.range.len() + self.scales.range.len() + zeros
     }
 }
@@ -462,14 +468,8 @@ impl<'a> Grouped<'a> {
 
     /// An error where one of its files has changed since it was opened.
     pub(super) fn check_unchanged(&self) -> Result<(), ModelError> {
-        self.file().check_unchanged()?;
-        self.files[self.place.scales.file].check_unchanged()?;
-        match &self.place.zeros {
-            Zeros::Middle => Ok(()),
-            Zeros::Stream { part, .. } | Zeros::Awq(part) | Zeros::Words(part) | Zeros::Bytes(part) => {
-                self.files[part.file].check_unchanged()
-            }
-        }
+        let GroupedPlace { codes, scales, zeros, .. } = self.place;
+        [codes, scales].into_iter().chain(zeros.part()).try_for_each(|part| self.files[part.file].check_unchanged())
     }
 
     /// Gives the pages of its codes back. Each thread reads all over a matrix that keeps inputs outermost, so there is

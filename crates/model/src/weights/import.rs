@@ -2,9 +2,13 @@
 //!
 //! Quantised sources keep their codes, scales and minimums exactly, in as many bits as the file spends on codes and with
 //! scales as compact as there. Dense sources become the dtype asked for, or are quantised. Rows pass through one at a time
-//! a thread; the only copy of the whole is the packed one. It must not know which layer a tensor belongs to. Its invariant: a matrix that is returned holds finite numbers only.
+//! a thread; the only copy of the whole is the packed one. It must not know which layer a tensor belongs to. Its invariant: a
+//! matrix that is returned holds finite numbers only.
 
-use std::sync::{Mutex, PoisonError};
+use std::{
+    ops::Range,
+    sync::{Mutex, PoisonError},
+};
 
 use bindery_kernels::{CodeBits, Cpu, Dense, DenseElement, Matrix, QuantFormat, QuantRow, Quantized, Scaling};
 use half::{bf16, f16};
@@ -13,7 +17,7 @@ use super::{
     TensorView, WeightFormat, blocks,
     names::TensorKind,
     quantize::{self, Effort, GROUP},
-    view::TensorData,
+    view::{Pages, TensorData},
 };
 use crate::{Dtype, ModelError, Quantize};
 
@@ -43,7 +47,15 @@ impl TensorView<'_> {
     /// Errors name the tensor: a scale or element that is not finite, a value too large for
     /// the target, a file that changed.
     pub fn import(&self, cpu: &Cpu, dtype: Dtype, quantize: Quantize) -> Result<Matrix, ModelError> {
-        let target = self.target(dtype, quantize);
+        self.import_as(cpu, self.target(dtype, quantize))
+    }
+
+    /// Dense f32, whatever it is stored as.
+    pub fn import_f32(&self, cpu: &Cpu) -> Result<Matrix, ModelError> {
+        self.import_as(cpu, Target::F32)
+    }
+
+    fn import_as(&self, cpu: &Cpu, target: Target) -> Result<Matrix, ModelError> {
         self.check_unchanged()?;
         match target {
             Target::Keep(format) => self.keep(cpu, format),
@@ -61,13 +73,6 @@ impl TensorView<'_> {
         }
         .inspect(|_| self.release())
         .map_err(|what| self.bad(what))
-    }
-
-    /// Dense f32, whatever it is stored as.
-    pub fn import_f32(&self, cpu: &Cpu) -> Result<Matrix, ModelError> {
-        self.check_unchanged()?;
-        let dense = self.dense(cpu, |value| value, "f32").inspect(|_| self.release());
-        dense.map(Matrix::F32).map_err(|what| self.bad(what))
     }
 
     /// Pages of a matrix in several tensors; what lies row by row has given its own back on the way.
@@ -139,14 +144,10 @@ impl TensorView<'_> {
     ) -> Result<Dense<E>, String> {
         let problem = Problem::default();
         let packed = Dense::pack_parallel(cpu, self.rows, self.cols, |rows| {
-            let mut pages = self.pages(rows);
-            let mut values = vec![0.0; self.cols];
+            let mut values = self.values(rows, &problem);
             let (problem, narrow) = (&problem, &narrow);
             move |row, out: &mut [E]| {
-                pages.reach(row);
-                self.read_row(row, &mut pages.tile, &mut values);
-                problem.check_values(row, &values);
-                for (out, &value) in out.iter_mut().zip(&values) {
+                for (out, &value) in out.iter_mut().zip(values.read(row)) {
                     *out = narrow(value);
                     if out.to_f32().is_infinite() {
                         problem.note(row, || format!("holds {value}, too large for {limit}"));
@@ -167,14 +168,10 @@ impl TensorView<'_> {
     ) -> Result<Matrix, String> {
         let problem = Problem::default();
         let packed = Quantized::pack_parallel(cpu, self.rows, self.cols, format, |rows| {
-            let mut pages = self.pages(rows);
-            let mut values = vec![0.0; self.cols];
+            let mut values = self.values(rows, &problem);
             let (problem, quantize) = (&problem, &quantize);
             move |row, out: QuantRow<'_>| {
-                pages.reach(row);
-                self.read_row(row, &mut pages.tile, &mut values);
-                problem.check_values(row, &values);
-                let groups = values.as_chunks::<GROUP>().0.iter().zip(out.codes.as_chunks_mut::<GROUP>().0);
+                let groups = values.read(row).as_chunks::<GROUP>().0.iter().zip(out.codes.as_chunks_mut::<GROUP>().0);
                 let mut mins = out.mins.iter_mut();
                 for ((group, codes), scale) in groups.zip(out.scales) {
                     let Some((found, min)) = quantize(group, codes) else {
@@ -190,6 +187,29 @@ impl TensorView<'_> {
             }
         });
         problem.or(packed).map(Matrix::Quantized)
+    }
+
+    /// Reads these rows one by one, ascending.
+    fn values<'a>(&'a self, rows: Range<usize>, problem: &'a Problem) -> Values<'a> {
+        Values { view: self, pages: self.pages(rows), row: vec![0.0; self.cols], problem }
+    }
+}
+
+/// Rows on their way through one thread, in f32.
+struct Values<'a> {
+    view: &'a TensorView<'a>,
+    pages: Pages<'a>,
+    row: Vec<f32>,
+    problem: &'a Problem,
+}
+
+impl Values<'_> {
+    /// A row, checked: what is not finite is noted.
+    fn read(&mut self, row: usize) -> &[f32] {
+        self.pages.reach(row);
+        self.view.read_row(row, &mut self.pages.tile, &mut self.row);
+        self.problem.check_values(row, &self.row);
+        &self.row
     }
 }
 

@@ -1,10 +1,11 @@
 //! Bytes on disk to named tensors.
 //!
 //! A [`WeightStore`] is an opened model: mapped files, a [`DecoderConfig`], and a table from what a tensor does to where it
-//! lies. One file per container (`gguf`, `safetensors`, `dummy`; `grouped` for integer weights in several tensors), one table of names (`names`, resolved against a file by
-//! `table`), one file per step from stored blocks to packed matrices (`blocks`, `quantize`, `import`). It must not know a
-//! backend's buffers or the forward pass. Its invariant: once a store is open, every tensor that the config calls for is
-//! there, in a format that can be read, with the shape the config demands.
+//! lies. One file per container (`gguf`, `safetensors`, `dummy`; `grouped` for integer weights in several tensors), one table
+//! of names (`names`, resolved against a file by `table`), one file per step from stored blocks to packed matrices
+//! (`blocks`, `quantize`, `import`). It must not know a backend's buffers or the forward pass. Its invariant: once a store
+//! is open, every tensor that the config calls for is there, in a format that can be read, with the shape the config
+//! demands.
 
 mod blocks;
 mod dummy;
@@ -309,7 +310,7 @@ impl WeightStore {
 
     fn view<'a>(&'a self, tensor: &'a StoredTensor) -> TensorView<'a> {
         let data = match &tensor.place {
-            Place::File { file, range } => TensorData::Mapped { file: self.file(*file), range: range.clone() },
+            Place::File { file, range } => TensorData::Mapped { file: &self.files()[*file], range: range.clone() },
             Place::Generated(generator) => TensorData::Generated(*generator),
             Place::Grouped(place) => TensorData::Grouped(Grouped { files: self.files(), place }),
         };
@@ -317,19 +318,12 @@ impl WeightStore {
         TensorView { name, rows, cols, format, kind, data, rows_at, stored_cols, halves: None }
     }
 
-    /// Of a checkpoint; no other source has matrices in several tensors.
+    /// What places count.
     fn files(&self) -> &[MappedFile] {
         match &self.source {
+            Source::Gguf(file) => std::slice::from_ref(file.map()),
             Source::Safetensors(checkpoint) => &checkpoint.files,
-            Source::Gguf(_) | Source::Dummy => unreachable!("only checkpoints are resolved so"),
-        }
-    }
-
-    fn file(&self, index: usize) -> &MappedFile {
-        match &self.source {
-            Source::Gguf(file) => file.map(),
-            Source::Safetensors(checkpoint) => &checkpoint.files[index],
-            Source::Dummy => unreachable!("made-up weights are in no file"),
+            Source::Dummy => &[],
         }
     }
 
