@@ -17,7 +17,7 @@ use bindery_model::{BatchSequence, ForwardBatch, LoadOptions, Model, ModelError,
 
 pub use statistics::{Comparison, Estimate, Spread};
 
-use crate::{EngineError, Tokenizer, load};
+use crate::{EngineError, Tokenizer, engine::rows::rope_len, load};
 use statistics::ScoredToken;
 
 /// Shortest window: a few tokens of each are scored, so that every mean has an error.
@@ -264,7 +264,7 @@ impl Scorer {
     fn forward(&mut self, window: &[u32], step: &Range<usize>) -> Result<(), EngineError> {
         let num_blocks = window.len().div_ceil(self.model.info().block_size);
         // A window is a prompt whose tokens are all known, whatever the steps it is computed in.
-        let rope_len = self.model.rope_regimes().map_or(0, |regimes| regimes.rope_len(window.len(), window.len()));
+        let rope_len = rope_len(self.model.rope_regimes(), window.len(), window.len());
         let batch = &mut self.batch;
         batch.clear();
         batch.tokens.extend_from_slice(&window[step.clone()]);

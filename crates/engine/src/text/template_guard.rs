@@ -1,8 +1,9 @@
 //! Puts filters around the operands of two operators that minijinja offers no other way into: `+` and `~`.
 //!
-//! Each operand of a `+` pays for its length. minijinja's fuel covers what a template runs and prints, but it joins lists lazily and copies them out free of charge
-//! once some thirty joins are stacked, so that a list doubled forty times took all memory there is (as of 3.1). Each
-//! operand of a `~` becomes text as Python writes it, where minijinja would write floats at length.
+//! Each operand of a `+` pays for its length. minijinja's fuel covers what a template runs and prints, but it joins lists
+//! lazily and copies them out free of charge once some thirty joins are stacked, so that a list doubled forty times took
+//! all memory there is (as of 3.1). Each operand of a `~` becomes text as Python writes it, where minijinja would write
+//! floats at length.
 //!
 //! The source is rewritten before it is compiled: `a + b` becomes `(a)|NAME + (b)|NAME`. Tokens and their places come from
 //! minijinja's own lexer; this file must not know what a template is for.
