@@ -54,13 +54,8 @@ pub(crate) fn run(steps: &mut Steps, rounds: u32) -> Result<()> {
     fs::create_dir_all(&folder)?;
     let bin = build(steps, &folder)?;
     let model = default_model(&bindery)?;
-    let requantised = folder.join("q4_0.gguf");
-    if !requantised.is_file() {
-        let mut quantise = Command::new(bin.join("llama-quantize"));
-        quantise.arg("--allow-requantize").arg(&model).arg(&requantised).arg("q4_0").stdout(Stdio::null());
-        steps.run("requantise for the peer", quantise.stderr(Stdio::null()))?;
-    }
-    let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get).to_string();
+    let requantised = converted(steps, &bin, &model, "q4_0")?;
+    let threads = threads();
     let mut text = circumstances(&threads)?;
     for scenario in SCENARIOS {
         steps.begin(scenario.name);
@@ -105,6 +100,22 @@ pub(crate) fn default_model(bindery: &Path) -> Result<PathBuf> {
         bail!("`bindery pull smollm2-135m` failed; the comparison needs the default model");
     }
     Ok(PathBuf::from(String::from_utf8(pulled.stdout)?.trim()))
+}
+
+/// The default model's file in another format, made by the peer's tool in `bin` and kept in `target/peer`.
+pub(crate) fn converted(steps: &mut Steps, bin: &Path, model: &Path, format: &str) -> Result<PathBuf> {
+    let file = target_dir().join("peer").join(format!("{format}.gguf"));
+    if !file.is_file() {
+        let mut quantise = Command::new(bin.join("llama-quantize"));
+        quantise.arg("--allow-requantize").arg(model).arg(&file).arg(format).stdout(Stdio::null());
+        steps.run(&format!("convert to {format}"), quantise.stderr(Stdio::null()))?;
+    }
+    Ok(file)
+}
+
+/// What both are told to compute with.
+pub(crate) fn threads() -> String {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get).to_string()
 }
 
 /// When, where and of what tree: what a table in `benches/RESULTS.md` begins with.

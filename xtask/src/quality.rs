@@ -89,7 +89,7 @@ pub(crate) fn run(steps: &mut Steps, chunks: u32) -> Result<()> {
     let model = peer::default_model(&bindery)?;
     let text = folder.join("eighty.txt");
     fs::write(&text, book()?)?;
-    let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get).to_string();
+    let threads = peer::threads();
     let programs = Programs { bindery, bin, model, text, threads, chunks: chunks.to_string(), folder };
 
     let f32_file = programs.converted(steps, "f32")?;
@@ -166,15 +166,9 @@ struct Programs {
 }
 
 impl Programs {
-    /// The default model's file in another format, made by the peer's tool.
+    /// See [`peer::converted`].
     fn converted(&self, steps: &mut Steps, format: &str) -> Result<PathBuf> {
-        let file = self.folder.join(format!("{format}.gguf"));
-        if !file.is_file() {
-            let mut quantise = Command::new(self.bin.join("llama-quantize"));
-            quantise.arg("--allow-requantize").arg(&self.model).arg(&file).arg(format).stdout(Stdio::null());
-            steps.run(&format!("convert to {format}"), quantise.stderr(Stdio::null()))?;
-        }
-        Ok(file)
+        peer::converted(steps, &self.bin, &self.model, format)
     }
 
     /// llama-perplexity's output.
