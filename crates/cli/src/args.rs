@@ -101,25 +101,12 @@ pub(crate) struct ServerArgs {
 #[derive(Args, Clone, Debug, Default)]
 #[command(next_help_heading = "Model and engine")]
 pub(crate) struct EngineArgs {
-    /// Type of dense weights and activations [default: auto: as stored, else the fastest that is no further from f32]
-    #[arg(long, value_enum, env = "BINDERY_DTYPE")]
-    pub(crate) dtype: Option<DtypeArg>,
-    /// Quantise dense weights at load; what is quantised in the file stays as it is [default: none: as stored]
-    #[arg(long, value_enum, env = "BINDERY_QUANTIZE")]
-    pub(crate) quantize: Option<QuantizeArg>,
-    /// Type of the KV cache [default: auto: f32 under --dtype f32, else the measured best]
-    #[arg(long, value_enum, env = "BINDERY_KV_CACHE_DTYPE")]
-    pub(crate) kv_cache_dtype: Option<KvCacheDtypeArg>,
+    #[command(flatten)]
+    pub(crate) load: LoadArgs,
     // Not a doc comment: to rustdoc the brackets would be a link.
     #[arg(long, env = "BINDERY_DEVICE", value_parser = parse_device,
         help = "Where to compute: auto, cpu or cuda[:N] [default: auto]")]
     pub(crate) device: Option<Device>,
-    /// Threads that compute [default: physical cores]
-    #[arg(long, value_name = "N", env = "BINDERY_THREADS", value_parser = clap::value_parser!(u32).range(1..=1024))]
-    pub(crate) threads: Option<u32>,
-    /// Where the weights come from; dummy: random ones of the model's shapes, for benchmarks [default: auto]
-    #[arg(long, value_enum, env = "BINDERY_LOAD_FORMAT")]
-    pub(crate) load_format: Option<LoadFormat>,
     /// Tokens of prompt and answer together [default: the model's, or what fits]
     #[arg(long, value_name = "TOKENS", env = "BINDERY_MAX_MODEL_LEN", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) max_model_len: Option<u32>,
@@ -138,13 +125,33 @@ pub(crate) struct EngineArgs {
     /// Requests that may wait; more are answered 503 [default: 1024]
     #[arg(long, value_name = "N", env = "BINDERY_MAX_QUEUED_REQUESTS", value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
     pub(crate) max_queued_requests: Option<u32>,
-    /// Who computes: our kernels, or the slow and obviously right reference [default: cpu]
-    #[arg(long, value_enum, env = "BINDERY_BACKEND")]
-    pub(crate) backend: Option<BackendArg>,
     /// Never touch the network
     #[arg(long, env = "BINDERY_OFFLINE", num_args = 0..=1, require_equals = true, default_missing_value = "true",
           value_parser = clap::builder::BoolishValueParser::new())]
     pub(crate) offline: Option<bool>,
+}
+
+/// How a model is read and computed with, whatever it is loaded for.
+#[derive(Args, Clone, Debug, Default)]
+pub(crate) struct LoadArgs {
+    /// Type of dense weights and activations [default: auto: as stored]
+    #[arg(long, value_enum, env = "BINDERY_DTYPE")]
+    pub(crate) dtype: Option<DtypeArg>,
+    /// Quantise dense weights at load; what is quantised in the file stays as it is [default: none: as stored]
+    #[arg(long, value_enum, env = "BINDERY_QUANTIZE")]
+    pub(crate) quantize: Option<QuantizeArg>,
+    /// Type of the KV cache [default: auto: f32 under --dtype f32, else f16]
+    #[arg(long, value_enum, env = "BINDERY_KV_CACHE_DTYPE")]
+    pub(crate) kv_cache_dtype: Option<KvCacheDtypeArg>,
+    /// Threads that compute [default: physical cores]
+    #[arg(long, value_name = "N", env = "BINDERY_THREADS", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) threads: Option<u32>,
+    /// Where the weights come from; dummy: random ones of the model's shapes, for benchmarks [default: auto]
+    #[arg(long, value_enum, env = "BINDERY_LOAD_FORMAT")]
+    pub(crate) load_format: Option<LoadFormat>,
+    /// Who computes: our kernels, or the slow and obviously right reference [default: cpu]
+    #[arg(long, value_enum, env = "BINDERY_BACKEND")]
+    pub(crate) backend: Option<BackendArg>,
 }
 
 /// `chat`
@@ -263,24 +270,8 @@ pub(crate) struct PerplexityArgs {
     /// JSON instead of the table
     #[arg(long)]
     pub(crate) json: bool,
-    /// Type of dense weights and activations [default: auto: as stored]
-    #[arg(long, value_enum, env = "BINDERY_DTYPE")]
-    pub(crate) dtype: Option<DtypeArg>,
-    /// Quantise dense weights at load [default: none: as stored]
-    #[arg(long, value_enum, env = "BINDERY_QUANTIZE")]
-    pub(crate) quantize: Option<QuantizeArg>,
-    /// Type of the KV cache [default: auto: f32 under --dtype f32, else f16]
-    #[arg(long, value_enum, env = "BINDERY_KV_CACHE_DTYPE")]
-    pub(crate) kv_cache_dtype: Option<KvCacheDtypeArg>,
-    /// Threads that compute [default: physical cores]
-    #[arg(long, value_name = "N", env = "BINDERY_THREADS", value_parser = clap::value_parser!(u32).range(1..=1024))]
-    pub(crate) threads: Option<u32>,
-    /// Where the weights come from; dummy: random ones of the model's shapes [default: auto]
-    #[arg(long, value_enum, env = "BINDERY_LOAD_FORMAT")]
-    pub(crate) load_format: Option<LoadFormat>,
-    /// Who computes: our kernels, or the slow and obviously right reference [default: cpu]
-    #[arg(long, value_enum, env = "BINDERY_BACKEND")]
-    pub(crate) backend: Option<BackendArg>,
+    #[command(flatten)]
+    pub(crate) load: LoadArgs,
     /// Never touch the network
     #[arg(long, env = "BINDERY_OFFLINE", value_parser = clap::builder::FalseyValueParser::new())]
     pub(crate) offline: bool,

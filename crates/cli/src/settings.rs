@@ -59,8 +59,9 @@ pub(crate) fn merge(mut flags: ServeArgs, mut file: ServeArgs) -> ServeArgs {
     if flags.server.served_model_name.is_empty() {
         flags.server.served_model_name = std::mem::take(&mut file.server.served_model_name);
     }
-    prefer!(flags.engine, file.engine; dtype, quantize, kv_cache_dtype, device, threads, load_format, max_model_len,
-        max_num_seqs, max_num_batched_tokens, block_size, kv_cache_memory, max_queued_requests, backend, offline);
+    prefer!(flags.engine.load, file.engine.load; dtype, quantize, kv_cache_dtype, threads, load_format, backend);
+    prefer!(flags.engine, file.engine; device, max_model_len, max_num_seqs, max_num_batched_tokens, block_size,
+        kv_cache_memory, max_queued_requests, offline);
     flags
 }
 
@@ -141,22 +142,22 @@ impl ModelSettings {
             Device::Auto | Device::Cpu => {}
         }
         let load = LoadOptions {
-            backend: match engine.backend.unwrap_or_default() {
+            backend: match engine.load.backend.unwrap_or_default() {
                 BackendArg::Cpu => BackendKind::Cpu,
                 BackendArg::Reference => BackendKind::Reference,
             },
-            dtype: match engine.dtype.unwrap_or_default() {
+            dtype: match engine.load.dtype.unwrap_or_default() {
                 DtypeArg::Auto => Dtype::Auto,
                 DtypeArg::F32 => Dtype::F32,
                 DtypeArg::Bf16 => Dtype::Bf16,
                 DtypeArg::F16 => Dtype::F16,
             },
-            quantize: match engine.quantize.unwrap_or_default() {
+            quantize: match engine.load.quantize.unwrap_or_default() {
                 QuantizeArg::None => Quantize::None,
                 QuantizeArg::Int8 => Quantize::Int8,
                 QuantizeArg::Int4 => Quantize::Int4,
             },
-            kv_cache_dtype: match engine.kv_cache_dtype.unwrap_or_default() {
+            kv_cache_dtype: match engine.load.kv_cache_dtype.unwrap_or_default() {
                 KvCacheDtypeArg::Auto => KvCacheDtype::Auto,
                 KvCacheDtypeArg::F32 => KvCacheDtype::F32,
                 KvCacheDtypeArg::F16 => KvCacheDtype::F16,
@@ -164,8 +165,8 @@ impl ModelSettings {
                 KvCacheDtypeArg::Int8 => KvCacheDtype::Int8,
             },
             block_size: engine.block_size.unwrap_or(16) as usize,
-            threads: engine.threads.map(|threads| threads as usize),
-            dummy: engine.load_format.unwrap_or_default() == LoadFormat::Dummy,
+            threads: engine.load.threads.map(|threads| threads as usize),
+            dummy: engine.load.load_format.unwrap_or_default() == LoadFormat::Dummy,
             dequantize: false,
         };
         let local = LocalModelConfig {

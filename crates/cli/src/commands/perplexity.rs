@@ -94,16 +94,7 @@ fn read_text(path: &Path) -> anyhow::Result<String> {
 
 /// What the model is loaded with, by the checks of `serve`.
 fn settings(args: &PerplexityArgs, model: Option<String>) -> Result<ModelSettings, Failure> {
-    let engine = EngineArgs {
-        dtype: args.dtype,
-        quantize: args.quantize,
-        kv_cache_dtype: args.kv_cache_dtype,
-        threads: args.threads,
-        load_format: args.load_format,
-        backend: args.backend,
-        offline: Some(args.offline),
-        ..EngineArgs::default()
-    };
+    let engine = EngineArgs { load: args.load.clone(), offline: Some(args.offline), ..EngineArgs::default() };
     ModelSettings::new(model, &engine)
 }
 

@@ -173,8 +173,8 @@ mod tests {
         assert_eq!(settings.server.served_model_name, ["a", "b"]);
         assert_eq!(settings.server.shutdown_timeout, Some(std::time::Duration::from_secs(5)));
         assert_eq!(settings.model.as_deref(), Some("org/repo"));
-        assert_eq!(settings.engine.quantize, Some(crate::args::QuantizeArg::Int4));
-        assert_eq!(settings.engine.threads, Some(3));
+        assert_eq!(settings.engine.load.quantize, Some(crate::args::QuantizeArg::Int4));
+        assert_eq!(settings.engine.load.threads, Some(3));
         assert_eq!(settings.engine.kv_cache_memory.map(|size| size.as_u64()), Some(1 << 30));
         assert_eq!(settings.engine.offline, Some(true));
     }
