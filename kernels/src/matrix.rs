@@ -77,8 +77,18 @@ impl<E: DenseElement> Dense<E> {
         packed
     }
 
+    /// Bytes that a packed matrix holds, padding included; what [`Matrix::size_bytes`] says once there is one. None of it
+    /// is allocated.
+    pub fn packed_bytes(rows: usize, cols: usize) -> usize {
+        Self::num_elements(rows, cols) * size_of::<E>()
+    }
+
+    fn num_elements(rows: usize, cols: usize) -> usize {
+        rows.next_multiple_of(DENSE_TILE_ROWS) * cols
+    }
+
     fn zeroed(rows: usize, cols: usize) -> Self {
-        Self { rows, cols, elements: weights_buffer(rows.next_multiple_of(DENSE_TILE_ROWS) * cols) }
+        Self { rows, cols, elements: weights_buffer(Self::num_elements(rows, cols)) }
     }
 
     fn index(&self, row: usize, col: usize) -> usize {

@@ -85,6 +85,15 @@ impl Quantized {
         packed
     }
 
+    /// Bytes that a matrix packed for `isa` holds, padding included; what [`Matrix::size_bytes`](crate::Matrix::size_bytes)
+    /// says once there is one. None of it is allocated.
+    pub fn packed_bytes(isa: Isa, rows: usize, cols: usize, format: QuantFormat) -> usize {
+        let strides = Strides::new(format, cols, isa.quant_tile_rows());
+        let halves = strides.scales + strides.mins;
+        let row_bytes = strides.code_bytes + halves * size_of::<f16>() + strides.sub_scales + strides.stored_sub_mins();
+        rows.next_multiple_of(strides.tile_rows) * row_bytes
+    }
+
     fn zeroed(isa: Isa, rows: usize, cols: usize, format: QuantFormat) -> Self {
         assert!(format.group().is_some(), "no kernel computes {format:?}");
         let span = format.scale_span();
@@ -95,7 +104,6 @@ impl Quantized {
         let tile_rows = isa.quant_tile_rows();
         let strides = Strides::new(format, cols, tile_rows);
         let padded_rows = rows.next_multiple_of(tile_rows);
-        let stored_sub_mins = if format.scaling == Scaling::Nibbles { 0 } else { strides.sub_mins };
         Self {
             format,
             rows,
@@ -105,7 +113,7 @@ impl Quantized {
             scales: weights_buffer(padded_rows * strides.scales),
             mins: weights_buffer(padded_rows * strides.mins),
             sub_scales: weights_buffer(padded_rows * strides.sub_scales),
-            sub_mins: weights_buffer(padded_rows * stored_sub_mins),
+            sub_mins: weights_buffer(padded_rows * strides.stored_sub_mins()),
         }
     }
 
@@ -279,6 +287,10 @@ impl Strides {
         }
     }
 
+    fn stored_sub_mins(&self) -> usize {
+        if self.format.scaling == Scaling::Nibbles { 0 } else { self.sub_mins }
+    }
+
     /// Packs `rows`, the first of which is the first of `out`.
     fn pack(&self, rows: Range<usize>, out: Part<'_>, mut fill: impl FnMut(usize, QuantRow<'_>)) {
         let Part { codes: out_codes, scales: out_scales, mins: out_mins, sub_scales: out_subs, sub_mins: out_sub_mins } =
@@ -424,6 +436,7 @@ mod tests {
                 });
                 assert!(*one.codes == *several.codes && *one.scales == *several.scales && *one.mins == *several.mins);
                 assert!(*one.sub_scales == *several.sub_scales && *one.sub_mins == *several.sub_mins);
+                assert_eq!(one.size_bytes(), Quantized::packed_bytes(Isa::Scalar, rows, cols, format), "{format:?}");
                 let mut expected = [vec![0_i8; cols], vec![0; cols], vec![0; cols]];
                 for row in (0..rows).step_by(if cfg!(miri) { 3 } else { 97 }) {
                     let [codes, sub_scales, sub_mins] = &mut expected;

@@ -299,6 +299,8 @@ pub(crate) struct ModelsArgs {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum ModelsAction {
+    /// Say what a model is made of, what it takes when it is served, and how much of that fits here; nothing is loaded
+    Inspect(Box<InspectArgs>),
     /// Read cached weights again and compare their digests
     Verify {
         /// A card's name [default: all that are cached]
@@ -309,6 +311,24 @@ pub(crate) enum ModelsAction {
         /// A card's name
         name: String,
     },
+}
+
+/// `models inspect`
+#[derive(Args, Debug)]
+pub(crate) struct InspectArgs {
+    #[arg(value_name = "MODEL", help = MODEL_HELP)]
+    pub(crate) model: Option<String>,
+    /// Requests at a time that there is to be memory for
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub(crate) num_requests: u32,
+    /// Tokens of prompt and answer of each [default: 4096, or the model's context where that is less]
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) length: Option<u32>,
+    /// JSON instead of the tables
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) load: LoadArgs,
 }
 
 /// `check`

@@ -48,10 +48,7 @@ pub(crate) fn load(
         notes.push("the model names no end token: answers end at max_tokens or at a stop string".to_owned());
     }
     notes.extend(nothing_to_quantize(&info, config.load.quantize));
-    let memory = match config.kv_cache_memory {
-        Some(bytes) => CacheMemory::Given(bytes),
-        None => CacheMemory::Free(available_memory_bytes()),
-    };
+    let memory = CacheMemory::of(config, available_memory_bytes());
     let wanted = CacheWanted::new(config);
     let size = size_cache(needs, &wanted, memory)?;
     notes.extend(size.note);
@@ -169,11 +166,17 @@ fn byte_level_char(byte: u8) -> char {
 
 /// Where the bytes of the cache come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum CacheMemory {
+pub(crate) enum CacheMemory {
     /// `--kv-cache-memory`
     Given(u64),
     /// What the system says is free.
     Free(u64),
+}
+
+impl CacheMemory {
+    pub(crate) fn of(config: &LocalModelConfig, free_bytes: u64) -> Self {
+        config.kv_cache_memory.map_or(Self::Free(free_bytes), Self::Given)
+    }
 }
 
 impl LocalModelConfig {
@@ -215,22 +218,22 @@ fn in_units(bytes: u64, round: fn(f64) -> f64) -> String {
 
 /// What the model is, as far as its cache goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct CacheNeeds {
+pub(crate) struct CacheNeeds {
     /// Tokens that it was made for.
-    model_len: usize,
-    bytes_per_token: usize,
+    pub(crate) model_len: usize,
+    pub(crate) bytes_per_token: usize,
 }
 
 /// What was asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct CacheWanted {
+pub(crate) struct CacheWanted {
     max_model_len: Option<usize>,
     max_num_seqs: usize,
     block_size: usize,
 }
 
 impl CacheWanted {
-    fn new(config: &LocalModelConfig) -> Self {
+    pub(crate) fn new(config: &LocalModelConfig) -> Self {
         Self {
             max_model_len: config.max_model_len,
             max_num_seqs: config.max_num_seqs,
@@ -241,10 +244,10 @@ impl CacheWanted {
 
 /// What there will be.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct CacheSize {
-    num_blocks: usize,
-    max_model_len: usize,
-    note: Option<String>,
+pub(crate) struct CacheSize {
+    pub(crate) num_blocks: usize,
+    pub(crate) max_model_len: usize,
+    pub(crate) note: Option<String>,
 }
 
 fn check_max_model_len(needs: CacheNeeds, wanted: Option<usize>) -> Result<(), EngineError> {
@@ -259,8 +262,24 @@ fn check_max_model_len(needs: CacheNeeds, wanted: Option<usize>) -> Result<(), E
     }
 }
 
+/// Of memory that is free, what a cache may take.
+fn without_margin(free_bytes: u64) -> u64 {
+    free_bytes.saturating_sub(MARGIN_BYTES_MIN.max(free_bytes / MARGIN_SHARE))
+}
+
+/// The least memory that has to be free for a cache of so many bytes.
+pub(crate) fn free_for(cache_bytes: u64) -> u64 {
+    // Of what is free, nine tenths are for the cache.
+    let with_share = cache_bytes.saturating_add(cache_bytes.div_ceil(MARGIN_SHARE - 1));
+    cache_bytes.saturating_add(MARGIN_BYTES_MIN).max(with_share)
+}
+
 /// As many blocks as the memory holds, but not more than all sequences of a step could ever use.
-fn size_cache(needs: CacheNeeds, wanted: &CacheWanted, memory: CacheMemory) -> Result<CacheSize, EngineError> {
+pub(crate) fn size_cache(
+    needs: CacheNeeds,
+    wanted: &CacheWanted,
+    memory: CacheMemory,
+) -> Result<CacheSize, EngineError> {
     let block_size = wanted.block_size;
     if block_size == 0 {
         return Err(invalid("block_size", "--block-size is 0, it must be at least 1".to_owned()));
@@ -269,7 +288,7 @@ fn size_cache(needs: CacheNeeds, wanted: &CacheWanted, memory: CacheMemory) -> R
     let model_len = needs.model_len;
     let budget_bytes = match memory {
         CacheMemory::Given(bytes) => bytes,
-        CacheMemory::Free(bytes) => bytes.saturating_sub(MARGIN_BYTES_MIN.max(bytes / MARGIN_SHARE)),
+        CacheMemory::Free(bytes) => without_margin(bytes),
     };
     let block_bytes = (needs.bytes_per_token as u64).saturating_mul(block_size as u64).max(1);
     let num_affordable = (budget_bytes / block_bytes).min(SLOTS_MAX / block_size as u64) as usize;
@@ -300,7 +319,7 @@ fn size_cache(needs: CacheNeeds, wanted: &CacheWanted, memory: CacheMemory) -> R
     Ok(CacheSize { num_blocks: num_affordable.min(num_useful), max_model_len, note })
 }
 
-fn invalid(param: &'static str, message: String) -> EngineError {
+pub(crate) fn invalid(param: &'static str, message: String) -> EngineError {
     EngineError::Invalid { param, message }
 }
 
@@ -337,6 +356,17 @@ mod tests {
         assert_eq!(size.num_blocks, 98304, "1.5 GiB of 2");
         let size = size_cache(needs(), &wanted(None, 256), CacheMemory::Free(20 * GIB)).unwrap();
         assert_eq!(size.num_blocks, 131_072, "256 sequences of 8192 tokens, less than nine tenths of 20 GiB");
+    }
+
+    #[test]
+    fn what_has_to_be_free_for_a_cache_is_just_enough() {
+        for bytes in [0, 1, GIB - 1, 4 * GIB, 9 * (512 << 20), 9 * (512 << 20) + 1, 5 * GIB + 7, 100 * GIB] {
+            let free = free_for(bytes);
+            assert!(without_margin(free) >= bytes, "{bytes}");
+            // Rounding takes a byte at most.
+            assert!(without_margin(free - 2) < bytes || bytes == 0, "{bytes}");
+        }
+        assert_eq!(free_for(u64::MAX), u64::MAX);
     }
 
     #[test]

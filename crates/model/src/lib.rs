@@ -4,7 +4,7 @@
 //!
 //! Reading order: [`batch`] what comes in, [`model`] the door, `decoder` the computation written once, `backend` who
 //! carries it out, `rope` and `alibi` what positions do, [`config`] what a family is, [`weights`] where tensors come from,
-//! [`threads`] and [`memory`] what the machine has.
+//! [`report`] what that takes, [`threads`] and [`memory`] what the machine has.
 
 pub mod batch;
 pub mod model;
@@ -18,6 +18,7 @@ pub mod config;
 pub mod error;
 pub mod machine;
 pub mod memory;
+pub mod report;
 pub mod threads;
 pub mod weights;
 
@@ -28,4 +29,5 @@ pub use model::{
     BackendKind, Dtype, KvCacheDtype, LoadOptions, Model, ModelInfo, ModelPhase, OpenedModel, ProductWeights, Quantize,
     StepModel,
 };
+pub use report::{ModelReport, TensorGroup, TensorPart};
 pub use rope::RopeRegimes;

@@ -20,6 +20,7 @@ use crate::{
     config::DecoderConfig,
     decoder::{Decoder, LoadedWeights},
     error::ModelError,
+    report::{self, ModelReport},
     rope::RopeRegimes,
     threads::physical_cores,
     weights::WeightStore,
@@ -291,8 +292,12 @@ impl OpenedModel {
 
     /// All layers, keys and values, one token.
     pub fn kv_bytes_per_token(&self) -> usize {
-        let config = self.config();
-        2 * config.num_layers() * config.num_kv_heads * kv_head_bytes(self.kv_cache_dtype, config.head_dim)
+        kv_bytes_per_token(self.config(), self.kv_cache_dtype)
+    }
+
+    /// What it is made of and what it takes; no weight is read.
+    pub fn report(&self) -> Result<ModelReport, ModelError> {
+        Ok(report::report(&self.store, &self.options, isa()?, self.kv_cache_dtype))
     }
 
     /// Reads the weights. `progress(bytes done, bytes in all)` is called after each tensor. The files are closed then.
@@ -423,7 +428,11 @@ fn widest_window(config: &DecoderConfig) -> Option<usize> {
     windows?.into_iter().max()
 }
 
-/// Of one element.
+/// Of one token, all layers: windows make no difference, for a layer's pages are those of all others.
+pub(crate) fn kv_bytes_per_token(config: &DecoderConfig, dtype: KvCacheDtype) -> usize {
+    2 * config.num_layers() * config.num_kv_heads * kv_head_bytes(dtype, config.head_dim)
+}
+
 /// Of one token's key (or value) in one head.
 fn kv_head_bytes(dtype: KvCacheDtype, head_dim: usize) -> usize {
     match dtype {

@@ -4,6 +4,7 @@ mod bench;
 mod chat;
 mod check;
 mod completions;
+mod inspect;
 mod models;
 mod perplexity;
 mod pull;

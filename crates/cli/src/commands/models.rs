@@ -1,4 +1,5 @@
-//! `bindery models`: the cards and what is cached; `verify` reads it again, `remove` makes room.
+//! `bindery models`: the cards and what is cached; `verify` reads it again, `remove` makes room. (`inspect` has a file of its
+//! own.)
 
 use std::sync::Arc;
 
@@ -12,6 +13,7 @@ use serde_json::json;
 
 use crate::{
     args::{ModelsAction, ModelsArgs},
+    commands::inspect,
     failure::{Failure, Interrupted},
     signals::StopSignals,
     terminal::{self, FetchProgress, Style},
@@ -21,6 +23,7 @@ pub(crate) async fn run(args: ModelsArgs) -> anyhow::Result<()> {
     let options = FetchOptions::from_env(true)?;
     match args.action {
         None => list(&inventory::list(&options)?, args.json),
+        Some(ModelsAction::Inspect(inspected)) => inspect::run(*inspected).await,
         Some(ModelsAction::Verify { name }) => {
             let mut signals = StopSignals::listen()?;
             signals.unless_stopped(verify(name.as_deref(), &options)).await.ok_or(Interrupted)?

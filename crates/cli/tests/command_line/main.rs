@@ -5,6 +5,7 @@ mod bench;
 mod chat;
 mod config;
 mod fidelity;
+mod inspect;
 mod perplexity;
 mod serving;
 mod support;

@@ -10,7 +10,7 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
-use bindery_kernels::{CodeBits, Cpu, Dense, DenseElement, Matrix, QuantFormat, QuantRow, Quantized, Scaling};
+use bindery_kernels::{CodeBits, Cpu, Dense, DenseElement, Isa, Matrix, QuantFormat, QuantRow, Quantized, Scaling};
 use half::{bf16, f16};
 
 use super::{
@@ -39,7 +39,69 @@ enum Target {
     Int4,
 }
 
+/// What a tensor is held as in memory, for people.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
+pub enum HeldAs {
+    /// Codes and scales, or dense elements, as in the file.
+    Stored,
+    /// The file's codes less their zero points, with a scale for every 32.
+    Codes {
+        /// Of a code.
+        bits: u8,
+    },
+    /// Dense, 4 bytes an element.
+    F32,
+    /// Dense, 2 bytes.
+    F16,
+    /// Dense, 2 bytes.
+    Bf16,
+    /// Quantised at load.
+    Int8,
+    /// Quantised at load.
+    Int4,
+}
+
 impl TensorView<'_> {
+    /// What [`TensorView::import`] would make of it for `isa`, and the bytes of that, without reading it.
+    pub(crate) fn imported(&self, isa: Isa, dtype: Dtype, quantize: Quantize) -> (HeldAs, u64) {
+        let (rows, cols) = (self.rows, self.cols);
+        let quantized = |format| Quantized::packed_bytes(isa, rows, cols, format);
+        let (held, bytes) = match self.target(dtype, quantize) {
+            Target::Keep(format) => {
+                let codes = HeldAs::Codes { bits: format.bits.count() as u8 };
+                (if self.format.quant_format() == Some(format) { HeldAs::Stored } else { codes }, quantized(format))
+            }
+            Target::F32 => (self.dense_as(WeightFormat::F32, HeldAs::F32), Dense::<f32>::packed_bytes(rows, cols)),
+            Target::F16 => (self.dense_as(WeightFormat::F16, HeldAs::F16), Dense::<f16>::packed_bytes(rows, cols)),
+            Target::Bf16 => (self.dense_as(WeightFormat::Bf16, HeldAs::Bf16), Dense::<bf16>::packed_bytes(rows, cols)),
+            Target::Int8 => (HeldAs::Int8, quantized(INT8)),
+            Target::Int4 => (HeldAs::Int4, quantized(INT4)),
+        };
+        (held, bytes as u64)
+    }
+
+    /// Likewise for [`TensorView::import_f32`].
+    pub(crate) fn imported_f32(&self) -> (HeldAs, u64) {
+        let bytes = Dense::<f32>::packed_bytes(self.rows, self.cols);
+        (self.dense_as(WeightFormat::F32, HeldAs::F32), bytes as u64)
+    }
+
+    /// Likewise for [`TensorView::to_f32`].
+    pub(crate) fn widened(&self) -> (HeldAs, u64) {
+        let bytes = self.rows as u64 * self.cols as u64 * size_of::<f32>() as u64;
+        (self.dense_as(WeightFormat::F32, HeldAs::F32), bytes)
+    }
+
+    fn dense_as(&self, format: WeightFormat, held: HeldAs) -> HeldAs {
+        if self.format == format { HeldAs::Stored } else { held }
+    }
+
+    /// Whether it is multiplied with, or added.
+    pub(crate) fn is_matrix(&self) -> bool {
+        self.kind == TensorKind::Matrix
+    }
+
     /// Packed for the `cpu` backend. Norms and biases become f32. Quantised stays quantised as stored: whoever made the
     /// file chose its bits tensor by tensor, and rounding twice loses more than rounding once. Dense becomes `quantize`
     /// (see [`TensorView::is_quantized_by`]), or `dtype` (Auto: as stored). Source pages are released as it goes.

@@ -36,7 +36,7 @@ use self::{
     table::{Found, build_table},
     view::{RowsAt, TensorData},
 };
-pub use self::{format::WeightFormat, view::TensorView};
+pub use self::{format::WeightFormat, import::HeldAs, view::TensorView};
 use crate::{ModelError, Quantize, config::DecoderConfig};
 
 /// A tensor by what it does; a table per source maps its names to these. A role may be some rows of what is stored (one of
@@ -306,6 +306,11 @@ impl WeightStore {
             return Err(ModelError::Step(what));
         }
         Ok(self.tensors.get(&role).map(|tensor| self.view(tensor)))
+    }
+
+    /// All tensors that the model uses, in no order; a tied head comes once, as the embedding.
+    pub(crate) fn tensors(&self) -> impl Iterator<Item = (TensorRole, TensorView<'_>)> {
+        self.tensors.iter().map(|(&role, tensor)| (role, self.view(tensor)))
     }
 
     fn view<'a>(&'a self, tensor: &'a StoredTensor) -> TensorView<'a> {
