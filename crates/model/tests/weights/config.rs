@@ -2,7 +2,7 @@
 
 use bindery_model::{
     ModelError,
-    config::{Biases, DecoderConfig, RopeScaling, RopeStyle},
+    config::{Biases, Block, DecoderConfig, RopeScaling, RopeStyle},
     weights::{TensorRole, WeightStore},
 };
 use serde_json::{Value, json};
@@ -238,6 +238,67 @@ fn older_keys_mean_what_they_meant() {
         "sliding_attention": {"rope_type": "default", "rope_theta": 2e4}}}));
     assert_eq!(older, newer);
     assert_eq!(older.rotaries.len(), 2);
+}
+
+/// What transformers 5.23's `Gemma3TextConfig` makes of both: `rope_parameters["full_attention"].update(rope_scaling)`.
+#[test]
+fn gemma_3_puts_rope_scaling_on_top_of_rope_parameters() {
+    let config = |scaling: Value, parameters: Value| {
+        let mut config =
+            with(json!({"model_type": "gemma3_text", "head_dim": 16, "num_hidden_layers": 6, "rope_theta": 9e5,
+                                     "rope_scaling": scaling, "rope_parameters": parameters}));
+        config.as_object_mut().unwrap().remove("sliding_window");
+        config
+    };
+    let by_type = |full: Value| json!({"full_attention": full, "sliding_attention": {"rope_type": "default"}});
+    let linear = |factor| RopeScaling::Linear { factor };
+    let (kept, eight) =
+        (json!({"rope_type": "default", "rope_theta": 5e5}), json!({"rope_type": "linear", "factor": 8}));
+    for (scaling, full, expected) in [
+        (eight.clone(), kept.clone(), (5e5, linear(8.0))),
+        (eight.clone(), json!({"rope_type": "default"}), (9e5, linear(8.0))),
+        (json!({"rope_type": "linear", "factor": 8, "rope_theta": 7e5}), kept.clone(), (7e5, linear(8.0))),
+        (json!({"factor": 4}), json!({"rope_type": "linear", "factor": 8, "rope_theta": 5e5}), (5e5, linear(4.0))),
+        (json!({"type": "linear", "factor": 8}), json!({"rope_theta": 5e5}), (5e5, linear(8.0))),
+        (json!({}), json!({"rope_type": "linear", "factor": 8}), (9e5, linear(8.0))),
+        (json!({"rope_type": "default"}), json!({"rope_type": "linear", "factor": 8}), (9e5, RopeScaling::None)),
+    ] {
+        let read = read(&config(scaling.clone(), by_type(full.clone()))).unwrap();
+        let [rotary, sliding] = &read.rotaries[..] else { panic!("two: {read:?}") };
+        assert_eq!((rotary.base, rotary.scaling.clone()), expected, "{scaling} {full}");
+        assert_eq!((sliding.base, &sliding.scaling), (1e4, &RopeScaling::None));
+    }
+    // A KeyError there.
+    for parameters in [json!({}), json!({"sliding_attention": {"rope_type": "default"}})] {
+        refused(&config(eight.clone(), parameters), &["rope_scaling", "full_attention"]);
+    }
+    // Not read there, and read by transformers 4.
+    let older = json!({"type": "linear", "factor": 8});
+    refused(&config(older.clone(), by_type(kept)), &["rope_scaling", "linear", "default", "rope_type"]);
+    refused(&config(older, json!(null)), &["rope_scaling", "linear", "default", "rope_type"]);
+}
+
+/// `FalconConfig` of transformers 5.23, and `RWConfig` as published with falcon-7b.
+#[test]
+fn the_oldest_falcon_configs_mean_what_their_classes_made_of_them() {
+    let falcon = |changes: Value| {
+        let mut config = json!({"model_type": "falcon", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1,
+                                "vocab_size": 8});
+        config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+        let read = read(&config).unwrap();
+        (read.hidden_size, read.num_kv_heads, read.block)
+    };
+    assert_eq!(falcon(json!({})), (64, 1, Block::Parallel));
+    assert_eq!(falcon(json!({"n_embed": 32})).0, 32);
+    assert_eq!(falcon(json!({"n_embed": null})).0, 64);
+    assert_eq!(falcon(json!({"n_embed": 32, "hidden_size": null})).0, 32);
+    assert_eq!(falcon(json!({"parallel_attn": null, "multi_query": null})), (64, 4, Block::PreNorm));
+    let old = json!({"model_type": "RefinedWebModel"});
+    assert_eq!(falcon(old.clone()), (64, 4, Block::PreNorm));
+    assert_eq!(falcon(json!({"model_type": null, "architectures": ["RWForCausalLM"]})), (64, 4, Block::PreNorm));
+    let as_published = json!({"model_type": "RefinedWebModel", "multi_query": true, "parallel_attn": true});
+    assert_eq!(falcon(as_published), (64, 1, Block::Parallel));
+    assert_eq!(falcon(json!({"model_type": "RefinedWeb", "n_head_kv": 2})), (64, 2, Block::ParallelTwoNorms));
 }
 
 #[test]

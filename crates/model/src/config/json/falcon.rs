@@ -4,6 +4,8 @@
 //! n_head_kv, "RefinedWeb"), which meant the same. Its invariant: a combination that `modeling_falcon.py` cannot compute is
 //! refused by name.
 
+use serde_json::Value;
+
 use super::{
     super::{Alibi, Block, Limits, bad, unsupported},
     Dimensions,
@@ -19,6 +21,14 @@ fn is_new_architecture(keys: Keys<'_>) -> Outcome<bool> {
     Ok(keys.truth("new_decoder_architecture")?.unwrap_or(default))
 }
 
+/// `multi_query` or `parallel_attn`. Absent they are true, but false for the class of the first 7B and RW models (`RWConfig`
+/// in their `configuration_RW.py`). Null is as good as false to the code that asks.
+fn is_set(keys: Keys<'_>, key: &str) -> Outcome<bool> {
+    let class = keys.array("architectures")?.and_then(|classes| classes.first()).and_then(Value::as_str);
+    let is_first = OLD_NAMES[1..].contains(&keys.text("model_type")?.or(class).unwrap_or_default());
+    Ok(keys.truth(key)?.unwrap_or(!is_first && !keys.is_null(key)))
+}
+
 pub(super) fn dimensions(keys: Keys<'_>) -> Outcome<Dimensions> {
     let either = |names: [&str; 2], limit| -> Outcome<usize> {
         match keys.size(names[1], limit)? {
@@ -26,7 +36,8 @@ pub(super) fn dimensions(keys: Keys<'_>) -> Outcome<Dimensions> {
             _ => keys.required_size(names[0], limit),
         }
     };
-    let hidden_size = either(["hidden_size", "n_embed"], Limits::WIDTH)?;
+    // Where both stand, the older name wins, in both classes.
+    let hidden_size = either(["n_embed", "hidden_size"], Limits::WIDTH)?;
     let num_heads = either(["num_attention_heads", "n_head"], Limits::HEADS)?;
     if !hidden_size.is_multiple_of(num_heads) {
         return bad(format!("hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}"));
@@ -35,7 +46,7 @@ pub(super) fn dimensions(keys: Keys<'_>) -> Outcome<Dimensions> {
         Some(count) => Some(count),
         None => keys.size("n_head_kv", Limits::HEADS)?,
     };
-    let num_kv_heads = match (is_new_architecture(keys)?, keys.truth("multi_query")?.unwrap_or(true)) {
+    let num_kv_heads = match (is_new_architecture(keys)?, is_set(keys, "multi_query")?) {
         (true, _) => given.unwrap_or(num_heads),
         (false, true) => 1,
         (false, false) => match given {
@@ -64,7 +75,7 @@ pub(super) fn block(keys: Keys<'_>) -> Outcome<Block> {
     if keys.truth("apply_residual_connection_post_layernorm")? == Some(true) {
         return unsupported("apply_residual_connection_post_layernorm is true, which is not supported");
     }
-    let parallel = keys.truth("parallel_attn")?.unwrap_or(true);
+    let parallel = is_set(keys, "parallel_attn")?;
     let num_norms = keys.size("num_ln_in_parallel_attn", Limits::LAYERS)?;
     match (is_new_architecture(keys)?, parallel, num_norms) {
         (true, true, None | Some(2)) => Ok(Block::ParallelTwoNorms),

@@ -24,6 +24,13 @@ impl<'a> Keys<'a> {
         self.map.is_empty()
     }
 
+    /// An object of these keys and, where it has none of a name, those of `base`.
+    pub(super) fn over(self, base: Option<Self>) -> Value {
+        let mut merged = base.map_or_else(Map::new, |base| base.map.clone());
+        merged.extend(self.map.iter().map(|(key, value)| (key.clone(), value.clone())));
+        Value::Object(merged)
+    }
+
     pub(super) fn get(self, key: &str) -> Option<&'a Value> {
         self.map.get(key).filter(|value| !value.is_null())
     }

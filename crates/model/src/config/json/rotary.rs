@@ -96,20 +96,17 @@ impl Reader<'_> {
         }
         let of = |kind| by_type.map_or(Ok(None), |parameters| parameters.object(kind));
         let (full, sliding) = (of("full_attention")?, of("sliding_attention")?);
-        // What stands in rope_scaling replaces what stands in the parameters.
         let scaling = self.keys.object("rope_scaling")?.filter(|keys| !keys.is_empty());
-        let theta_in_scaling = scaling.map_or(Ok(None), |keys| keys.number("rope_theta"))?;
-        let full_theta = match theta_in_scaling {
-            Some(theta) => theta,
-            None => self.theta(full, "rope_theta", 1_000_000.0)?,
-        };
+        let updated = scaling.map_or(Ok(None), |scaling| updated_full(by_type, full, scaling).map(Some))?;
+        let full = updated.as_ref().and_then(Keys::of).or(full);
+        let full_theta = self.theta(full, "rope_theta", 1_000_000.0)?;
         let sliding_theta = self.theta(sliding, "rope_local_base_freq", 10_000.0)?;
         let rotary = |parameters: Option<Keys<'_>>, theta: f64| {
             parameters.map_or(Ok(()), |parameters| refuse_partial(parameters))?;
             let scaling = parameters.map_or(Ok(RopeScaling::None), |keys| self.scaling(keys, Kinds::All))?;
             Ok(Rotary { style: RopeStyle::Neox, dim: self.head_dim, base: theta as f32, scaling })
         };
-        Ok(vec![rotary(scaling.or(full), full_theta)?, rotary(sliding, sliding_theta)?])
+        Ok(vec![rotary(full, full_theta)?, rotary(sliding, sliding_theta)?])
     }
 
     fn partial_dim(&self, parameters: Option<Keys<'_>>) -> Outcome<usize> {
@@ -214,6 +211,28 @@ impl Reader<'_> {
             truncate: keys.truth("truncate")?.unwrap_or(true),
         })
     }
+}
+
+/// Gemma 3's parameters of full attention with what `rope_scaling` says on top of them, key by key.
+fn updated_full(by_type: Option<Keys<'_>>, full: Option<Keys<'_>>, scaling: Keys<'_>) -> Outcome<Value> {
+    if by_type.is_some() && full.is_none() {
+        return unsupported(
+            "rope_scaling is given beside rope_parameters without full_attention, which it is for; transformers does not \
+             compute that",
+        );
+    }
+    let (stored, default) =
+        (full.map_or(Ok(None), |full| full.text("rope_type"))?, by_type.is_none().then_some("default"));
+    // An older name beside a newer one is not read. Where the two are at odds, transformers 4 and 5 are, too.
+    if let (None, Some(older), Some(kind)) = (scaling.text("rope_type")?, scaling.text("type")?, stored.or(default))
+        && older != kind
+    {
+        return unsupported(format!(
+            "rope_scaling has the type {older:?} where rope_type is {kind:?}, which transformers 5 goes by; name the one \
+             that is meant rope_type"
+        ));
+    }
+    Ok(scaling.over(full))
 }
 
 fn refuse_partial(keys: Keys<'_>) -> Outcome<()> {
