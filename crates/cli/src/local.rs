@@ -10,6 +10,7 @@ use bindery_engine::{
 use bindery_hub::{FetchOptions, LocalFiles, SharedProgress};
 
 use crate::{
+    args::LogFormat,
     settings::ModelSettings,
     terminal::{self, FetchProgress},
 };
@@ -19,13 +20,13 @@ pub(crate) fn fetch_options(settings: &ModelSettings) -> anyhow::Result<FetchOpt
     Ok(FetchOptions { config_suffices: settings.local.load.dummy, ..FetchOptions::from_env(settings.offline)? })
 }
 
-/// Finds or downloads the files of the model.
-pub(crate) async fn fetch(settings: &ModelSettings) -> anyhow::Result<LocalFiles> {
+/// Finds or downloads the files of the model. What is told of it is told in `log_format`.
+pub(crate) async fn fetch(settings: &ModelSettings, log_format: LogFormat) -> anyhow::Result<LocalFiles> {
     let options = fetch_options(settings)?;
-    let progress: SharedProgress = Arc::new(FetchProgress::default());
+    let progress: SharedProgress = Arc::new(FetchProgress::new(log_format));
     let files = Box::pin(bindery_hub::resolve(&settings.source, &options, &progress)).await?;
     if let Some(note) = &files.note {
-        terminal::note(&format!("{}: {note}", files.name));
+        terminal::note_in(log_format, &format!("{}: {note}", files.name));
     }
     Ok(files)
 }
@@ -42,10 +43,11 @@ pub(crate) async fn check(path: PathBuf, config: &LocalModelConfig) -> anyhow::R
 pub(crate) async fn load(
     files: &LocalFiles,
     config: &LocalModelConfig,
+    log_format: LogFormat,
 ) -> anyhow::Result<(Arc<LocalModel>, LoadReport)> {
     let (path, config) = (files.path.clone(), config.clone());
     let loaded = tokio::task::spawn_blocking(move || {
-        let bar = terminal::byte_bar("loading weights", Some(0));
+        let bar = terminal::byte_bar("loading weights", Some(0), log_format);
         let result = LocalModel::load(&path, &config, &mut |done, total| {
             bar.set_length(total);
             bar.set_position(done);

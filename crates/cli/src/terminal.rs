@@ -9,6 +9,8 @@ use std::{
 use bindery_hub::Progress;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use crate::args::LogFormat;
+
 /// Writes to stdout. Unlike `println!`, a reader that has gone away is an error, not a panic.
 pub(crate) fn print(text: &str) -> io::Result<()> {
     let mut stdout = io::stdout().lock();
@@ -110,8 +112,19 @@ pub(crate) fn note(message: &str) {
     eprintln!("{} {message}", Style::for_stderr().dim("note:"));
 }
 
-/// A bar over bytes on stderr; nothing is drawn where stderr is no terminal.
-pub(crate) fn byte_bar(what: &str, total: Option<u64>) -> ProgressBar {
+/// The same, as an event where the log is for machines.
+pub(crate) fn note_in(log_format: LogFormat, message: &str) {
+    match log_format {
+        LogFormat::Text => note(message),
+        LogFormat::Json => tracing::info!("{message}"),
+    }
+}
+
+/// A bar over bytes on stderr; nothing is drawn where stderr is no terminal, or a log for machines.
+pub(crate) fn byte_bar(what: &str, total: Option<u64>, log_format: LogFormat) -> ProgressBar {
+    if log_format == LogFormat::Json {
+        return ProgressBar::hidden();
+    }
     bar(
         what,
         total,
@@ -136,10 +149,12 @@ fn bar(what: &str, total: Option<u64>, template: &str) -> ProgressBar {
     bar
 }
 
-/// Shows a fetch: a bar in a terminal, a line a quarter elsewhere (a log of a container, a CI run).
+/// Shows a fetch: a bar in a terminal, a line a quarter elsewhere (a log of a container, a CI run), which is an event where
+/// the log is for machines.
 #[derive(Default)]
 pub(crate) struct FetchProgress {
     task: Mutex<Option<Task>>,
+    log_format: LogFormat,
 }
 
 struct Task {
@@ -153,6 +168,10 @@ struct Task {
 const WORTH_A_LINE_BYTES: u64 = 10_000_000;
 
 impl FetchProgress {
+    pub(crate) fn new(log_format: LogFormat) -> Self {
+        Self { log_format, ..Self::default() }
+    }
+
     fn with_task(&self, act: impl FnOnce(&mut Option<Task>)) {
         act(&mut self.task.lock().unwrap_or_else(PoisonError::into_inner));
     }
@@ -160,11 +179,12 @@ impl FetchProgress {
 
 impl Progress for FetchProgress {
     fn start(&self, what: &str, total_bytes: Option<u64>) {
-        let bar = byte_bar(what, total_bytes);
+        let bar = byte_bar(what, total_bytes, self.log_format);
         if bar.is_hidden() && total_bytes.is_none_or(|total| total >= WORTH_A_LINE_BYTES) {
-            match total_bytes {
-                Some(total) => eprintln!("{what} ({})", size(total)),
-                None => eprintln!("{what}"),
+            match (self.log_format, total_bytes) {
+                (LogFormat::Json, _) => tracing::info!(bytes = total_bytes, "{what}"),
+                (LogFormat::Text, Some(total)) => eprintln!("{what} ({})", size(total)),
+                (LogFormat::Text, None) => eprintln!("{what}"),
             }
         }
         self.with_task(|task| *task = Some(Task { bar, what: what.to_owned(), total: total_bytes, done: 0 }));
@@ -178,7 +198,11 @@ impl Progress for FetchProgress {
             task.done += bytes;
             task.bar.inc(bytes);
             if task.bar.is_hidden() && after > before && task.total.is_some_and(|total| total >= WORTH_A_LINE_BYTES) {
-                eprintln!("{}: {} %", task.what, (after * 25).min(100));
+                let percent = (after * 25).min(100);
+                match self.log_format {
+                    LogFormat::Json => tracing::info!(percent, "{}", task.what),
+                    LogFormat::Text => eprintln!("{}: {percent} %", task.what),
+                }
             }
         });
     }
@@ -192,9 +216,10 @@ impl Progress for FetchProgress {
     }
 
     fn note(&self, message: &str) {
+        let told = || note_in(self.log_format, message);
         self.with_task(|task| match task {
-            Some(task) => task.bar.suspend(|| note(message)),
-            None => note(message),
+            Some(task) => task.bar.suspend(told),
+            None => told(),
         });
     }
 }

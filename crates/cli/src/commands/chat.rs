@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    args::ChatArgs,
+    args::{ChatArgs, LogFormat},
     client::{Client, ClientError},
     failure::{Failure, Interrupted},
     local,
@@ -233,8 +233,8 @@ impl Backend {
             return Ok(Self::Remote { client, model });
         }
         let settings = ModelSettings::new(args.model.clone().or_else(model_from_environment), &args.engine)?;
-        let files = local::fetch(&settings).await?;
-        let (model, report) = local::load(&files, &settings.local).await?;
+        let files = local::fetch(&settings, LogFormat::Text).await?;
+        let (model, report) = local::load(&files, &settings.local, LogFormat::Text).await?;
         report.notes.iter().for_each(|note| terminal::note(note));
         Ok(Self::Local { model, name: files.name })
     }

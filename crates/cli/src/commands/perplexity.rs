@@ -21,7 +21,7 @@ use comfy_table::{Cell, CellAlignment};
 use serde_json::{Value, json};
 
 use crate::{
-    args::{BaseArg, Chunks, EngineArgs, PerplexityArgs},
+    args::{BaseArg, Chunks, EngineArgs, LogFormat, PerplexityArgs},
     commands::models::{plain_table, show},
     failure::{Failure, Interrupted},
     local,
@@ -38,11 +38,11 @@ pub(crate) async fn run(args: PerplexityArgs) -> anyhow::Result<()> {
 async fn measure(args: PerplexityArgs) -> anyhow::Result<()> {
     let text = read_text(&args.file)?;
     let settings = settings(&args, args.model.clone().or_else(model_from_environment))?;
-    let files = local::fetch(&settings).await?;
+    let files = local::fetch(&settings, LogFormat::Text).await?;
     let base = match base_of(&args, &settings.local.load) {
         Some(load) => {
             let files = match &args.base_model {
-                Some(model) => local::fetch(&self::settings(&args, Some(model.clone()))?).await?,
+                Some(model) => local::fetch(&self::settings(&args, Some(model.clone()))?, LogFormat::Text).await?,
                 None => files.clone(),
             };
             Some((files, load))
@@ -131,7 +131,7 @@ impl Job {
             },
             max_num_batched_tokens: self.step,
         };
-        let loading = terminal::byte_bar("loading weights", Some(0));
+        let loading = terminal::byte_bar("loading weights", Some(0), LogFormat::Text);
         let mut scoring = None;
         let result = perplexity::measure(&request, &mut |progress| match progress {
             Progress::Loading { done, total } => {

@@ -42,7 +42,8 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
         }
     };
     warn_if_open(&settings, address.ip());
-    let files = signals.unless_stopped(local::fetch(&settings.model)).await.ok_or(Interrupted)??;
+    let files =
+        signals.unless_stopped(local::fetch(&settings.model, settings.log_format)).await.ok_or(Interrupted)??;
 
     let names = if settings.served_model_names.is_empty() {
         vec![files.name.clone()]
@@ -70,7 +71,7 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
         }
         // The server ends by itself only when its listener fails.
         ended = &mut server => { ended??; None }
-        loaded = local::load(&files, &settings.model.local) => Some(loaded),
+        loaded = local::load(&files, &settings.model.local, settings.log_format) => Some(loaded),
     };
     let Some(loaded) = loaded else {
         return Err(Failure::new("the server ended while the weights were loading").into());
@@ -168,10 +169,7 @@ struct Start<'a> {
 impl Start<'_> {
     fn announce(&self) {
         for note in &self.report.notes {
-            match self.settings.log_format {
-                LogFormat::Text => terminal::note(note),
-                LogFormat::Json => tracing::info!("{note}"),
-            }
+            terminal::note_in(self.settings.log_format, note);
         }
         match self.settings.log_format {
             LogFormat::Text => eprint!("{}", self.page()),

@@ -311,3 +311,36 @@ fn a_cache_that_cannot_be_created_is_told_once_with_a_way_out() {
         assert!(hint.starts_with("hint: set BINDERY_CACHE to a folder"), "{hint}");
     }
 }
+
+/// Ten million zero bytes are found at a path, checked with a word about it, and are no model.
+#[test]
+fn what_is_told_of_a_fetch_is_json_where_the_log_is() {
+    let home = tempfile::tempdir().unwrap();
+    std::fs::create_dir(home.path().join("cards")).unwrap();
+    let file = home.path().join("zeroes.gguf");
+    std::fs::File::create(&file).unwrap().set_len(10_000_000).unwrap();
+    let card = format!(
+        "name = \"toy\"\ntitle = \"Toy\"\narchitecture = \"llama\"\nparameters = 1\ncontext = 8\nlicense = \"MIT\"\n\
+         [file]\nname = \"zeroes.gguf\"\nsize = 10000000\n\
+         sha256 = \"f5e02aa71e67f41d79023a128ca35bad86cf7b6656967bfe0884b3a3c4325eaf\"\n\
+         [[sources]]\nkind = \"path\"\npath = {file:?}\n"
+    );
+    std::fs::write(home.path().join("cards/toy.toml"), card).unwrap();
+    for format in ["text", "json"] {
+        std::fs::remove_dir_all(home.path().join("cache")).ok();
+        let mut command = bindery(home.path());
+        let ended: Ended =
+            command.args(["serve", "toy", "--port", "0", "--log-format", format]).output().unwrap().into();
+        assert_eq!(ended.code, 1, "{}", ended.stderr);
+        let is_of_the_end = |line: &str| line.starts_with("error: cannot load") || line.starts_with("hint: ");
+        let lines: Vec<&str> = ended.stderr.lines().filter(|line| !is_of_the_end(line)).collect();
+        if format == "text" {
+            assert!(lines.iter().any(|line| line.ends_with(": 50 %")), "{}", ended.stderr);
+            continue;
+        }
+        let events: Vec<serde_json::Value> =
+            lines.iter().map(|line| serde_json::from_str(line).unwrap_or_else(|_| panic!("{line:?}"))).collect();
+        assert!(events.iter().any(|event| event["bytes"] == 10_000_000), "{}", ended.stderr);
+        assert!(events.iter().any(|event| event["percent"] == 50), "{}", ended.stderr);
+    }
+}

@@ -22,7 +22,7 @@ use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    args::{BenchArgs, Endpoint},
+    args::{BenchArgs, Endpoint, LogFormat},
     client::{Client, ClientError},
     failure::{Failure, Interrupted},
     local,
@@ -223,8 +223,8 @@ struct OwnServer {
 impl OwnServer {
     async fn start(args: &BenchArgs) -> anyhow::Result<Self> {
         let settings = ModelSettings::new(args.model.clone().or_else(model_from_environment), &args.engine)?;
-        let files = local::fetch(&settings).await?;
-        let (model, report) = local::load(&files, &settings.local).await?;
+        let files = local::fetch(&settings, LogFormat::Text).await?;
+        let (model, report) = local::load(&files, &settings.local, LogFormat::Text).await?;
         report.notes.iter().for_each(|note| terminal::note(note));
         eprintln!(
             "{}: {}, {}, {} threads, {} KV blocks",
