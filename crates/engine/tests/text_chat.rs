@@ -305,6 +305,54 @@ fn hostile_templates_end_with_an_error() {
     }
 }
 
+/// Two lists that were nested in themselves forty times: to compare or to hash them takes two to the power of that.
+#[test]
+fn comparing_lists_nested_in_themselves_is_paid_for() {
+    let grown = "{% set a = namespace(x=[0]) %}{% set b = namespace(x=[0]) %}{% for i in range(40) %}\
+                 {% set a.x = [a.x, a.x] %}{% set b.x = [b.x, b.x] %}{% endfor %}";
+    let render = |source: &str| template(source).render(&request(json!([])));
+    assert_eq!(render(&format!("{grown}{{{{ a.x | length }}}}")).unwrap(), "2", "to build them costs little");
+    for comparison in [
+        "{{ a.x == b.x }}",
+        "{{ a.x != b.x }}",
+        "{{ a.x < b.x }}",
+        "{{ a.x >= b.x }}",
+        "{{ 1 if [a.x] == [b.x] else 2 }}",
+        "{{ [a.x] == [] + [b.x] }}",
+        "{{ a.x in [b.x] }}",
+        "{{ a.x not in [b.x] }}",
+        "{% for i in [a.x] if i in [b.x] %}{% endfor %}",
+        "{{ a.x is eq(b.x) }}",
+        "{{ a.x is equalto b.x }}",
+        "{{ a.x is in([b.x]) }}",
+        "{{ a.x is in [b.x] }}",
+        "{{ [a.x] | select('eq', b.x) | list | length }}",
+        "{{ [a.x] | reject('in', [b.x]) | list | length }}",
+        "{{ [{'k': a.x}] | selectattr('k', 'le', b.x) | list | length }}",
+        "{{ [a.x, b.x] | sort | length }}",
+        "{{ [a.x, b.x] | unique | list | length }}",
+        "{{ [a.x, b.x] | min | length }}",
+        "{{ [a.x, b.x] | max | length }}",
+        "{{ [dict(k=a.x), dict(k=b.x)] | groupby('k') | list | length }}",
+        "{{ dict(k=a.x, l=b.x) | dictsort(by='value') | length }}",
+        "{{ [a.x].count(b.x) }}",
+        "{{ {a.x: 1} | length }}",
+        "{{ {(a.x if 1 else 2): 1} | length }}",
+        "{{ {}[a.x] }}",
+        "{{ {}[a.x if 1 else 2] }}",
+        "{{ {'k': 1}.get(a.x) }}",
+        "{% for i in [a.x, b.x] %}{{ loop.changed(i) }}{% endfor %}",
+    ] {
+        let result = render(&format!("{grown}{comparison}"));
+        assert!(result.is_err(), "{comparison} gives {result:?}");
+    }
+    // What is not nested in itself is compared as ever.
+    let same = "{{ [1, [2]] == [1, [2]] }} {{ [2] in [[1], [2]] }} {{ [[2], [1]] | sort }} {{ {'a': [1]}['a'] is eq([1]) }} \
+                {{ [3, 1] | max }} {{ [[1], [1]] | unique | list }} {{ dict(b=1, a=2) | dictsort }} {{ 'b' in 'abc' }}";
+    let expected = "True True [[1], [2]] True 3 [[1]] [('a', 2), ('b', 1)] True";
+    assert_eq!(render(same).unwrap().to_lowercase(), expected.to_lowercase());
+}
+
 /// What a template builds must not overflow the stack when it is printed, serialised, compared or dropped.
 #[test]
 fn deeply_nested_values_do_no_harm() {

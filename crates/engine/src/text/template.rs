@@ -5,9 +5,7 @@
 //! everything they can call is bounded by the render's fuel, and nothing reaches files, the network or the process.
 //!
 //! Known differences: `'...' % x` is an error (`'...' | format(x)` works); a loop over none is empty and a lazy list has a
-//! JSON form instead of an error; floats beyond 1e16 or below 1e-4 print in full after `join` and `format`. Known hole, in
-//! minijinja 3.1: comparing (`==`, `in`, `sort`, ...) two lists that were nested in themselves some thirty times over, as by
-//! `x = [x, x]`, takes time by the power of that and is not paid for by fuel.
+//! JSON form instead of an error; floats beyond 1e16 or below 1e-4 print in full after `join` and `format`.
 
 #![expect(clippy::needless_pass_by_value, reason = "minijinja hands a filter its arguments by value")]
 
@@ -15,8 +13,9 @@ use std::fmt::Write as _;
 
 use chrono::{NaiveDateTime, format::StrftimeItems};
 use minijinja::{
-    Environment, Error, ErrorKind, Output, State, Value,
+    Environment, Error, ErrorKind, Output, State, Value, filters,
     syntax::SyntaxConfig,
+    tests,
     value::{Kwargs, Rest, Tuple, ValueKind, from_args},
 };
 
@@ -58,6 +57,8 @@ pub(crate) fn environment() -> Result<Environment<'static>, EngineError> {
     environment.set_formatter(format_value);
     environment.add_filter(template_guard::JOINED, template_guard::joined);
     environment.add_filter(template_guard::SPELLED, spelled);
+    environment.add_filter(template_guard::COMPARED, template_guard::compared);
+    add_comparisons(&mut environment);
     environment.add_filter("string", |state: &mut State, value: Value| -> Result<Value, Error> {
         let value = spelled(state, value)?;
         Ok(if value.kind() == ValueKind::String { value } else { Value::from(value.to_string()) })
@@ -86,6 +87,54 @@ pub(crate) fn environment() -> Result<Environment<'static>, EngineError> {
         Err(Error::new(ErrorKind::InvalidOperation, "raise_exception").with_source(RaisedByTemplate(message)))
     });
     Ok(environment)
+}
+
+/// Filters and tests that compare: minijinja's own, paid for by all that is in what they walk through. Its fuel covers the
+/// outermost items alone, and a list nested in itself has two to the power of its depth.
+fn add_comparisons(environment: &mut Environment<'static>) {
+    /// A sort looks at an item as often as their number has bits, and twice at most each time.
+    fn pay(state: &State, value: &Value) -> Result<(), Error> {
+        let num_values = template_guard::pay_for_all_of(state, value)?;
+        state.consume_fuel(num_values.saturating_mul(2 * u64::from(num_values.max(1).ilog2())))
+    }
+    macro_rules! paid_filters {
+        ($($name:ident),+) => {
+            $(environment.add_filter(stringify!($name), |state: &mut State, value: Value, kwargs: Kwargs| {
+                pay(state, &value)?;
+                filters::$name(state, value, kwargs)
+            });)+
+        };
+    }
+    paid_filters!(sort, min, max, unique);
+    environment.add_filter("dictsort", |state: &mut State, value: Value, kwargs: Kwargs| {
+        pay(state, &value)?;
+        filters::dictsort(&value, kwargs)
+    });
+    environment.add_filter("groupby", |state: &mut State, value: Value, attribute: Option<&str>, kwargs: Kwargs| {
+        pay(state, &value)?;
+        filters::groupby(value, attribute, kwargs)
+    });
+    type Comparison = fn(&Value, &Value) -> bool;
+    let comparisons: [(&[&'static str], Comparison); 6] = [
+        (&["eq", "equalto", "=="], |value, other| value == other),
+        (&["ne", "!="], |value, other| value != other),
+        (&["lt", "lessthan", "<"], |value, other| value < other),
+        (&["le", "<="], |value, other| value <= other),
+        (&["gt", "greaterthan", ">"], |value, other| value > other),
+        (&["ge", ">="], |value, other| value >= other),
+    ];
+    for (names, compare) in comparisons {
+        for &name in names {
+            environment.add_test(name, move |state: &mut State, value: &Value, other: &Value| -> Result<bool, Error> {
+                template_guard::pay_for_all_of(state, other)?;
+                Ok(compare(value, other))
+            });
+        }
+    }
+    environment.add_test("in", |state: &mut State, value: &Value, other: &Value| {
+        template_guard::pay_for_all_of(state, other)?;
+        tests::is_in(state, value, other)
+    });
 }
 
 fn syntax() -> Result<SyntaxConfig, Error> {
@@ -605,6 +654,12 @@ fn python_method(state: &mut State, value: &Value, method: &str, args: &[Value])
             "format" => state.consume_fuel(sum_of_numbers(text) / 64)?,
             _ => {}
         }
+    }
+    // What a list's `count` compares, and a dict's `get` hashes.
+    match method {
+        "count" => _ = template_guard::pay_for_all_of(state, value)?,
+        "get" => args.iter().try_for_each(|key| template_guard::pay_for_all_of(state, key).map(|_| ()))?,
+        _ => {}
     }
     minijinja_contrib::pycompat::unknown_method_callback(state, value, method, args)
 }
