@@ -438,7 +438,7 @@ impl LocalModel {
         let (mut tokens, mut text) = match prompt {
             Prompt::Tokens(tokens) => (tokens, None),
             Prompt::Text { text, add_special_tokens } => {
-                let num_tokens_min = self.tokenizer.min_tokens_for(text.len());
+                let num_tokens_min = self.tokenizer.min_tokens_for(&text);
                 if num_tokens_min > self.max_model_len {
                     match num_kept {
                         None => return Err(self.too_long(param, &format!("at least {num_tokens_min}"))),

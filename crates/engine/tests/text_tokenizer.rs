@@ -76,10 +76,7 @@ fn check(tokenizer: Tokenizer, cases: &[Case]) {
     for case in cases {
         if let Some(text) = &case.text {
             assert_eq!(ids(&tokenizer.encode(text, false).unwrap()), case.ids, "encoding {text:?}");
-            assert!(
-                tokenizer.min_tokens_for(text.len()) <= case.ids.len() || case.decoded.is_some(),
-                "bound for {text:?}"
-            );
+            assert!(tokenizer.min_tokens_for(text) <= case.ids.len() || case.decoded.is_some(), "bound for {text:?}");
         }
         let expected = case.decoded.as_ref().or(case.text.as_ref()).unwrap();
         let tokens = tokens(&case.ids);
@@ -418,6 +415,60 @@ fn unusable_folders_say_which_file() {
     assert!(message(&broken, "{}").contains("tokenizer.json is unusable"));
 }
 
+/// A map of single characters: each to a text.
+fn character_map(entries: &[(char, &str)]) -> Vec<u8> {
+    // A double array: units are labels and offsets, children of a node lie at its place xor their byte. Every node has 256
+    // places of its own here.
+    let (mut units, mut texts) = (vec![0_u32; 512], Vec::new());
+    let mut nodes = std::collections::BTreeMap::from([(Vec::new(), 256_usize)]);
+    units[0] = 256 << 10;
+    for (character, text) in entries {
+        let key = character.to_string().into_bytes();
+        for (depth, &byte) in key.iter().enumerate() {
+            let parent = nodes[&key[..depth]];
+            let child = *nodes.entry(key[..=depth].to_vec()).or_insert_with(|| {
+                units.resize(units.len() + 256, 0);
+                units.len() - 256
+            });
+            let place = parent ^ usize::from(byte);
+            let leaf = u32::from(depth + 1 == key.len()) << 8;
+            units[place] = u32::from(byte) | leaf | ((place ^ child) as u32) << 10;
+            if leaf != 0 {
+                // A value is no label of a child.
+                units[child] = texts.len() as u32 | 1 << 31;
+            }
+        }
+        texts.extend_from_slice(text.as_bytes());
+        texts.push(0);
+    }
+    let trie = units.iter().flat_map(|unit| unit.to_le_bytes());
+    (4 * units.len() as u32).to_le_bytes().into_iter().chain(trie).chain(texts).collect()
+}
+
+/// As SentencePiece's own maps do: full forms become plain ones, other spaces become spaces, some are dropped.
+fn with_character_map(remove_extra_whitespaces: bool) -> Tokenizer {
+    let map =
+        [('\u{1}', ""), ('\u{200b}', ""), ('\u{3000}', " "), ('\t', " "), ('\u{ff21}', "A"), ('\u{fdfa}', "abcdefg")];
+    let mut vocabulary = vocabulary("sentencepiece.gguf");
+    vocabulary.precompiled_charsmap = character_map(&map);
+    vocabulary.remove_extra_whitespaces = Some(remove_extra_whitespaces);
+    Tokenizer::from_vocabulary(&vocabulary).unwrap()
+}
+
+#[test]
+fn a_giant_text_under_a_character_map_is_known_to_be_one() {
+    for removes in [false, true] {
+        let tokenizer = with_character_map(removes);
+        let ids = |text: &str| ids(&tokenizer.encode(text, false).unwrap());
+        assert_eq!(ids("a\u{ff21}\u{200b}\t\u{3000}b"), ids(if removes { "aA b" } else { "aA  b" }));
+        assert!(tokenizer.min_tokens_for(&"word ".repeat(2_000_000)) > 10_000);
+        assert!(tokenizer.min_tokens_for(&"\u{ff21}".repeat(2_000_000)) > 10_000);
+        // Nothing is left of it.
+        assert_eq!(tokenizer.min_tokens_for(&"\u{200b}".repeat(1_000_000)), 0);
+        assert_eq!(tokenizer.min_tokens_for(&" ".repeat(1_000_000)) == 0, removes);
+    }
+}
+
 /// Long runs are what regular expressions and merge queues are slow or recursive at.
 #[test]
 fn long_runs_of_one_character_are_tokenised() {
@@ -425,7 +476,7 @@ fn long_runs_of_one_character_are_tokenised() {
         for unit in [" ", "a", "\n", "7", "!", "\u{e9}", "\u{1f600}", "<|im_end|>", " \n"] {
             let text = unit.repeat(200_000 / unit.len());
             let tokens = tokenizer.encode(&text, false).unwrap();
-            assert!(tokens.len() >= tokenizer.min_tokens_for(text.len()));
+            assert!(tokens.len() >= tokenizer.min_tokens_for(&text));
             assert_eq!(tokenizer.decode(&tokens, false).unwrap(), text, "{unit:?} repeated");
         }
     }
@@ -525,7 +576,17 @@ proptest! {
     fn encoding_then_decoding_gives_the_text_back(tokenizer in any_tokenizer(), text in "(\\PC|[ \\n\\t]){0,60}") {
         let tokens = tokenizer.encode(&text, false).unwrap();
         prop_assert_eq!(tokenizer.decode(&tokens, false).unwrap(), text.clone());
-        prop_assert!(tokens.len() >= tokenizer.min_tokens_for(text.len()));
+        prop_assert!(tokens.len() >= tokenizer.min_tokens_for(&text));
+    }
+
+    #[test]
+    fn no_text_under_a_character_map_takes_fewer_tokens_than_said(
+        text in "[ab \\t\u{1}\u{200b}\u{3000}\u{ff21}\u{fdfa}\u{301}]{0,80}", removes: bool,
+    ) {
+        static BOTH: LazyLock<[Tokenizer; 2]> = LazyLock::new(|| [false, true].map(with_character_map));
+        let tokenizer = &BOTH[usize::from(removes)];
+        let tokens = tokenizer.encode(&text, false).unwrap();
+        prop_assert!(tokens.len() >= tokenizer.min_tokens_for(&text), "{text:?}: {}", tokens.len());
     }
 
     /// Another implementation of the whole decoding: the library's own.

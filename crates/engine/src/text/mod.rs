@@ -4,7 +4,7 @@
 //! template is an error with a name, never a panic, an endless loop or an unbounded allocation.
 //!
 //! Reading order: [`tokenizer`]; [`gguf_vocabulary`], [`pre_tokenizer`] and `sentence_piece` for GGUF files, `original` for
-//! folders without tokenizer.json; `decoder` token bytes to text,
+//! folders without tokenizer.json; `shrink` what a normaliser leaves of a text; `decoder` token bytes to text,
 //! [`detokenize`] the same one token at a time, [`stop`] stop strings, [`chat`] templates, `template` their Python-like parts,
 //! `template_guard` what they pay for lists.
 
@@ -16,6 +16,7 @@ mod original;
 pub mod pre_tokenizer;
 mod sentence_piece;
 mod sentence_piece_file;
+mod shrink;
 pub mod stop;
 mod template;
 mod template_guard;

@@ -184,7 +184,7 @@ fn read_tiktoken(bytes: &[u8], config: &Value) -> Result<GgufVocabulary, String>
 }
 
 /// Standard base64 with padding.
-fn from_base64(text: &[u8]) -> Option<Vec<u8>> {
+pub(super) fn from_base64(text: &[u8]) -> Option<Vec<u8>> {
     let value = |byte: u8| {
         Some(match byte {
             b'A'..=b'Z' => byte - b'A',

@@ -124,6 +124,11 @@ fn check_scores(vocabulary: &GgufVocabulary) -> Result<(), EngineError> {
     Ok(())
 }
 
+/// Spaces that `remove_extra_whitespaces` takes away. (`^` and `$` would be ends of lines.)
+pub(super) const EDGE_SPACES: &str = r"\A +| +\z";
+/// Spaces of which it leaves one.
+pub(super) const SPACE_RUNS: &str = " {2,}";
+
 /// The steps around the model, in SentencePiece's order: characters mapped, superfluous spaces dropped, one space put
 /// before the text, spaces made visible.
 fn assemble(vocabulary: &GgufVocabulary, model: ModelWrapper) -> Result<Tokenizer, EngineError> {
@@ -140,9 +145,8 @@ fn assemble(vocabulary: &GgufVocabulary, model: ModelWrapper) -> Result<Tokenize
         Replace::new(pattern, by).map(NormalizerWrapper::from).map_err(|error| wrong("model", error))
     };
     if vocabulary.remove_extra_whitespaces.unwrap_or(false) {
-        // `^` and `$` would be ends of lines.
-        stages.push(replace(ReplacePattern::Regex(r"\A +| +\z".to_owned()), "")?);
-        stages.push(replace(ReplacePattern::Regex(" {2,}".to_owned()), " ")?);
+        stages.push(replace(ReplacePattern::Regex(EDGE_SPACES.to_owned()), "")?);
+        stages.push(replace(ReplacePattern::Regex(SPACE_RUNS.to_owned()), " ")?);
     }
     if prefix == SpacePrefix::EachSection {
         stages.push(Prepend::new(METASPACE.to_owned()).into());
@@ -171,42 +175,53 @@ fn assemble(vocabulary: &GgufVocabulary, model: ModelWrapper) -> Result<Tokenize
     Ok(tokenizer)
 }
 
-/// A character map is a little-endian length, that many bytes of a double-array trie, and texts that end with a zero
-/// byte. The reader indexes without checks, so every step that a text can take is taken here once.
 fn check_charsmap(map: &[u8]) -> Result<(), EngineError> {
-    let broken = |what: &str| Err(wrong("precompiled_charsmap", format!("is broken: {what}")));
-    let Some((header, rest)) = map.split_first_chunk::<4>() else { return broken("it has no length") };
+    walk_charsmap(map, |_, _| ()).map_err(|what| wrong("precompiled_charsmap", format!("is broken: {what}")))
+}
+
+/// A character map is a little-endian length, that many bytes of a double-array trie, and texts that end with a zero
+/// byte. The reader indexes without checks, so every step that a text can take is taken here once. `visit` is given what is
+/// replaced (its first four bytes) and the texts from its replacement on.
+pub(super) fn walk_charsmap(map: &[u8], mut visit: impl FnMut(&[u8], &[u8])) -> Result<(), &'static str> {
+    let Some((header, rest)) = map.split_first_chunk::<4>() else { return Err("it has no length") };
     let num_bytes = u32::from_le_bytes(*header) as usize;
     if num_bytes == 0 || !num_bytes.is_multiple_of(4) || num_bytes > rest.len() {
-        return broken("its trie is longer than the map, or empty");
+        return Err("its trie is longer than the map, or empty");
     }
     let (trie, texts) = rest.split_at(num_bytes);
     let units: Vec<u32> =
         trie.chunks_exact(4).map(|unit| u32::from_le_bytes([unit[0], unit[1], unit[2], unit[3]])).collect();
-    let Ok(texts) = std::str::from_utf8(texts) else { return broken("its texts are not UTF-8") };
+    let Ok(texts) = std::str::from_utf8(texts) else { return Err("its texts are not UTF-8") };
     // Where the children of a node begin: its offset, moved by its own place.
     let offset = |unit: u32| ((unit >> 10) << ((unit & (1 << 9)) >> 6)) as usize;
     let mut is_seen = vec![false; units.len()];
-    let mut pending = vec![offset(units[0])];
-    while let Some(node) = pending.pop() {
+    let mut pending = vec![(offset(units[0]), [0; 4], 0)];
+    while let Some((node, key, key_len)) = pending.pop() {
         // A text's next byte may be any, and all 256 places share the node's upper bits.
         if node | 0xff >= units.len() {
-            return broken("a node lies outside the trie");
+            return Err("a node lies outside the trie");
         }
-        for byte in 1..=0xff_usize {
-            let place = node ^ byte;
+        for byte in 1..=u8::MAX {
+            let place = node ^ usize::from(byte);
             let unit = units[place];
-            if (unit & (1 << 31 | 0xff)) as usize != byte || std::mem::replace(&mut is_seen[place], true) {
+            if unit & (1 << 31 | 0xff) != u32::from(byte) || std::mem::replace(&mut is_seen[place], true) {
                 continue;
             }
             let next = place ^ offset(unit);
             if next >= units.len() {
-                return broken("a node lies outside the trie");
+                return Err("a node lies outside the trie");
             }
-            if unit >> 8 & 1 == 1 && !texts.is_char_boundary((units[next] & ((1 << 31) - 1)) as usize) {
-                return broken("a replacement lies outside the texts");
+            let (mut key, key_len) = (key, key_len + 1);
+            if let Some(last) = key.get_mut(key_len - 1) {
+                *last = byte;
             }
-            pending.push(next);
+            if unit >> 8 & 1 == 1 {
+                let Some(replacement) = texts.get((units[next] & ((1 << 31) - 1)) as usize..) else {
+                    return Err("a replacement lies outside the texts");
+                };
+                visit(&key[..key_len.min(key.len())], replacement.as_bytes());
+            }
+            pending.push((next, key, key_len));
         }
     }
     Ok(())

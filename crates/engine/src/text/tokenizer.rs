@@ -24,6 +24,7 @@ use super::{
     decoder::{ByteStream, DecoderKind},
     gguf_vocabulary::{BuiltVocabulary, COMPLAINT, GgufVocabulary, MAX_TOKENS, MAX_VOCABULARY_BYTES},
     original,
+    shrink::Shrink,
     token_table::{TokenPiece, TokenTable},
 };
 use crate::EngineError;
@@ -50,8 +51,8 @@ pub struct Tokenizer {
     suffix: Option<TokenId>,
     /// `bos_token`, `eos_token`, `unk_token`, `pad_token`, ...: the names templates use.
     named_tokens: BTreeMap<String, String>,
-    /// At most this many bytes of a text become one byte of normalised text; `None`: no such bound.
-    max_shrink: Option<usize>,
+    /// What normalisation leaves of a text at least; `None`: no such bound.
+    shrink: Option<Shrink>,
 }
 
 impl std::fmt::Debug for Tokenizer {
@@ -132,9 +133,9 @@ impl Tokenizer {
         let decoder = inner.get_decoder().map_or(Ok(DecoderKind::Opaque), |decoder| {
             serde_json::to_value(decoder).map(|decoder| DecoderKind::of(&decoder)).map_err(|error| error.to_string())
         })?;
-        let max_shrink = inner.get_normalizer().map_or(Ok(Some(1)), |normalizer| {
+        let shrink = inner.get_normalizer().map_or(Ok(Some(Shrink::none())), |normalizer| {
             serde_json::to_value(normalizer)
-                .map(|normalizer| max_shrink(&normalizer))
+                .map(|normalizer| Shrink::of(&normalizer))
                 .map_err(|error| error.to_string())
         })?;
 
@@ -171,7 +172,7 @@ impl Tokenizer {
             prefix: prefix.map(TokenId),
             suffix: suffix.map(TokenId),
             named_tokens,
-            max_shrink,
+            shrink,
         })
     }
 
@@ -281,13 +282,13 @@ impl Tokenizer {
         &self.named_tokens
     }
 
-    /// Lower bound of tokens for a text of this many bytes (longest token), to refuse a giant prompt before tokenising
-    /// it. It counts on every byte being spelled: a text made of characters that the vocabulary drops, or of white
+    /// Lower bound of a text's tokens (by the longest token), to refuse a giant prompt before tokenising it. It counts on
+    /// every byte that normalisation leaves being spelled: a text made of characters that the vocabulary drops, or of white
     /// space that an added token swallows, may take fewer.
-    pub fn min_tokens_for(&self, num_bytes: usize) -> usize {
-        match self.max_shrink {
-            Some(max_shrink) => num_bytes.div_ceil(max_shrink).div_ceil(self.table.num_bytes_max().max(1)),
-            None => usize::from(num_bytes > 0),
+    pub fn min_tokens_for(&self, text: &str) -> usize {
+        match &self.shrink {
+            Some(shrink) => shrink.kept_bytes(text).div_ceil(self.table.num_bytes_max().max(1)),
+            None => usize::from(!text.is_empty()),
         }
     }
 }
@@ -428,22 +429,4 @@ fn add_missing_tokens(
         inner.add_tokens(missing)?;
     }
     Ok(())
-}
-
-/// How many bytes of a text may become one byte of normalised text, where the normaliser is known to have such a bound.
-fn max_shrink(normalizer: &Value) -> Option<usize> {
-    match normalizer["type"].as_str()? {
-        "Sequence" => normalizer["normalizers"]
-            .as_array()?
-            .iter()
-            .try_fold(1_usize, |product, stage| max_shrink(stage).map(|factor| product.saturating_mul(factor))),
-        "Prepend" | "NFD" => Some(1),
-        // The Kelvin sign (three bytes) composes to K; three Hangul letters (nine bytes) to one syllable of three.
-        "NFC" => Some(3),
-        "Replace" => {
-            let pattern = normalizer["pattern"]["String"].as_str()?;
-            (normalizer["content"].as_str()?.len() >= pattern.len()).then_some(1)
-        }
-        _ => None,
-    }
 }
