@@ -19,7 +19,7 @@
 //!
 //! | path | what |
 //! |---|---|
-//! | `memory.rs` | zeroed, lazily mapped, page-aligned buffers; failure is an error |
+//! | `memory` | zeroed, lazily mapped, page-aligned buffers; failure is an error |
 //! | `pack.rs`, `matrix.rs` | quantised and dense weights and their interleaved layouts |
 //! | `kv.rs` | the paged key/value cache |
 //! | `cpu/mod.rs` and its siblings | the safe operations: check shapes, split work, call the table |

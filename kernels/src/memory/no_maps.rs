@@ -1,0 +1,25 @@
+//! Where there are no maps (no Unix, or Miri, which interprets): everything comes from the allocator.
+//!
+//! It has the face of `maps.rs` and must not know more than that. Invariant: nothing is ever handed out, so nothing is held.
+
+use std::convert::Infallible;
+use std::ptr::NonNull;
+
+use super::Use;
+
+/// As in `maps.rs`, where tests ask for buffers on both sides of it.
+#[cfg(test)]
+pub(super) const MAP_FROM_BYTES: usize = 256 * 1024;
+
+/// There is none.
+pub(super) type Hold = Infallible;
+
+/// The allocator serves.
+pub(super) fn take(_bytes: usize, _usage: Use) -> std::io::Result<Option<(NonNull<u8>, Hold)>> {
+    Ok(None)
+}
+
+/// As in `maps.rs`, without anything to share.
+pub fn pack_together<R>(work: impl FnOnce() -> R) -> R {
+    work()
+}
