@@ -21,6 +21,7 @@
 //! |---|---|
 //! | `memory.rs` | zeroed, lazily mapped, page-aligned buffers; failure is an error |
 //! | `pack.rs`, `matrix.rs` | quantised and dense weights and their interleaved layouts |
+//! | `order.rs` | the order in which a matrix reads its inputs |
 //! | `kv.rs` | the paged key/value cache |
 //! | `cpu/mod.rs` and its siblings | the safe operations: check shapes, split work, call the table |
 //! | `cpu/dispatch.rs` | the only place that asks the CPU what it can do; the table of function pointers |
@@ -38,6 +39,7 @@
 //! codes      [tiles, groups of 32, B, R, 4] bytes    B vectors of 4 R bytes for codes of B bits
 //! scales     [tiles, groups, R] f16                  minimums likewise, where the format has them
 //!            or, in two levels, [tiles, groups of 256, R] f16 and [tiles, groups, R] int8; likewise the minimums'
+//!            or, in spans, [tiles, spans, R] f16, with as many int8 zero points
 //! dense      [tiles, cols, 16] elements              element (k, r): weight[row r][k]
 //! int8 rows  [panels, groups, rows of the panel]     a group: 32 codes, scale, sums; a panel meets a tile together
 //! keys       [layers, blocks, kv_heads, head_dim, block_size]    a vector holds one component of 16 keys
@@ -87,6 +89,7 @@ mod error;
 mod kv;
 mod matrix;
 mod memory;
+mod order;
 mod pack;
 mod quant_format;
 
@@ -105,5 +108,6 @@ pub use error::KernelError;
 pub use kv::{KvCache, KvDtype, KvShape};
 pub use matrix::{Dense, DenseBf16, DenseElement, DenseF16, DenseF32, Matrix};
 pub use memory::pack_together;
+pub use order::InputOrder;
 pub use pack::{QuantRow, Quantized};
 pub use quant_format::{CodeBits, GROUP, QuantFormat, SUPER_GROUP, Scaling};

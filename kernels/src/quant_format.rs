@@ -134,6 +134,9 @@ const fn whole_quads(width: usize) -> [Piece; QUADS] {
     pieces
 }
 
+/// Lengths of spans that stand for all in [`QuantFormat::all`].
+const SOME_SPANS: [u32; 3] = [32, 96, 1 << 16];
+
 /// How scales (and minimums, where there are some) are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Scaling {
@@ -142,6 +145,9 @@ pub enum Scaling {
     /// An f16 for 256 weights times an int8 for each group of them: 32 weights for codes of four and five bits, 16 for
     /// three and six.
     TwoLevel,
+    /// An f16 for so many weights, a multiple of 32; the last of a row may have fewer. A minimum is an integer zero point
+    /// here, a byte for as many weights: `scale * (code - zero)`.
+    Spans(u32),
     /// An f16 for 256 weights times 0..=15 for each 16 of them; scale and minimum share a byte. For codes of two bits.
     Nibbles,
 }
@@ -158,11 +164,13 @@ pub struct QuantFormat {
 }
 
 impl QuantFormat {
-    /// Every format that the kernels compute.
+    /// Every format that the kernels compute, of spans some lengths: the shortest, one that is no power of two, and one
+    /// that no row of a test is as long as.
     pub fn all() -> Vec<Self> {
         let mut all = Vec::new();
         for bits in CodeBits::ALL {
-            for scaling in [Scaling::Single, Scaling::TwoLevel, Scaling::Nibbles] {
+            let spans = SOME_SPANS.map(Scaling::Spans);
+            for scaling in [Scaling::Single, Scaling::TwoLevel, Scaling::Nibbles].into_iter().chain(spans) {
                 for with_mins in [false, true] {
                     let format = Self { bits, scaling, with_mins };
                     if format.group().is_some() {
@@ -174,9 +182,13 @@ impl QuantFormat {
         all
     }
 
-    /// Weights that share a scale; none for a combination that no kernel computes.
+    /// Weights that a kernel multiplies with a scale at a time, all those that share it but for spans; none for a
+    /// combination that no kernel computes.
     pub fn group(self) -> Option<usize> {
         match (self.bits, self.scaling, self.with_mins) {
+            (_, Scaling::Spans(span), _) if span == 0 || !span.is_multiple_of(GROUP as u32) => None,
+            (CodeBits::Four | CodeBits::Eight, Scaling::Spans(_), _) => Some(32),
+            (CodeBits::Two | CodeBits::Three, Scaling::Spans(_), true) => Some(16),
             (CodeBits::Four | CodeBits::Five, Scaling::Single, _)
             | (CodeBits::Eight, Scaling::Single, false)
             | (CodeBits::Four | CodeBits::Five, Scaling::TwoLevel, true) => Some(32),
@@ -196,11 +208,20 @@ impl QuantFormat {
         }
     }
 
-    /// Inputs that share an f16 scale; a matrix has a multiple of them.
+    /// Inputs that share an f16 scale.
     pub fn scale_span(self) -> usize {
         match self.scaling {
             Scaling::Single => GROUP,
             Scaling::TwoLevel | Scaling::Nibbles => SUPER_GROUP,
+            Scaling::Spans(span) => span as usize,
+        }
+    }
+
+    /// What the inputs of a matrix must be a multiple of. In spans any number will do: codes of zero fill the last group.
+    pub fn cols_multiple(self) -> usize {
+        match self.scaling {
+            Scaling::Spans(_) => 1,
+            Scaling::Single | Scaling::TwoLevel | Scaling::Nibbles => self.scale_span(),
         }
     }
 

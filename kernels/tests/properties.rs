@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use bindery_kernels::{
     Activation, Activations, AttentionArgs, Cpu, ExpertWeights, Form, GatedProduct, Isa, KvDtype, KvShape, LayerNorm,
-    Matrix, Mixture, Norm, Projection, QuantFormat, Quantized, RopeStyle, RoutingArgs, Shares,
+    Matrix, Mixture, Norm, Projection, QuantFormat, Quantized, RopeStyle, RoutingArgs, Scaling, Shares,
 };
 use common::{ACTIVATIONS, Family, Paged, Random, bits, gate_and_up, gated, product};
 use half::f16;
@@ -41,19 +41,18 @@ fn rows(random: &mut Random, len: usize, strange: bool) -> Vec<f32> {
     x
 }
 
-/// About `32 * groups` inputs, as the family takes them: dense matrices take any number.
-fn cols(family: Family, groups: usize, random: &mut Random) -> usize {
-    if family.is_quantized() {
-        (groups * 32).next_multiple_of(family.span())
-    } else {
-        (groups * 32).saturating_sub(random.below(32))
+/// About `32 * groups` inputs, as the families take them: dense matrices and those in spans take any number.
+fn cols(families: &[Family], groups: usize, random: &mut Random) -> usize {
+    match families.iter().map(|family| family.span()).max() {
+        Some(span) if span > 1 => (groups * 32).next_multiple_of(span),
+        _ => (groups * 32).saturating_sub(random.below(32)),
     }
 }
 
 fn check_product(isa: Isa, family: Family, m: usize, rows_len: usize, groups: usize, strange: bool, seed: u64) {
     let Some((cpu, scalar)) = pair(isa) else { return };
     let mut random = Random(seed);
-    let cols = cols(family, groups, &mut random);
+    let cols = cols(&[family], groups, &mut random);
     let x = rows(&mut random, m * cols, strange);
     let bias = random.vec(rows_len);
     let bias = strange.then_some(&bias[..]);
@@ -66,7 +65,7 @@ fn check_product(isa: Isa, family: Family, m: usize, rows_len: usize, groups: us
 fn check_product_independence(isa: Isa, family: Family, m: usize, rows_len: usize, groups: usize, seed: u64) {
     let Some((cpu, _)) = pair(isa) else { return };
     let mut random = Random(seed);
-    let cols = cols(family, groups, &mut random);
+    let cols = cols(&[family], groups, &mut random);
     let w = family.matrix(isa, rows_len, cols, seed);
     let x = random.vec(m * cols);
     let whole = product(&cpu, &x, m, &w, None);
@@ -119,7 +118,7 @@ impl GatedCase {
 fn check_gated(isa: Isa, case: &GatedCase, m: usize, outputs: usize, groups: usize, strange: bool, seed: u64) {
     let Some((cpu, scalar)) = pair(isa) else { return };
     let mut random = Random(seed);
-    let cols = (groups * 32).next_multiple_of(case.families[0].span().max(case.families[1].span()));
+    let cols = cols(&case.families, groups, &mut random);
     let x = rows(&mut random, m * cols, strange);
     let whole = case.run(&cpu, &x, m, outputs, seed);
     assert_eq!(bits(&whole), bits(&case.run(&scalar, &x, m, outputs, seed)));
@@ -159,8 +158,8 @@ fn mixture_case() -> impl Strategy<Value = MixtureCase> {
 impl MixtureCase {
     /// Inputs of a row and the width inside.
     fn widths(&self) -> (usize, usize) {
-        let span = self.families.iter().map(|family| family.span()).max().unwrap();
-        ((self.sizes.0 * 32).next_multiple_of(span), (self.sizes.1 * 32).next_multiple_of(span))
+        let mut random = Random(self.sizes.2 as u64);
+        (cols(&self.families, self.sizes.0, &mut random), cols(&self.families, self.sizes.1, &mut random))
     }
 
     /// Gate, up and down of every expert; every second one of another family.
@@ -509,14 +508,14 @@ macro_rules! properties {
 
 fn extreme_codes(cpu: &Cpu) {
     for format in QuantFormat::all() {
-        let cols = format.scale_span();
+        let cols = format.cols_multiple().max(160);
         for code in [*format.codes().start(), *format.codes().end()] {
             let w = Quantized::pack(cpu.isa(), 17, cols, format, |_, row| {
                 row.codes.fill(code);
                 row.scales.fill(f16::ONE);
                 row.mins.fill(f16::ZERO);
                 row.sub_scales.fill(1);
-                row.sub_mins.fill(1);
+                row.sub_mins.fill(i8::from(!matches!(format.scaling, Scaling::Spans(_))));
             });
             let w = Matrix::Quantized(w);
             for sign in [1, -1] {

@@ -28,7 +28,7 @@ fn products_are_dot_products() {
     let cpu = scalar();
     let mut random = Random(1);
     for family in Family::all() {
-        for (m, rows, cols) in [(1, 1, 32_usize), (3, 17, 96), (5, 40, 320)] {
+        for (m, rows, cols) in [(1, 1, 32_usize), (3, 17, 96), (5, 40, 320), (2, 9, 112), (2, 9, 5)] {
             let cols = cols.next_multiple_of(family.span());
             let w = family.matrix(cpu.isa(), rows, cols, 7);
             let x = random.vec(m * cols);
@@ -396,7 +396,12 @@ fn codes_and_scales_come_back_exactly() {
     for isa in [Isa::Scalar, Isa::Avx2, Isa::Avx512] {
         for format in QuantFormat::all() {
             for (rows, spans) in [(1, 1), (7, 2), (8, 1), (17, 3), (33, 5)] {
-                check_round_trip(isa, format, rows, spans * format.scale_span());
+                // Some ends within a group, and within a span.
+                let cols = match format.scaling {
+                    Scaling::Spans(_) => spans * 72,
+                    Scaling::Single | Scaling::TwoLevel | Scaling::Nibbles => spans * format.scale_span(),
+                };
+                check_round_trip(isa, format, rows, cols);
             }
         }
     }
@@ -426,11 +431,69 @@ fn check_round_trip(isa: Isa, format: QuantFormat, rows: usize, cols: usize) {
     let group_len = format.group().unwrap();
     for (row, values) in rows_of(&Matrix::Quantized(packed)).iter().enumerate() {
         for (col, &value) in values.iter().enumerate() {
-            let times = |sub: i32| if format.scaling == Scaling::Single { 1.0 } else { sub as f32 };
             let (index, group) = (col / format.scale_span(), col / group_len);
+            let is_two_level = matches!(format.scaling, Scaling::TwoLevel | Scaling::Nibbles);
+            let times = |sub: i32| if is_two_level { sub as f32 } else { 1.0 };
             let scale = scale(row, index).to_f32() * times(sub_scale(row, group));
-            let min = if format.with_mins { min(row, index).to_f32() * times(sub_min(row, group)) } else { 0.0 };
+            let min = match (format.with_mins, format.scaling) {
+                (false, _) => 0.0,
+                (true, Scaling::Spans(_)) => -(scale * sub_min(row, index) as f32),
+                (true, _) => min(row, index).to_f32() * times(sub_min(row, group)),
+            };
             assert_eq!(value, scale * code(row, col) as f32 + min, "{format:?}");
+        }
+    }
+}
+
+/// An order moves inputs and nothing else.
+#[test]
+fn columns_in_an_order_of_their_own_meet_inputs_in_the_same_order() {
+    let mut random = Random(11);
+    for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+        let cpu = Cpu::new(isa, 3);
+        for (m, rows, cols) in [(1, 33, 112), (7, 9, 160), (40, 300, 1000)] {
+            let format = QuantFormat { bits: CodeBits::Four, scaling: Scaling::Spans(64), with_mins: true };
+            let x = random.vec(m * cols);
+            let Matrix::Quantized(packed) = Family::Quantized(format).matrix(isa, rows, cols, 3) else {
+                unreachable!("a quantised family")
+            };
+            let order = common::order(cols, 7);
+            let as_packed = rows_of(&Family::Quantized(format).matrix(isa, rows, cols, 3));
+            let ordered = Matrix::Quantized(packed.with_order(order.clone()));
+            for (ordered, as_packed) in rows_of(&ordered).iter().zip(&as_packed) {
+                for (&input, value) in order.places().iter().zip(as_packed) {
+                    assert_eq!(ordered[input as usize], *value);
+                }
+            }
+            let mut moved = Vec::new();
+            for x in x.chunks_exact(cols) {
+                moved.extend(order.places().iter().map(|&input| x[input as usize]));
+            }
+            let unordered = Family::Quantized(format).matrix(isa, rows, cols, 3);
+            assert_eq!(product(&cpu, &x, m, &ordered, None), product(&cpu, &moved, m, &unordered, None), "{isa}");
+        }
+    }
+}
+
+/// What fills the last group has no part in the sum.
+#[test]
+fn rows_that_end_within_a_group_are_as_if_zeros_followed() {
+    let mut random = Random(12);
+    let format = QuantFormat { bits: CodeBits::Four, scaling: Scaling::Spans(64), with_mins: true };
+    for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+        let cpu = Cpu::new(isa, 3);
+        let matrix = |cols| {
+            Matrix::Quantized(Quantized::pack(isa, 33, cols, format, |row, out| {
+                out.codes.iter_mut().enumerate().for_each(|(col, code)| *code = ((row * 5 + col * 3) % 16) as i8);
+                out.scales.iter_mut().enumerate().for_each(|(at, scale)| *scale = f16::from_f32(0.5 + at as f32));
+                out.sub_mins.fill(7);
+            }))
+        };
+        for m in [1, 7, 40] {
+            let x = random.vec(m * 112);
+            let filled: Vec<f32> = x.chunks_exact(112).flat_map(|x| x.iter().copied().chain([0.0; 16])).collect();
+            let ours = product(&cpu, &x, m, &matrix(112), None);
+            assert_eq!(ours, product(&cpu, &filled, m, &matrix(128), None), "{isa} {m}");
         }
     }
 }
@@ -441,6 +504,7 @@ fn packed_matrices_are_as_small_as_their_files() {
     const MAX_OVERHEAD: f64 = 1.05;
     let two_level = |bits, with_mins| QuantFormat { bits, scaling: Scaling::TwoLevel, with_mins };
     let single = |bits, with_mins| QuantFormat { bits, scaling: Scaling::Single, with_mins };
+    let spans = |bits, span, with_mins| QuantFormat { bits, scaling: Scaling::Spans(span), with_mins };
     // Bytes of 256 weights in ggml's files.
     let formats = [
         ("Q4_0", single(CodeBits::Four, false), 8 * 18),
@@ -453,11 +517,18 @@ fn packed_matrices_are_as_small_as_their_files() {
         ("Q4_K", two_level(CodeBits::Four, true), 144),
         ("Q5_K", two_level(CodeBits::Five, true), 176),
         ("Q6_K", two_level(CodeBits::Six, false), 210),
+        // Codes, an f16 for each span and where there are zero points those, in as many bits as a code.
+        ("GPTQ int4, groups of 128", spans(CodeBits::Four, 128, false), 128 + 2 * 2 + 1),
+        ("GPTQ int4, groups of 64, asymmetric", spans(CodeBits::Four, 64, true), 128 + 4 * 2 + 2),
+        ("AWQ int4, groups of 32", spans(CodeBits::Four, 32, true), 128 + 8 * 2 + 4),
+        ("int8 by rows", spans(CodeBits::Eight, 1 << 16, false), 256),
+        ("GPTQ int3, groups of 128", spans(CodeBits::Three, 128, true), 96 + 2 * 2 + 1),
+        ("GPTQ int2, groups of 64", spans(CodeBits::Two, 64, true), 64 + 4 * 2 + 1),
     ];
     for isa in [Isa::Scalar, Isa::Avx2, Isa::AvxVnni, Isa::Avx512, Isa::Avx512Vnni] {
         for (rows, cols) in [(640, 640_usize), (576, 1536), (1536, 576), (256, 2048), (16_384, 256)] {
             for (name, format, block_bytes) in formats {
-                if !cols.is_multiple_of(format.scale_span()) {
+                if !cols.is_multiple_of(format.cols_multiple()) {
                     continue;
                 }
                 let file_bytes = (rows * cols / 32 * block_bytes) as f64 / 8.0;

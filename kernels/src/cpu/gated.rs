@@ -57,7 +57,10 @@ pub struct GatedProduct<'a> {
 
 /// What a call is about, checked.
 pub(super) struct Call<'a> {
+    /// What the gate reads.
     pub(super) x: Inputs<'a>,
+    /// What the up projection reads: the same rows.
+    pub(super) up_x: Inputs<'a>,
     pub(super) product: GatedProduct<'a>,
     pub(super) out: ActivationsOut,
 }
@@ -76,15 +79,19 @@ impl Cpu {
         let m = x.num_rows();
         self.check_gated(&x.inputs(), product);
         let cols = product.gate.weights.rows();
-        let call = Call { x: x.inputs(), product: *product, out: out.reshape(m, cols, form, self.kernels.columns) };
+        let out = out.reshape(m, cols, form, self.kernels.columns);
         if m == 0 {
             return;
         }
         let groups = cols.div_ceil(GROUP);
         let num_wanted = (self.threads() * PIECES_PER_THREAD).min(m * product.macs() / MIN_PIECE_MACS);
         let num_pieces = if self.threads() == 1 { 1 } else { num_wanted.clamp(1, groups.max(1)) };
-        self.pool.run(num_pieces, |piece| {
-            self.gated_groups(&call, piece * groups / num_pieces..(piece + 1) * groups / num_pieces);
+        let gate = product.gate.weights;
+        self.with_inputs(&x.inputs(), [gate, product.up.map_or(gate, |up| up.weights)], |[x, up_x]| {
+            let call = Call { x, up_x, product: *product, out };
+            self.pool.run(num_pieces, |piece| {
+                self.gated_groups(&call, piece * groups / num_pieces..(piece + 1) * groups / num_pieces);
+            });
         });
     }
 
@@ -118,7 +125,7 @@ impl Cpu {
                     let GatedProduct { gate: gate_weights, up: up_weights, activation } = &call.product;
                     self.columns(&call.x, gate_weights, block.clone(), cols.clone(), stride, gate);
                     let up = up_weights.as_ref().map(|weights| {
-                        self.columns(&call.x, weights, block.clone(), cols.clone(), stride, up);
+                        self.columns(&call.up_x, weights, block.clone(), cols.clone(), stride, up);
                         &*up
                     });
                     let (activation, out) = (*activation, &call.out);

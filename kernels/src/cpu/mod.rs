@@ -4,6 +4,7 @@
 //! of an operation write disjoint parts of its output, and no sum is ever divided between two pieces.
 
 pub(crate) mod activations;
+pub(crate) mod arranged;
 pub(crate) mod attention;
 pub(crate) mod dispatch;
 pub(crate) mod experts;

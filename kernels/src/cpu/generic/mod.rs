@@ -383,7 +383,7 @@ macro_rules! quant_table {
             use crate::cpu::generic::codes::{Eight, Five, Four, Six, Three, Two};
             use crate::cpu::generic::peak;
             use crate::cpu::generic::quant;
-            use crate::cpu::generic::scales::{Nibbles, Single, TwoLevel};
+            use crate::cpu::generic::scales::{Nibbles, Single, Spans, TwoLevel};
             use crate::cpu::task::QuantTask;
             use crate::quant_format::{CodeBits, Scaling};
 
@@ -408,6 +408,12 @@ macro_rules! quant_table {
             entry!(five_two_level_mins, Five, TwoLevel<true>);
             entry!(six_two_level, Six, TwoLevel<false>);
             entry!(eight_single, Eight, Single<false>);
+            entry!(two_spans_zeros, Two, Spans<true>);
+            entry!(three_spans_zeros, Three, Spans<true>);
+            entry!(four_spans, Four, Spans<false>);
+            entry!(four_spans_zeros, Four, Spans<true>);
+            entry!(eight_spans, Eight, Spans<false>);
+            entry!(eight_spans_zeros, Eight, Spans<true>);
 
             unsafe fn quantized(task: &mut QuantTask<'_>) {
                 let format = task.weights.format;
@@ -424,6 +430,12 @@ macro_rules! quant_table {
                         (CodeBits::Five, Scaling::TwoLevel, true) => five_two_level_mins(task),
                         (CodeBits::Six, Scaling::TwoLevel, false) => six_two_level(task),
                         (CodeBits::Eight, Scaling::Single, false) => eight_single(task),
+                        (CodeBits::Two, Scaling::Spans(_), true) => two_spans_zeros(task),
+                        (CodeBits::Three, Scaling::Spans(_), true) => three_spans_zeros(task),
+                        (CodeBits::Four, Scaling::Spans(_), false) => four_spans(task),
+                        (CodeBits::Four, Scaling::Spans(_), true) => four_spans_zeros(task),
+                        (CodeBits::Eight, Scaling::Spans(_), false) => eight_spans(task),
+                        (CodeBits::Eight, Scaling::Spans(_), true) => eight_spans_zeros(task),
                         _ => unreachable!("`Quantized::pack` refuses formats that `QuantFormat::group` does not know"),
                     }
                 }
