@@ -12,7 +12,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-pub(crate) use self::json::{CheckpointConfig, StoredQuantization};
+pub(crate) use self::json::{CheckpointConfig, GptqZeros, StoredQuantization};
 use crate::{
     ModelError,
     weights::{gguf::GgufFile, mmap::read_text},

@@ -83,11 +83,10 @@ impl TensorView<'_> {
     }
 
     /// What keeps it as it is stored. None for dense tensors, and for codes that no kernel computes as they are: those of
-    /// inputs ordered by activation, of groups that 32 does not divide, of eight bits around other zero points than the
-    /// middle. They are unpacked as if they were f16.
+    /// groups that 32 does not divide, or of different sizes. They are unpacked as if they were f16.
     fn stored_quant_format(&self) -> Option<QuantFormat> {
         match &self.data {
-            TensorData::Grouped(grouped) => grouped.quant_format(),
+            TensorData::Grouped(grouped) => grouped.exact().map(|exact| exact.format),
             TensorData::Mapped { .. } | TensorData::Generated(_) => self.format.quant_format(),
         }
     }
@@ -123,7 +122,8 @@ impl TensorView<'_> {
                 pages.reach(row);
                 match &self.data {
                     TensorData::Grouped(grouped) => {
-                        grouped.unpack_row(self.stored_place(row), &mut pages.tile, out.codes, out.scales);
+                        let exact = grouped.exact().expect("what is kept has a format");
+                        grouped.unpack_row(self.stored_place(row), &mut pages.tile, exact, &mut out);
                     }
                     TensorData::Mapped { .. } | TensorData::Generated(_) => {
                         blocks::unpack(self.format, self.stored_row(row), &mut out);
@@ -132,7 +132,15 @@ impl TensorView<'_> {
                 problem.check_scales(row, out.scales, out.mins);
             }
         });
-        problem.or(packed).map(Matrix::Quantized)
+        let order = match &self.data {
+            TensorData::Grouped(grouped) => grouped.exact().and_then(|exact| exact.order.clone()),
+            TensorData::Mapped { .. } | TensorData::Generated(_) => None,
+        };
+        let packed = problem.or(packed)?;
+        Ok(Matrix::Quantized(match order {
+            None => packed,
+            Some(order) => packed.with_order(order),
+        }))
     }
 
     /// `narrow` rounds to what is kept; an element that becomes infinite is too large for it, and `limit` says for what.

@@ -236,7 +236,8 @@ impl WeightStore {
             );
             config.tied_embeddings = false;
         }
-        let names: Vec<&str> = checkpoint.entries.keys().map(String::as_str).collect();
+        let is_idle = |name: &&str| quantization.is_some() && grouped::is_idle(&checkpoint, name);
+        let names: Vec<&str> = checkpoint.entries.keys().map(String::as_str).filter(|name| !is_idle(name)).collect();
         let quantized = |name: &str| match quantization {
             None => Ok(None),
             Some(quantization) => {
@@ -265,13 +266,13 @@ impl WeightStore {
             }
         };
         let tensors = build_table(path, &config, naming, &names, lookup)?;
-        let is_reordered =
-            |tensor: &&StoredTensor| matches!(&tensor.place, Place::Grouped(place) if place.is_reordered());
-        match tensors.values().filter(is_reordered).count() {
+        let has_odd_groups =
+            |tensor: &&StoredTensor| matches!(&tensor.place, Place::Grouped(place) if place.has_odd_groups());
+        match tensors.values().filter(has_odd_groups).count() {
             0 => {}
             count => tracing::warn!(
-                "{}: {count} matrices are ordered by activation (desc_act); they are unpacked to f16, which takes several \
-                 times the file's size, or quantised anew by --quantize",
+                "{}: {count} matrices have groups of scales that 32 does not divide, or of different sizes; they are \
+                 unpacked to f16, which takes several times the file's size, or quantised anew by --quantize",
                 path.display()
             ),
         }

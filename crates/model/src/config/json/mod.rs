@@ -20,7 +20,7 @@ use self::{
 use super::{Activation, Biases, DecoderConfig, Limits, Mlp, Norm, bad, context, known_tokens, unsupported};
 use crate::weights::WeightFormat;
 
-pub(crate) use self::quantization::StoredQuantization;
+pub(crate) use self::quantization::{GptqZeros, StoredQuantization};
 pub(super) use self::rotary::yarn_attention;
 
 /// Gemma 3 with its vision part: the language model's config is inside.

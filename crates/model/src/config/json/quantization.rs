@@ -20,8 +20,8 @@ pub(crate) enum StoredQuantization {
         bits: usize,
         /// Inputs that share a scale; none for all of a row.
         group_size: Option<usize>,
-        /// What is added to stored zero points: 1 in the first version of the layout.
-        zeros_plus: i32,
+        /// How zero points are stored.
+        zeros: GptqZeros,
         /// The order of inputs is in `g_idx`, which must be there.
         act_order: bool,
     },
@@ -32,6 +32,18 @@ pub(crate) enum StoredQuantization {
     },
     /// compressed-tensors'; each tensor's shapes say the rest.
     CompressedTensors,
+}
+
+/// How GPTQ's zero points are stored: in version 1 of the layout less one, which the packers do not all take off alike
+/// where codes straddle words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum GptqZeros {
+    /// Version 2.
+    AsStored,
+    /// AutoGPTQ's version 1.
+    LessOne,
+    /// GPTQModel's, whose 3-bit constants are others.
+    LessGptqModels,
 }
 
 pub(super) fn stored(keys: Keys<'_>) -> Outcome<Option<StoredQuantization>> {
@@ -53,9 +65,10 @@ fn refuse<T>(what: &str) -> Outcome<T> {
 }
 
 fn gptq(keys: Keys<'_>) -> Outcome<StoredQuantization> {
-    let zeros_plus = match keys.text("checkpoint_format")?.unwrap_or("gptq") {
-        "gptq" => 1,
-        "gptq_v2" => 0,
+    let zeros = match keys.text("checkpoint_format")?.unwrap_or("gptq") {
+        "gptq" if is_made_by_gptqmodel(keys)? => GptqZeros::LessGptqModels,
+        "gptq" => GptqZeros::LessOne,
+        "gptq_v2" => GptqZeros::AsStored,
         other => return refuse(&format!("the gptq checkpoint_format {other:?}")),
     };
     if keys.truth("is_marlin_format")? == Some(true) {
@@ -71,7 +84,14 @@ fn gptq(keys: Keys<'_>) -> Outcome<StoredQuantization> {
         return refuse(&format!("gptq of {bits} bits"));
     }
     let act_order = keys.truth("desc_act")?.unwrap_or(false);
-    Ok(StoredQuantization::Gptq { bits, group_size: group_size(keys, "group_size")?, zeros_plus, act_order })
+    Ok(StoredQuantization::Gptq { bits, group_size: group_size(keys, "group_size")?, zeros, act_order })
+}
+
+/// GPTQModel writes its name into `meta.quantizer`, as a text or in a list.
+fn is_made_by_gptqmodel(keys: Keys<'_>) -> Outcome<bool> {
+    let Some(quantizer) = keys.object("meta")?.and_then(|meta| meta.get("quantizer")) else { return Ok(false) };
+    let names = quantizer.as_array().map_or(std::slice::from_ref(quantizer), Vec::as_slice);
+    Ok(names.iter().filter_map(|name| name.as_str()).any(|name| name.starts_with("gptqmodel")))
 }
 
 fn awq(keys: Keys<'_>) -> Outcome<StoredQuantization> {
@@ -93,12 +113,14 @@ fn awq(keys: Keys<'_>) -> Outcome<StoredQuantization> {
 }
 
 fn compressed_tensors(keys: Keys<'_>) -> Outcome<StoredQuantization> {
-    match keys.text("format")?.unwrap_or("absent") {
-        "pack-quantized" | "int-quantized" => {}
-        other => return refuse(&format!("the compressed-tensors format {other:?}")),
+    let format = keys.text("format")?.unwrap_or("absent");
+    // What is mixed says it group by group.
+    if format != "mixed-precision" {
+        compressed_format(format)?;
     }
+    // Frozen is what a model is before it is compressed; some files were written with the word.
     if let Some(status) = keys.text("quantization_status")?
-        && status != "compressed"
+        && !["compressed", "frozen"].contains(&status)
     {
         return refuse(&format!("the compressed-tensors quantization_status {status:?}"));
     }
@@ -111,11 +133,11 @@ fn compressed_tensors(keys: Keys<'_>) -> Outcome<StoredQuantization> {
         return bad("quantization_config: config_groups is missing, which says how weights are quantised");
     };
     for name in groups.names() {
-        let weights = match groups.object(name)? {
-            Some(group) => group.object("weights")?,
-            None => None,
-        };
-        let Some(weights) = weights else { continue };
+        let Some(group) = groups.object(name)? else { continue };
+        let Some(weights) = group.object("weights")? else { continue };
+        if let Some(format) = group.text("format")? {
+            compressed_format(format)?;
+        }
         let bits = weights.required_size("num_bits", 64)?;
         let kind = weights.text("type")?.unwrap_or("int");
         let strategy = weights.text("strategy")?.unwrap_or("tensor");
@@ -127,6 +149,14 @@ fn compressed_tensors(keys: Keys<'_>) -> Outcome<StoredQuantization> {
         }
     }
     Ok(StoredQuantization::CompressedTensors)
+}
+
+fn compressed_format(format: &str) -> Outcome<()> {
+    // Which one it is shows in the tensors' names and types.
+    match format {
+        "pack-quantized" | "int-quantized" | "naive-quantized" => Ok(()),
+        other => refuse(&format!("the compressed-tensors format {other:?}")),
+    }
 }
 
 /// A whole number from 1, or -1 for all of a row.
