@@ -26,7 +26,7 @@ fn batch(step: usize) -> ForwardBatch {
         let table_start = batch.block_tables.len();
         batch.block_tables.extend((0..BLOCKS_EACH).map(|block| (sequence * BLOCKS_EACH + block) as u32));
         for position in first..first + count {
-            batch.tokens.push((7 * position + sequence) as u32 % 90);
+            batch.tokens.push((7 * position + sequence) as u32 % 31);
             batch.positions.push(position as u32);
             batch.slots.push((sequence * BLOCKS_EACH * BLOCK_SIZE + position) as u32);
         }
@@ -77,6 +77,18 @@ fn config(folder: &Path, family: &Value) -> PathBuf {
     path
 }
 
+/// A committed checkpoint of integer weights, with room for this test's positions.
+fn quantized(folder: &Path, name: &str) -> PathBuf {
+    let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/quantized").join(name);
+    let mut config: Value = serde_json::from_slice(&fs::read(from.join("config.json")).unwrap()).unwrap();
+    config["max_position_embeddings"] = json!(256);
+    let to = folder.join(name);
+    fs::create_dir(&to).unwrap();
+    fs::write(to.join("config.json"), config.to_string()).unwrap();
+    fs::copy(from.join("model.safetensors"), to.join("model.safetensors")).unwrap();
+    to
+}
+
 /// One test, for what runs beside it would be counted too.
 #[test]
 fn a_step_allocates_nothing_after_the_first_of_its_size() {
@@ -102,5 +114,9 @@ fn a_step_allocates_nothing_after_the_first_of_its_size() {
     ];
     for family in &families {
         check(&config(folder.path(), family), true);
+    }
+    // Inputs in orders of their own, shared and not, in experts and where 32 does not divide them.
+    for name in ["gptq4-act-order", "gptq4-act-order-112", "gptq4-act-order-experts"] {
+        check(&quantized(folder.path(), name), false);
     }
 }

@@ -47,8 +47,8 @@ const PROJECTIONS: [(&str, T); 7] = [
 
 /// f32 operations in another order. Measured: 1.1e-5 on `reference`, 5.3e-6 on `cpu`.
 const F32_TOLERANCE: f64 = 1e-3;
-/// Mean divergence with activations rounded to eight bits. Measured: 3.0e-3 at most.
-const QUANTIZED_BOUND: f64 = 5e-2;
+/// Mean divergence with activations rounded to eight bits, the only thing rounded. Measured: 3.0e-3 at most.
+const QUANTIZED_BOUND: f64 = 1e-2;
 
 fn folder(name: &str) -> PathBuf {
     repository().join("tests/quantized").join(name)
@@ -82,15 +82,16 @@ fn weights_are_bit_for_bit_what_was_packed_and_stay_so_in_the_kernels_formats() 
     for (name, layout) in expected().layouts {
         let store = WeightStore::open(&folder(&name)).unwrap();
         for (projection, role) in PROJECTIONS {
+            // Experts are compared by what they answer.
+            let Some(hash) = layout.fnv1a.get(projection) else { continue };
             let view = store.tensor(TensorRole::Layer(0, role)).unwrap().unwrap();
             let values = view.to_f32().unwrap();
-            assert_eq!(fnv1a(&values), layout.fnv1a[projection], "{name} {projection}");
+            assert_eq!(fnv1a(&values), *hash, "{name} {projection}");
             let mut row = vec![0.0; view.cols];
             view.dequantize_row(view.rows - 1, &mut row).unwrap();
             assert_eq!(row, values[values.len() - view.cols..], "{name} {projection}");
             for cpu in &cpus {
-                // Kernels take whole groups of 32 inputs.
-                let kept_bits = if view.cols.is_multiple_of(32) { layout.kept_bits } else { 0 };
+                let kept_bits = layout.kept_bits;
                 match view.import(cpu, Dtype::Auto, Quantize::None).unwrap() {
                     Matrix::Quantized(packed) => {
                         assert_eq!(packed.format().bits.count(), kept_bits, "{name} {projection}");

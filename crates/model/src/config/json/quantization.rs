@@ -169,3 +169,122 @@ fn group_size(keys: Keys<'_>, key: &str) -> Outcome<Option<usize>> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn read(quantization: &Value) -> Result<StoredQuantization, String> {
+        let config = json!({"quantization_config": quantization});
+        stored(Keys::of(&config).unwrap()).map(Option::unwrap).map_err(|error| error.to_string())
+    }
+
+    /// The shapes that published checkpoints have their keys in.
+    #[test]
+    fn published_gptq_configs_are_read() {
+        let gptq = |bits, group_size, zeros, act_order| StoredQuantization::Gptq { bits, group_size, zeros, act_order };
+        // AutoGPTQ's own.
+        let trurl_2_7b = json!({
+            "bits": 8, "group_size": -1, "damp_percent": 0.1, "desc_act": true, "sym": true, "true_sequential": true,
+            "model_name_or_path": null, "model_file_base_name": "model", "quant_method": "gptq",
+        });
+        assert_eq!(read(&trurl_2_7b), Ok(gptq(8, None, GptqZeros::LessOne, true)));
+        let meta_llama_3_70b = json!({
+            "bits": 4, "damp_percent": 0.01, "desc_act": true, "group_size": 128, "is_marlin_format": false,
+            "model_file_base_name": null, "model_name_or_path": null, "quant_method": "gptq", "static_groups": false,
+            "sym": true, "true_sequential": true,
+        });
+        assert_eq!(read(&meta_llama_3_70b), Ok(gptq(4, Some(128), GptqZeros::LessOne, true)));
+        // As transformers writes it, and Qwen publishes it.
+        let of_transformers = json!({
+            "batch_size": 1, "bits": 4, "block_name_to_quantize": null, "cache_block_outputs": true, "damp_percent": 0.01,
+            "dataset": null, "desc_act": false, "exllama_config": {"version": 1}, "group_size": 128,
+            "max_input_length": null, "model_seqlen": null, "module_name_preceding_first_block": null,
+            "modules_in_block_to_quantize": [["self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj"]],
+            "pad_token_id": null, "quant_method": "gptq", "sym": true, "tokenizer": null, "true_sequential": true,
+            "use_cuda_fp16": false, "use_exllama": true,
+        });
+        assert_eq!(read(&of_transformers), Ok(gptq(4, Some(128), GptqZeros::LessOne, false)));
+        // GPTQModel's.
+        let smollm_360m_2bit = json!({
+            "bits": 2, "group_size": 128, "desc_act": true, "sym": true, "lm_head": false, "quant_method": "gptq",
+            "checkpoint_format": "gptq", "pack_dtype": "int32", "meta": {
+                "quantizer": ["gptqmodel:4.0.0-dev"], "uri": "https://github.com/modelcloud/gptqmodel",
+                "damp_percent": 0.01, "static_groups": false, "true_sequential": true, "mse": 0.0, "v2": false,
+            },
+        });
+        assert_eq!(read(&smollm_360m_2bit), Ok(gptq(2, Some(128), GptqZeros::LessGptqModels, true)));
+        let tinyllama_dynamic = json!({
+            "bits": 4, "dynamic": {
+                "-:model\\.layers\\.([2-9]\\d*)\\..*": {}, ".*\\.1\\..*": {"bits": 8, "group_size": 32, "desc_act": false},
+            },
+            "group_size": 128, "desc_act": true, "sym": true, "lm_head": false, "quant_method": "gptq",
+            "checkpoint_format": "gptq_v2", "meta": {"quantizer": "gptqmodel:1.5.1-dev"},
+        });
+        assert_eq!(read(&tinyllama_dynamic), Ok(gptq(4, Some(128), GptqZeros::AsStored, true)));
+    }
+
+    #[test]
+    fn published_awq_configs_are_read() {
+        let short = json!({
+            "bits": 4, "group_size": 128, "modules_to_not_convert": null, "quant_method": "awq", "version": "gemm",
+            "zero_point": true,
+        });
+        let of_transformers = json!({
+            "backend": "autoawq", "bits": 4, "do_fuse": false, "exllama_config": null, "fuse_max_seq_len": null,
+            "group_size": 128, "modules_to_fuse": null, "modules_to_not_convert": null, "quant_method": "awq",
+            "version": "gemm", "zero_point": true,
+        });
+        let older =
+            json!({"quant_method": "awq", "zero_point": true, "q_group_size": 128, "w_bit": 4, "version": "GEMM"});
+        for config in [short, of_transformers, older] {
+            assert_eq!(read(&config), Ok(StoredQuantization::Awq { group_size: Some(128) }));
+        }
+    }
+
+    #[test]
+    fn published_compressed_tensors_configs_are_read() {
+        let weights = |bits: u32, strategy: &str, actorder: Value| {
+            json!({
+                "actorder": actorder, "block_structure": null, "dynamic": false,
+                "group_size": if strategy == "group" { json!(128) } else { Value::Null }, "num_bits": bits,
+                "observer": "minmax", "observer_kwargs": {}, "strategy": strategy, "symmetric": true, "type": "int",
+            })
+        };
+        let config = |format: &str, status: &str, weights: Value, inputs: Value| {
+            json!({
+                "config_groups": {"group_0": {
+                    "input_activations": inputs, "output_activations": null, "targets": ["Linear"], "weights": weights,
+                }},
+                "format": format, "global_compression_ratio": 1.24, "ignore": ["lm_head"], "kv_cache_scheme": null,
+                "quant_method": "compressed-tensors", "quantization_status": status,
+            })
+        };
+        let per_token = json!({"dynamic": true, "num_bits": 8, "strategy": "token", "symmetric": true, "type": "int"});
+        let w8 = weights(8, "channel", Value::Null);
+        let mut mixed = config("mixed-precision", "compressed", w8.clone(), Value::Null);
+        mixed["config_groups"]["group_0"]["format"] = json!("int-quantized");
+        for config in [
+            config("pack-quantized", "compressed", weights(4, "group", json!("group")), Value::Null),
+            config("pack-quantized", "frozen", weights(4, "group", json!("weight")), Value::Null),
+            config("pack-quantized", "compressed", w8.clone(), Value::Null),
+            config("int-quantized", "compressed", w8.clone(), per_token.clone()),
+            config("int-quantized", "frozen", w8.clone(), per_token),
+            mixed.clone(),
+        ] {
+            assert_eq!(read(&config), Ok(StoredQuantization::CompressedTensors));
+        }
+        mixed["config_groups"]["group_0"]["format"] = json!("nvfp4-pack-quantized");
+        for (config, word) in [
+            (mixed, "nvfp4-pack-quantized"),
+            (config("marlin-24", "compressed", w8.clone(), Value::Null), "marlin-24"),
+            (config("int-quantized", "initialized", w8, Value::Null), "initialized"),
+        ] {
+            let error = read(&config).unwrap_err();
+            assert!(error.contains(word), "{error}");
+        }
+    }
+}
