@@ -52,9 +52,27 @@ fn matrix(cpu: &Cpu, family: &str, rows: usize, cols: usize) -> Matrix {
     }
 }
 
-/// Quantised families are named by the GGUF type that is imported so.
-const FAMILIES: [&str; 13] =
-    ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "f16", "bf16", "f32"];
+/// Quantised families are named by the GGUF type that is imported so, or by bits and groups.
+const FAMILIES: [&str; 18] = [
+    "q4_0",
+    "q4_1",
+    "q5_0",
+    "q5_1",
+    "q8_0",
+    "q2_k",
+    "q3_k",
+    "q4_k",
+    "q5_k",
+    "q6_k",
+    "int4_128",
+    "int4_128_zeros",
+    "int8_row",
+    "int3_128",
+    "int2_128",
+    "f16",
+    "bf16",
+    "f32",
+];
 
 fn quant_format(family: &str) -> Option<QuantFormat> {
     let (bits, scaling, with_mins) = match family {
@@ -68,6 +86,11 @@ fn quant_format(family: &str) -> Option<QuantFormat> {
         "q4_k" => (CodeBits::Four, Scaling::TwoLevel, true),
         "q5_k" => (CodeBits::Five, Scaling::TwoLevel, true),
         "q6_k" => (CodeBits::Six, Scaling::TwoLevel, false),
+        "int4_128" => (CodeBits::Four, Scaling::Spans(128), false),
+        "int4_128_zeros" => (CodeBits::Four, Scaling::Spans(128), true),
+        "int8_row" => (CodeBits::Eight, Scaling::Spans(1 << 16), false),
+        "int3_128" => (CodeBits::Three, Scaling::Spans(128), true),
+        "int2_128" => (CodeBits::Two, Scaling::Spans(128), true),
         _ => return None,
     };
     Some(QuantFormat { bits, scaling, with_mins })

@@ -187,14 +187,13 @@ impl QuantFormat {
     pub fn group(self) -> Option<usize> {
         match (self.bits, self.scaling, self.with_mins) {
             (_, Scaling::Spans(span), _) if span == 0 || !span.is_multiple_of(GROUP as u32) => None,
-            (CodeBits::Four | CodeBits::Eight, Scaling::Spans(_), _) => Some(32),
-            (CodeBits::Two | CodeBits::Three, Scaling::Spans(_), true) => Some(16),
             (CodeBits::Four | CodeBits::Five, Scaling::Single, _)
             | (CodeBits::Eight, Scaling::Single, false)
-            | (CodeBits::Four | CodeBits::Five, Scaling::TwoLevel, true) => Some(32),
-            (CodeBits::Three | CodeBits::Six, Scaling::TwoLevel, false) | (CodeBits::Two, Scaling::Nibbles, true) => {
-                Some(16)
-            }
+            | (CodeBits::Four | CodeBits::Five, Scaling::TwoLevel, true)
+            | (CodeBits::Four | CodeBits::Eight, Scaling::Spans(_), _) => Some(32),
+            (CodeBits::Three | CodeBits::Six, Scaling::TwoLevel, false)
+            | (CodeBits::Two, Scaling::Nibbles, true)
+            | (CodeBits::Two | CodeBits::Three, Scaling::Spans(_), true) => Some(16),
             _ => None,
         }
     }

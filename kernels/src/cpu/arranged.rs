@@ -48,7 +48,7 @@ impl Cpu {
             // The first of those that want the same makes it.
             let maker = |at: usize| (0..at).find(|&other| wanted[other] == wanted[at]).unwrap_or(at);
             for (at, wanted) in wanted.iter().enumerate() {
-                if let Some(wanted) = wanted
+                if let Some(wanted) = *wanted
                     && maker(at) == at
                 {
                     self.arrange(x, wanted, &mut arranged[at]);
@@ -58,7 +58,7 @@ impl Cpu {
         });
     }
 
-    fn arrange(&self, x: &Inputs<'_>, wanted: &Arrangement<'_>, out: &mut Activations) {
+    fn arrange(&self, x: &Inputs<'_>, wanted: Arrangement<'_>, out: &mut Activations) {
         let (m, k) = (x.num_rows(), x.cols());
         let out = self.room_for_arranged(m, k, out);
         self.split(m, MIN_PIECE_ELEMENTS.div_ceil(k.max(1)), |piece| {
@@ -74,7 +74,7 @@ impl Cpu {
     }
 
     /// One row, which belongs to the calling task, as row number `row` of `out`.
-    pub(super) fn arrange_row(&self, x: &[f32], wanted: &Arrangement<'_>, row: usize, out: &ActivationsOut) {
+    pub(super) fn arrange_row(&self, x: &[f32], wanted: Arrangement<'_>, row: usize, out: &ActivationsOut) {
         with_row(out.cols, |arranged| {
             let (inputs, filling) = arranged.split_at_mut(x.len());
             match wanted.order {

@@ -336,7 +336,7 @@ impl Cpu {
             if let Some(wanted) = wanted(segment) {
                 let out = out.segment(segment.rows.clone(), columns);
                 for (to, row) in segment.rows.clone().enumerate() {
-                    self.arrange_row(&x.rows()[row * k..(row + 1) * k], &wanted, to, &out);
+                    self.arrange_row(&x.rows()[row * k..(row + 1) * k], wanted, to, &out);
                 }
             }
         };

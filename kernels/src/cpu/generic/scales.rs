@@ -74,7 +74,7 @@ impl Pointers {
     /// The span that group number `index` lies in.
     #[inline(always)]
     fn span_of(&self, index: usize) -> usize {
-        (index as u64 * self.groups_to_spans >> SPAN_SHIFT) as usize
+        ((index as u64 * self.groups_to_spans) >> SPAN_SHIFT) as usize
     }
 }
 

@@ -179,7 +179,7 @@ mod tests {
 
     fn read(quantization: &Value) -> Result<StoredQuantization, String> {
         let config = json!({"quantization_config": quantization});
-        stored(Keys::of(&config).unwrap()).map(Option::unwrap).map_err(|error| error.to_string())
+        stored(Keys::of(&config).unwrap()).map(Option::unwrap).map_err(|error| format!("{error:?}"))
     }
 
     /// The shapes that published checkpoints have their keys in.

@@ -169,13 +169,11 @@ pub(super) fn resolve(
         StoredQuantization::Awq { group_size } => {
             parts.optional("qweight")?.map(|codes| awq::resolve(&parts, codes, group_size))
         }
-        StoredQuantization::CompressedTensors => match parts.optional("weight_packed")? {
-            Some(codes) => Some(compressed::packed(&parts, codes)),
-            None => {
-                let codes = checkpoint.get(name)?.filter(|entry| entry.dtype == Dtype::I8);
-                codes.map(|codes| compressed::bytes(&parts, codes))
-            }
-        },
+        StoredQuantization::CompressedTensors => {
+            let packed = parts.optional("weight_packed")?.map(|codes| compressed::packed(&parts, codes));
+            let codes = checkpoint.get(name)?.filter(|entry| entry.dtype == Dtype::I8);
+            packed.or_else(|| codes.map(|codes| compressed::bytes(&parts, codes)))
+        }
     };
     place.transpose()
 }
