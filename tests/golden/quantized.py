@@ -7,7 +7,7 @@
 Codes, scales and zero points are random; each is packed here bit by bit as its format describes it, from outside to inside
 (a value, its place, its bits), which is not how the reader goes about it. Wherever a published packer takes the shape, it
 packs the same matrix, and both must agree bit for bit: AutoGPTQ's `QuantLinear.pack` (whose product with the unit matrix
-must be the weights, too), AutoAWQ's `WQLinear_GEMM.from_linear` as AutoRound carries it on, and compressed-tensors'
+must be the weights, too), AutoRound's own, which stores zero points as they are, AutoAWQ's `WQLinear_GEMM.from_linear` as AutoRound carries it on, and compressed-tensors'
 functions. `gptqmodel` itself needs a compiler and a GPU's headers to install; what it takes off zero points is written
 out here. expected.json holds for each matrix the FNV-1a hash of `scale * (code - zero)` in f32, row by
 row, and the log-probabilities of transformers in f32 on exactly these weights.
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import transformers
 from auto_round.export.export_to_awq.utils import WQLinear_GEMM
+from auto_round_extension.torch.qlinear_torch import QuantLinear as AutoRoundLinear
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from safetensors.torch import save_file
 
@@ -90,6 +91,19 @@ def check_against_auto_gptq(parts, means, scales, zeros, index, layout):
     return 1
 
 
+def check_against_auto_round(parts, means, scales, zeros, layout):
+    rows, cols = means.shape
+    group = cols if layout["group"] == -1 else layout["group"]
+    if rows % 32 or cols % 32 or layout["plus"] != 0 or layout.get("act_order"):
+        return 0
+    theirs = AutoRoundLinear(layout["bits"], group, cols, rows, False)
+    theirs.device = "cpu"
+    theirs.pack(linear(means), scales.float(), torch.from_numpy(zeros.astype(np.float32)), None, "cpu")
+    for part in ["qweight", "qzeros", "scales"]:
+        assert torch.equal(getattr(theirs, part), parts[part]), part
+    return 1
+
+
 def check_against_awq(parts, means, scales, zeros, layout):
     cols = means.shape[1]
     if layout["group"] != -1 and cols % layout["group"]:
@@ -107,7 +121,7 @@ def gptqmodel_zeros(words):
     return words - np.array([offsets[at % 3] for at in range(words.shape[1])], np.uint32)
 
 
-CHECKED = {"gptq": 0, "awq": 0, "compressed-tensors": 0}
+CHECKED = {"gptq": 0, "gptq_v2": 0, "awq": 0, "compressed-tensors": 0}
 
 
 def matrix(rng, rows, cols, layout, order_seed):
@@ -135,7 +149,10 @@ def matrix(rng, rows, cols, layout, order_seed):
             "scales": scales.T.contiguous(),
             "g_idx": tensor(index.astype(np.int32)),
         }
-        CHECKED[method] += check_against_auto_gptq(parts, means, scales, zeros, index, layout)
+        CHECKED["gptq"] += check_against_auto_gptq(parts, means, scales, zeros, index, layout)
+        CHECKED["gptq_v2"] += check_against_auto_round(parts, means, scales, zeros, layout)
+        if layout.get("made_by") == "auto-round":
+            del parts["g_idx"]
         if layout.get("made_by") == "gptqmodel":
             parts["qzeros"] = tensor(gptqmodel_zeros(stream(zeros.T, bits)))
         if layout.get("zero_biases"):
@@ -207,11 +224,15 @@ LAYOUTS = {
     "w4a16-112": compressed(4, -1, "pack-quantized", inner=112),
     "w8a16-asymmetric": compressed(8, 32, "pack-quantized", symmetric=False),
     "w8a8-asymmetric-112": compressed(8, -1, "int-quantized", symmetric=False, inner=112),
+    "auto-round": gptq(4, 32, symmetric=False, plus=0, kept=4, made_by="auto-round"),
 }
 
 
 def quantization_config(layout):
     method, bits, group = layout["method"], layout["bits"], layout["group"]
+    if layout.get("made_by") == "auto-round":
+        return {"quant_method": "auto-round", "packing_format": "auto_round", "bits": bits, "group_size": group,
+                "sym": layout["symmetric"], "data_type": "int", "autoround_version": "0.16.1"}
     if method == "gptq":
         config = {"quant_method": "gptq", "bits": bits, "group_size": group, "sym": layout["symmetric"],
                   "desc_act": bool(layout.get("act_order")), "checkpoint_format": "gptq" if layout["plus"] else "gptq_v2"}

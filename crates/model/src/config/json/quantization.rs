@@ -7,7 +7,7 @@ use super::keys::{Keys, Outcome};
 use crate::config::{bad, unsupported};
 
 /// What is read, for every refusal.
-const SUPPORTED: &str = "read are gptq (2, 3, 4, 8 bits; checkpoint_format gptq or gptq_v2), awq (4 bits, version gemm) \
+const SUPPORTED: &str = "read are gptq (2, 3, 4, 8 bits; checkpoint_format gptq or gptq_v2), awq (4 bits, version gemm), auto-round in either layout \
                          and compressed-tensors (pack-quantized int4 and int8, int-quantized int8); from GGUF the formats \
                          in the README; --quantize int8 or int4 quantises f32, f16 and bf16 at load";
 
@@ -54,6 +54,7 @@ pub(super) fn stored(keys: Keys<'_>) -> Outcome<Option<StoredQuantization>> {
     match keys.text("quant_method")?.unwrap_or("of an unnamed method") {
         "gptq" => gptq(keys),
         "awq" => awq(keys),
+        "auto-round" | "intel/auto-round" => auto_round(keys),
         "compressed-tensors" => compressed_tensors(keys),
         other => refuse(&format!("the method {other}")),
     }
@@ -79,10 +80,7 @@ fn gptq(keys: Keys<'_>) -> Outcome<StoredQuantization> {
     {
         return refuse(&format!("the gptq pack_dtype {word:?}"));
     }
-    let bits = keys.required_size("bits", 8)?;
-    if ![2, 3, 4, 8].contains(&bits) {
-        return refuse(&format!("gptq of {bits} bits"));
-    }
+    let bits = gptq_bits(keys)?;
     let act_order = keys.truth("desc_act")?.unwrap_or(false);
     Ok(StoredQuantization::Gptq { bits, group_size: group_size(keys, "group_size")?, zeros, act_order })
 }
@@ -110,6 +108,31 @@ fn awq(keys: Keys<'_>) -> Outcome<StoredQuantization> {
     }
     let key = if keys.has("group_size") { "group_size" } else { "q_group_size" };
     Ok(StoredQuantization::Awq { group_size: group_size(keys, key)? })
+}
+
+/// AutoRound has no layout of its own: it writes GPTQ's, of either version, or AWQ's.
+fn auto_round(keys: Keys<'_>) -> Outcome<StoredQuantization> {
+    if let Some(kind) = keys.text("data_type")?
+        && kind != "int"
+    {
+        return refuse(&format!("the auto-round data_type {kind:?}"));
+    }
+    let zeros = match keys.text("packing_format")?.unwrap_or("auto_round:auto_gptq") {
+        "auto_round:auto_gptq" => GptqZeros::LessOne,
+        "auto_round" | "auto_round:gptqmodel" => GptqZeros::AsStored,
+        "auto_round:auto_awq" | "auto_round:awq" => return awq(keys),
+        other => return refuse(&format!("the auto-round packing_format {other:?}")),
+    };
+    let bits = gptq_bits(keys)?;
+    Ok(StoredQuantization::Gptq { bits, group_size: group_size(keys, "group_size")?, zeros, act_order: false })
+}
+
+fn gptq_bits(keys: Keys<'_>) -> Outcome<usize> {
+    let bits = keys.required_size("bits", 8)?;
+    if ![2, 3, 4, 8].contains(&bits) {
+        return refuse(&format!("gptq of {bits} bits"));
+    }
+    Ok(bits)
 }
 
 fn compressed_tensors(keys: Keys<'_>) -> Outcome<StoredQuantization> {
@@ -225,6 +248,28 @@ mod tests {
             "checkpoint_format": "gptq_v2", "meta": {"quantizer": "gptqmodel:1.5.1-dev"},
         });
         assert_eq!(read(&tinyllama_dynamic), Ok(gptq(4, Some(128), GptqZeros::AsStored, true)));
+    }
+
+    #[test]
+    fn auto_rounds_configs_name_the_layout_of_others() {
+        let config = |format: &str, kind: &str| {
+            json!({
+                "quant_method": "auto-round", "packing_format": format, "bits": 4, "group_size": 128, "sym": true,
+                "data_type": kind, "iters": 200, "autoround_version": "0.14.2", "block_name_to_quantize": null,
+                "extra_config": {"lm_head": {"bits": 16, "data_type": "float"}},
+            })
+        };
+        let gptq = |zeros| StoredQuantization::Gptq { bits: 4, group_size: Some(128), zeros, act_order: false };
+        assert_eq!(read(&config("auto_round:auto_gptq", "int")), Ok(gptq(GptqZeros::LessOne)));
+        assert_eq!(read(&config("auto_round", "int")), Ok(gptq(GptqZeros::AsStored)));
+        let awq = StoredQuantization::Awq { group_size: Some(128) };
+        assert_eq!(read(&config("auto_round:auto_awq", "int")), Ok(awq));
+        for (config, word) in
+            [(config("auto_round:llm_compressor", "int"), "llm_compressor"), (config("auto_round", "nv_fp"), "nv_fp")]
+        {
+            let error = read(&config).unwrap_err();
+            assert!(error.contains(word), "{error}");
+        }
     }
 
     #[test]

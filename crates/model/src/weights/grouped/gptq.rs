@@ -28,13 +28,15 @@ pub(super) fn resolve(
     act_order: bool,
 ) -> Result<GroupedPlace, String> {
     let (words, rows) = parts.matrix("qweight", entry, Some(Dtype::I32))?;
-    let index = if act_order { Some(parts.required("g_idx")?) } else { parts.optional("g_idx")? };
-    // Single modules may have other bits than the config says of all; the index has an entry for each input.
-    let by_index = index.and_then(|index| match index.shape[..] {
-        [cols] if cols > 0 => whole(words, 32, cols).filter(|bits| BITS.contains(bits)),
+    if act_order {
+        parts.required("g_idx")?;
+    }
+    // Single modules may have other bits than the config says of all: zero points have as many as codes.
+    let by_zeros = parts.optional("qzeros")?.and_then(|zeros| match zeros.shape[..] {
+        [_, words] => whole(words, 32, rows).filter(|bits| BITS.contains(bits)),
         _ => None,
     });
-    let bits = by_index.unwrap_or(configured_bits);
+    let bits = by_zeros.unwrap_or(configured_bits);
     let cols = whole(words, 32, bits).filter(|&cols| cols > 0);
     let (Some(cols), Some(zero_words)) = (cols, whole(rows, bits, 32)) else {
         let name = parts.name("qweight");
