@@ -231,6 +231,41 @@ fn bad_contents_are_named() {
     }
 }
 
+/// No span fits them, so they are unpacked, and right.
+#[test]
+fn groups_of_different_sizes_are_unpacked() {
+    let copy = changed("gptq4-act-order", |tensors| {
+        let index = &mut part(tensors, "down_proj.g_idx").3;
+        let other = i32::from(index[0] == 0);
+        index[..4].copy_from_slice(&other.to_le_bytes());
+    });
+    let store = WeightStore::open(copy.path()).unwrap();
+    let cpu = Cpu::new(Isa::Scalar, 1);
+    let import = |role| {
+        let view = store.tensor(TensorRole::Layer(0, role)).unwrap().unwrap();
+        (view.import(&cpu, Dtype::Auto, Quantize::None).unwrap(), view.to_f32().unwrap())
+    };
+    assert!(import(T::Up).0.is_quantized());
+    let (down, values) = import(T::Down);
+    assert!(!down.is_quantized());
+    let halves: Vec<f32> = values.iter().map(|&x| half::f16::from_f32(x).to_f32()).collect();
+    assert_eq!(rows_of(&down), halves);
+}
+
+#[test]
+fn modules_may_have_other_bits_than_the_config_says_of_all() {
+    let copy = changed("gptq4", |_| ());
+    let text = fs::read_to_string(copy.path().join("config.json")).unwrap();
+    let mut config: serde_json::Value = serde_json::from_str(&text).unwrap();
+    config["quantization_config"]["bits"] = 8.into();
+    fs::write(copy.path().join("config.json"), config.to_string()).unwrap();
+    let values = |path: &std::path::Path| {
+        let store = WeightStore::open(path).unwrap();
+        store.tensor(TensorRole::Layer(0, T::Down)).unwrap().unwrap().to_f32().unwrap()
+    };
+    assert_eq!(values(copy.path()), values(&folder("gptq4")));
+}
+
 #[test]
 fn other_methods_are_refused_by_name() {
     let text = fs::read_to_string(folder("gptq4").join("config.json")).unwrap();

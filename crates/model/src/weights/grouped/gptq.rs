@@ -85,3 +85,33 @@ pub(super) fn unpack(place: &GroupedPlace, bytes: &[u8], count: usize, tile: &mu
         codes.iter_mut().enumerate().for_each(|(i, code)| *code = in_stream(|at| words[at], i, bits));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn zeros(words: [u32; 3], bits: usize, plus: GptqZeros) -> Vec<i32> {
+        (0..96 / bits).map(|row| zero(|at| words[at], row, bits, plus)).collect()
+    }
+
+    proptest! {
+        /// What GPTQModel takes off a word to store it in version 1 comes back, zeros that borrow from the next included.
+        #[test]
+        fn zero_points_of_version_1_come_back(words in any::<[u32; 3]>()) {
+            let as_stored = |bits| zeros(words, bits, GptqZeros::AsStored);
+            for (bits, ones) in [(2, 0x5555_5555_u32), (4, 0x1111_1111), (8, 0x0101_0101)] {
+                for plus in [GptqZeros::LessOne, GptqZeros::LessGptqModels] {
+                    prop_assert_eq!(zeros(words.map(|word| word.wrapping_sub(ones)), bits, plus), as_stored(bits));
+                }
+            }
+            let offsets = [0x2492_4924_u32, 0x9249_2492, 0x4924_9249];
+            let less = std::array::from_fn(|at| words[at].wrapping_sub(offsets[at]));
+            prop_assert_eq!(zeros(less, 3, GptqZeros::LessGptqModels), as_stored(3));
+            // AutoGPTQ takes one off each code before it packs them.
+            let plus_one: Vec<i32> = as_stored(3).iter().map(|zero| zero + 1).collect();
+            prop_assert_eq!(zeros(words, 3, GptqZeros::LessOne), plus_one);
+        }
+    }
+}
