@@ -1,7 +1,7 @@
 """Makes tests/quantized: tiny checkpoints in the published layouts of integer weights.
 
-    golden-venv/bin/pip install compressed-tensors==0.20.0 py-cpuinfo
-    golden-venv/bin/pip install --no-deps auto-gptq==0.7.1 auto-round==0.16.1
+    golden-venv/bin/pip install compressed-tensors==0.20.0 auto-round==0.16.1
+    golden-venv/bin/pip install --no-deps auto-gptq==0.7.1
     golden-venv/bin/python tests/golden/quantized.py [NAME ...]
 
 Codes, scales and zero points are random; each is packed here bit by bit as its format describes it, from outside to inside
