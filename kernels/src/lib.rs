@@ -38,6 +38,7 @@
 //! codes      [tiles, groups of 32, B, R, 4] bytes    B vectors of 4 R bytes for codes of B bits
 //! scales     [tiles, groups, R] f16                  minimums likewise, where the format has them
 //!            or, in two levels, [tiles, groups of 256, R] f16 and [tiles, groups, R] int8; likewise the minimums'
+//!            or the first of these alone, or the second alone as bytes of exponents
 //! dense      [tiles, cols, 16] elements              element (k, r): weight[row r][k]
 //! int8 rows  [panels, groups, rows of the panel]     a group: 32 codes, scale, sums; a panel meets a tile together
 //! keys       [layers, blocks, kv_heads, head_dim, block_size]    a vector holds one component of 16 keys
@@ -58,7 +59,8 @@
 //! ```
 //!
 //! So most quads cost a load and a mask, or a shift more, to have R rows by 4 consecutive inputs as the four-way products
-//! want them; the few that are scattered pay for it. Codes of fewer than 8 bits are kept unsigned: what lies around zero
+//! want them; the few that are scattered pay for it. Codes with a book lie in the same way; what they stand for, -127 to
+//! 127, is looked up by a shuffle of 16 bytes as they are cut out. Codes of fewer than 8 bits are kept unsigned: what lies around zero
 //! has half the range added, and the kernels take that off again by the activations' sum.
 //!
 //! # Instruction sets
@@ -106,4 +108,4 @@ pub use kv::{KvCache, KvDtype, KvShape};
 pub use matrix::{Dense, DenseBf16, DenseElement, DenseF16, DenseF32, Matrix};
 pub use memory::pack_together;
 pub use pack::{QuantRow, Quantized};
-pub use quant_format::{CodeBits, GROUP, QuantFormat, SUPER_GROUP, Scaling};
+pub use quant_format::{CodeBits, CodeBook, GROUP, QuantFormat, SUPER_GROUP, Scaling};

@@ -19,11 +19,11 @@ use crate::quant_format::{CodeBits, GROUP, MAX_VECTORS, Piece, QUAD, QUADS, Quan
 pub struct QuantRow<'a> {
     /// `[cols]`, in the format's range (what lies beyond is cut off).
     pub codes: &'a mut [i8],
-    /// `[cols / 32]`, or `[cols / 256]` where scales have two levels.
+    /// `[cols / scale span]`, or empty where scales are exponents.
     pub scales: &'a mut [f16],
     /// As many as scales, or empty where the matrix has no minimums.
     pub mins: &'a mut [f16],
-    /// `[cols / group]`: what multiplies the scales where they have two levels, else empty.
+    /// `[cols / group]`: what multiplies the scales where they have two levels, or the exponents' bytes, else empty.
     pub sub_scales: &'a mut [i8],
     /// Likewise for the minimums.
     pub sub_mins: &'a mut [i8],
@@ -177,6 +177,11 @@ impl Quantized {
         std::array::from_fn(|i| quads[i / QUAD].to_le_bytes()[i % QUAD].cast_signed() - offset)
     }
 
+    /// What they stand for.
+    pub(crate) fn values(&self, row: usize, group: usize) -> [i8; GROUP] {
+        self.group(row, group).map(|code| self.format.book.value(code))
+    }
+
     /// The code at (row, col).
     pub fn code(&self, row: usize, col: usize) -> i8 {
         self.group(row, col / GROUP)[col % GROUP]
@@ -184,10 +189,13 @@ impl Quantized {
 
     /// The scale of a row's weights `index * group_len..`: exact, 11 bits by at most 8.
     pub(crate) fn scale(&self, row: usize, index: usize) -> f32 {
+        let stored = || self.sub_scales[self.sub_index(row, index)];
         let sub = match self.format.scaling {
-            Scaling::Single => None,
-            Scaling::TwoLevel => Some(self.sub_scales[self.sub_index(row, index)]),
-            Scaling::Nibbles => Some(self.sub_scales[self.sub_index(row, index)] & 15),
+            Scaling::Exponents => return Scaling::power(stored().cast_unsigned()),
+            Scaling::Single | Scaling::Wide => None,
+            Scaling::TwoLevel => Some(f32::from(stored())),
+            Scaling::Nibbles => Some(f32::from(stored() & 15)),
+            Scaling::Eighths => Some(f32::from(stored()) / 8.0),
         };
         self.times_upper(&self.scales, row, index, sub)
     }
@@ -198,9 +206,9 @@ impl Quantized {
             return None;
         }
         let sub = match self.format.scaling {
-            Scaling::Single => None,
-            Scaling::TwoLevel => Some(self.sub_mins[self.sub_index(row, index)]),
-            Scaling::Nibbles => Some(self.sub_scales[self.sub_index(row, index)] >> 4 & 15),
+            Scaling::Single | Scaling::Wide | Scaling::Eighths | Scaling::Exponents => None,
+            Scaling::TwoLevel => Some(f32::from(self.sub_mins[self.sub_index(row, index)])),
+            Scaling::Nibbles => Some(f32::from(self.sub_scales[self.sub_index(row, index)] >> 4 & 15)),
         };
         Some(self.times_upper(&self.mins, row, index, sub))
     }
@@ -209,10 +217,10 @@ impl Quantized {
         self.scale_index(row, index, self.cols / self.group_len())
     }
 
-    fn times_upper(&self, upper: &[f16], row: usize, index: usize, sub: Option<i8>) -> f32 {
+    fn times_upper(&self, upper: &[f16], row: usize, index: usize, sub: Option<f32>) -> f32 {
         let span = self.format.scale_span();
         let upper = upper[self.scale_index(row, index * self.group_len() / span, self.cols / span)].to_f32();
-        sub.map_or(upper, |sub| upper * f32::from(sub))
+        sub.map_or(upper, |sub| upper * sub)
     }
 
     pub(crate) fn size_bytes(&self) -> usize {
@@ -223,12 +231,12 @@ impl Quantized {
     pub(crate) fn row(&self, row: usize, out: &mut [f32]) {
         let group_len = self.group_len();
         for (group, out) in out.as_chunks_mut::<GROUP>().0.iter_mut().enumerate() {
-            let codes = self.group(row, group);
-            for (part, (out, codes)) in out.chunks_mut(group_len).zip(codes.chunks(group_len)).enumerate() {
+            let values = self.values(row, group);
+            for (part, (out, values)) in out.chunks_mut(group_len).zip(values.chunks(group_len)).enumerate() {
                 let index = group * (GROUP / group_len) + part;
                 let (scale, min) = (self.scale(row, index), self.min(row, index));
-                for (out, &code) in out.iter_mut().zip(codes) {
-                    let product = scale * f32::from(code);
+                for (out, &value) in out.iter_mut().zip(values) {
+                    let product = scale * f32::from(value);
                     *out = min.map_or(product, |min| product + min);
                 }
             }
@@ -261,9 +269,9 @@ struct Part<'a> {
 impl Strides {
     fn new(format: QuantFormat, cols: usize, tile_rows: usize) -> Self {
         let groups = cols / GROUP;
-        let scales = cols / format.scale_span();
-        let sub_scales = match (format.scaling, format.group()) {
-            (Scaling::TwoLevel | Scaling::Nibbles, Some(group)) => cols / group,
+        let scales = if format.scaling == Scaling::Exponents { 0 } else { cols / format.scale_span() };
+        let sub_scales = match format.group() {
+            Some(group) if format.has_sub_scales() => cols / group,
             _ => 0,
         };
         let of_mins = |count| if format.with_mins { count } else { 0 };

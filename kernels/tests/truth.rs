@@ -6,9 +6,9 @@
 mod common;
 
 use bindery_kernels::{
-    Activation, Activations, AttentionArgs, AttentionSequence, CodeBits, Cpu, Form, GatedProduct, Isa, KvCache,
-    KvDtype, KvShape, LayerNorm, Matrix, Norm, Product, Projection, QuantFormat, Quantized, RopeStyle, Scaling,
-    TopEntry,
+    Activation, Activations, AttentionArgs, AttentionSequence, CodeBits, CodeBook, Cpu, Form, GatedProduct, Isa,
+    KvCache, KvDtype, KvShape, LayerNorm, Matrix, Norm, Product, Projection, QuantFormat, Quantized, RopeStyle,
+    Scaling, TopEntry,
 };
 use common::{Family, Paged, Random, W4, W4_WITH_MINS, W8, gate_and_up, gated, product, rows_of};
 use half::f16;
@@ -426,11 +426,47 @@ fn check_round_trip(isa: Isa, format: QuantFormat, rows: usize, cols: usize) {
     let group_len = format.group().unwrap();
     for (row, values) in rows_of(&Matrix::Quantized(packed)).iter().enumerate() {
         for (col, &value) in values.iter().enumerate() {
-            let times = |sub: i32| if format.scaling == Scaling::Single { 1.0 } else { sub as f32 };
+            let times = |sub: i32| match format.scaling {
+                Scaling::Single | Scaling::Wide => 1.0,
+                Scaling::TwoLevel | Scaling::Nibbles => sub as f32,
+                Scaling::Eighths => sub as f32 / 8.0,
+                Scaling::Exponents => 2_f64.powi(i32::from(sub as u8) - 128) as f32,
+            };
+            let upper = |index| if format.scaling == Scaling::Exponents { 1.0 } else { scale(row, index).to_f32() };
             let (index, group) = (col / format.scale_span(), col / group_len);
-            let scale = scale(row, index).to_f32() * times(sub_scale(row, group));
+            let scale = upper(index) * times(sub_scale(row, group));
             let min = if format.with_mins { min(row, index).to_f32() * times(sub_min(row, group)) } else { 0.0 };
-            assert_eq!(value, scale * code(row, col) as f32 + min, "{format:?}");
+            let expected = f32::from(format.book.value(code(row, col) as i8));
+            assert_eq!(value, scale * expected + min, "{format:?}");
+        }
+    }
+}
+
+/// The lists as other readers of the formats have them: ggml's `kvalues_iq4nl`; OCP's MX specification 1.0, table of FP4,
+/// doubled; the bytes of ggml's grids, and of its signs.
+#[test]
+fn code_books_hold_what_their_formats_say() {
+    let values = |book: CodeBook, count: i8| (0..count).map(|code| i32::from(book.value(code))).collect::<Vec<_>>();
+    let iq4 = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
+    assert_eq!(values(CodeBook::Iq4, 16), iq4);
+    // Sign, two bits of exponent (bias 1), one of mantissa.
+    for code in 0..16 {
+        let (sign, exponent, mantissa) = (code >> 3, code >> 1 & 3, code & 1);
+        let magnitude = if exponent == 0 { mantissa } else { (2 + mantissa) << (exponent - 1) };
+        assert_eq!(values(CodeBook::Fp4, 16)[code as usize], if sign == 1 { -magnitude } else { magnitude });
+    }
+    for (book, magnitudes) in [
+        (CodeBook::Iq3Xxs, &[4, 12, 20, 28, 36, 44, 52, 62][..]),
+        (CodeBook::Iq3S, &[1, 3, 5, 7, 9, 11, 13, 15]),
+        (CodeBook::Iq2, &[8, 25, 43, 0]),
+    ] {
+        let signed = |sign: i32| magnitudes.iter().map(move |magnitude| sign * magnitude);
+        let expected: Vec<i32> = signed(1).chain(signed(-1)).collect();
+        assert_eq!(values(book, expected.len() as i8), expected);
+    }
+    for (code, value) in values(CodeBook::Iq1, 8).into_iter().enumerate() {
+        if code % 4 != 3 {
+            assert_eq!(value, 8 * (code as i32 % 4 - 1) + if code < 4 { 1 } else { -1 });
         }
     }
 }
@@ -439,8 +475,10 @@ fn check_round_trip(isa: Isa, format: QuantFormat, rows: usize, cols: usize) {
 fn packed_matrices_are_as_small_as_their_files() {
     /// What padding and alignment may cost beside the bytes of the format.
     const MAX_OVERHEAD: f64 = 1.05;
-    let two_level = |bits, with_mins| QuantFormat { bits, scaling: Scaling::TwoLevel, with_mins };
-    let single = |bits, with_mins| QuantFormat { bits, scaling: Scaling::Single, with_mins };
+    let two_level =
+        |bits, with_mins| QuantFormat { bits, scaling: Scaling::TwoLevel, with_mins, book: CodeBook::Linear };
+    let single = |bits, with_mins| QuantFormat { bits, scaling: Scaling::Single, with_mins, book: CodeBook::Linear };
+    let from_book = |book, scaling| QuantFormat { bits: CodeBits::Four, scaling, with_mins: false, book };
     // Bytes of 256 weights in ggml's files.
     let formats = [
         ("Q4_0", single(CodeBits::Four, false), 8 * 18),
@@ -448,11 +486,19 @@ fn packed_matrices_are_as_small_as_their_files() {
         ("Q5_0", single(CodeBits::Five, false), 8 * 22),
         ("Q5_1", single(CodeBits::Five, true), 8 * 24),
         ("Q8_0", single(CodeBits::Eight, false), 8 * 34),
-        ("Q2_K", QuantFormat { bits: CodeBits::Two, scaling: Scaling::Nibbles, with_mins: true }, 84),
+        (
+            "Q2_K",
+            QuantFormat { bits: CodeBits::Two, scaling: Scaling::Nibbles, with_mins: true, book: CodeBook::Linear },
+            84,
+        ),
         ("Q3_K", two_level(CodeBits::Three, false), 110),
         ("Q4_K", two_level(CodeBits::Four, true), 144),
         ("Q5_K", two_level(CodeBits::Five, true), 176),
         ("Q6_K", two_level(CodeBits::Six, false), 210),
+        ("IQ4_NL", from_book(CodeBook::Iq4, Scaling::Single), 8 * 18),
+        ("IQ4_XS", from_book(CodeBook::Iq4, Scaling::TwoLevel), 136),
+        ("MXFP4", from_book(CodeBook::Fp4, Scaling::Exponents), 8 * 17),
+        ("TQ2_0", QuantFormat { bits: CodeBits::Two, scaling: Scaling::Wide, ..single(CodeBits::Two, false) }, 66),
     ];
     for isa in [Isa::Scalar, Isa::Avx2, Isa::AvxVnni, Isa::Avx512, Isa::Avx512Vnni] {
         for (rows, cols) in [(640, 640_usize), (576, 1536), (1536, 576), (256, 2048), (16_384, 256)] {

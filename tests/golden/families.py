@@ -469,7 +469,15 @@ FAMILIES = {
             "rope_parameters": rope(), "tie_word_embeddings": True,
         },
     ),
+    # As wide, for types with code books and grids, of which there are more than a layer has matrices.
+    "tiny-llama-books": Family(
+        tf.LlamaConfig,
+        {
+            **sizes(vocab_size=128, hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_key_value_heads=1, rms_norm_eps=1e-5),
+            "rope_parameters": rope(), "tie_word_embeddings": True,
+        },
+    ),
 }
 
 # Those whose checkpoint is in the repository.
-COMMITTED = [name for name in FAMILIES if name != "tiny-llama-wide"]
+COMMITTED = [name for name in FAMILIES if name not in ("tiny-llama-wide", "tiny-llama-books")]

@@ -252,7 +252,7 @@ def make_quantized(llama_cpp, llama_quantize, names):
                 shutil.copytree(folder, made)
             twins.convert(llama_cpp, made, made / "twin.gguf", torch.float32, family.convert)
             folder.mkdir(exist_ok=True)
-            twins.quantize(llama_quantize, made / "twin.gguf", folder / "quantized.gguf", types)
+            twins.quantize(llama_cpp, llama_quantize, made / "twin.gguf", folder / "quantized.gguf", types)
             matrices = twins.dequantized(llama_cpp, made, folder / "quantized.gguf", family.convert)
             save_file(matrices, made / "model.safetensors", {"format": "pt"})
             golden = tiny_golden(load(made, family.config(family.twin)), family, family.lengths)

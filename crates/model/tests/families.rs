@@ -25,6 +25,7 @@ const FAMILIES: &[&str] = &[
     "tiny-gemma3",
     "tiny-llama",
     "tiny-llama-bias",
+    "tiny-llama-books",
     "tiny-llama-dynamic",
     "tiny-llama-wide",
     "tiny-llama2",

@@ -4,8 +4,8 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 
 use bindery_kernels::{
-    Activation, Activations, AttentionSequence, CodeBits, Cpu, Form, GatedProduct, Isa, KvCache, KvDtype, KvShape,
-    Matrix, Projection, QuantFormat, QuantRow, Quantized, Scaling,
+    Activation, Activations, AttentionSequence, CodeBits, CodeBook, Cpu, Form, GatedProduct, Isa, KvCache, KvDtype,
+    KvShape, Matrix, Projection, QuantFormat, QuantRow, Quantized, Scaling,
 };
 use half::{bf16, f16};
 
@@ -50,7 +50,7 @@ pub(crate) const W4_WITH_MINS: Family = single(CodeBits::Four, true);
 pub(crate) const W8: Family = single(CodeBits::Eight, false);
 
 const fn single(bits: CodeBits, with_mins: bool) -> Family {
-    Family::Quantized(QuantFormat { bits, scaling: Scaling::Single, with_mins })
+    Family::Quantized(QuantFormat { bits, scaling: Scaling::Single, with_mins, book: CodeBook::Linear })
 }
 
 impl Family {
@@ -82,9 +82,17 @@ impl Family {
                     codes.fill_with(|| (first + random.below(num_codes) as i32) as i8);
                     // Weights of about one, whatever the ranges.
                     let upper = if sub_scales.is_empty() { 2.0 } else { 4.0 / num_subs as f32 };
-                    scales.fill_with(|| f16::from_f32(random.unit() * upper / num_codes as f32));
+                    let upper = if format.scaling == Scaling::Eighths { 8.0 * upper } else { upper };
+                    let largest = format.codes().map(|code| i32::from(format.book.value(code)).abs()).max().unwrap();
+                    scales.fill_with(|| f16::from_f32(random.unit() * upper / (2 * largest) as f32));
                     mins.fill_with(|| f16::from_f32(random.unit() * upper / 2.0));
-                    let mut sub = || (random.below(num_subs) as i32 - (num_subs / 2 * (num_subs / 256)) as i32) as i8;
+                    // Some exponents are below the normal range.
+                    let exponents = [125, 126, 127, 124, 123, 0, 1, 2];
+                    let least = (num_subs / 2 * (num_subs / 256)) as i32;
+                    let mut sub = || match format.scaling {
+                        Scaling::Exponents => exponents[random.below(exponents.len())],
+                        _ => (random.below(num_subs) as i32 - least) as i8,
+                    };
                     sub_scales.fill_with(&mut sub);
                     sub_mins.fill_with(&mut sub);
                 }))

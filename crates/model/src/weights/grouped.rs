@@ -17,7 +17,7 @@
 
 use std::{ops::Range, sync::OnceLock};
 
-use bindery_kernels::{CodeBits, GROUP, QuantFormat, Scaling};
+use bindery_kernels::{CodeBits, CodeBook, GROUP, QuantFormat, Scaling};
 use half::{bf16, f16};
 use safetensors::Dtype;
 
@@ -541,7 +541,8 @@ impl<'a> Grouped<'a> {
             let (least, most) =
                 zeros.fold((i32::MAX, i32::MIN), |(least, most), zero| (least.min(zero), most.max(zero)));
             let (least, most) = (-most, (1 << bits) - 1 - least);
-            let format = |bits| QuantFormat { bits, scaling: Scaling::Single, with_mins: false };
+            let format =
+                |bits| QuantFormat { bits, scaling: Scaling::Single, with_mins: false, book: CodeBook::Linear };
             [CodeBits::Four, CodeBits::Five, CodeBits::Eight].map(format).into_iter().find(|format| {
                 let codes = format.codes();
                 i32::from(*codes.start()) <= least && most <= i32::from(*codes.end())

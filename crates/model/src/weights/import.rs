@@ -10,7 +10,9 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
-use bindery_kernels::{CodeBits, Cpu, Dense, DenseElement, Matrix, QuantFormat, QuantRow, Quantized, Scaling};
+use bindery_kernels::{
+    CodeBits, CodeBook, Cpu, Dense, DenseElement, Matrix, QuantFormat, QuantRow, Quantized, Scaling,
+};
 use half::{bf16, f16};
 
 use super::{
@@ -22,9 +24,11 @@ use super::{
 use crate::{Dtype, ModelError, Quantize};
 
 /// What `Quantize::Int4` makes.
-const INT4: QuantFormat = QuantFormat { bits: CodeBits::Four, scaling: Scaling::Single, with_mins: true };
+const INT4: QuantFormat =
+    QuantFormat { bits: CodeBits::Four, scaling: Scaling::Single, with_mins: true, book: CodeBook::Linear };
 /// What `Quantize::Int8` makes.
-const INT8: QuantFormat = QuantFormat { bits: CodeBits::Eight, scaling: Scaling::Single, with_mins: false };
+const INT8: QuantFormat =
+    QuantFormat { bits: CodeBits::Eight, scaling: Scaling::Single, with_mins: false, book: CodeBook::Linear };
 
 /// What a tensor becomes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -130,6 +134,9 @@ impl TensorView<'_> {
                     }
                 }
                 problem.check_scales(row, out.scales, out.mins);
+                if format.scaling == Scaling::Exponents {
+                    problem.check_exponents(row, out.sub_scales);
+                }
             }
         });
         problem.or(packed).map(Matrix::Quantized)
@@ -234,6 +241,13 @@ impl Problem {
     fn check_scales(&self, row: usize, scales: &[f16], mins: &[f16]) {
         if let Some(scale) = scales.iter().chain(mins).find(|scale| !scale.is_finite()) {
             self.note(row, || format!("has a scale or minimum of {scale}"));
+        }
+    }
+
+    fn check_exponents(&self, row: usize, exponents: &[i8]) {
+        let mut bytes = exponents.iter().map(|exponent| exponent.cast_unsigned());
+        if let Some(byte) = bytes.find(|&byte| byte > Scaling::MAX_EXPONENT) {
+            self.note(row, || format!("has a scale of byte {byte}, of which {} is the largest", Scaling::MAX_EXPONENT));
         }
     }
 

@@ -11,8 +11,10 @@ mod blocks;
 mod dummy;
 mod format;
 pub mod gguf;
+mod grids;
 mod grouped;
 mod import;
+mod iq_blocks;
 pub(crate) mod mmap;
 mod names;
 mod quantize;
@@ -409,7 +411,7 @@ fn gguf_shape(tensor: &gguf::GgufTensor) -> Vec<usize> {
 
 fn unreadable_type(name: &str, type_id: u32) -> String {
     let stored = match GgmlType::from_id(type_id) {
-        Some(ty) => format!("stored as {}, which is not supported yet", ty.name),
+        Some(ty) => format!("stored as {}, which is not supported; llama-quantize can write it anew", ty.name),
         None => format!("of type id {type_id}, which is unknown"),
     };
     format!("tensor {name:?} is {stored}; supported are {}", WeightFormat::list(WeightFormat::ALL))

@@ -96,6 +96,34 @@ proptest! {
         }
     }
 
+    /// Blocks of every type whose bits point into tables.
+    #[test]
+    fn mutated_blocks_of_code_books_never_panic(
+        mutations in prop::collection::vec(mutation(), 1..6), noise in prop::collection::vec(any::<u8>(), 4096),
+    ) {
+        // Types with the bytes of 256 elements.
+        let types = [(20, 8 * 18), (23, 136), (39, 8 * 17), (35, 66), (34, 54), (21, 110), (18, 98), (22, 82), (17, 74)];
+        let mut file = Gguf::llama().key("llama.feed_forward_length", value::u32(256));
+        for (id, bytes) in types.into_iter().chain([(16, 66), (29, 56), (19, 50)]) {
+            let data = noise.iter().cycle().copied().take(32 * bytes).collect();
+            file = file
+                .f32_tensor("blk.0.ffn_gate.weight", &[32, 256])
+                .f32_tensor("blk.0.ffn_up.weight", &[32, 256])
+                .tensor("blk.0.ffn_down.weight", &[256, 32], id, data);
+            let head = file.bytes().len() - file.tensors.iter().map(|tensor| tensor.bytes.len()).sum::<usize>();
+            for bytes in [file.bytes(), mutate(file.bytes(), head, &mutations)] {
+                let disk = on_disk("m.gguf", &bytes);
+                if let Ok(store) = WeightStore::open(&disk.path)
+                    && let Some(down) = store.tensor(TensorRole::Layer(0, LayerTensor::Down)).unwrap()
+                {
+                    // What is not finite is refused; the rest is read.
+                    let read = down.to_f32();
+                    prop_assert!(read.is_err() || read.unwrap().iter().all(|x| x.is_finite()));
+                }
+            }
+        }
+    }
+
     /// Fused projections and stacked experts: roles that are some rows of a tensor.
     #[test]
     fn mutated_gguf_files_of_experts_never_panic(mutations in prop::collection::vec(mutation(), 1..6)) {

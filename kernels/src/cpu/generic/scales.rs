@@ -43,6 +43,8 @@ pub(in crate::cpu) struct Pointers {
     pub(super) mins: *const f16,
     sub_scales: *const i8,
     sub_mins: *const i8,
+    /// What codes stand for, as vectors look it up.
+    pub(super) book: *const u8,
 }
 
 impl Pointers {
@@ -57,6 +59,7 @@ impl Pointers {
             mins: w.mins[tile * lens.mins..(tile + 1) * lens.mins].as_ptr(),
             sub_scales: w.sub_scales[tile * lens.sub_scales..(tile + 1) * lens.sub_scales].as_ptr(),
             sub_mins: w.sub_mins[tile * lens.sub_mins..(tile + 1) * lens.sub_mins].as_ptr(),
+            book: w.format.book.values().as_ptr(),
         }
     }
 }
@@ -154,5 +157,68 @@ impl Scales for Nibbles {
             let upper = Q::load_scales(pointers.mins.add(upper::<Q, C>(index)));
             Q::mul(upper, Q::load_sub_nibbles(pointers.sub_scales.add(index * Q::ROWS)).1)
         }
+    }
+}
+
+/// [`Scaling::Eighths`].
+pub(in crate::cpu) struct Eighths;
+
+impl Scales for Eighths {
+    const SCALING: Scaling = Scaling::Eighths;
+    const WITH_MINS: bool = false;
+
+    #[inline(always)]
+    unsafe fn scales<Q: QuantLanes, C: Codes>(pointers: &Pointers, index: usize) -> Q::Floats {
+        // SAFETY: the caller's duties; a group has ROWS sub-scales, and 256 weights have ROWS upper ones.
+        unsafe {
+            let upper = Q::mul(Q::load_scales(pointers.scales.add(upper::<Q, C>(index))), Q::splat(0.125));
+            Q::mul(upper, Q::load_sub_scales(pointers.sub_scales.add(index * Q::ROWS)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn mins<Q: QuantLanes, C: Codes>(_pointers: &Pointers, _index: usize) -> Q::Floats {
+        // SAFETY: the caller's duty is the same.
+        unsafe { Q::zero() }
+    }
+}
+
+/// [`Scaling::Wide`].
+pub(in crate::cpu) struct Wide;
+
+impl Scales for Wide {
+    const SCALING: Scaling = Scaling::Wide;
+    const WITH_MINS: bool = false;
+
+    #[inline(always)]
+    unsafe fn scales<Q: QuantLanes, C: Codes>(pointers: &Pointers, index: usize) -> Q::Floats {
+        // SAFETY: the caller's duties; 256 weights have ROWS scales.
+        unsafe { Q::load_scales(pointers.scales.add(upper::<Q, C>(index))) }
+    }
+
+    #[inline(always)]
+    unsafe fn mins<Q: QuantLanes, C: Codes>(_pointers: &Pointers, _index: usize) -> Q::Floats {
+        // SAFETY: the caller's duty is the same.
+        unsafe { Q::zero() }
+    }
+}
+
+/// [`Scaling::Exponents`].
+pub(in crate::cpu) struct Exponents;
+
+impl Scales for Exponents {
+    const SCALING: Scaling = Scaling::Exponents;
+    const WITH_MINS: bool = false;
+
+    #[inline(always)]
+    unsafe fn scales<Q: QuantLanes, C: Codes>(pointers: &Pointers, index: usize) -> Q::Floats {
+        // SAFETY: the caller's duties; a group has ROWS exponents.
+        unsafe { Q::mul(Q::load_powers(pointers.sub_scales.add(index * Q::ROWS).cast()), Q::splat(0.5)) }
+    }
+
+    #[inline(always)]
+    unsafe fn mins<Q: QuantLanes, C: Codes>(_pointers: &Pointers, _index: usize) -> Q::Floats {
+        // SAFETY: the caller's duty is the same.
+        unsafe { Q::zero() }
     }
 }
