@@ -165,7 +165,8 @@ fn attention(c: &mut Criterion) {
             let table: Vec<u32> = (0..(context / 16) as u32).collect();
             let q: Vec<f32> = (0..m * 576).map(noise).collect();
             let mut out = vec![0.0; m * 576];
-            let args = AttentionArgs { num_heads: 9, scale: 0.125, window: None, soft_cap: None, biases: None };
+            let args =
+                AttentionArgs { num_heads: 9, scale: 0.125, window: None, blocks: None, soft_cap: None, biases: None };
             let visits = if m == 1 { context } else { context * (context + 1) / 2 };
             group.throughput(Throughput::Elements((visits * 9 * 64 * 4) as u64));
             group.bench_function(BenchmarkId::new(format!("context {context}"), m), |b| {

@@ -93,7 +93,7 @@ mod pack;
 mod quant_format;
 
 pub use cpu::activations::{Activations, Form};
-pub use cpu::attention::{AttentionArgs, AttentionSequence};
+pub use cpu::attention::{AttentionArgs, AttentionSequence, SparseBlocks};
 pub use cpu::dispatch::{ISA_VARIABLE, Isa};
 pub use cpu::experts::{ExpertWeights, Mixture, RoutingArgs, Shares};
 pub use cpu::gated::{Activation, GatedProduct, Projection};

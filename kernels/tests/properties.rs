@@ -11,6 +11,7 @@ use std::ops::Range;
 use bindery_kernels::{
     Activation, Activations, AttentionArgs, CodeBook, Cpu, ExpertWeights, Form, GatedProduct, Isa, KvDtype, KvShape,
     LayerNorm, Matrix, Mixture, Norm, Projection, QuantFormat, Quantized, RopeStyle, RoutingArgs, Scaling, Shares,
+    SparseBlocks,
 };
 use common::{ACTIVATIONS, Family, Paged, Random, bits, gate_and_up, gated, product};
 use half::f16;
@@ -309,6 +310,7 @@ struct AttentionCase {
     group: usize,
     contexts: Vec<usize>,
     window: Option<usize>,
+    blocks: Option<SparseBlocks>,
     soft_cap: Option<f32>,
     has_biases: bool,
     seed: u64,
@@ -322,12 +324,22 @@ fn attention_case() -> impl Strategy<Value = AttentionCase> {
         prop_oneof![Just(KvDtype::F32), Just(KvDtype::F16), Just(KvDtype::Bf16), Just(KvDtype::Int8)],
     );
     let contexts = prop::collection::vec(prop_oneof![1..=70_usize, 1..=200_usize, 500..=1100_usize], 1..=3);
-    let scores = (prop::option::of(1..=600_usize), prop::option::of(1.0_f32..=30.0), any::<bool>());
+    let block_size = prop_oneof![Just(64_usize), Just(16), 1..=150_usize];
+    let blocks = (block_size, 1..=3_usize, 1..=9_usize, 0..=3_usize).prop_map(
+        |(block_size, num_local_blocks, vertical_stride, head_step)| SparseBlocks {
+            block_size,
+            num_local_blocks,
+            vertical_stride,
+            head_step,
+        },
+    );
+    let keys = (prop::option::of(1..=600_usize), prop::option::of(blocks));
+    let scores = (keys, prop::option::of(1.0_f32..=30.0), any::<bool>());
     (shape, 1..=5_usize, contexts, scores, any::<u64>()).prop_map(|(shape, group, contexts, scores, seed)| {
         let (num_kv_heads, head_dim, block_size, dtype) = shape;
-        let (window, soft_cap, has_biases) = scores;
+        let ((window, blocks), soft_cap, has_biases) = scores;
         let shape = KvShape { num_layers: 1, num_kv_heads, head_dim, block_size, dtype };
-        AttentionCase { shape, group, contexts, window, soft_cap, has_biases, seed }
+        AttentionCase { shape, group, contexts, window, blocks, soft_cap, has_biases, seed }
     })
 }
 
@@ -340,6 +352,7 @@ impl AttentionCase {
             num_heads,
             scale: 1.0 / (self.shape.head_dim as f32).sqrt(),
             window: self.window,
+            blocks: self.blocks,
             soft_cap: self.soft_cap,
             biases: self.has_biases.then_some(&biases[..]),
         };

@@ -8,7 +8,7 @@ mod common;
 use bindery_kernels::{
     Activation, Activations, AttentionArgs, AttentionSequence, CodeBits, CodeBook, Cpu, Form, GatedProduct, Isa,
     KvCache, KvDtype, KvShape, LayerNorm, Matrix, Norm, Product, Projection, QuantFormat, Quantized, RopeStyle,
-    Scaling, TopEntry,
+    Scaling, SparseBlocks, TopEntry,
 };
 use common::{Family, Paged, Random, W4, W4_WITH_MINS, W8, gate_and_up, gated, product, rows_of};
 use half::f16;
@@ -210,7 +210,7 @@ fn slots_beyond_the_cache_are_refused() {
 fn short_block_tables_are_refused() {
     let shape = KvShape { num_layers: 1, num_kv_heads: 1, head_dim: 2, block_size: 4, dtype: KvDtype::F32 };
     let cache = KvCache::new(shape, 4).unwrap();
-    let args = AttentionArgs { num_heads: 1, scale: 1.0, window: None, soft_cap: None, biases: None };
+    let args = AttentionArgs { num_heads: 1, scale: 1.0, window: None, blocks: None, soft_cap: None, biases: None };
     let sequence = AttentionSequence { rows: 0..1, context_len: 9, block_table: &[0, 1] };
     scalar().attention(&[0.0; 2], &cache, 0, &[sequence], &args, &mut [0.0; 2]);
 }
@@ -225,7 +225,7 @@ fn a_large_component_costs_its_own_group_of_an_int8_cache_alone() {
     let mut v = Random(3).vec(70);
     v[40] = 1e7;
     cpu.write_kv(&mut cache, 0, &[0.5; 70], &v, &[0]);
-    let args = AttentionArgs { num_heads: 1, scale: 1.0, window: None, soft_cap: None, biases: None };
+    let args = AttentionArgs { num_heads: 1, scale: 1.0, window: None, blocks: None, soft_cap: None, biases: None };
     // One key has all the weight, so what comes out is its value as stored.
     let mut out = vec![f32::NAN; 70];
     let sequence = AttentionSequence { rows: 0..1, context_len: 1, block_table: &[0] };
@@ -302,6 +302,13 @@ fn naive_attention(paged: &Paged, i: usize, args: &AttentionArgs<'_>, position: 
             let dot: f64 = query.iter().zip(keys).map(|(&q, &k)| f64::from(q) * f64::from(k)).sum();
             let score = dot * f64::from(args.scale);
             let score = args.soft_cap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh());
+            // The pattern, as published: counted in blocks from the start.
+            if let Some(SparseBlocks { block_size, num_local_blocks, vertical_stride, head_step }) = args.blocks {
+                let (own, block) = (position / block_size, key / block_size);
+                if own - block >= num_local_blocks && !(block + head * head_step + 1).is_multiple_of(vertical_stride) {
+                    return f64::NEG_INFINITY;
+                }
+            }
             score + args.biases.map_or(0.0, |biases| f64::from(biases[head * biases.len() / args.num_heads + key]))
         })
         .collect();
@@ -323,13 +330,17 @@ fn attention_attends() {
     let slopes = [0.5, 0.25, 0.125, 0.0625, 0.03, 0.015];
     let biases: Vec<f32> =
         slopes.iter().flat_map(|slope| (0..1344_u16).map(move |key| slope * f32::from(key) - 50.0)).collect();
-    let plain = AttentionArgs { num_heads: 6, scale: 0.4, window: None, soft_cap: None, biases: None };
+    let plain = AttentionArgs { num_heads: 6, scale: 0.4, window: None, blocks: None, soft_cap: None, biases: None };
+    let blocks =
+        |block_size, num_local_blocks| SparseBlocks { block_size, num_local_blocks, vertical_stride: 4, head_step: 1 };
     let cases = [
         plain,
         AttentionArgs { window: Some(37), ..plain },
         AttentionArgs { window: Some(700), ..plain },
         AttentionArgs { soft_cap: Some(2.0), ..plain },
         AttentionArgs { biases: Some(&biases), ..plain },
+        AttentionArgs { blocks: Some(blocks(64, 3)), ..plain },
+        AttentionArgs { blocks: Some(blocks(9, 2)), window: Some(700), ..plain },
     ];
     for dtype in [KvDtype::F32, KvDtype::F16, KvDtype::Bf16, KvDtype::Int8] {
         let shape = KvShape { num_layers: 1, num_kv_heads: 2, head_dim: 10, block_size: 5, dtype };

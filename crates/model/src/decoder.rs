@@ -172,7 +172,11 @@ impl<B: Backend> Decoder<B> {
         }
         let DecoderWeights { embedding, final_norm, head, head_bias, .. } = &self.weights;
         let weight = head.as_ref().unwrap_or(embedding);
-        self.backend.head(rows, &HeadWeights { norm: final_norm, weight, bias: head_bias.as_ref() }, out)
+        self.backend.head(rows, &HeadWeights { norm: final_norm, weight, bias: head_bias.as_ref() }, out)?;
+        for row in out.chunks_exact_mut(vocab_size) {
+            self.config.masked_tokens.iter().for_each(|&token| row[token as usize] = f32::MIN);
+        }
+        Ok(())
     }
 }
 

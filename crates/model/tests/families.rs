@@ -34,6 +34,7 @@ const FAMILIES: &[&str] = &[
     "tiny-mistral",
     "tiny-mixtral",
     "tiny-phi3",
+    "tiny-phi3-small",
     "tiny-phi3-window",
     "tiny-phi4-mini",
     "tiny-qwen2",

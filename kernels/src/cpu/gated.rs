@@ -25,7 +25,7 @@ thread_local! {
 }
 
 /// Activation functions.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Activation {
     /// x / (1 + exp(-x)).
     Silu,
@@ -33,6 +33,12 @@ pub enum Activation {
     Gelu,
     /// Its approximation by tanh.
     GeluTanh,
+    /// x / (1 + exp(-1.702 x)) of an x that is cut off above `limit`; what it multiplies is cut off below and above, and has
+    /// one added (Phi-3-small).
+    Gegelu {
+        /// Above zero.
+        limit: f32,
+    },
 }
 
 /// A matrix and what is added to its products.

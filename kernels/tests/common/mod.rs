@@ -146,7 +146,8 @@ pub(crate) fn gated(cpu: &Cpu, x: &[f32], m: usize, wanted: &GatedProduct<'_>) -
 }
 
 /// All activations.
-pub(crate) const ACTIVATIONS: [Activation; 3] = [Activation::Silu, Activation::Gelu, Activation::GeluTanh];
+pub(crate) const ACTIVATIONS: [Activation; 4] =
+    [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Gegelu { limit: 0.75 }];
 
 /// Two plain projections and an activation.
 pub(crate) fn gate_and_up<'a>(gate: &'a Matrix, up: &'a Matrix, activation: Activation) -> GatedProduct<'a> {

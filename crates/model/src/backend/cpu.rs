@@ -388,6 +388,7 @@ impl Backend for CpuBackend {
             num_heads: self.config.num_heads,
             scale: self.config.attention_scale,
             window: layer.config.window,
+            blocks: layer.config.blocks,
             soft_cap: self.config.attention_soft_cap,
             biases: self.config.alibi.is_some().then_some(biases.as_slice()),
         };

@@ -15,7 +15,7 @@ use crate::{
         MlpWeights, NormWeights, SharedExpert, Step,
     },
     batch::BatchSequence,
-    config::{Activation, DecoderConfig, NormKind, RopeStyle},
+    config::{Activation, DecoderConfig, LayerConfig, NormKind, RopeStyle},
     error::ModelError,
     weights::TensorView,
 };
@@ -175,23 +175,33 @@ impl ReferenceBackend {
             alibi::fill(&self.config, context_len, &mut biases).map_err(candle_core::Error::wrap)?;
             scores = scores.broadcast_add(&Tensor::from_vec(biases, (num_heads, 1, context_len), &self.device)?)?;
         }
-        let scores = scores.broadcast_add(&self.mask(rows, context_len, layer.config.window)?)?;
+        let scores = scores.broadcast_add(&self.mask(rows, context_len, layer.config)?)?;
         let exponentials = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
         let weights = exponentials.broadcast_div(&exponentials.sum_keepdim(D::Minus1)?)?;
         weights.matmul(&values)?.transpose(0, 1)?.contiguous()
     }
 
-    /// 0 where a row sees a key, minus infinity elsewhere: `[rows, context_len]`.
-    fn mask(&self, rows: usize, context_len: usize, window: Option<usize>) -> candle_core::Result<Tensor> {
+    /// 0 where a row sees a key, minus infinity elsewhere: `[heads, rows, context_len]`, one head for all where they see the
+    /// same.
+    fn mask(&self, rows: usize, context_len: usize, layer: &LayerConfig) -> candle_core::Result<Tensor> {
+        let num_heads = if layer.blocks.is_some() { self.config.num_heads } else { 1 };
         let first_position = context_len - rows;
-        let mut mask = Vec::with_capacity(rows * context_len);
-        for position in first_position..context_len {
-            for key in 0..context_len {
-                let visible = key <= position && window.is_none_or(|window| position - key < window);
-                mask.push(if visible { 0.0 } else { f32::NEG_INFINITY });
+        let mut mask = Vec::with_capacity(num_heads * rows * context_len);
+        for head in 0..num_heads {
+            for position in first_position..context_len {
+                for key in 0..context_len {
+                    let visible = key <= position
+                        && layer.window.is_none_or(|window| position - key < window)
+                        && layer.blocks.is_none_or(|blocks| {
+                            let (own, block) = (position / blocks.block_size, key / blocks.block_size);
+                            let strided = block + head * blocks.head_step + 1;
+                            own - block < blocks.num_local_blocks || strided.is_multiple_of(blocks.vertical_stride)
+                        });
+                    mask.push(if visible { 0.0 } else { f32::NEG_INFINITY });
+                }
             }
         }
-        self.tensor(&mask, (rows, context_len))
+        Tensor::from_vec(mask, (num_heads, rows, context_len), &self.device)
     }
 
     /// Slots of a sequence's tokens, `[context_len]`.
@@ -220,10 +230,21 @@ fn mlp_of(x: &Tensor, weights: &MlpWeights<ReferenceBackend>, activation: Activa
         Activation::Silu => x.silu(),
         Activation::Gelu => x.gelu_erf(),
         Activation::GeluTanh => x.gelu(),
+        Activation::Gegelu { limit } => {
+            let x = x.minimum(f64::from(limit))?;
+            // x / (1 + exp(-1.702 x))
+            &x / ((&x * -1.702)?.exp()? + 1.0)?
+        }
     };
     let up = linear(x, &weights.up)?;
     let inner = match &weights.gate {
-        Some(gate) => (activate(linear(x, gate)?)? * up)?,
+        Some(gate) => {
+            let up = match activation {
+                Activation::Silu | Activation::Gelu | Activation::GeluTanh => up,
+                Activation::Gegelu { limit } => (up.clamp(-limit, limit)? + 1.0)?,
+            };
+            (activate(linear(x, gate)?)? * up)?
+        }
         None => activate(up)?,
     };
     linear(&inner, &weights.down)

@@ -70,6 +70,8 @@ pub struct DecoderConfig {
     pub logit_scale: f32,
     /// Scaled logits become `cap * tanh(logit / cap)` (Gemma 2).
     pub logit_soft_cap: Option<f32>,
+    /// Tokens that the vocabulary counts and nothing means: their logits become the least f32 (Phi-3-small).
+    pub masked_tokens: Vec<u32>,
     /// From the file; generation_config.json wins in the engine.
     pub bos_token_id: Option<u32>,
     /// From the file.
@@ -105,6 +107,8 @@ pub enum Block {
 pub struct LayerConfig {
     /// Sliding window: a row at p sees keys in (p - window, p].
     pub window: Option<usize>,
+    /// A pattern of blocks of keys, of which a row sees some (Phi-3-small). None: all.
+    pub blocks: Option<SparseBlocks>,
     /// Index into `rotaries`. None: this layer does not rotate (SmolLM3's every fourth, all with ALiBi).
     pub rotary: Option<usize>,
     /// What stands where the MLP stands.
@@ -166,7 +170,7 @@ pub struct Rotary {
     pub scaling: RopeScaling,
 }
 
-pub use bindery_kernels::{Activation, RopeStyle};
+pub use bindery_kernels::{Activation, RopeStyle, SparseBlocks};
 
 /// Scaling of rotary frequencies.
 #[derive(Clone, Debug, PartialEq)]
@@ -200,8 +204,10 @@ pub enum RopeScaling {
         long: Vec<f32>,
         /// Tokens.
         original_max_position_embeddings: usize,
-        /// Cosines and sines are multiplied by this, in both regimes.
+        /// Cosines and sines are multiplied by this up to the original length.
         attention_factor: f32,
+        /// Beyond it; the same in all families but Phi-3-small.
+        long_attention_factor: f32,
     },
     /// The base grows with the length of the request (NTK-aware, "dynamic").
     Dynamic {
@@ -338,6 +344,19 @@ impl DecoderConfig {
         for window in self.layers.iter().filter_map(|layer| layer.window) {
             check_size("the sliding window", window as u64, Limits::POSITIONS)?;
         }
+        for blocks in self.layers.iter().filter_map(|layer| layer.blocks) {
+            check_size("the attention pattern's block", blocks.block_size as u64, Limits::POSITIONS)?;
+            check_size(
+                "the attention pattern's number of local blocks",
+                blocks.num_local_blocks as u64,
+                Limits::POSITIONS,
+            )?;
+            check_size("the attention pattern's stride", blocks.vertical_stride as u64, Limits::POSITIONS)?;
+        }
+        if let Activation::Gegelu { limit } = self.mlp.activation {
+            check_positive("the activation's limit", limit)?;
+        }
+        check_positive("the logits' scale", self.logit_scale)?;
         check_positive("the norm's epsilon", self.norm.eps)?;
         check_positive("the score's scale", self.attention_scale)?;
         check_positive("the embedding's scale", self.embedding_scale)?;
@@ -446,10 +465,17 @@ impl RopeScaling {
                 original(*original_max_position_embeddings)
             }
             Self::Factors(values) => factors("rotary factor", values),
-            Self::LongRope { short, long, original_max_position_embeddings, attention_factor } => {
+            Self::LongRope {
+                short,
+                long,
+                original_max_position_embeddings,
+                attention_factor,
+                long_attention_factor,
+            } => {
                 factors("short rotary factor", short)?;
                 factors("long rotary factor", long)?;
                 check_positive(ATTENTION_FACTOR, *attention_factor)?;
+                check_positive(ATTENTION_FACTOR, *long_attention_factor)?;
                 original(*original_max_position_embeddings)
             }
             Self::Dynamic { factor, original_max_position_embeddings } => {
