@@ -37,6 +37,8 @@ pub(crate) enum Command {
     Bench(Box<BenchArgs>),
     /// Score a text: perplexity, and KL divergence to the same model in f32
     Perplexity(Box<PerplexityArgs>),
+    /// Quantise a model ahead: a folder that loads at once
+    Quantize(QuantizeArgs),
     /// Fetch a model's weights and print where they are
     Pull(PullArgs),
     /// List known models and what is cached
@@ -286,6 +288,38 @@ pub(crate) struct PerplexityArgs {
     pub(crate) offline: bool,
 }
 
+/// `quantize`
+#[derive(Args, Debug)]
+pub(crate) struct QuantizeArgs {
+    #[arg(value_name = "MODEL", help = MODEL_HELP)]
+    pub(crate) model: String,
+    /// The folder to make; it must not be there yet
+    #[arg(value_name = "OUT")]
+    pub(crate) out: PathBuf,
+    /// What dense matrices become
+    #[arg(long, value_enum, value_name = "QUANTIZE")]
+    pub(crate) quantize: AheadArg,
+    /// Run the model over this text (UTF-8) in f32 and weigh errors by what goes into each matrix
+    #[arg(long, value_name = "FILE")]
+    pub(crate) calibrate: Option<PathBuf>,
+    /// Tokens in a window of the text
+    #[arg(long, value_name = "TOKENS", default_value_t = 512, requires = "calibrate", value_parser = clap::value_parser!(u32).range(8..))]
+    pub(crate) ctx_size: u32,
+    /// Windows of the text to run over; -1: all
+    #[arg(long, value_name = "N", default_value = "128", requires = "calibrate", allow_negative_numbers = true,
+          value_parser = parse_chunks)]
+    pub(crate) chunks: Chunks,
+    /// JSON instead of the table
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Threads that compute [default: physical cores]
+    #[arg(long, value_name = "N", env = "BINDERY_THREADS", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) threads: Option<u32>,
+    /// Never touch the network
+    #[arg(long, env = "BINDERY_OFFLINE", value_parser = clap::builder::FalseyValueParser::new())]
+    pub(crate) offline: bool,
+}
+
 /// `pull`
 #[derive(Args, Debug)]
 pub(crate) struct PullArgs {
@@ -357,6 +391,13 @@ pub(crate) enum QuantizeArg {
     Int4,
 }
 
+/// `--quantize` of the verb of that name
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum AheadArg {
+    Int8,
+    Int4,
+}
+
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub(crate) enum KvCacheDtypeArg {
     #[default]
@@ -419,7 +460,7 @@ pub(crate) enum Device {
 }
 
 /// Flags and verbs of the contract that come with a later version: asking for one is answered by its name.
-const LATER: [&str; 16] = [
+const LATER: [&str; 15] = [
     "--adapter",
     "--lora-modules",
     "--adapter-root",
@@ -430,7 +471,6 @@ const LATER: [&str; 16] = [
     "--no-enable-prefix-caching",
     "--tensor-parallel-size",
     "--gpu-memory-utilization",
-    "quantize",
     "adapters",
     "keys",
     "costs",

@@ -5,7 +5,8 @@
 //! Reading order: [`step`](crate::Engine) the loop's one screen (`src/step.rs`), [`engine`] the way in, [`request`] what
 //! goes in and comes out, [`sample`] a row of logits to a token, [`grammar`]
 //! which tokens a form allows, [`text`] tokenizer, detokenizer and templates,
-//! [`local_model`] all of it joined for a server, `load` how it comes into being, [`perplexity`] how good a model is.
+//! [`local_model`] all of it joined for a server, `load` how it comes into being, [`perplexity`] how good a model is, [`quantize`] a model
+//! made smaller ahead.
 
 #![forbid(unsafe_code)]
 
@@ -17,6 +18,7 @@ pub mod grammar;
 mod load;
 pub mod local_model;
 pub mod perplexity;
+pub mod quantize;
 pub mod request;
 pub mod sample;
 #[doc(hidden)]

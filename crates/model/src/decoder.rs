@@ -82,6 +82,10 @@ impl<B: Backend> Decoder<B> {
         &self.backend
     }
 
+    pub(crate) fn backend_mut(&mut self) -> &mut B {
+        &mut self.backend
+    }
+
     pub(crate) fn allocate_kv(&mut self, num_blocks: usize) -> Result<(), ModelError> {
         let block_size = self.block_size;
         // Slots are u32 in a batch.

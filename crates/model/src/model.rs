@@ -22,7 +22,7 @@ use crate::{
     error::ModelError,
     rope::RopeRegimes,
     threads::physical_cores,
-    weights::WeightStore,
+    weights::{Importance, WeightStore},
 };
 
 /// `--dtype`: what dense weights are computed in. Quantised weights stay as they are stored, whatever it says.
@@ -378,6 +378,28 @@ impl Model {
     /// What was loaded.
     pub fn info(&self) -> &ModelInfo {
         &self.info
+    }
+
+    /// From now on the mean square of what goes into each matrix is gathered, until [`Model::take_importance`].
+    ///
+    /// # Errors
+    /// The `cpu` backend does not tell: its fused operations keep no inputs.
+    pub fn observe_inputs(&mut self) -> Result<(), ModelError> {
+        match &mut self.decoder {
+            AnyDecoder::Reference(decoder) => decoder.backend_mut().observe(),
+            AnyDecoder::Cpu(_) => {
+                return Err(ModelError::BadOption("inputs are gathered by the reference backend only".into()));
+            }
+        }
+        Ok(())
+    }
+
+    /// What was gathered; none where nobody asked for it.
+    pub fn take_importance(&mut self) -> Option<Importance> {
+        match &mut self.decoder {
+            AnyDecoder::Reference(decoder) => decoder.backend_mut().take_observed(),
+            AnyDecoder::Cpu(_) => None,
+        }
     }
 
     /// Reserves the KV cache; pages are touched on use. Before the first forward; again, it empties the cache.

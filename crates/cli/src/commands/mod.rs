@@ -7,6 +7,7 @@ mod completions;
 mod models;
 mod perplexity;
 mod pull;
+mod quantize;
 mod serve;
 
 use std::future::Future;
@@ -20,6 +21,7 @@ pub(crate) fn run(command: Command) -> anyhow::Result<()> {
         Command::Chat(args) => block_on(chat::run(*args)),
         Command::Bench(args) => block_on(bench::run(*args)),
         Command::Perplexity(args) => block_on(perplexity::run(*args)),
+        Command::Quantize(args) => block_on(quantize::run(args)),
         Command::Pull(args) => block_on(pull::run(args)),
         Command::Models(args) => block_on(models::run(args)),
         Command::Check(args) => block_on(check::run(args)),

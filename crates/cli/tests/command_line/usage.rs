@@ -77,8 +77,7 @@ fn cuda_is_refused_clearly() {
 #[test]
 fn what_comes_later_is_answered_by_its_name() {
     for arguments in [
-        &["quantize", "in.gguf", "out.gguf", "--quantize", "int4"][..],
-        &["adapters", "list"],
+        &["adapters", "list"][..],
         &["adapters", "load", "name", "path"],
         &["keys", "create", "--tenant", "acme"],
         &["costs", "--by", "tenant", "--json"],

@@ -1,10 +1,10 @@
 //! The oracle: plain candle operations in f32, on any device that candle has. Slow and obviously right.
 //!
 //! Every operation allocates its result and no operation is fused; weights are dequantised. It must not share code
-//! with the kernels it judges. Invariant: the same pages and slots as every other backend (slot = block * block_size +
+//! with the kernels it judges. For calibration it also tells what goes into each matrix (`observe`). Invariant: the same pages and slots as every other backend (slot = block * block_size +
 //! offset), so that block tables mean the same thing everywhere.
 
-use std::ops::Range;
+use std::{cell::RefCell, ops::Range};
 
 use candle_core::{D, Device, Tensor};
 
@@ -17,7 +17,7 @@ use crate::{
     batch::BatchSequence,
     config::{Activation, DecoderConfig, NormKind, RopeStyle},
     error::ModelError,
-    weights::TensorView,
+    weights::{Importance, LayerTensor, TensorRole, TensorView},
 };
 
 /// candle in f32.
@@ -30,6 +30,10 @@ pub(crate) struct ReferenceBackend {
     activations: Option<Activations>,
     /// `[kept rows, hidden_size]`
     kept: Option<Tensor>,
+    /// The layer whose operations run.
+    layer: usize,
+    /// What went into each matrix, while somebody wants to know.
+    observed: Option<RefCell<Importance>>,
 }
 
 /// One layer's keys and values, each `[num_slots, num_kv_heads * head_dim]`.
@@ -48,11 +52,58 @@ struct Activations {
 
 impl ReferenceBackend {
     pub(crate) fn new(config: &DecoderConfig, device: Device, block_size: usize) -> Self {
-        Self { config: config.clone(), device, block_size, cache: Vec::new(), activations: None, kept: None }
+        Self {
+            config: config.clone(),
+            device,
+            block_size,
+            cache: Vec::new(),
+            activations: None,
+            kept: None,
+            layer: 0,
+            observed: None,
+        }
     }
 
     fn tensor(&self, values: &[f32], shape: (usize, usize)) -> candle_core::Result<Tensor> {
         Tensor::from_slice(values, shape, &self.device)
+    }
+
+    /// From now on inputs of matrices are added up.
+    pub(crate) fn observe(&mut self) {
+        self.observed = Some(RefCell::default());
+    }
+
+    /// What has been added up; nothing is, from now on.
+    pub(crate) fn take_observed(&mut self) -> Option<Importance> {
+        self.observed.take().map(RefCell::into_inner)
+    }
+
+    /// `x: [rows, inputs]` goes into these matrices of the layer.
+    fn note(&self, tensors: &[LayerTensor], x: &Tensor) -> candle_core::Result<()> {
+        let roles: Vec<TensorRole> = tensors.iter().map(|&tensor| TensorRole::Layer(self.layer, tensor)).collect();
+        self.note_roles(&roles, x)
+    }
+
+    fn note_roles(&self, roles: &[TensorRole], x: &Tensor) -> candle_core::Result<()> {
+        let Some(observed) = &self.observed else { return Ok(()) };
+        let (num_inputs, values) = (x.dim(D::Minus1)?, x.flatten_all()?.to_vec1::<f32>()?);
+        let mut observed = observed.borrow_mut();
+        roles.iter().for_each(|&role| observed.add(role, &values, num_inputs));
+        Ok(())
+    }
+
+    /// `down(activation(gate(x)) * up(x))`, x: `[rows, hidden_size]`; `roles` are those of gate, up and down.
+    fn mlp(
+        &self,
+        x: &Tensor,
+        weights: &MlpWeights<Self>,
+        activation: Activation,
+        [gate, up, down]: [LayerTensor; 3],
+    ) -> candle_core::Result<Tensor> {
+        self.note(&[gate, up], x)?;
+        let inner = inner_of(x, weights, activation)?;
+        self.note(&[down], &inner)?;
+        linear(&inner, &weights.down)
     }
 
     fn activations(&mut self) -> &mut Activations {
@@ -84,6 +135,7 @@ impl ReferenceBackend {
 
     /// Row by row, expert by expert. x: `[rows, hidden_size]`
     fn experts(&self, x: &Tensor, weights: &ExpertsWeights<Self>) -> candle_core::Result<Tensor> {
+        use LayerTensor as T;
         let config = self.config.experts.as_ref().expect("the decoder has checked that layers with experts have them");
         let logits = x.matmul(&weights.router.t()?)?.to_vec2::<f32>()?;
         let mut rows = Vec::with_capacity(logits.len());
@@ -99,7 +151,8 @@ impl ReferenceBackend {
             let total: f32 = among.iter().map(|&expert| exponentials[expert]).sum();
             let mut sum = x.zeros_like()?;
             for &expert in chosen {
-                let out = mlp_of(&x, &weights.experts[expert], config.activation)?;
+                let roles = [T::ExpertGate(expert), T::ExpertUp(expert), T::ExpertDown(expert)];
+                let out = self.mlp(&x, &weights.experts[expert], config.activation, roles)?;
                 sum = (sum + (out * f64::from(exponentials[expert] / total))?)?;
             }
             rows.push(sum);
@@ -109,7 +162,8 @@ impl ReferenceBackend {
         let gate = x.matmul(&gate.t()?)?;
         // 1 / (1 + exp(-gate))
         let share = (gate.neg()?.exp()? + 1.0)?.recip()?;
-        routed + mlp_of(x, mlp, config.activation)?.broadcast_mul(&share)?
+        let roles = [T::SharedGate, T::SharedUp, T::SharedDown];
+        routed + self.mlp(x, mlp, config.activation, roles)?.broadcast_mul(&share)?
     }
 
     /// Rotates the first `rotary.dim` elements of each head. x: `[rows, heads, head_dim]`
@@ -214,19 +268,18 @@ fn linear(x: &Tensor, linear: &Linear<ReferenceBackend>) -> candle_core::Result<
     }
 }
 
-/// x: `[rows, hidden_size]`
-fn mlp_of(x: &Tensor, weights: &MlpWeights<ReferenceBackend>, activation: Activation) -> candle_core::Result<Tensor> {
+/// What the MLP's last product is of: `[rows, width]`.
+fn inner_of(x: &Tensor, weights: &MlpWeights<ReferenceBackend>, activation: Activation) -> candle_core::Result<Tensor> {
     let activate = |x: Tensor| match activation {
         Activation::Silu => x.silu(),
         Activation::Gelu => x.gelu_erf(),
         Activation::GeluTanh => x.gelu(),
     };
     let up = linear(x, &weights.up)?;
-    let inner = match &weights.gate {
-        Some(gate) => (activate(linear(x, gate)?)? * up)?,
-        None => activate(up)?,
-    };
-    linear(&inner, &weights.down)
+    match &weights.gate {
+        Some(gate) => activate(linear(x, gate)?)? * up,
+        None => activate(up),
+    }
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "the shape that map_err takes")]
@@ -323,9 +376,11 @@ impl Backend for ReferenceBackend {
     ) -> Result<(), ModelError> {
         let DecoderConfig { num_heads, num_kv_heads, head_dim, .. } = self.config;
         let rows = step.num_rows();
+        self.layer = layer.index;
         let hidden = self.activations().hidden.clone();
         let compute = || {
             let x = self.norm(&hidden, &weights.norm)?;
+            self.note(&[LayerTensor::Q, LayerTensor::K, LayerTensor::V], &x)?;
             let mut queries = linear(&x, &weights.q)?.reshape((rows, num_heads, head_dim))?;
             let mut keys = linear(&x, &weights.k)?.reshape((rows, num_kv_heads, head_dim))?;
             let values = linear(&x, &weights.v)?;
@@ -372,7 +427,9 @@ impl Backend for ReferenceBackend {
         let Activations { hidden, heads } = self.activations();
         let (hidden, heads) = (hidden.clone(), heads.clone());
         let compute = || {
-            let branch = linear(&heads.flatten_from(1)?, &weights.o)?;
+            let heads = heads.flatten_from(1)?;
+            self.note(&[LayerTensor::O], &heads)?;
+            let branch = linear(&heads, &weights.o)?;
             hidden.add(&self.post_norm(branch, weights.post_norm.as_ref())?)
         };
         let hidden = compute().map_err(failed)?;
@@ -390,7 +447,10 @@ impl Backend for ReferenceBackend {
         let compute = || {
             let x = self.norm(&hidden, norm)?;
             let branch = match &weights.kind {
-                FeedForwardKind::Dense(mlp) => mlp_of(&x, mlp, self.config.mlp.activation)?,
+                FeedForwardKind::Dense(mlp) => {
+                    let roles = [LayerTensor::Gate, LayerTensor::Up, LayerTensor::Down];
+                    self.mlp(&x, mlp, self.config.mlp.activation, roles)?
+                }
                 FeedForwardKind::Experts(experts) => self.experts(&x, experts)?,
             };
             hidden.add(&self.post_norm(branch, weights.post_norm.as_ref())?)
@@ -414,6 +474,8 @@ impl Backend for ReferenceBackend {
         let kept = self.kept.as_ref().expect("the decoder asks for rows that were kept");
         let compute = || {
             let x = self.norm(&kept.narrow(0, rows.start, rows.len())?, weights.norm)?;
+            let role = if self.config.tied_embeddings { TensorRole::Embedding } else { TensorRole::Head };
+            self.note_roles(&[role], &x)?;
             let mut logits = x.matmul(&weights.weight.t()?)?;
             if let Some(bias) = weights.bias {
                 logits = logits.broadcast_add(bias)?;

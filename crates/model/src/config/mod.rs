@@ -7,22 +7,28 @@
 
 mod gguf;
 mod json;
+mod native;
 
 use std::path::Path;
 
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-pub(crate) use self::json::{CheckpointConfig, StoredQuantization};
+pub(crate) use self::{
+    json::{CheckpointConfig, StoredQuantization},
+    native::of_decoder,
+};
 use crate::{
     ModelError,
     weights::{gguf::GgufFile, mmap::read_text},
 };
 
 /// A config.json larger than this is not one (those in use have a few kB, with label tables a few MB).
-const MAX_CONFIG_BYTES: u64 = 16 << 20;
+pub(crate) const MAX_CONFIG_BYTES: u64 = 16 << 20;
 
 /// Everything the decoder needs to know about a model besides its weights. Sizes in elements.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct DecoderConfig {
     /// As the file names it: "llama", "mistral", "qwen2".
     pub architecture: String,
@@ -77,7 +83,8 @@ pub struct DecoderConfig {
 }
 
 /// Which projections add a bias.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Biases {
     /// Query, key and value.
     pub qkv: bool,
@@ -88,7 +95,8 @@ pub struct Biases {
 }
 
 /// How norms, attention and MLP of a layer follow each other. x is the residual stream.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Block {
     /// `x += attention(norm(x)); x += mlp(norm(x))`: LLaMA and most others.
     PreNorm,
@@ -101,7 +109,8 @@ pub enum Block {
 }
 
 /// What one layer does differently.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct LayerConfig {
     /// Sliding window: a row at p sees keys in (p - window, p].
     pub window: Option<usize>,
@@ -112,7 +121,8 @@ pub struct LayerConfig {
 }
 
 /// What stands where the MLP stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum FeedForward {
     /// `DecoderConfig::mlp`.
     Dense,
@@ -121,7 +131,8 @@ pub enum FeedForward {
 }
 
 /// Normalisation.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Norm {
     /// What is computed.
     pub kind: NormKind,
@@ -132,7 +143,8 @@ pub struct Norm {
 }
 
 /// Kinds of normalisation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum NormKind {
     /// `x / rms(x) * weight`.
     Rms,
@@ -141,7 +153,8 @@ pub enum NormKind {
 }
 
 /// Attention with linear biases (Press et al. 2021): to each score, `slope(head) * position of the key`.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Alibi {
     /// One a query head. What is added to a score that has been scaled: a family that adds before it scales (Falcon) has the
     /// scale in its slopes.
@@ -153,10 +166,12 @@ pub struct Alibi {
 }
 
 /// Rotary position embedding.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Rotary {
     /// Which elements form a pair. Hugging Face checkpoints: Neox; GGUF files of the llama architecture: Interleaved
     /// (llama.cpp's converter permutes q and k).
+    #[serde(with = "native::RopeStyleName")]
     pub style: RopeStyle,
     /// Rotated elements of each head (head_dim unless partial).
     pub dim: usize,
@@ -169,7 +184,8 @@ pub struct Rotary {
 pub use bindery_kernels::{Activation, RopeStyle};
 
 /// Scaling of rotary frequencies.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum RopeScaling {
     /// As trained.
     None,
@@ -228,18 +244,21 @@ pub enum RopeScaling {
 }
 
 /// The MLP.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Mlp {
     /// Width inside.
     pub intermediate_size: usize,
     /// Of the gate, or, without a gate, of the only product.
+    #[serde(with = "native::ActivationName")]
     pub activation: Activation,
     /// `down(activation(gate(x)) * up(x))`; false: `down(activation(up(x)))` (Falcon).
     pub gated: bool,
 }
 
 /// A mixture of experts: `sum over the chosen of weight * expert(x)`, each expert a gated MLP.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Experts {
     /// How many there are.
     pub num_experts: usize,
@@ -248,6 +267,7 @@ pub struct Experts {
     /// Width inside each.
     pub intermediate_size: usize,
     /// Of their gates.
+    #[serde(with = "native::ActivationName")]
     pub activation: Activation,
     /// The chosen ones' softmax weights are divided by their sum (Mixtral, Qwen 3); false: they stay shares of all (Qwen 2).
     pub normalize_weights: bool,
@@ -512,5 +532,6 @@ pub(crate) fn read_json_file(path: &Path) -> Result<CheckpointConfig, ModelError
     // serde_json refuses more than 128 levels of nesting, so a deep file cannot exhaust the stack.
     let value: Value =
         serde_json::from_str(&text).map_err(|error| ModelError::bad_file(path, format!("not valid JSON: {error}")))?;
-    json::decoder_config(&value).map_err(|error| error.in_file(path))
+    let read = if native::is_native(&value) { native::decoder_config(&value) } else { json::decoder_config(&value) };
+    read.map_err(|error| error.in_file(path))
 }

@@ -57,7 +57,8 @@ impl Block {
             | WeightFormat::Bf16
             | WeightFormat::Gptq { .. }
             | WeightFormat::Awq
-            | WeightFormat::CompressedInt { .. } => unreachable!("{format} has no blocks"),
+            | WeightFormat::CompressedInt { .. }
+            | WeightFormat::Bindery { .. } => unreachable!("{format} has no blocks"),
         }
     }
 
@@ -281,7 +282,10 @@ mod tests {
             WeightFormat::Q4K => GgmlDType::Q4K,
             WeightFormat::Q5K => GgmlDType::Q5K,
             WeightFormat::Q6K => GgmlDType::Q6K,
-            WeightFormat::Gptq { .. } | WeightFormat::Awq | WeightFormat::CompressedInt { .. } => {
+            WeightFormat::Gptq { .. }
+            | WeightFormat::Awq
+            | WeightFormat::CompressedInt { .. }
+            | WeightFormat::Bindery { .. } => {
                 unreachable!("{format} is not ggml's")
             }
         }

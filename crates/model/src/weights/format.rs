@@ -6,7 +6,7 @@ use bindery_kernels::{CodeBits, GROUP, QuantFormat, Scaling};
 
 use super::gguf::GgmlType;
 
-/// How a tensor's elements are stored. The block formats are ggml's; the last three are of safetensors checkpoints, whose
+/// How a tensor's elements are stored. The block formats are ggml's; the last four are of safetensors checkpoints, whose
 /// scales and zero points are tensors of their own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
@@ -49,6 +49,11 @@ pub enum WeightFormat {
         /// Of a code.
         bits: u8,
     },
+    /// Our own, see [`native`](super::native); of 4 to 8 bits.
+    Bindery {
+        /// Of a code.
+        bits: u8,
+    },
 }
 
 impl WeightFormat {
@@ -85,7 +90,7 @@ impl WeightFormat {
             Self::Q5K => 13,
             Self::Q6K => 14,
             Self::Bf16 => 30,
-            Self::Gptq { .. } | Self::Awq | Self::CompressedInt { .. } => return None,
+            Self::Gptq { .. } | Self::Awq | Self::CompressedInt { .. } | Self::Bindery { .. } => return None,
         })
     }
 
@@ -101,7 +106,7 @@ impl WeightFormat {
     /// Bits of a code whose scales and zero points are tensors of their own.
     fn grouped_bits(self) -> usize {
         match self {
-            Self::Gptq { bits } | Self::CompressedInt { bits } => usize::from(bits),
+            Self::Gptq { bits } | Self::CompressedInt { bits } | Self::Bindery { bits } => usize::from(bits),
             _ => 4,
         }
     }
@@ -125,9 +130,13 @@ impl WeightFormat {
     /// about a block format.
     pub(crate) fn quant_format(self) -> Option<QuantFormat> {
         let (bits, scaling, with_mins) = match self {
-            Self::F32 | Self::F16 | Self::Bf16 | Self::Gptq { .. } | Self::Awq | Self::CompressedInt { .. } => {
-                return None;
-            }
+            Self::F32
+            | Self::F16
+            | Self::Bf16
+            | Self::Gptq { .. }
+            | Self::Awq
+            | Self::CompressedInt { .. }
+            | Self::Bindery { .. } => return None,
             Self::Q4_0 => (CodeBits::Four, Scaling::Single, false),
             Self::Q4_1 => (CodeBits::Four, Scaling::Single, true),
             Self::Q5_0 => (CodeBits::Five, Scaling::Single, false),
@@ -153,6 +162,7 @@ impl fmt::Display for WeightFormat {
         match (self.ggml(), self) {
             (Some(ty), _) => f.write_str(ty.name),
             (None, Self::Gptq { bits }) => write!(f, "GPTQ int{bits}"),
+            (None, Self::Bindery { bits }) => write!(f, "Bindery int{bits}"),
             (None, Self::CompressedInt { bits }) => write!(f, "compressed-tensors int{bits}"),
             (None, _) => f.write_str("AWQ int4"),
         }

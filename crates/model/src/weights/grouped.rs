@@ -130,6 +130,7 @@ pub(super) fn resolve(
     let Some(module) = name.strip_suffix(".weight") else { return Ok(None) };
     let parts = Parts { checkpoint, module };
     let place = match quantization {
+        StoredQuantization::Bindery => return Ok(None),
         StoredQuantization::Gptq { bits, group_size, zeros_plus, act_order } => {
             let Some(codes) = checkpoint.get(&parts.name("qweight"))? else { return Ok(None) };
             parts.gptq(codes, bits, group_size, zeros_plus, act_order)

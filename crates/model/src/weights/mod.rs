@@ -2,7 +2,7 @@
 //!
 //! A [`WeightStore`] is an opened model: mapped files, a [`DecoderConfig`], and a table from what a tensor does to where it
 //! lies. One file per container (`gguf`, `safetensors`, `dummy`; `grouped` for integer weights in several tensors), one table
-//! of names (`names`, resolved against a file by `table`), one file per step from stored blocks to packed matrices
+//! of names (`names`, resolved against a file by `table`), `native` for the folders that we write, one file per step from stored blocks to packed matrices
 //! (`blocks`, `quantize`, `import`). It must not know a backend's buffers or the forward pass. Its invariant: once a store
 //! is open, every tensor that the config calls for is there, in a format that can be read, with the shape the config
 //! demands.
@@ -13,8 +13,10 @@ mod format;
 pub mod gguf;
 mod grouped;
 mod import;
+mod importance;
 pub(crate) mod mmap;
 mod names;
+mod native;
 mod quantize;
 mod safetensors;
 mod table;
@@ -32,12 +34,21 @@ use self::{
     grouped::{Grouped, GroupedPlace},
     mmap::MappedFile,
     names::{Expected, Naming, TensorKind, expected},
+    native::{Native, NativePlace},
     safetensors::Checkpoint,
     table::{Found, build_table},
     view::{RowsAt, TensorData},
 };
-pub use self::{format::WeightFormat, view::TensorView};
-use crate::{ModelError, Quantize, config::DecoderConfig};
+pub use self::{
+    format::WeightFormat,
+    importance::Importance,
+    native::{QuantizedGroup, QuantizedReport, is_dense_source, write_checkpoint},
+    view::TensorView,
+};
+use crate::{
+    ModelError, Quantize,
+    config::{DecoderConfig, StoredQuantization},
+};
 
 /// A tensor by what it does; a table per source maps its names to these. A role may be some rows of what is stored (one of
 /// three in a fused projection, one expert of a stack): its view has the shape given here all the same.
@@ -162,6 +173,8 @@ enum Place {
     Generated(Generator),
     /// Codes, scales and zero points of a checkpoint's files.
     Grouped(Box<GroupedPlace>),
+    /// The same in our own layout.
+    Native(Box<NativePlace>),
 }
 
 impl WeightStore {
@@ -228,7 +241,7 @@ impl WeightStore {
         let read = crate::config::read_json_file(&config_path)?;
         let (mut config, quantization) = (read.decoder, read.quantization);
         let checkpoint = Checkpoint::open(path)?;
-        let naming = Naming::hugging_face(&config, |name| checkpoint.entries.contains_key(name));
+        let naming = Naming::hugging_face(&config, |name| native::has(&checkpoint, name));
         if config.tied_embeddings && table::has_head_of_its_own(&checkpoint, &config, naming) {
             tracing::warn!(
                 "{}: the config ties the head to the embedding, but the file has a head with other values, which is used",
@@ -255,6 +268,19 @@ impl WeightStore {
                 })?;
                 let place = Place::File { file: entry.file, range: entry.range.clone() };
                 Ok(Some(Found { shape: entry.shape.clone(), format, place }))
+            }
+        };
+        let native = |name: &str| match quantization {
+            Some(StoredQuantization::Bindery) => {
+                native::resolve(&checkpoint, name).map_err(|what| ModelError::bad_file(path, what))
+            }
+            _ => Ok(None),
+        };
+        let dense = |name: &str| match native(name)? {
+            None => dense(name),
+            Some(place) => {
+                let (shape, format) = (place.shape(), place.format());
+                Ok(Some(Found { shape, format, place: Place::Native(Box::new(place)) }))
             }
         };
         let lookup = |name: &str| match quantized(name)? {
@@ -305,17 +331,18 @@ impl WeightStore {
             let what = format!("layer {layer} was asked for; the model has {}", self.config.num_layers());
             return Err(ModelError::Step(what));
         }
-        Ok(self.tensors.get(&role).map(|tensor| self.view(tensor)))
+        Ok(self.tensors.get(&role).map(|tensor| self.view(role, tensor)))
     }
 
-    fn view<'a>(&'a self, tensor: &'a StoredTensor) -> TensorView<'a> {
+    fn view<'a>(&'a self, role: TensorRole, tensor: &'a StoredTensor) -> TensorView<'a> {
         let data = match &tensor.place {
             Place::File { file, range } => TensorData::Mapped { file: &self.files()[*file], range: range.clone() },
             Place::Generated(generator) => TensorData::Generated(*generator),
             Place::Grouped(place) => TensorData::Grouped(Grouped { files: self.files(), place }),
+            Place::Native(place) => TensorData::Native(Native { files: self.files(), place }),
         };
         let StoredTensor { ref name, rows, cols, kind, format, rows_at, stored_cols, .. } = *tensor;
-        TensorView { name, rows, cols, format, kind, data, rows_at, stored_cols, halves: None }
+        TensorView { name, rows, cols, format, kind, role, data, rows_at, stored_cols, halves: None }
     }
 
     /// What places count.
@@ -334,12 +361,13 @@ impl WeightStore {
 
     /// Bytes of all tensors that the model uses, as stored.
     pub fn num_bytes(&self) -> u64 {
-        self.tensors.values().map(|tensor| self.view(tensor).num_bytes()).sum()
+        self.tensors.iter().map(|(&role, tensor)| self.view(role, tensor).num_bytes()).sum()
     }
 
     /// Tensors that import quantises; a tied head counts once.
     pub fn num_quantized_by(&self, quantize: Quantize) -> usize {
-        self.tensors.values().filter(|tensor| self.view(tensor).is_quantized_by(quantize)).count()
+        let views = self.tensors.iter().map(|(&role, tensor)| self.view(role, tensor));
+        views.filter(|tensor| tensor.is_quantized_by(quantize)).count()
     }
 
     /// "Q4_1 (210), F32 (61)": formats by how many tensors have them, most first.

@@ -19,7 +19,7 @@ use super::{
 };
 use crate::ModelError;
 
-const SINGLE_FILE: &str = "model.safetensors";
+pub(super) const SINGLE_FILE: &str = "model.safetensors";
 const INDEX_FILE: &str = "model.safetensors.index.json";
 /// Indices in use have up to some MB.
 const MAX_INDEX_BYTES: u64 = 64 << 20;

@@ -35,6 +35,11 @@ pub(crate) struct CheckpointConfig {
     pub(crate) quantization: Option<StoredQuantization>,
 }
 
+/// What `quantization_config` says, of any top level.
+pub(super) fn stored_quantization(value: &Value) -> Outcome<Option<StoredQuantization>> {
+    Keys::of(value).map_or(Ok(None), quantization::stored)
+}
+
 pub(super) fn decoder_config(value: &Value) -> Outcome<CheckpointConfig> {
     let Some(top) = Keys::of(value) else {
         return bad("the top level is not a JSON object");

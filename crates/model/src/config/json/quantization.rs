@@ -8,8 +8,8 @@ use crate::config::{bad, unsupported};
 
 /// What is read, for every refusal.
 const SUPPORTED: &str = "read are gptq (2, 3, 4, 8 bits; checkpoint_format gptq or gptq_v2), awq (4 bits, version gemm) \
-                         and compressed-tensors (pack-quantized int4 and int8, int-quantized int8); from GGUF the formats \
-                         in the README; --quantize int8 or int4 quantises f32, f16 and bf16 at load";
+                         and compressed-tensors (pack-quantized int4 and int8, int-quantized int8), and what \
+                         `bindery quantize` makes; from GGUF the formats in the README; --quantize int8 or int4 quantises f32, f16 and bf16 at load";
 
 /// How a checkpoint keeps the weights that it quantised.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,7 +32,12 @@ pub(crate) enum StoredQuantization {
     },
     /// compressed-tensors'; each tensor's shapes say the rest.
     CompressedTensors,
+    /// Our own, made by `bindery quantize`; each tensor's shapes say the rest.
+    Bindery,
 }
+
+/// Of our own layout; goes up when an older reader would misunderstand.
+const BINDERY_VERSION: usize = 1;
 
 pub(super) fn stored(keys: Keys<'_>) -> Outcome<Option<StoredQuantization>> {
     let newer = keys.object("quantization_config")?;
@@ -43,6 +48,10 @@ pub(super) fn stored(keys: Keys<'_>) -> Outcome<Option<StoredQuantization>> {
         "gptq" => gptq(keys),
         "awq" => awq(keys),
         "compressed-tensors" => compressed_tensors(keys),
+        "bindery" => match keys.required_size("version", usize::MAX)? {
+            BINDERY_VERSION => Ok(StoredQuantization::Bindery),
+            other => refuse(&format!("version {other} of our own layout")),
+        },
         other => refuse(&format!("the method {other}")),
     }
     .map(Some)
