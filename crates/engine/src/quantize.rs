@@ -14,7 +14,7 @@ use std::{
 use bindery_model::{
     BackendKind, LoadOptions, Model, Quantize,
     threads::physical_cores,
-    weights::{Importance, QuantizedReport, WeightStore, is_dense_source, write_checkpoint},
+    weights::{CheckpointRequest, Importance, QuantizedReport, WeightStore, is_dense_source, write_checkpoint},
 };
 
 use crate::{EngineError, load, perplexity, text::export};
@@ -111,8 +111,8 @@ pub fn quantize(
     }
     let threads = request.threads.unwrap_or_else(physical_cores);
     let mut quantizing = |done, total| progress(Progress::Quantizing { done, total });
-    let importance = importance.as_ref();
-    let report = write_checkpoint(&store, unfinished.path(), request.quantize, importance, threads, &mut quantizing)?;
+    let how = CheckpointRequest { quantize: request.quantize, importance: importance.as_ref(), threads };
+    let report = write_checkpoint(&store, unfinished.path(), how, &mut quantizing)?;
     check(unfinished.path(), &store)?;
     finish(unfinished, request.target)?;
     Ok(QuantizeOutcome { report, calibration_time, quantize_time: start.elapsed() })

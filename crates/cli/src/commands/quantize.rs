@@ -63,14 +63,11 @@ pub(crate) async fn run(args: QuantizeArgs) -> anyhow::Result<()> {
     let stop = Arc::new(AtomicBool::new(false));
     let told = Arc::clone(&stop);
     let mut made = tokio::task::spawn_blocking(move || job.run(&told));
-    let outcome = match signals.unless_stopped(&mut made).await {
-        Some(outcome) => outcome,
-        None => {
-            stop.store(true, Ordering::Relaxed);
-            // Until the temporary folder is gone; a second signal does not wait for that.
-            let _ = signals.unless_stopped(made).await;
-            return Err(Interrupted.into());
-        }
+    let Some(outcome) = signals.unless_stopped(&mut made).await else {
+        stop.store(true, Ordering::Relaxed);
+        // Until the temporary folder is gone; a second signal does not wait for that.
+        let _ = signals.unless_stopped(made).await;
+        return Err(Interrupted.into());
     };
     let outcome = outcome.context("the thread that quantises failed")?;
     let outcome = outcome.with_context(|| format!("cannot quantise {}", files.path.display()))?;

@@ -6,6 +6,7 @@ mod chat;
 mod config;
 mod fidelity;
 mod perplexity;
+mod quantize;
 mod serving;
 mod support;
 mod usage;

@@ -75,7 +75,7 @@ pub(crate) fn write_files(file: &GgufFile, target: &Path) -> Result<(), EngineEr
     if first.is_some() || last.is_some() {
         let name = |id: u32| vocabulary.tokens[id as usize].clone();
         let (first, last) = (first.map(|id| (name(id), id)), last.map(|id| (name(id), id)));
-        tokenizer.with_post_processor(Some(around(first, last).map_err(|error| unusable(&error))?));
+        tokenizer.with_post_processor(Some(around(first.as_ref(), last.as_ref()).map_err(|error| unusable(&error))?));
     }
     let text = tokenizer.to_string(false).map_err(|error| unusable(&error))?;
     let mut config = Map::new();
@@ -100,7 +100,7 @@ pub(crate) fn write_files(file: &GgufFile, target: &Path) -> Result<(), EngineEr
 }
 
 /// Puts these tokens around a text.
-fn around(first: Option<(String, u32)>, last: Option<(String, u32)>) -> Result<TemplateProcessing, String> {
+fn around(first: Option<&(String, u32)>, last: Option<&(String, u32)>) -> Result<TemplateProcessing, String> {
     // Pieces by themselves, not as one text: a token's name may look like a placeholder.
     let piece = |name: &str| json!({"SpecialToken": {"id": name, "type_id": 0}});
     let special = |(name, id): &(String, u32)| (name.clone(), json!({"id": name, "ids": [id], "tokens": [name]}));
@@ -109,7 +109,7 @@ fn around(first: Option<(String, u32)>, last: Option<(String, u32)>) -> Result<T
         let first = first.iter().map(|(name, _)| piece(name));
         first.chain(sequences).chain(last.iter().map(|(name, _)| piece(name))).collect()
     };
-    let tokens: Map<String, Value> = first.iter().chain(&last).map(special).collect();
+    let tokens: Map<String, Value> = first.into_iter().chain(last).map(special).collect();
     let value = json!({
         "type": "TemplateProcessing", "single": template(&["A"]), "pair": template(&["A", "B"]), "special_tokens": tokens,
     });

@@ -88,7 +88,9 @@ impl ReferenceBackend {
         let Some(observed) = &self.observed else { return Ok(()) };
         let (num_inputs, values) = (x.dim(D::Minus1)?, x.flatten_all()?.to_vec1::<f32>()?);
         let mut observed = observed.borrow_mut();
-        roles.iter().for_each(|&role| observed.add(role, &values, num_inputs));
+        for &role in roles {
+            observed.add(role, &values, num_inputs);
+        }
         Ok(())
     }
 

@@ -42,7 +42,7 @@ use self::{
 pub use self::{
     format::WeightFormat,
     importance::Importance,
-    native::{QuantizedGroup, QuantizedReport, is_dense_source, write_checkpoint},
+    native::{CheckpointRequest, QuantizedGroup, QuantizedReport, is_dense_source, write_checkpoint},
     view::TensorView,
 };
 use crate::{

@@ -281,14 +281,16 @@ fn quantising_at_load_is_close() {
     let (mut searched, mut plain) = (0.0, 0.0);
     for (group, values) in values.chunks_exact(32).enumerate() {
         let largest = values.iter().fold(0.0f32, |max, x| max.max(x.abs()));
-        let step = largest / 16.0;
+        // The element that is farthest from zero gets the code that is.
+        let farthest = values.iter().fold(0.0f32, |far, &x| if x.abs() > far.abs() { x } else { far });
+        let step = farthest / -16.0;
         for (i, &x) in values.iter().enumerate() {
             assert!((int8[group * 32 + i] - x).abs() <= 0.502 * largest / 127.0);
             searched += f64::from(int4[group * 32 + i] - x).powi(2);
-            plain += f64::from((x / step).round() * step - x).powi(2);
+            plain += f64::from((x / step).round().clamp(-16.0, 15.0) * step - x).powi(2);
         }
     }
-    assert!(searched < 0.9 * plain, "{searched} {plain}");
+    assert!(searched < 0.95 * plain, "{searched} {plain}");
 }
 
 #[test]
@@ -319,7 +321,8 @@ fn made_up_weights_import_into_every_family() {
     for (dtype, quantize, expected_family, bound) in [
         (Dtype::Bf16, Quantize::None, "bf16", 0.001),
         (Dtype::Auto, Quantize::Int8, "w8", 0.001),
-        (Dtype::Auto, Quantize::Int4, "w5", 0.008),
+        // A step: codes reach one further on the side of the element that is farthest from zero.
+        (Dtype::Auto, Quantize::Int4, "w5", 0.0145),
     ] {
         let matrix = import(&down, dtype, quantize);
         assert_eq!(family(&matrix), expected_family);

@@ -83,9 +83,19 @@ pub fn is_dense_source(store: &WeightStore) -> Result<(), ModelError> {
     Ok(())
 }
 
-/// Writes `store` into the folder `directory`, which is there and empty. `importance` weighs the errors, where it is given;
-/// without it, what the folder loads as is bit for bit what [`TensorView::import`] would make of the source.
-/// `progress(weights done, weights in all)` is called after each tensor and may end it.
+/// How a folder is written.
+#[derive(Clone, Copy, Debug)]
+pub struct CheckpointRequest<'a> {
+    /// Int8 or Int4.
+    pub quantize: Quantize,
+    /// Weighs the errors; without it, what the folder loads as is bit for bit what [`TensorView::import`] makes of the source.
+    pub importance: Option<&'a Importance>,
+    /// Threads that quantise.
+    pub threads: usize,
+}
+
+/// Writes `store` into the folder `directory`, which is there and empty. `progress(weights done, weights in all)` is called
+/// after each tensor and may end it.
 ///
 /// # Errors
 /// A source that is quantised already or has nothing to quantise; weights that are not finite or too large for f16 scales;
@@ -93,11 +103,10 @@ pub fn is_dense_source(store: &WeightStore) -> Result<(), ModelError> {
 pub fn write_checkpoint(
     store: &WeightStore,
     directory: &Path,
-    quantize: Quantize,
-    importance: Option<&Importance>,
-    threads: usize,
+    request: CheckpointRequest<'_>,
     progress: &mut dyn FnMut(u64, u64) -> ControlFlow<()>,
 ) -> Result<QuantizedReport, ModelError> {
+    let CheckpointRequest { quantize, importance, threads } = request;
     is_dense_source(store)?;
     let plan = plan(store, quantize)?;
     if !plan.iter().any(|planned| matches!(planned.form, Form::Quantized(_))) {

@@ -33,7 +33,7 @@ use super::{
 };
 use crate::ModelError;
 
-pub use self::checkpoint::{QuantizedGroup, QuantizedReport, is_dense_source, write_checkpoint};
+pub use self::checkpoint::{CheckpointRequest, QuantizedGroup, QuantizedReport, is_dense_source, write_checkpoint};
 
 const CODES: &str = ".codes";
 const SCALES: &str = ".scales";
