@@ -4,8 +4,9 @@
 //!
 //! Reading order: [`batch`] what comes in, [`model`] the door, `decoder` the computation written once, `backend` who
 //! carries it out, `rope` and `alibi` what positions do, [`config`] what a family is, [`weights`] where tensors come from,
-//! [`threads`] and [`memory`] what the machine has.
+//! [`adapter`] what is added to them for one request and not for another, [`threads`] and [`memory`] what the machine has.
 
+pub mod adapter;
 pub mod batch;
 pub mod model;
 
@@ -21,6 +22,7 @@ pub mod memory;
 pub mod threads;
 pub mod weights;
 
+pub use adapter::{AdapterFormat, AdapterInfo, AdapterLimits, AdapterTarget, LowRank, OpenedAdapter};
 pub use batch::{BatchLimits, BatchSequence, ForwardBatch};
 pub use error::ModelError;
 pub use machine::{Machine, Roofs};

@@ -255,6 +255,11 @@ pub struct Experts {
     pub shared_intermediate_size: Option<usize>,
 }
 
+/// The order of rotated elements in GGUF files of an architecture; None where the architecture is not known.
+pub(crate) fn gguf_rope_style(architecture: &str) -> Option<RopeStyle> {
+    gguf::rope_style(architecture)
+}
+
 /// Why a model description is not taken.
 #[derive(Debug, PartialEq)]
 enum ConfigError {
@@ -311,6 +316,18 @@ impl DecoderConfig {
     /// Reads the metadata of a GGUF file (and its rotary factors, the sizes of its embedding, and which biases it has).
     pub fn from_gguf(file: &GgufFile) -> Result<Self, ModelError> {
         gguf::decoder_config(file).map_err(|error| error.in_file(file.path()))
+    }
+
+    /// The name that llama.cpp has for this architecture (`general.architecture`). A published Mistral or Mixtral is a
+    /// `llama` there.
+    pub(crate) fn gguf_architecture(&self) -> &str {
+        match self.architecture.as_str() {
+            "mistral" | "mixtral" => "llama",
+            "gemma3_text" => "gemma3",
+            "qwen2_moe" => "qwen2moe",
+            "qwen3_moe" => "qwen3moe",
+            name => name,
+        }
     }
 
     /// Sizes are there, within limits, and fit each other. The text of an error names the value and the limit.

@@ -13,7 +13,9 @@ mod format;
 pub mod gguf;
 mod grouped;
 mod import;
+pub(crate) mod loose;
 pub(crate) mod mmap;
+pub(crate) mod modules;
 mod names;
 mod quantize;
 mod safetensors;
@@ -26,6 +28,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+pub(crate) use self::view::RowsAt;
 use self::{
     dummy::Generator,
     gguf::{GgmlType, GgufFile},
@@ -34,7 +37,7 @@ use self::{
     names::{Expected, Naming, TensorKind, expected},
     safetensors::Checkpoint,
     table::{Found, build_table},
-    view::{RowsAt, TensorData},
+    view::TensorData,
 };
 pub use self::{format::WeightFormat, view::TensorView};
 use crate::{ModelError, Quantize, config::DecoderConfig};

@@ -74,6 +74,16 @@ fn vector(role: TensorRole, cols: usize) -> Expected {
     Expected::new(role, (TensorKind::Vector, 1, cols))
 }
 
+/// The matrices of one layer that an adapter may change: attention's, and the MLP's where it has no experts.
+pub(super) fn projections(config: &DecoderConfig, layer: usize) -> Vec<Expected> {
+    let mut tensors = attention(config);
+    if config.layers[layer].feed_forward == FeedForward::Dense {
+        tensors.extend(dense(config));
+    }
+    let in_layer = |(tensor, shape)| Expected::new(TensorRole::Layer(layer, tensor), shape);
+    tensors.into_iter().map(in_layer).filter(|tensor| tensor.kind == TensorKind::Matrix).collect()
+}
+
 /// Norms and projections of attention.
 fn attention(config: &DecoderConfig) -> Vec<(LayerTensor, Shape)> {
     use LayerTensor as T;
@@ -240,6 +250,15 @@ impl Naming {
         }))
     }
 
+    /// Every way in which a checkpoint of this family may begin its names.
+    pub(super) fn of_the_family(config: &DecoderConfig) -> impl Iterator<Item = Self> {
+        let layers = match config.norm.kind {
+            NormKind::Rms => Prefix::plain("").layers,
+            NormKind::Layer => Prefix::falcon("").layers,
+        };
+        Prefix::ALL.into_iter().filter(move |prefix| prefix.layers == layers).map(Self::HuggingFace)
+    }
+
     /// Where a tensor may be, most usual place first; never empty.
     pub(super) fn places(self, config: &DecoderConfig, tensor: &Expected) -> Vec<Place> {
         let shape = match tensor.kind {
@@ -320,7 +339,7 @@ impl Naming {
     }
 
     /// The layer's number and the rest of the name.
-    fn split_layer(self, name: &str) -> Option<(&str, &str)> {
+    pub(super) fn split_layer(self, name: &str) -> Option<(&str, &str)> {
         let rest = match self {
             Self::HuggingFace(prefix) => name.strip_prefix(prefix.model)?.strip_prefix(prefix.layers)?,
             Self::Gguf => name.strip_prefix("blk.")?,

@@ -36,7 +36,7 @@ pub struct TensorView<'a> {
 /// Which rows of a stored tensor a view has: several matrices may lie in one (fused projections, stacked experts). Rows are
 /// whole numbers of blocks in every format, so nothing has to be copied to take some of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum RowsAt {
+pub(crate) enum RowsAt {
     /// Row r is row `first + r`.
     From(usize),
     /// Runs of `run` rows, each run `stride` further than the one before.
@@ -48,7 +48,7 @@ impl RowsAt {
     pub(super) const WHOLE: Self = Self::From(0);
 
     /// The stored number of row `row`. It grows with `row`.
-    fn stored(self, row: usize) -> usize {
+    pub(crate) fn stored(self, row: usize) -> usize {
         match self {
             Self::From(first) => first + row,
             Self::Runs { first, run, stride } => first + row / run * stride + row % run,
@@ -215,7 +215,7 @@ impl TensorView<'_> {
     }
 
     /// An error about this tensor's content.
-    pub(super) fn bad(&self, what: impl std::fmt::Display) -> ModelError {
+    pub(crate) fn bad(&self, what: impl std::fmt::Display) -> ModelError {
         let what = format!("tensor {:?}: {what}", self.name);
         match &self.data {
             TensorData::Mapped { file, .. } => ModelError::bad_file(file.path(), what),

@@ -159,6 +159,12 @@ pub(super) fn known_architectures() -> String {
     ARCHITECTURES.iter().map(|architecture| architecture.name).collect::<Vec<_>>().join(", ")
 }
 
+/// How llama.cpp rotates an architecture's heads, and so the order that its converter puts the rows of queries and keys in.
+/// None for an architecture that is not known.
+pub(super) fn rope_style(name: &str) -> Option<RopeStyle> {
+    ARCHITECTURES.iter().find(|architecture| architecture.name == name).map(|architecture| architecture.style)
+}
+
 pub(super) fn decoder_config(file: &GgufFile) -> Outcome<DecoderConfig> {
     let Some(name) = (Keys { file, architecture: "" }).text("general.architecture")? else {
         return bad("general.architecture is missing, so nothing says what this model is");
