@@ -156,7 +156,7 @@ impl OpenedAdapter {
     /// Opens a folder as peft's `save_pretrained` writes it, or a GGUF file as llama.cpp's convert_lora_to_gguf.py does, and
     /// checks it against the base's configuration. Errors name the file, the tensor or key, the value and the limit.
     pub fn open(path: &Path, base: &DecoderConfig, limits: &AdapterLimits) -> Result<Self, ModelError> {
-        let (tensors, described) = if path.is_dir() { open_folder(path, limits)? } else { open_file(path, base)? };
+        let (tensors, described) = if path.is_dir() { open_folder(path)? } else { open_file(path, base)? };
         let names = match described {
             Described::Peft(_) => ModuleNames::HuggingFace,
             Described::Gguf(_) => ModuleNames::Gguf,
@@ -206,7 +206,7 @@ impl OpenedAdapter {
 /// Shown, so no longer than somebody reads.
 const MAX_NAME_CHARS: usize = 200;
 
-fn open_folder(path: &Path, limits: &AdapterLimits) -> Result<(LooseTensors, Described), ModelError> {
+fn open_folder(path: &Path) -> Result<(LooseTensors, Described), ModelError> {
     let config = path.join(CONFIG_FILE);
     if !config.exists() {
         let what = format!(
@@ -215,7 +215,7 @@ fn open_folder(path: &Path, limits: &AdapterLimits) -> Result<(LooseTensors, Des
         );
         return Err(ModelError::bad_file(path, what));
     }
-    let config = PeftConfig::read(&config, limits)?;
+    let config = PeftConfig::read(&config)?;
     let tensors = path.join(TENSOR_FILE);
     if !tensors.exists() {
         let what = if path.join(PICKLE_FILE).exists() {

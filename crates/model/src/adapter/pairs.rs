@@ -233,6 +233,8 @@ impl<'a> Collector<'a> {
         let shape = self.tensors.shape(name).unwrap_or_default();
         let fits = match self.names.find(self.base, module) {
             Module::Known(ways) => ways.iter().any(|way| way.shape == shape.as_slice()),
+            // What stands beside it is refused for what it is.
+            Module::Embedding => shape == [self.base.vocab_size, self.base.hidden_size],
             _ => false,
         };
         if fits {

@@ -9,10 +9,7 @@ use std::path::Path;
 use regex::Regex;
 use serde_json::{Map, Value};
 
-use super::{
-    AdapterLimits,
-    pattern::{self, SuffixPattern},
-};
+use super::pattern::{self, SuffixPattern};
 use crate::{ModelError, weights::mmap::read_text};
 
 /// Those in use have some kB; patterns that name every module some hundreds.
@@ -66,30 +63,30 @@ impl From<String> for Refusal {
 }
 
 impl PeftConfig {
-    pub(super) fn read(path: &Path, limits: &AdapterLimits) -> Result<Self, ModelError> {
+    pub(super) fn read(path: &Path) -> Result<Self, ModelError> {
         let text = read_text(path, MAX_CONFIG_BYTES)?;
         let value: Value = serde_json::from_str(&text)
             .map_err(|error| ModelError::bad_file(path, format!("this is not valid JSON: {error}")))?;
         let Value::Object(keys) = &value else {
             return Err(ModelError::bad_file(path, "this is not a JSON object; adapter_config.json of peft is one"));
         };
-        Self::from_keys(keys, limits, path).map_err(|refusal| match refusal {
+        Self::from_keys(keys, path).map_err(|refusal| match refusal {
             Refusal::Bad(what) => ModelError::bad_file(path, what),
             Refusal::Unsupported(what) => ModelError::unsupported(path, what),
         })
     }
 
-    fn from_keys(keys: &Map<String, Value>, limits: &AdapterLimits, path: &Path) -> Result<Self, Refusal> {
+    fn from_keys(keys: &Map<String, Value>, path: &Path) -> Result<Self, Refusal> {
         refuse_other_methods(keys)?;
         let rank = match get(keys, "r") {
             None => DEFAULT_RANK,
-            Some(value) => rank(value, "r", limits)?,
+            Some(value) => rank(value, "r")?,
         };
         let alpha = match get(keys, "lora_alpha") {
             None => DEFAULT_ALPHA,
             Some(value) => number(value, "lora_alpha")?,
         };
-        let ranks = patterns(keys, "rank_pattern", |value, key| self::rank(value, key, limits))?;
+        let ranks = patterns(keys, "rank_pattern", self::rank)?;
         let alphas = patterns(keys, "alpha_pattern", number)?;
         let base = get(keys, "base_model_name_or_path").and_then(Value::as_str).map(str::to_owned);
         Ok(Self {
@@ -260,11 +257,10 @@ fn truth(keys: &Map<String, Value>, key: &str) -> Outcome<bool> {
     }
 }
 
-fn rank(value: &Value, key: &str, limits: &AdapterLimits) -> Outcome<usize> {
+/// Whether it is within limits its tensors say.
+fn rank(value: &Value, key: &str) -> Outcome<usize> {
     let rank = value.as_u64().filter(|&rank| rank > 0).and_then(|rank| usize::try_from(rank).ok());
-    let rank = rank.ok_or_else(|| wrong(key, value, "a whole number from 1"))?;
-    limits.check_rank(rank).map_err(|what| format!("{key}: {what}"))?;
-    Ok(rank)
+    rank.ok_or_else(|| wrong(key, value, "a whole number from 1"))
 }
 
 fn number(value: &Value, key: &str) -> Outcome<f64> {

@@ -8,7 +8,7 @@ use super::{
     LayerTensor, RowsAt, TensorRole,
     names::{Expected, Naming, Place, TensorKind, projections},
 };
-use crate::config::DecoderConfig;
+use crate::config::{DecoderConfig, NormKind};
 
 /// Who named the modules.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,6 +62,12 @@ impl ModuleNames {
         }
     }
 
+    /// Falcon's modules have names of their own, and the table of places does not ask whose they are.
+    fn is_of_the_family(self, config: &DecoderConfig, name: &str) -> bool {
+        let is_falcons = name.contains("self_attention.") || name.contains("mlp.dense_");
+        self == Self::Gguf || is_falcons == (config.norm.kind == NormKind::Layer)
+    }
+
     /// What `module` is.
     pub(crate) fn find(self, config: &DecoderConfig, module: &str) -> Module {
         let tensor = format!("{module}.weight");
@@ -80,7 +86,8 @@ impl ModuleNames {
             let Some(layer) = layer.parse().ok().filter(|&layer| layer < config.num_layers()) else {
                 return Module::NoSuchLayer(layer.to_owned());
             };
-            let ways = ways(config, naming, layer, &tensor);
+            let ways =
+                if self.is_of_the_family(config, &tensor) { ways(config, naming, layer, &tensor) } else { Vec::new() };
             return match ways.is_empty() {
                 false => Module::Known(ways),
                 true if is_of_experts(local) => Module::Experts,
@@ -95,7 +102,7 @@ impl ModuleNames {
         let mut names: Vec<String> = Vec::new();
         for naming in self.namings(config) {
             let places = projections(config, 0).into_iter().flat_map(|tensor| naming.places(config, &tensor));
-            for place in places {
+            for place in places.filter(|place| self.is_of_the_family(config, &place.name)) {
                 let name = place.name.trim_end_matches(".weight");
                 let last = name.rsplit_once('.').map_or(name, |(_, last)| last);
                 if !names.iter().any(|name| name == last) {
