@@ -46,12 +46,12 @@ impl Stored {
 
 /// An adapter in memory, to be changed and written.
 #[derive(Clone, Debug)]
-pub(crate) struct Copy {
+pub(crate) struct Draft {
     pub(crate) config: Value,
     pub(crate) tensors: BTreeMap<String, Stored>,
 }
 
-impl Copy {
+impl Draft {
     pub(crate) fn of(name: &str) -> Self {
         let folder = adapter(name);
         let config = serde_json::from_slice(&std::fs::read(folder.join("adapter_config.json")).unwrap()).unwrap();

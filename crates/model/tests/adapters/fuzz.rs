@@ -7,7 +7,7 @@ use serde_json::json;
 
 use crate::{
     builder::on_disk,
-    folder::{Copy, LIMITS, adapter, base, written},
+    folder::{Draft, LIMITS, adapter, base, written},
 };
 
 /// Some bytes set, a part put in, the rest cut away.
@@ -67,7 +67,7 @@ fn read_everything(adapter: &OpenedAdapter) {
 proptest! {
     #[test]
     fn mutated_weights_never_panic(mutations in prop::collection::vec(mutation(), 1..6)) {
-        let copy = Copy::of("phi3-fused");
+        let copy = Draft::of("phi3-fused");
         let (config, weights) = (serde_json::to_vec(&copy.config).unwrap(), copy.weights());
         let head = 8 + u64::from_le_bytes(*weights.first_chunk().unwrap()) as usize;
         let folder = written(&config, &mutate(weights, head, &mutations));
@@ -78,7 +78,7 @@ proptest! {
 
     #[test]
     fn mutated_configs_never_panic(mutations in prop::collection::vec(mutation(), 1..4)) {
-        let copy = Copy::of("llama-patterns");
+        let copy = Draft::of("llama-patterns");
         let config = serde_json::to_vec(&copy.config).unwrap();
         let head = config.len();
         let folder = written(&mutate(config, head, &mutations), &copy.weights());
@@ -112,7 +112,7 @@ proptest! {
             "[a-z_.*+()\\[\\]|^$?]{0,12}".prop_map(|x| json!({x: 8})),
         ],
     ) {
-        if let Ok(opened) = Copy::of("llama-qv").set(key, value).open_on(&base("tiny-llama")) {
+        if let Ok(opened) = Draft::of("llama-qv").set(key, value).open_on(&base("tiny-llama")) {
             read_everything(&opened);
         }
     }

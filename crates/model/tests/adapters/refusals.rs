@@ -8,15 +8,15 @@ use safetensors::Dtype;
 use serde_json::{Value, json};
 
 use crate::{
-    folder::{Copy, LIMITS, Stored, adapter, base, written},
+    folder::{Draft, LIMITS, Stored, adapter, base, written},
     goldens::{ADAPTERS, golden, open, read},
 };
 
 const Q: &str = "base_model.model.model.layers.0.self_attn.q_proj";
 
 /// Queries and values of the tiny Llama, rank 8.
-fn good() -> Copy {
-    Copy::of("llama-qv")
+fn good() -> Draft {
+    Draft::of("llama-qv")
 }
 
 fn a(module: &str) -> String {
@@ -28,11 +28,11 @@ fn b(module: &str) -> String {
 }
 
 /// A pair of zeros, rank 8.
-fn pair(copy: Copy, module: &str, outputs: usize, inputs: usize) -> Copy {
+fn pair(copy: Draft, module: &str, outputs: usize, inputs: usize) -> Draft {
     copy.with(&a(module), Stored::zeros(&[8, inputs])).with(&b(module), Stored::zeros(&[outputs, 8]))
 }
 
-fn refused_on(base: &DecoderConfig, copy: &Copy, expected: &str) {
+fn refused_on(base: &DecoderConfig, copy: &Draft, expected: &str) {
     let error = match copy.open_on(base) {
         Err(error) => error.to_string(),
         Ok(_) => panic!("taken, though {expected:?}"),
@@ -41,7 +41,7 @@ fn refused_on(base: &DecoderConfig, copy: &Copy, expected: &str) {
     assert!(error.contains("adapter_config.json") || error.contains("adapter_model.safetensors"), "{error}");
 }
 
-fn refused(copy: Copy, expected: &str) {
+fn refused(copy: Draft, expected: &str) {
     refused_on(&base("tiny-llama"), &copy, expected);
 }
 
@@ -53,8 +53,8 @@ fn good_ones_are_taken_under_every_usual_name() {
         good(),
         good().renamed(|name| name.replace("base_model.model.", "")),
         good().renamed(|name| name.replace("base_model.model.model.", "base_model.model.")),
-        good().renamed(|name| name.replace("model.model.", "model.language_model.model.")),
-        good().renamed(|name| name.replace("model.model.", "model.model.language_model.")),
+        good().renamed(|name| name.replace("model.model.model.", "model.model.language_model.model.")),
+        good().renamed(|name| name.replace("model.model.model.", "model.model.model.language_model.")),
         good().renamed(|name| name.replace(".weight", ".default.weight")),
     ] {
         let opened = copy.open_on(&base("tiny-llama")).unwrap();
@@ -211,7 +211,7 @@ fn other_tensors_are_refused_by_name() {
 #[test]
 fn experts_are_refused_and_attention_beside_them_is_not() {
     let mixture = base("tiny-qwen3-moe");
-    let good = Copy::of("qwen3-moe-attention");
+    let good = Draft::of("qwen3-moe-attention");
     assert!(good.open_on(&mixture).is_ok());
     for module in
         ["mlp.gate", "mlp.experts.0.gate_proj", "mlp.experts", "mlp.experts.base_layer", "mlp.shared_expert.up_proj"]
@@ -280,7 +280,7 @@ fn wrong_tensors_are_refused_by_name_and_shape() {
     ] {
         refused(copy, expected);
     }
-    let none = Copy { tensors: std::collections::BTreeMap::new(), ..good() };
+    let none = Draft { tensors: std::collections::BTreeMap::new(), ..good() };
     refused(none, "there is no lora_A and lora_B in this file");
 }
 
@@ -296,9 +296,9 @@ fn another_base_is_told_by_layers_names_and_shapes() {
     ] {
         refused_on(&base(base_name), &good(), expected);
     }
-    refused_on(&base("tiny-llama"), &Copy::of("falcon-7b"), "which the base (llama, 2 layers) does not have");
+    refused_on(&base("tiny-llama"), &Draft::of("falcon-7b"), "which the base (llama, 2 layers) does not have");
     // Six layers onto two.
-    let one = Copy::of("gemma3-all");
+    let one = Draft::of("gemma3-all");
     assert!(one.open_on(&base("tiny-gemma2")).is_err());
     // What it is said to be made for is nobody's business.
     let elsewhere = good().set("base_model_name_or_path", json!("C:\\models\\quite-another"));
@@ -373,16 +373,16 @@ fn hostile_files_are_errors() {
     let twice = format!(r#"{{"{0}":{1},"{0}":{2}}}"#, a(Q), tensor(0, 8), tensor(8, 16));
     for (config, weights, expected) in [
         (deep.as_bytes(), &weights[..], "this is not valid JSON"),
-        (b"[]", &weights[..], "this is not a JSON object"),
-        (b"\xff\xfe", &weights[..], "is not UTF-8 text"),
-        (b"", &weights[..], "this is not valid JSON"),
+        (&b"[]"[..], &weights[..], "this is not a JSON object"),
+        (&b"\xff\xfe"[..], &weights[..], "is not UTF-8 text"),
+        (&b""[..], &weights[..], "this is not valid JSON"),
         (&config[..], &weights[..weights.len() - 1], "not a sound safetensors file"),
         (&config[..], &weights[..4], "not a sound safetensors file"),
-        (&config[..], b"", "the file is empty"),
-        (&config[..], &[0xff; 64], "not a sound safetensors file"),
-        (&config[..], &header(&deep), "not a sound safetensors file"),
+        (&config[..], &b""[..], "the file is empty"),
+        (&config[..], &[0xff; 64][..], "not a sound safetensors file"),
+        (&config[..], &header(&deep)[..], "not a sound safetensors file"),
         // The same name twice leaves a part of the file that nobody owns.
-        (&config[..], &[header(&twice), vec![0; 16]].concat(), "not a sound safetensors file"),
+        (&config[..], &[header(&twice), vec![0; 16]].concat()[..], "not a sound safetensors file"),
     ] {
         let error = open(config, weights).unwrap_err().to_string();
         assert!(error.contains(expected), "{expected:?} is not in {error:?}");
