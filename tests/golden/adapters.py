@@ -15,6 +15,7 @@ from transformers: its own code splits a product in which every output is its ow
 """
 
 import argparse
+import copy
 import json
 import os
 import pathlib
@@ -202,6 +203,8 @@ def make(name, llama_cpp):
     longest = golden["prompts"][-1]["tokens"]
     moved = check_felt(name, model, longest)
     expected = logprobs_of(model, longest)
+    rounding = difference(expected, logprobs_of(copy.deepcopy(model).double(), longest))
+    assert rounding < 1e-4, f"{name}: f32 itself is off by {rounding}"
     save(name, wrapped, folder)
     merged, products = merged_products(name, folder)
     off = difference(expected, logprobs_of(merged, longest))
@@ -210,7 +213,7 @@ def make(name, llama_cpp):
     write(folder / "golden.json", {"base": row["base"], "moved": moved, **golden, "merged": products})
     if llama_cpp and "gguf" in row:
         to_gguf(name, llama_cpp, folder)
-    print(f"{name}: " + ", ".join(f"{file.name} {file.stat().st_size}" for file in sorted(folder.iterdir())))
+    print(f"{name}: f32 is within {rounding:.1e} of f64; " + ", ".join(f"{file.name} {file.stat().st_size}" for file in sorted(folder.iterdir())))
 
 
 def main():

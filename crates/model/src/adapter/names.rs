@@ -61,7 +61,7 @@ pub(super) fn in_peft(name: &str) -> Named<'_> {
             _ => {}
         }
     }
-    if name.ends_with(".bias") {
+    if name.rsplit('.').next() == Some("bias") {
         return Named::Other(BIAS);
     }
     match name.strip_suffix(".base_layer.weight") {

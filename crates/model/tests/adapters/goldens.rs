@@ -124,6 +124,14 @@ fn what_is_read_adds_up_to_what_peft_merges() {
 }
 
 #[test]
+fn an_opened_adapter_may_go_to_another_thread() {
+    let adapter = open("llama-qv");
+    let here: Vec<_> = adapter.targets().collect();
+    let there = std::thread::spawn(move || adapter.targets().collect::<Vec<_>>()).join().unwrap();
+    assert_eq!(here, there);
+}
+
+#[test]
 fn targets_ascend_and_what_is_not_there_is_none() {
     let adapter = open("llama-scattered");
     assert_eq!(names(&adapter), ["0.query", "0.key", "1.up", "1.down", "head"]);
