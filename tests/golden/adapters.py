@@ -1,6 +1,6 @@
 """Makes tests/adapters: tiny LoRA adapters over the tiny checkpoints, and what peft computes with them in f32.
 
-    golden-venv/bin/pip install peft==0.21.2
+    golden-venv/bin/pip install -r tests/golden/requirements.txt
     golden-venv/bin/python tests/golden/adapters.py [--llama-cpp path/to/llama.cpp] [NAME...]
 
 An adapter is a row of `ADAPTERS`: its base and the keys of peft's LoraConfig. Its matrices are random and as wide as the
