@@ -6,8 +6,8 @@
 use std::hint::black_box;
 
 use bindery_kernels::{
-    Activation, Activations, AttentionArgs, AttentionSequence, CodeBits, Cpu, Form, GatedProduct, Isa, KvCache,
-    KvDtype, KvShape, Matrix, Norm, Projection, QuantFormat, Quantized, Scaling,
+    Activation, Activations, AttentionArgs, AttentionSequence, CodeBits, CodeBook, Cpu, Form, GatedProduct, Isa,
+    KvCache, KvDtype, KvShape, Matrix, Norm, Projection, QuantFormat, Quantized, Scaling,
 };
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use half::{bf16, f16};
@@ -52,11 +52,36 @@ fn matrix(cpu: &Cpu, family: &str, rows: usize, cols: usize) -> Matrix {
     }
 }
 
-/// Quantised families are named by the GGUF type that is imported so.
-const FAMILIES: [&str; 13] =
-    ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "f16", "bf16", "f32"];
+/// Quantised families are named by the GGUF type that is imported so, or by bits and groups.
+const FAMILIES: [&str; 24] = [
+    "q4_0",
+    "q4_1",
+    "q5_0",
+    "q5_1",
+    "q8_0",
+    "q2_k",
+    "q3_k",
+    "q4_k",
+    "q5_k",
+    "q6_k",
+    "iq4_nl",
+    "iq4_xs",
+    "iq3_xxs",
+    "iq2_s",
+    "tq2_0",
+    "mxfp4",
+    "int4_128",
+    "int4_128_zeros",
+    "int8_row",
+    "int3_128",
+    "int2_128",
+    "f16",
+    "bf16",
+    "f32",
+];
 
 fn quant_format(family: &str) -> Option<QuantFormat> {
+    let from_book = |book, bits, scaling| Some(QuantFormat { bits, scaling, with_mins: false, book });
     let (bits, scaling, with_mins) = match family {
         "q4_0" => (CodeBits::Four, Scaling::Single, false),
         "q4_1" => (CodeBits::Four, Scaling::Single, true),
@@ -68,17 +93,29 @@ fn quant_format(family: &str) -> Option<QuantFormat> {
         "q4_k" => (CodeBits::Four, Scaling::TwoLevel, true),
         "q5_k" => (CodeBits::Five, Scaling::TwoLevel, true),
         "q6_k" => (CodeBits::Six, Scaling::TwoLevel, false),
+        "tq2_0" => (CodeBits::Two, Scaling::Wide, false),
+        "iq4_nl" => return from_book(CodeBook::Iq4, CodeBits::Four, Scaling::Single),
+        "iq4_xs" => return from_book(CodeBook::Iq4, CodeBits::Four, Scaling::TwoLevel),
+        "iq3_xxs" => return from_book(CodeBook::Iq3Xxs, CodeBits::Four, Scaling::Eighths),
+        "iq2_s" => return from_book(CodeBook::Iq2, CodeBits::Three, Scaling::Eighths),
+        "mxfp4" => return from_book(CodeBook::Fp4, CodeBits::Four, Scaling::Exponents),
+        "int4_128" => (CodeBits::Four, Scaling::Spans(128), false),
+        "int4_128_zeros" => (CodeBits::Four, Scaling::Spans(128), true),
+        "int8_row" => (CodeBits::Eight, Scaling::Spans(1 << 16), false),
+        "int3_128" => (CodeBits::Three, Scaling::Spans(128), true),
+        "int2_128" => (CodeBits::Two, Scaling::Spans(128), true),
         _ => return None,
     };
-    Some(QuantFormat { bits, scaling, with_mins })
+    Some(QuantFormat { bits, scaling, with_mins, book: CodeBook::Linear })
 }
 
 fn products(c: &mut Criterion) {
     let cpu = cpu();
     for family in FAMILIES {
         let mut group = c.benchmark_group(format!("{}/{family}", cpu.isa()));
-        // The K types come in 256 inputs.
-        let hidden = if family.ends_with("_k") { 512 } else { 576 };
+        // Some types come in 256 inputs.
+        let span = quant_format(family).map_or(1, QuantFormat::scale_span);
+        let hidden = if span == 256 { 512 } else { 576 };
         for (rows, cols) in [(1536, hidden), (576, 1536), (49_152, hidden)] {
             let w = matrix(&cpu, family, rows, cols);
             for m in [1, 4, 8, 32, 512] {
@@ -155,7 +192,8 @@ fn attention(c: &mut Criterion) {
             let table: Vec<u32> = (0..(context / 16) as u32).collect();
             let q: Vec<f32> = (0..m * 576).map(noise).collect();
             let mut out = vec![0.0; m * 576];
-            let args = AttentionArgs { num_heads: 9, scale: 0.125, window: None, soft_cap: None, biases: None };
+            let args =
+                AttentionArgs { num_heads: 9, scale: 0.125, window: None, blocks: None, soft_cap: None, biases: None };
             let visits = if m == 1 { context } else { context * (context + 1) / 2 };
             group.throughput(Throughput::Elements((visits * 9 * 64 * 4) as u64));
             group.bench_function(BenchmarkId::new(format!("context {context}"), m), |b| {

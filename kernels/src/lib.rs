@@ -21,6 +21,7 @@
 //! |---|---|
 //! | `memory` | zeroed, lazily mapped, page-aligned buffers; failure is an error |
 //! | `pack.rs`, `matrix.rs` | quantised and dense weights and their interleaved layouts |
+//! | `order.rs` | the order in which a matrix reads its inputs |
 //! | `kv.rs` | the paged key/value cache |
 //! | `cpu/mod.rs` and its siblings | the safe operations: check shapes, split work, call the table |
 //! | `cpu/dispatch.rs` | the only place that asks the CPU what it can do; the table of function pointers |
@@ -38,6 +39,8 @@
 //! codes      [tiles, groups of 32, B, R, 4] bytes    B vectors of 4 R bytes for codes of B bits
 //! scales     [tiles, groups, R] f16                  minimums likewise, where the format has them
 //!            or, in two levels, [tiles, groups of 256, R] f16 and [tiles, groups, R] int8; likewise the minimums'
+//!            or, in spans, [tiles, spans, R] f16, with as many int8 zero points
+//!            or the first of these alone, or the second alone as bytes of exponents
 //! dense      [tiles, cols, 16] elements              element (k, r): weight[row r][k]
 //! int8 rows  [panels, groups, rows of the panel]     a group: 32 codes, scale, sums; a panel meets a tile together
 //! keys       [layers, blocks, kv_heads, head_dim, block_size]    a vector holds one component of 16 keys
@@ -58,7 +61,8 @@
 //! ```
 //!
 //! So most quads cost a load and a mask, or a shift more, to have R rows by 4 consecutive inputs as the four-way products
-//! want them; the few that are scattered pay for it. Codes of fewer than 8 bits are kept unsigned: what lies around zero
+//! want them; the few that are scattered pay for it. Codes with a book lie in the same way; what they stand for, -127 to
+//! 127, is looked up by a shuffle of 16 bytes as they are cut out. Codes of fewer than 8 bits are kept unsigned: what lies around zero
 //! has half the range added, and the kernels take that off again by the activations' sum.
 //!
 //! # Instruction sets
@@ -87,15 +91,17 @@ mod error;
 mod kv;
 mod matrix;
 mod memory;
+mod order;
 mod pack;
 mod quant_format;
 
 pub use cpu::activations::{Activations, Form};
-pub use cpu::attention::{AttentionArgs, AttentionSequence};
+pub use cpu::attention::{AttentionArgs, AttentionSequence, SparseBlocks};
 pub use cpu::dispatch::{ISA_VARIABLE, Isa};
 pub use cpu::experts::{ExpertWeights, Mixture, RoutingArgs, Shares};
 pub use cpu::gated::{Activation, GatedProduct, Projection};
 pub use cpu::logits::TopEntry;
+pub use cpu::low_rank::{LowRank, LowRankPair, LowRankSegment};
 pub use cpu::matmul::Product;
 pub use cpu::peak::ReadTarget;
 pub use cpu::rope::{RopeArgs, RopeStyle};
@@ -105,5 +111,6 @@ pub use error::KernelError;
 pub use kv::{KvCache, KvDtype, KvShape};
 pub use matrix::{Dense, DenseBf16, DenseElement, DenseF16, DenseF32, Matrix};
 pub use memory::pack_together;
+pub use order::InputOrder;
 pub use pack::{QuantRow, Quantized};
-pub use quant_format::{CodeBits, GROUP, QuantFormat, SUPER_GROUP, Scaling};
+pub use quant_format::{CodeBits, CodeBook, GROUP, QuantFormat, SUPER_GROUP, Scaling};

@@ -9,6 +9,7 @@ use bytemuck::Pod;
 use half::{bf16, f16};
 
 use crate::cpu::Cpu;
+use crate::cpu::arranged::Arrangement;
 use crate::cpu::dispatch::Isa;
 use crate::memory::Buffer;
 use crate::pack::{Quantized, cut_every, rows_per_part, weights_buffer};
@@ -160,9 +161,22 @@ impl Matrix {
         }
     }
 
-    /// Whether products need int8 activations.
+    /// Whether products are integer ones.
     pub fn is_quantized(&self) -> bool {
         matches!(self, Self::Quantized(_))
+    }
+
+    /// Whether products take int8 activations as they come.
+    pub fn reads_int8(&self) -> bool {
+        self.is_quantized() && self.arrangement().is_none()
+    }
+
+    /// How it wants its inputs before they become int8, where not as they come.
+    pub(crate) fn arrangement(&self) -> Option<Arrangement<'_>> {
+        match self {
+            Self::Quantized(w) => w.arrangement(),
+            Self::F32(_) | Self::F16(_) | Self::Bf16(_) => None,
+        }
     }
 
     /// Bytes held, padding included.

@@ -10,8 +10,10 @@ use std::sync::{Mutex, PoisonError};
 use half::f16;
 
 use crate::cpu::Cpu;
+use crate::cpu::arranged::Arrangement;
 use crate::cpu::dispatch::Isa;
 use crate::memory::{Buffer, Use};
+use crate::order::InputOrder;
 use crate::quant_format::{CodeBits, GROUP, MAX_VECTORS, Piece, QUAD, QUADS, QuantFormat, Scaling, cut, in_every_byte};
 
 /// One row as an importer hands it over. Every element must be written: the buffers hold the row before.
@@ -19,13 +21,13 @@ use crate::quant_format::{CodeBits, GROUP, MAX_VECTORS, Piece, QUAD, QUADS, Quan
 pub struct QuantRow<'a> {
     /// `[cols]`, in the format's range (what lies beyond is cut off).
     pub codes: &'a mut [i8],
-    /// `[cols / 32]`, or `[cols / 256]` where scales have two levels.
+    /// `[cols / scale span]`, rounded up where scales come in spans; empty where they are exponents.
     pub scales: &'a mut [f16],
-    /// As many as scales, or empty where the matrix has no minimums.
+    /// As many as scales, or empty where the matrix has no minimums or they are zero points.
     pub mins: &'a mut [f16],
-    /// `[cols / group]`: what multiplies the scales where they have two levels, else empty.
+    /// `[cols / group]`: what multiplies the scales where they have two levels, or the exponents' bytes, else empty.
     pub sub_scales: &'a mut [i8],
-    /// Likewise for the minimums.
+    /// Likewise for the minimums; in spans, as many zero points as scales.
     pub sub_mins: &'a mut [i8],
 }
 
@@ -39,20 +41,22 @@ pub struct Quantized {
     pub(crate) tile_rows: usize,
     /// `[tiles, cols / 32, bits, tile_rows, 4]` bytes
     pub(crate) codes: Buffer<u8>,
-    /// `[tiles, cols / 32 or 256, tile_rows]`
+    /// `[tiles, cols / 32 or 256 or a span, tile_rows]`
     pub(crate) scales: Buffer<f16>,
-    /// As scales, or empty.
+    /// As scales, or empty; here and below as in [`QuantRow`].
     pub(crate) mins: Buffer<f16>,
     /// `[tiles, cols / group, tile_rows]`, or empty. Where nibbles share a byte, the minimum's is the high one.
     pub(crate) sub_scales: Buffer<i8>,
-    /// As those, or empty.
+    /// As those, or empty; in spans as scales.
     pub(crate) sub_mins: Buffer<i8>,
+    /// The order in which it reads its inputs, where that is not theirs.
+    pub(crate) order: Option<InputOrder>,
 }
 
 impl Quantized {
     /// Packs row by row for `isa`; `fill(row, out)` writes one row's codes, scales and minimums. Rows come in order.
     /// Panics for a format that no kernel computes, and for inputs that are no multiple of its
-    /// [span](QuantFormat::scale_span).
+    /// [what the format wants](QuantFormat::cols_multiple).
     pub fn pack(
         isa: Isa,
         rows: usize,
@@ -96,10 +100,10 @@ impl Quantized {
 
     fn zeroed(isa: Isa, rows: usize, cols: usize, format: QuantFormat) -> Self {
         assert!(format.group().is_some(), "no kernel computes {format:?}");
-        let span = format.scale_span();
+        let multiple = format.cols_multiple();
         assert!(
-            cols.is_multiple_of(span),
-            "a quantised matrix needs a multiple of {span} inputs, got {cols}; keep this one dense"
+            cols.is_multiple_of(multiple),
+            "a quantised matrix needs a multiple of {multiple} inputs, got {cols}; keep this one dense"
         );
         let tile_rows = isa.quant_tile_rows();
         let strides = Strides::new(format, cols, tile_rows);
@@ -114,7 +118,28 @@ impl Quantized {
             mins: weights_buffer(padded_rows * strides.mins),
             sub_scales: weights_buffer(padded_rows * strides.sub_scales),
             sub_mins: weights_buffer(padded_rows * strides.stored_sub_mins()),
+            order: None,
         }
+    }
+
+    /// The same matrix with its columns understood in another order: what was packed as column i stands for input
+    /// `order[i]`. Panics for an order of another number of inputs.
+    #[must_use]
+    pub fn with_order(mut self, order: InputOrder) -> Self {
+        assert_eq!(order.len(), self.cols, "an order of {} for {} inputs", order.len(), self.cols);
+        self.order = Some(order);
+        self
+    }
+
+    /// The order in which it reads its inputs, where that is not theirs.
+    pub fn order(&self) -> Option<&InputOrder> {
+        self.order.as_ref()
+    }
+
+    /// How it wants its inputs, where not as they come: in its order, or filled up to whole groups.
+    pub(crate) fn arrangement(&self) -> Option<Arrangement<'_>> {
+        let order = self.order.as_ref();
+        (order.is_some() || !self.cols.is_multiple_of(GROUP)).then_some(Arrangement { order })
     }
 
     fn strides(&self) -> Strides {
@@ -146,7 +171,7 @@ impl Quantized {
 
     /// Activation groups of a row.
     pub(crate) fn groups(&self) -> usize {
-        self.cols / GROUP
+        self.cols.div_ceil(GROUP)
     }
 
     pub(crate) fn tiles(&self) -> usize {
@@ -185,17 +210,25 @@ impl Quantized {
         std::array::from_fn(|i| quads[i / QUAD].to_le_bytes()[i % QUAD].cast_signed() - offset)
     }
 
-    /// The code at (row, col).
+    /// What they stand for.
+    pub(crate) fn values(&self, row: usize, group: usize) -> [i8; GROUP] {
+        self.group(row, group).map(|code| self.format.book.value(code))
+    }
+
+    /// The code at (row, col), columns as they were packed.
     pub fn code(&self, row: usize, col: usize) -> i8 {
         self.group(row, col / GROUP)[col % GROUP]
     }
 
     /// The scale of a row's weights `index * group_len..`: exact, 11 bits by at most 8.
     pub(crate) fn scale(&self, row: usize, index: usize) -> f32 {
+        let stored = || self.sub_scales[self.sub_index(row, index)];
         let sub = match self.format.scaling {
-            Scaling::Single => None,
-            Scaling::TwoLevel => Some(self.sub_scales[self.sub_index(row, index)]),
-            Scaling::Nibbles => Some(self.sub_scales[self.sub_index(row, index)] & 15),
+            Scaling::Exponents => return Scaling::power(stored().cast_unsigned()),
+            Scaling::Single | Scaling::Wide | Scaling::Spans(_) => None,
+            Scaling::TwoLevel => Some(f32::from(stored())),
+            Scaling::Nibbles => Some(f32::from(stored() & 15)),
+            Scaling::Eighths => Some(f32::from(stored()) / 8.0),
         };
         self.times_upper(&self.scales, row, index, sub)
     }
@@ -206,9 +239,13 @@ impl Quantized {
             return None;
         }
         let sub = match self.format.scaling {
-            Scaling::Single => None,
-            Scaling::TwoLevel => Some(self.sub_mins[self.sub_index(row, index)]),
-            Scaling::Nibbles => Some(self.sub_scales[self.sub_index(row, index)] >> 4 & 15),
+            Scaling::Single | Scaling::Wide | Scaling::Eighths | Scaling::Exponents => None,
+            Scaling::TwoLevel => Some(f32::from(self.sub_mins[self.sub_index(row, index)])),
+            Scaling::Nibbles => Some(f32::from(self.sub_scales[self.sub_index(row, index)] >> 4 & 15)),
+            Scaling::Spans(_) => {
+                let zero = self.sub_mins[self.upper_index(row, index)];
+                return Some(-(self.scale(row, index) * f32::from(zero)));
+            }
         };
         Some(self.times_upper(&self.mins, row, index, sub))
     }
@@ -217,30 +254,53 @@ impl Quantized {
         self.scale_index(row, index, self.cols / self.group_len())
     }
 
-    fn times_upper(&self, upper: &[f16], row: usize, index: usize, sub: Option<i8>) -> f32 {
+    fn times_upper(&self, upper: &[f16], row: usize, index: usize, sub: Option<f32>) -> f32 {
+        let upper = upper[self.upper_index(row, index)].to_f32();
+        sub.map_or(upper, |sub| upper * sub)
+    }
+
+    fn upper_index(&self, row: usize, index: usize) -> usize {
         let span = self.format.scale_span();
-        let upper = upper[self.scale_index(row, index * self.group_len() / span, self.cols / span)].to_f32();
-        sub.map_or(upper, |sub| upper * f32::from(sub))
+        self.scale_index(row, index * self.group_len() / span, self.cols.div_ceil(span))
     }
 
     pub(crate) fn size_bytes(&self) -> usize {
         let scales = self.scales.size_bytes() + self.mins.size_bytes();
-        self.codes.size_bytes() + scales + self.sub_scales.size_bytes() + self.sub_mins.size_bytes()
+        let order = self.order.as_ref().map_or(0, |order| size_of_val(order.places()));
+        self.codes.size_bytes() + scales + self.sub_scales.size_bytes() + self.sub_mins.size_bytes() + order
     }
 
     pub(crate) fn row(&self, row: usize, out: &mut [f32]) {
-        let group_len = self.group_len();
-        for (group, out) in out.as_chunks_mut::<GROUP>().0.iter_mut().enumerate() {
-            let codes = self.group(row, group);
-            for (part, (out, codes)) in out.chunks_mut(group_len).zip(codes.chunks(group_len)).enumerate() {
-                let index = group * (GROUP / group_len) + part;
-                let (scale, min) = (self.scale(row, index), self.min(row, index));
-                for (out, &code) in out.iter_mut().zip(codes) {
-                    let product = scale * f32::from(code);
-                    *out = min.map_or(product, |min| product + min);
+        for group in 0..self.groups() {
+            let cols = group * GROUP..((group + 1) * GROUP).min(self.cols);
+            let values = &self.dequantized_group(row, group)[..cols.len()];
+            match &self.order {
+                None => out[cols].copy_from_slice(values),
+                Some(order) => {
+                    for (&input, &value) in order.places()[cols].iter().zip(values) {
+                        out[input as usize] = value;
+                    }
                 }
             }
         }
+    }
+
+    /// A row's weights that meet an activation group.
+    fn dequantized_group(&self, row: usize, group: usize) -> [f32; GROUP] {
+        let (stored, group_len, mut weights) = (self.values(row, group), self.group_len(), [0.0; GROUP]);
+        for (part, (weights, values)) in weights.chunks_mut(group_len).zip(stored.chunks(group_len)).enumerate() {
+            let index = group * (GROUP / group_len) + part;
+            // The last group may be filled up beyond the last scale.
+            if index * group_len >= self.cols {
+                break;
+            }
+            let (scale, min) = (self.scale(row, index), self.min(row, index));
+            for (weight, &value) in weights.iter_mut().zip(values) {
+                let product = scale * f32::from(value);
+                *weight = min.map_or(product, |min| product + min);
+            }
+        }
+        weights
     }
 }
 
@@ -248,6 +308,7 @@ impl Quantized {
 struct Strides {
     format: QuantFormat,
     tile_rows: usize,
+    cols: usize,
     groups: usize,
     code_bytes: usize,
     scales: usize,
@@ -268,22 +329,25 @@ struct Part<'a> {
 
 impl Strides {
     fn new(format: QuantFormat, cols: usize, tile_rows: usize) -> Self {
-        let groups = cols / GROUP;
-        let scales = cols / format.scale_span();
-        let sub_scales = match (format.scaling, format.group()) {
-            (Scaling::TwoLevel | Scaling::Nibbles, Some(group)) => cols / group,
+        let groups = cols.div_ceil(GROUP);
+        let scales = if format.scaling == Scaling::Exponents { 0 } else { cols.div_ceil(format.scale_span()) };
+        let sub_scales = match format.group() {
+            Some(group) if format.has_sub_scales() => cols / group,
             _ => 0,
         };
         let of_mins = |count| if format.with_mins { count } else { 0 };
+        let are_zeros = matches!(format.scaling, Scaling::Spans(_));
+        let (mins, sub_mins) = if are_zeros { (0, scales) } else { (scales, sub_scales) };
         Self {
             format,
             tile_rows,
+            cols,
             groups,
             code_bytes: groups * QUAD * format.bits.count(),
             scales,
-            mins: of_mins(scales),
+            mins: of_mins(mins),
             sub_scales,
-            sub_mins: of_mins(sub_scales),
+            sub_mins: of_mins(sub_mins),
         }
     }
 
@@ -295,12 +359,13 @@ impl Strides {
     fn pack(&self, rows: Range<usize>, out: Part<'_>, mut fill: impl FnMut(usize, QuantRow<'_>)) {
         let Part { codes: out_codes, scales: out_scales, mins: out_mins, sub_scales: out_subs, sub_mins: out_sub_mins } =
             out;
+        // Those that fill the last group stay zero.
         let mut codes = vec![0_i8; self.groups * GROUP];
         let (mut scales, mut mins) = (vec![f16::ZERO; self.scales], vec![f16::ZERO; self.mins]);
         let (mut sub_scales, mut sub_mins) = (vec![0_i8; self.sub_scales], vec![0_i8; self.sub_mins]);
         for (place, row) in rows.enumerate() {
             let line = QuantRow {
-                codes: &mut codes,
+                codes: &mut codes[..self.cols],
                 scales: &mut scales,
                 mins: &mut mins,
                 sub_scales: &mut sub_scales,

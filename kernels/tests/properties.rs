@@ -9,8 +9,9 @@ mod common;
 use std::ops::Range;
 
 use bindery_kernels::{
-    Activation, Activations, AttentionArgs, Cpu, ExpertWeights, Form, GatedProduct, Isa, KvDtype, KvShape, LayerNorm,
-    Matrix, Mixture, Norm, Projection, QuantFormat, Quantized, RopeStyle, RoutingArgs, Shares,
+    Activation, Activations, AttentionArgs, CodeBook, Cpu, ExpertWeights, Form, GatedProduct, Isa, KvDtype, KvShape,
+    LayerNorm, LowRank, LowRankPair, LowRankSegment, Matrix, Mixture, Norm, Projection, QuantFormat, Quantized,
+    RopeStyle, RoutingArgs, Scaling, Shares, SparseBlocks,
 };
 use common::{ACTIVATIONS, Family, Paged, Random, bits, gate_and_up, gated, product};
 use half::f16;
@@ -41,19 +42,18 @@ fn rows(random: &mut Random, len: usize, strange: bool) -> Vec<f32> {
     x
 }
 
-/// About `32 * groups` inputs, as the family takes them: dense matrices take any number.
-fn cols(family: Family, groups: usize, random: &mut Random) -> usize {
-    if family.is_quantized() {
-        (groups * 32).next_multiple_of(family.span())
-    } else {
-        (groups * 32).saturating_sub(random.below(32))
+/// About `32 * groups` inputs, as the families take them: dense matrices and those in spans take any number.
+fn cols(families: &[Family], groups: usize, random: &mut Random) -> usize {
+    match families.iter().map(|family| family.span()).max() {
+        Some(span) if span > 1 => (groups * 32).next_multiple_of(span),
+        _ => (groups * 32).saturating_sub(random.below(32)),
     }
 }
 
 fn check_product(isa: Isa, family: Family, m: usize, rows_len: usize, groups: usize, strange: bool, seed: u64) {
     let Some((cpu, scalar)) = pair(isa) else { return };
     let mut random = Random(seed);
-    let cols = cols(family, groups, &mut random);
+    let cols = cols(&[family], groups, &mut random);
     let x = rows(&mut random, m * cols, strange);
     let bias = random.vec(rows_len);
     let bias = strange.then_some(&bias[..]);
@@ -66,7 +66,7 @@ fn check_product(isa: Isa, family: Family, m: usize, rows_len: usize, groups: us
 fn check_product_independence(isa: Isa, family: Family, m: usize, rows_len: usize, groups: usize, seed: u64) {
     let Some((cpu, _)) = pair(isa) else { return };
     let mut random = Random(seed);
-    let cols = cols(family, groups, &mut random);
+    let cols = cols(&[family], groups, &mut random);
     let w = family.matrix(isa, rows_len, cols, seed);
     let x = random.vec(m * cols);
     let whole = product(&cpu, &x, m, &w, None);
@@ -119,7 +119,7 @@ impl GatedCase {
 fn check_gated(isa: Isa, case: &GatedCase, m: usize, outputs: usize, groups: usize, strange: bool, seed: u64) {
     let Some((cpu, scalar)) = pair(isa) else { return };
     let mut random = Random(seed);
-    let cols = (groups * 32).next_multiple_of(case.families[0].span().max(case.families[1].span()));
+    let cols = cols(&case.families, groups, &mut random);
     let x = rows(&mut random, m * cols, strange);
     let whole = case.run(&cpu, &x, m, outputs, seed);
     assert_eq!(bits(&whole), bits(&case.run(&scalar, &x, m, outputs, seed)));
@@ -159,8 +159,8 @@ fn mixture_case() -> impl Strategy<Value = MixtureCase> {
 impl MixtureCase {
     /// Inputs of a row and the width inside.
     fn widths(&self) -> (usize, usize) {
-        let span = self.families.iter().map(|family| family.span()).max().unwrap();
-        ((self.sizes.0 * 32).next_multiple_of(span), (self.sizes.1 * 32).next_multiple_of(span))
+        let mut random = Random(self.sizes.2 as u64);
+        (cols(&self.families, self.sizes.0, &mut random), cols(&self.families, self.sizes.1, &mut random))
     }
 
     /// Gate, up and down of every expert; every second one of another family.
@@ -239,6 +239,113 @@ fn naive_mixture(
     sum
 }
 
+/// Adapters' rows beside plain ones: three products, or a gated one, of a base in one family, with pairs in some others.
+#[derive(Clone, Debug)]
+struct LowRankCase {
+    base: Family,
+    /// Of the first halves; the second ones are dense.
+    down: Family,
+    up: Family,
+    /// Rows and rank of each segment; rows of no segment come first.
+    segments: Vec<(usize, usize)>,
+    num_plain: usize,
+    /// Groups of 32 inputs, and outputs.
+    sizes: (usize, usize),
+}
+
+fn low_rank_case() -> impl Strategy<Value = LowRankCase> {
+    let dense = || proptest::sample::select(&[Family::F32, Family::F16, Family::Bf16][..]);
+    let segments = proptest::collection::vec((1..=9_usize, 1..=20_usize), 1..=4);
+    let sizes = (1..=4_usize, 1..=4_usize).prop_map(|(groups, outputs)| (groups, outputs * 32));
+    let down = family().prop_filter("read inputs in an order", |family| !matches!(family, Family::Ordered(_)));
+    (family(), down, dense(), segments, 0..=5_usize, sizes).prop_map(|(base, down, up, segments, num_plain, sizes)| {
+        LowRankCase { base, down, up, segments, num_plain, sizes }
+    })
+}
+
+/// Against each segment's rows by themselves, computed product by product; against the scalar twin; and in a batch of which
+/// only a part is there.
+fn check_low_rank(isa: Isa, case: &LowRankCase, seed: u64) {
+    let Some((cpu, scalar)) = pair(isa) else { return };
+    let whole = low_rank(&cpu, case, 0..case.segments.len(), seed, true);
+    let scalars = low_rank(&scalar, case, 0..case.segments.len(), seed, false);
+    assert_eq!(whole.each_ref().map(|out| bits(out)), scalars.each_ref().map(|out| bits(out)));
+    let first = Random(seed ^ 1).below(case.segments.len());
+    let skipped: usize = case.segments[..first].iter().map(|(rows, _)| rows).sum();
+    for threads in [1, 3] {
+        let part = low_rank(&Cpu::new(isa, threads), case, first..case.segments.len(), seed, false);
+        for (part, whole) in part.iter().zip(&whole) {
+            // The plain rows, then those of the segments that are there.
+            let width = whole.len() / (case.num_plain + case.segments.iter().map(|(rows, _)| rows).sum::<usize>());
+            let (plain, own) = part.split_at(case.num_plain * width);
+            assert_eq!(bits(plain), bits(&whole[..plain.len()]));
+            assert_eq!(bits(own), bits(&whole[(case.num_plain + skipped) * width..]));
+        }
+    }
+}
+
+/// Two products and a gated one, with the segments numbered `range`.
+fn low_rank(cpu: &Cpu, case: &LowRankCase, range: Range<usize>, seed: u64, is_checked: bool) -> [Vec<f32>; 3] {
+    let isa = cpu.isa();
+    let span = case.base.span().max(case.down.span());
+    let (cols, outputs) = ((case.sizes.0 * 32).next_multiple_of(span), case.sizes.1);
+    let base: [Matrix; 2] = [0, 1].map(|at| case.base.matrix(isa, outputs, cols, seed ^ at));
+    let pairs: Vec<[Option<[Matrix; 2]>; 2]> = (0..case.segments.len() as u64)
+        .map(|segment| {
+            [0, 1].map(|product| {
+                let rank = case.segments[segment as usize].1;
+                let seed = seed ^ (segment * 2 + product + 10);
+                let pair = [case.down.matrix(isa, rank, cols, seed), case.up.matrix(isa, outputs, rank, !seed)];
+                // Now and then there is nothing for one of the two.
+                (!seed.is_multiple_of(5)).then_some(pair)
+            })
+        })
+        .collect();
+    let mut random = Random(seed);
+    let mut x = random.vec(case.num_plain * cols);
+    let (mut m, mut segments) = (case.num_plain, Vec::new());
+    for (at, &(rows, _)) in case.segments.iter().enumerate() {
+        let own = random.vec(rows * cols);
+        if range.contains(&at) {
+            x.extend(own);
+            let pairs = pairs[at].each_ref().map(|pair| pair.as_ref().map(|[down, up]| LowRankPair { down, up }));
+            segments.push(LowRankSegment { rows: m..m + rows, pairs });
+            m += rows;
+        }
+    }
+    let pairs = segments.iter().flat_map(|segment| segment.pairs.iter().flatten().map(|pair| pair.down));
+    let (mut activations, mut out, mut between) = <(Activations, Activations, LowRank)>::default();
+    cpu.prepare(&x, m, cols, Form::of(pairs.chain(&base)), &mut activations);
+    let mut sums = base.each_ref().map(|base| product(cpu, &x, m, base, None));
+    let [first, second] = &mut sums;
+    cpu.low_rank_down(&activations, &segments, &mut between);
+    cpu.low_rank_up(&segments, &between, [&mut first[..], &mut second[..]]);
+    let both = gate_and_up(&base[0], &base[1], Activation::Silu);
+    cpu.gated_matmul_low_rank(&activations, &both, (&segments, &between), Form::F32, &mut out);
+    if is_checked {
+        for (product_at, sums) in sums.iter().enumerate() {
+            for segment in &segments {
+                let Some(pair) = segment.pairs[product_at] else { continue };
+                let (rows, x) = (segment.rows.clone(), &x[segment.rows.start * cols..segment.rows.end * cols]);
+                let mut expected = product(cpu, x, rows.len(), &base[product_at], None);
+                let inner = product(cpu, x, rows.len(), pair.down, None);
+                let delta = product(cpu, &inner, rows.len(), pair.up, None);
+                expected.iter_mut().zip(delta).for_each(|(sum, delta)| *sum += delta);
+                assert_eq!(bits(&sums[rows.start * outputs..rows.end * outputs]), bits(&expected));
+            }
+        }
+        let plain = gated(cpu, &x[..case.num_plain * cols], case.num_plain, &both);
+        assert_eq!(bits(&out.rows()[..case.num_plain * outputs]), bits(&plain), "plain rows are as ever");
+        for (at, row) in out.rows().iter().enumerate() {
+            let [gate, up] = sums.each_ref().map(|sums| f64::from(sums[at]));
+            let expected = gate / (1.0 + (-gate).exp()) * up;
+            assert!((f64::from(*row) - expected).abs() <= 1e-5 * (1.0 + expected.abs()), "{row} and {expected}");
+        }
+    }
+    let [first, second] = sums;
+    [first, second, out.rows().to_vec()]
+}
+
 fn check_rows(isa: Isa, m: usize, k: usize, strange: bool, seed: u64) {
     let Some((cpu, scalar)) = pair(isa) else { return };
     let mut random = Random(seed);
@@ -309,6 +416,7 @@ struct AttentionCase {
     group: usize,
     contexts: Vec<usize>,
     window: Option<usize>,
+    blocks: Option<SparseBlocks>,
     soft_cap: Option<f32>,
     has_biases: bool,
     seed: u64,
@@ -322,12 +430,22 @@ fn attention_case() -> impl Strategy<Value = AttentionCase> {
         prop_oneof![Just(KvDtype::F32), Just(KvDtype::F16), Just(KvDtype::Bf16), Just(KvDtype::Int8)],
     );
     let contexts = prop::collection::vec(prop_oneof![1..=70_usize, 1..=200_usize, 500..=1100_usize], 1..=3);
-    let scores = (prop::option::of(1..=600_usize), prop::option::of(1.0_f32..=30.0), any::<bool>());
+    let block_size = prop_oneof![Just(64_usize), Just(16), 1..=150_usize];
+    let blocks = (block_size, 1..=3_usize, 1..=9_usize, 0..=3_usize).prop_map(
+        |(block_size, num_local_blocks, vertical_stride, head_step)| SparseBlocks {
+            block_size,
+            num_local_blocks,
+            vertical_stride,
+            head_step,
+        },
+    );
+    let keys = (prop::option::of(1..=600_usize), prop::option::of(blocks));
+    let scores = (keys, prop::option::of(1.0_f32..=30.0), any::<bool>());
     (shape, 1..=5_usize, contexts, scores, any::<u64>()).prop_map(|(shape, group, contexts, scores, seed)| {
         let (num_kv_heads, head_dim, block_size, dtype) = shape;
-        let (window, soft_cap, has_biases) = scores;
+        let ((window, blocks), soft_cap, has_biases) = scores;
         let shape = KvShape { num_layers: 1, num_kv_heads, head_dim, block_size, dtype };
-        AttentionCase { shape, group, contexts, window, soft_cap, has_biases, seed }
+        AttentionCase { shape, group, contexts, window, blocks, soft_cap, has_biases, seed }
     })
 }
 
@@ -340,6 +458,7 @@ impl AttentionCase {
             num_heads,
             scale: 1.0 / (self.shape.head_dim as f32).sqrt(),
             window: self.window,
+            blocks: self.blocks,
             soft_cap: self.soft_cap,
             biases: self.has_biases.then_some(&biases[..]),
         };
@@ -432,6 +551,11 @@ macro_rules! properties {
                 }
 
                 #[test]
+                fn low_rank_products_match_scalar_and_each_segment_alone(case in low_rank_case(), seed in any::<u64>()) {
+                    check_low_rank($isa, &case, seed);
+                }
+
+                #[test]
                 fn row_operations_match_scalar(
                     m in 0..=5_usize, k in 1..=700_usize, strange in any::<bool>(), seed in any::<u64>(),
                 ) {
@@ -509,22 +633,32 @@ macro_rules! properties {
 
 fn extreme_codes(cpu: &Cpu) {
     for format in QuantFormat::all() {
-        let cols = format.scale_span();
-        for code in [*format.codes().start(), *format.codes().end()] {
+        let cols = format.cols_multiple().max(160);
+        let unit = match format.scaling {
+            Scaling::Exponents => 0.5,
+            Scaling::Eighths => 0.125,
+            _ => 1.0,
+        };
+        for code in format.codes() {
+            // Between its ends a range that is its own book holds nothing new.
+            if format.book == CodeBook::Linear && ![*format.codes().start(), *format.codes().end()].contains(&code) {
+                continue;
+            }
             let w = Quantized::pack(cpu.isa(), 17, cols, format, |_, row| {
                 row.codes.fill(code);
                 row.scales.fill(f16::ONE);
                 row.mins.fill(f16::ZERO);
-                row.sub_scales.fill(1);
-                row.sub_mins.fill(1);
+                row.sub_scales.fill(if format.scaling == Scaling::Exponents { 127 } else { 1 });
+                row.sub_mins.fill(i8::from(!matches!(format.scaling, Scaling::Spans(_))));
             });
             let w = Matrix::Quantized(w);
             for sign in [1, -1] {
                 for m in [1, 40] {
                     // Groups whose maximum is 127: the codes are the numbers themselves.
                     let x = vec![(127 * sign) as f32; m * cols];
-                    let sum = sign * cols as i32 * 127 * i32::from(code);
-                    assert_eq!(product(cpu, &x, m, &w, None), vec![sum as f32; m * 17], "{format:?}");
+                    let sum = sign * cols as i32 * 127 * i32::from(format.book.value(code));
+                    let sum = sum as f32 * unit;
+                    assert_eq!(product(cpu, &x, m, &w, None), vec![sum; m * 17], "{format:?}");
                 }
             }
         }

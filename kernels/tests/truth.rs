@@ -6,9 +6,9 @@
 mod common;
 
 use bindery_kernels::{
-    Activation, Activations, AttentionArgs, AttentionSequence, CodeBits, Cpu, Form, GatedProduct, Isa, KvCache,
-    KvDtype, KvShape, LayerNorm, Matrix, Norm, Product, Projection, QuantFormat, Quantized, RopeStyle, Scaling,
-    TopEntry,
+    Activation, Activations, AttentionArgs, AttentionSequence, CodeBits, CodeBook, Cpu, Form, GatedProduct, Isa,
+    KvCache, KvDtype, KvShape, LayerNorm, Matrix, Norm, Product, Projection, QuantFormat, Quantized, RopeStyle,
+    Scaling, SparseBlocks, TopEntry,
 };
 use common::{Family, Paged, Random, W4, W4_WITH_MINS, W8, gate_and_up, gated, product, rows_of};
 use half::f16;
@@ -28,7 +28,7 @@ fn products_are_dot_products() {
     let cpu = scalar();
     let mut random = Random(1);
     for family in Family::all() {
-        for (m, rows, cols) in [(1, 1, 32_usize), (3, 17, 96), (5, 40, 320)] {
+        for (m, rows, cols) in [(1, 1, 32_usize), (3, 17, 96), (5, 40, 320), (2, 9, 112), (2, 9, 5)] {
             let cols = cols.next_multiple_of(family.span());
             let w = family.matrix(cpu.isa(), rows, cols, 7);
             let x = random.vec(m * cols);
@@ -210,7 +210,7 @@ fn slots_beyond_the_cache_are_refused() {
 fn short_block_tables_are_refused() {
     let shape = KvShape { num_layers: 1, num_kv_heads: 1, head_dim: 2, block_size: 4, dtype: KvDtype::F32 };
     let cache = KvCache::new(shape, 4).unwrap();
-    let args = AttentionArgs { num_heads: 1, scale: 1.0, window: None, soft_cap: None, biases: None };
+    let args = AttentionArgs { num_heads: 1, scale: 1.0, window: None, blocks: None, soft_cap: None, biases: None };
     let sequence = AttentionSequence { rows: 0..1, context_len: 9, block_table: &[0, 1] };
     scalar().attention(&[0.0; 2], &cache, 0, &[sequence], &args, &mut [0.0; 2]);
 }
@@ -225,7 +225,7 @@ fn a_large_component_costs_its_own_group_of_an_int8_cache_alone() {
     let mut v = Random(3).vec(70);
     v[40] = 1e7;
     cpu.write_kv(&mut cache, 0, &[0.5; 70], &v, &[0]);
-    let args = AttentionArgs { num_heads: 1, scale: 1.0, window: None, soft_cap: None, biases: None };
+    let args = AttentionArgs { num_heads: 1, scale: 1.0, window: None, blocks: None, soft_cap: None, biases: None };
     // One key has all the weight, so what comes out is its value as stored.
     let mut out = vec![f32::NAN; 70];
     let sequence = AttentionSequence { rows: 0..1, context_len: 1, block_table: &[0] };
@@ -302,6 +302,13 @@ fn naive_attention(paged: &Paged, i: usize, args: &AttentionArgs<'_>, position: 
             let dot: f64 = query.iter().zip(keys).map(|(&q, &k)| f64::from(q) * f64::from(k)).sum();
             let score = dot * f64::from(args.scale);
             let score = args.soft_cap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh());
+            // The pattern, as published: counted in blocks from the start.
+            if let Some(SparseBlocks { block_size, num_local_blocks, vertical_stride, head_step }) = args.blocks {
+                let (own, block) = (position / block_size, key / block_size);
+                if own - block >= num_local_blocks && !(block + head * head_step + 1).is_multiple_of(vertical_stride) {
+                    return f64::NEG_INFINITY;
+                }
+            }
             score + args.biases.map_or(0.0, |biases| f64::from(biases[head * biases.len() / args.num_heads + key]))
         })
         .collect();
@@ -323,13 +330,17 @@ fn attention_attends() {
     let slopes = [0.5, 0.25, 0.125, 0.0625, 0.03, 0.015];
     let biases: Vec<f32> =
         slopes.iter().flat_map(|slope| (0..1344_u16).map(move |key| slope * f32::from(key) - 50.0)).collect();
-    let plain = AttentionArgs { num_heads: 6, scale: 0.4, window: None, soft_cap: None, biases: None };
+    let plain = AttentionArgs { num_heads: 6, scale: 0.4, window: None, blocks: None, soft_cap: None, biases: None };
+    let blocks =
+        |block_size, num_local_blocks| SparseBlocks { block_size, num_local_blocks, vertical_stride: 4, head_step: 1 };
     let cases = [
         plain,
         AttentionArgs { window: Some(37), ..plain },
         AttentionArgs { window: Some(700), ..plain },
         AttentionArgs { soft_cap: Some(2.0), ..plain },
         AttentionArgs { biases: Some(&biases), ..plain },
+        AttentionArgs { blocks: Some(blocks(64, 3)), ..plain },
+        AttentionArgs { blocks: Some(blocks(9, 2)), window: Some(700), ..plain },
     ];
     for dtype in [KvDtype::F32, KvDtype::F16, KvDtype::Bf16, KvDtype::Int8] {
         let shape = KvShape { num_layers: 1, num_kv_heads: 2, head_dim: 10, block_size: 5, dtype };
@@ -396,7 +407,10 @@ fn codes_and_scales_come_back_exactly() {
     for isa in [Isa::Scalar, Isa::Avx2, Isa::Avx512] {
         for format in QuantFormat::all() {
             for (rows, spans) in [(1, 1), (7, 2), (8, 1), (17, 3), (33, 5)] {
-                check_round_trip(isa, format, rows, spans * format.scale_span());
+                // Some ends within a group, and within a span.
+                let in_spans = matches!(format.scaling, Scaling::Spans(_));
+                let cols = spans * if in_spans { 72 } else { format.scale_span() };
+                check_round_trip(isa, format, rows, cols);
             }
         }
     }
@@ -426,11 +440,110 @@ fn check_round_trip(isa: Isa, format: QuantFormat, rows: usize, cols: usize) {
     let group_len = format.group().unwrap();
     for (row, values) in rows_of(&Matrix::Quantized(packed)).iter().enumerate() {
         for (col, &value) in values.iter().enumerate() {
-            let times = |sub: i32| if format.scaling == Scaling::Single { 1.0 } else { sub as f32 };
+            let times = |sub: i32| match format.scaling {
+                Scaling::Single | Scaling::Wide | Scaling::Spans(_) => 1.0,
+                Scaling::TwoLevel | Scaling::Nibbles => sub as f32,
+                Scaling::Eighths => sub as f32 / 8.0,
+                Scaling::Exponents => 2_f64.powi(i32::from(sub as u8) - 128) as f32,
+            };
+            let upper = |index| if format.scaling == Scaling::Exponents { 1.0 } else { scale(row, index).to_f32() };
             let (index, group) = (col / format.scale_span(), col / group_len);
-            let scale = scale(row, index).to_f32() * times(sub_scale(row, group));
-            let min = if format.with_mins { min(row, index).to_f32() * times(sub_min(row, group)) } else { 0.0 };
-            assert_eq!(value, scale * code(row, col) as f32 + min, "{format:?}");
+            let scale = upper(index) * times(sub_scale(row, group));
+            let min = match (format.with_mins, format.scaling) {
+                (false, _) => 0.0,
+                (true, Scaling::Spans(_)) => -(scale * sub_min(row, index) as f32),
+                (true, _) => min(row, index).to_f32() * times(sub_min(row, group)),
+            };
+            let expected = f32::from(format.book.value(code(row, col) as i8));
+            assert_eq!(value, scale * expected + min, "{format:?}");
+        }
+    }
+}
+
+/// The lists as other readers of the formats have them: ggml's `kvalues_iq4nl`; OCP's MX specification 1.0, table of FP4,
+/// doubled; the bytes of ggml's grids, and of its signs.
+#[test]
+fn code_books_hold_what_their_formats_say() {
+    let values = |book: CodeBook, count: i8| (0..count).map(|code| i32::from(book.value(code))).collect::<Vec<_>>();
+    let iq4 = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
+    assert_eq!(values(CodeBook::Iq4, 16), iq4);
+    // Sign, two bits of exponent (bias 1), one of mantissa.
+    for code in 0..16 {
+        let (sign, exponent, mantissa) = (code >> 3, code >> 1 & 3, code & 1);
+        let magnitude = if exponent == 0 { mantissa } else { (2 + mantissa) << (exponent - 1) };
+        assert_eq!(values(CodeBook::Fp4, 16)[code as usize], if sign == 1 { -magnitude } else { magnitude });
+    }
+    for (book, magnitudes) in [
+        (CodeBook::Iq3Xxs, &[4, 12, 20, 28, 36, 44, 52, 62][..]),
+        (CodeBook::Iq3S, &[1, 3, 5, 7, 9, 11, 13, 15]),
+        (CodeBook::Iq2, &[8, 25, 43, 0]),
+    ] {
+        let signed = |sign: i32| magnitudes.iter().map(move |magnitude| sign * magnitude);
+        let expected: Vec<i32> = signed(1).chain(signed(-1)).collect();
+        assert_eq!(values(book, expected.len() as i8), expected);
+    }
+    for (code, value) in values(CodeBook::Iq1, 8).into_iter().enumerate() {
+        if code % 4 != 3 {
+            assert_eq!(value, 8 * (code as i32 % 4 - 1) + if code < 4 { 1 } else { -1 });
+        }
+    }
+}
+
+/// An order moves inputs and nothing else.
+#[test]
+fn columns_in_an_order_of_their_own_meet_inputs_in_the_same_order() {
+    let mut random = Random(11);
+    for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+        let cpu = Cpu::new(isa, 3);
+        for (m, rows, cols) in [(1, 33, 112), (7, 9, 160), (40, 300, 1000)] {
+            let format = QuantFormat {
+                bits: CodeBits::Four,
+                scaling: Scaling::Spans(64),
+                with_mins: true,
+                book: CodeBook::Linear,
+            };
+            let x = random.vec(m * cols);
+            let Matrix::Quantized(packed) = Family::Quantized(format).matrix(isa, rows, cols, 3) else {
+                unreachable!("a quantised family")
+            };
+            let order = common::order(cols, 7);
+            let as_packed = rows_of(&Family::Quantized(format).matrix(isa, rows, cols, 3));
+            let ordered = Matrix::Quantized(packed.with_order(order.clone()));
+            for (ordered, as_packed) in rows_of(&ordered).iter().zip(&as_packed) {
+                for (&input, value) in order.places().iter().zip(as_packed) {
+                    assert_eq!(ordered[input as usize], *value);
+                }
+            }
+            let mut moved = Vec::new();
+            for x in x.chunks_exact(cols) {
+                moved.extend(order.places().iter().map(|&input| x[input as usize]));
+            }
+            let unordered = Family::Quantized(format).matrix(isa, rows, cols, 3);
+            assert_eq!(product(&cpu, &x, m, &ordered, None), product(&cpu, &moved, m, &unordered, None), "{isa}");
+        }
+    }
+}
+
+/// What fills the last group has no part in the sum.
+#[test]
+fn rows_that_end_within_a_group_are_as_if_zeros_followed() {
+    let mut random = Random(12);
+    let format =
+        QuantFormat { bits: CodeBits::Four, scaling: Scaling::Spans(64), with_mins: true, book: CodeBook::Linear };
+    for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+        let cpu = Cpu::new(isa, 3);
+        let matrix = |cols| {
+            Matrix::Quantized(Quantized::pack(isa, 33, cols, format, |row, out| {
+                out.codes.iter_mut().enumerate().for_each(|(col, code)| *code = ((row * 5 + col * 3) % 16) as i8);
+                out.scales.iter_mut().enumerate().for_each(|(at, scale)| *scale = f16::from_f32(0.5 + at as f32));
+                out.sub_mins.fill(7);
+            }))
+        };
+        for m in [1, 7, 40] {
+            let x = random.vec(m * 112);
+            let filled: Vec<f32> = x.chunks_exact(112).flat_map(|x| x.iter().copied().chain([0.0; 16])).collect();
+            let ours = product(&cpu, &x, m, &matrix(112), None);
+            assert_eq!(ours, product(&cpu, &filled, m, &matrix(128), None), "{isa} {m}");
         }
     }
 }
@@ -439,8 +552,11 @@ fn check_round_trip(isa: Isa, format: QuantFormat, rows: usize, cols: usize) {
 fn packed_matrices_are_as_small_as_their_files() {
     /// What padding and alignment may cost beside the bytes of the format.
     const MAX_OVERHEAD: f64 = 1.05;
-    let two_level = |bits, with_mins| QuantFormat { bits, scaling: Scaling::TwoLevel, with_mins };
-    let single = |bits, with_mins| QuantFormat { bits, scaling: Scaling::Single, with_mins };
+    let two_level =
+        |bits, with_mins| QuantFormat { bits, scaling: Scaling::TwoLevel, with_mins, book: CodeBook::Linear };
+    let single = |bits, with_mins| QuantFormat { bits, scaling: Scaling::Single, with_mins, book: CodeBook::Linear };
+    let from_book = |book, scaling| QuantFormat { bits: CodeBits::Four, scaling, with_mins: false, book };
+    let spans = |bits, span, with_mins| QuantFormat { scaling: Scaling::Spans(span), ..single(bits, with_mins) };
     // Bytes of 256 weights in ggml's files.
     let formats = [
         ("Q4_0", single(CodeBits::Four, false), 8 * 18),
@@ -448,16 +564,31 @@ fn packed_matrices_are_as_small_as_their_files() {
         ("Q5_0", single(CodeBits::Five, false), 8 * 22),
         ("Q5_1", single(CodeBits::Five, true), 8 * 24),
         ("Q8_0", single(CodeBits::Eight, false), 8 * 34),
-        ("Q2_K", QuantFormat { bits: CodeBits::Two, scaling: Scaling::Nibbles, with_mins: true }, 84),
+        (
+            "Q2_K",
+            QuantFormat { bits: CodeBits::Two, scaling: Scaling::Nibbles, with_mins: true, book: CodeBook::Linear },
+            84,
+        ),
         ("Q3_K", two_level(CodeBits::Three, false), 110),
         ("Q4_K", two_level(CodeBits::Four, true), 144),
         ("Q5_K", two_level(CodeBits::Five, true), 176),
         ("Q6_K", two_level(CodeBits::Six, false), 210),
+        ("IQ4_NL", from_book(CodeBook::Iq4, Scaling::Single), 8 * 18),
+        ("IQ4_XS", from_book(CodeBook::Iq4, Scaling::TwoLevel), 136),
+        ("MXFP4", from_book(CodeBook::Fp4, Scaling::Exponents), 8 * 17),
+        ("TQ2_0", QuantFormat { bits: CodeBits::Two, scaling: Scaling::Wide, ..single(CodeBits::Two, false) }, 66),
+        // Codes, an f16 for each span and where there are zero points those, in as many bits as a code.
+        ("GPTQ int4, groups of 128", spans(CodeBits::Four, 128, false), 128 + 2 * 2 + 1),
+        ("GPTQ int4, groups of 64, asymmetric", spans(CodeBits::Four, 64, true), 128 + 4 * 2 + 2),
+        ("AWQ int4, groups of 32", spans(CodeBits::Four, 32, true), 128 + 8 * 2 + 4),
+        ("int8 by rows", spans(CodeBits::Eight, 1 << 16, false), 256),
+        ("GPTQ int3, groups of 128", spans(CodeBits::Three, 128, true), 96 + 2 * 2 + 1),
+        ("GPTQ int2, groups of 64", spans(CodeBits::Two, 64, true), 64 + 4 * 2 + 1),
     ];
     for isa in [Isa::Scalar, Isa::Avx2, Isa::AvxVnni, Isa::Avx512, Isa::Avx512Vnni] {
         for (rows, cols) in [(640, 640_usize), (576, 1536), (1536, 576), (256, 2048), (16_384, 256)] {
             for (name, format, block_bytes) in formats {
-                if !cols.is_multiple_of(format.scale_span()) {
+                if !cols.is_multiple_of(format.cols_multiple()) {
                     continue;
                 }
                 let file_bytes = (rows * cols / 32 * block_bytes) as f64 / 8.0;

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 import transformers as tf
 
+import phi3_small
+
 # Specials, bytes and a few merges: tokenizer.json beside the checkpoints.
 VOCAB_SIZE = 264
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -461,6 +463,39 @@ FAMILIES = {
         positions=(33, 38, 39, 40),
         crossing=(34, 44),
     ),
+    # Blocks of keys that differ by head, a dense layer between, gegelu that is cut off, muP's multipliers, longrope with a
+    # factor of its own in each regime, tokens that mean nothing.
+    "tiny-phi3-small": Family(
+        phi3_small.Phi3SmallConfig,
+        {
+            **{key: value for key, value in sizes(num_hidden_layers=3).items() if key != "intermediate_size"},
+            "bos_token_id": None, "pad_token_id": None, "ff_intermediate_size": 96, "gegelu_limit": 1.5,
+            "rope_embedding_base": 1e4, "blocksparse_block_size": 8, "blocksparse_num_local_blocks": 2,
+            "blocksparse_vert_stride": 9, "blocksparse_triton_kernel_block_size": 8, "dense_attention_every_n_layers": 2,
+            "mup_attn_multiplier": 3.0, "mup_embedding_multiplier": 4.0, "mup_width_multiplier": 1.5,
+            "dummy_token_indices": [50, 200],
+            "long_rope": {
+                "type": "longrope", "short_factor": SHORT_FACTORS, "long_factor": LONG_FACTORS, "short_mscale": 1.1,
+                "long_mscale": 1.35, "original_max_position_embeddings": 32,
+            },
+        },
+        felt={
+            "blocks": {"dense_attention_every_n_layers": 1},
+            "dense layers": {"dense_attention_every_n_layers": None},
+            "blocks by head": {"blocksparse_homo_head_pattern": True},
+            "the stride": {"blocksparse_vert_stride": 1000},
+            "the limit": {"gegelu_limit": 20.0},
+            "attention by muP": {"mup_use_scaling": False},
+            "the embedding's multiplier": {"mup_embedding_multiplier": None},
+            "the logits' divisor": {"mup_width_multiplier": None},
+            "longrope": {"long_rope": None},
+        },
+        twin=None,
+        twin_note="llama.cpp's converter and llama.cpp know Phi-3 mini and medium only",
+        crossing=(27, 36),
+        lengths=(3, 16, 27, 41, 75, 110),
+        positions=(40, 72, 80, 81, 96),
+    ),
     # Wide enough for K types; committed quantised alone.
     "tiny-llama-wide": Family(
         tf.LlamaConfig,
@@ -469,7 +504,15 @@ FAMILIES = {
             "rope_parameters": rope(), "tie_word_embeddings": True,
         },
     ),
+    # As wide, for types with code books and grids, of which there are more than a layer has matrices.
+    "tiny-llama-books": Family(
+        tf.LlamaConfig,
+        {
+            **sizes(vocab_size=128, hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_key_value_heads=1, rms_norm_eps=1e-5),
+            "rope_parameters": rope(), "tie_word_embeddings": True,
+        },
+    ),
 }
 
 # Those whose checkpoint is in the repository.
-COMMITTED = [name for name in FAMILIES if name != "tiny-llama-wide"]
+COMMITTED = [name for name in FAMILIES if name not in ("tiny-llama-wide", "tiny-llama-books")]

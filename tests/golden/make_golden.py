@@ -29,6 +29,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+import phi3_small
 import twins
 from families import COMMITTED, FAMILIES
 from judging import (
@@ -135,6 +136,9 @@ def recreate(name, folder):
     model.to(family.dtype).save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
     (folder / "model.safetensors").chmod(0o644)
+    if config.model_type == "phi3small":
+        text = json.dumps(phi3_small.published(json.loads((folder / "config.json").read_text())), indent=2)
+        (folder / "config.json").write_text(text + "\n")
     published = folder / "config-published.json"
     published.unlink(missing_ok=True)
     if family.published:
@@ -142,7 +146,9 @@ def recreate(name, folder):
 
 
 def load(folder, config=None):
-    config = config or transformers.AutoConfig.from_pretrained(folder)
+    # Of a class that is not in transformers, the file has keys as published, not as the class.
+    is_own = FAMILIES[folder.name].config_class is phi3_small.Phi3SmallConfig
+    config = config or (FAMILIES[folder.name].config() if is_own else transformers.AutoConfig.from_pretrained(folder))
     return transformers.AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=torch.float32, attn_implementation=FAMILIES[folder.name].attention, experts_implementation="eager"
     ).eval()
@@ -155,8 +161,11 @@ def prompt_tokens(seed, num_tokens, vocab_size):
 
 def choose_prompt(model, num_tokens, num_greedy, min_greedy):
     """The first prompt, counted by seed, whose continuation is long enough and whose experts are decided."""
+    masked = getattr(model.config, "dummy_token_indices", None) or ()
     for seed in range(MAX_SEEDS):
         tokens = prompt_tokens(1000 * num_tokens + seed, num_tokens, model.config.vocab_size)
+        # What cannot follow is not asked for either.
+        tokens = [token + 1 if token in masked else token for token in tokens]
         continuation, logprobs = greedy(model, tokens, num_greedy)
         if len(continuation) >= min_greedy and expert_margin(model, tokens + continuation) > MIN_EXPERT_MARGIN:
             return {"tokens": tokens, "greedy": continuation, "greedy_logprobs": logprobs}
@@ -177,7 +186,8 @@ def tiny_golden(model, family, lengths):
         rows = rows_of(logprobs, positions, NUM_TINY_TOP, fixed_ids)
         prompt["next_logprobs"] = next_logprobs(logprobs, prompt["tokens"])
         prompts.append({"name": f"{length} tokens", **prompt, "rows": rows})
-    depends = "dynamic" in str(model.config.rope_parameters) or "longrope" in str(model.config.rope_parameters)
+    rotation = str([getattr(model.config, key, None) for key in ("rope_parameters", "long_rope")])
+    depends = "dynamic" in rotation or "longrope" in rotation
     head = {"made_with": made_with(), "rope_depends_on_length": depends, "vocab_size": vocab_size, "fixed_ids": fixed_ids}
     return {**head, "prompts": prompts}
 
@@ -252,7 +262,7 @@ def make_quantized(llama_cpp, llama_quantize, names):
                 shutil.copytree(folder, made)
             twins.convert(llama_cpp, made, made / "twin.gguf", torch.float32, family.convert)
             folder.mkdir(exist_ok=True)
-            twins.quantize(llama_quantize, made / "twin.gguf", folder / "quantized.gguf", types)
+            twins.quantize(llama_cpp, llama_quantize, made / "twin.gguf", folder / "quantized.gguf", types)
             matrices = twins.dequantized(llama_cpp, made, folder / "quantized.gguf", family.convert)
             save_file(matrices, made / "model.safetensors", {"format": "pt"})
             golden = tiny_golden(load(made, family.config(family.twin)), family, family.lengths)

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -40,6 +41,13 @@ QUANTIZED = {
     "tiny-llama-wide": {
         "token_embd": "q6_k", "attn_q": "q4_k", "attn_k": "q5_k", "attn_v": "q6_k", "attn_output": "q3_k", "ffn_gate": "q2_k",
         "ffn_up": "q4_k", "ffn_down": "q5_k",
+    },
+    "tiny-llama-books": {
+        "token_embd": "iq4_nl",
+        "blk.0.attn_q": "iq4_xs", "blk.0.attn_k": "iq3_xxs", "blk.0.attn_v": "iq3_s", "blk.0.attn_output": "iq4_nl",
+        "blk.0.ffn_gate": "iq2_xxs", "blk.0.ffn_up": "iq2_s", "blk.0.ffn_down": "mxfp4",
+        "blk.1.attn_q": "iq2_xs", "blk.1.attn_k": "tq2_0", "blk.1.attn_v": "tq1_0", "blk.1.attn_output": "mxfp4",
+        "blk.1.ffn_gate": "iq1_s", "blk.1.ffn_up": "iq1_m", "blk.1.ffn_down": "iq4_xs",
     },
 }
 
@@ -98,7 +106,25 @@ def convert(llama_cpp, folder, file, dtype, keys):
     print(f"{file}: {file.stat().st_size} bytes")
 
 
-def quantize(program, source, file, types):
+def importances(gguf, source, file):
+    """Writes an importance matrix for `source`, which the smallest types are not made without: made-up numbers."""
+    writer = gguf.GGUFWriter(file, "")
+    writer.add_string("general.type", "imatrix")
+    writer.add_array("imatrix.datasets", ["made up"])
+    writer.add_uint32("imatrix.chunk_count", 1)
+    writer.add_uint32("imatrix.chunk_size", 512)
+    numbers = np.random.default_rng(1)
+    for tensor in gguf.GGUFReader(source).tensors:
+        if len(tensor.shape) == 2:
+            writer.add_tensor(f"{tensor.name}.in_sum2", numbers.uniform(0.5, 1.5, (1, int(tensor.shape[0]))).astype(np.float32))
+            writer.add_tensor(f"{tensor.name}.counts", np.ones((1, 1), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def quantize(llama_cpp, program, source, file, types):
     """Writes `file` from the GGUF file `source`, each kind of tensor in its own type."""
     types = dict(types)
     embedding, output = types.pop("token_embd"), types.pop("output", None)
@@ -106,7 +132,12 @@ def quantize(program, source, file, types):
     command += ["--output-tensor-type", output] if output else []
     for name, kind in types.items():
         command += ["--tensor-type", f"{name}={kind}"]
-    subprocess.run([str(part) for part in [*command, source, file, "Q8_0", 1]], check=True, capture_output=True)
+    with tempfile.TemporaryDirectory() as parent:
+        if any(kind.startswith("iq") for kind in types.values()):
+            sys.path.insert(0, str(llama_cpp / "gguf-py"))
+            importances(importlib.import_module("gguf"), source, pathlib.Path(parent) / "imatrix.gguf")
+            command += ["--imatrix", pathlib.Path(parent) / "imatrix.gguf"]
+        subprocess.run([str(part) for part in [*command, source, file, "Q8_0", 1]], check=True, capture_output=True)
     print(f"{file}: {file.stat().st_size} bytes")
 
 

@@ -70,10 +70,11 @@ class Server:
         with urllib.request.urlopen(self.url + path, timeout=30) as response:
             return response.read().decode()
 
-    def post(self, path, body):
+    def post(self, path, body, key=None):
         """Plain JSON in and out, for the routes that the SDK does not know."""
         data = json.dumps(body).encode()
-        question = urllib.request.Request(self.url + path, data, {"content-type": "application/json"})
+        headers = {"content-type": "application/json", **({"authorization": f"Bearer {key}"} if key else {})}
+        question = urllib.request.Request(self.url + path, data, headers)
         with urllib.request.urlopen(question, timeout=60) as response:
             return json.loads(response.read())
 

@@ -234,7 +234,7 @@ def test_shutdown_timeout_cuts_what_is_left(start):
     (["serve", MODEL, "--max-model-len", "1000000"], 1, ["1000000", "8192"]),
     (["serve", MODEL, "--kv-cache-memory", "1KiB"], 1, ["--kv-cache-memory"]),
     (["serve", MODEL, "--device", "cuda"], 2, ["cuda", "cpu"]),
-    (["serve", MODEL, "--adapter", "a=b"], 2, ["--adapter", "not in this version yet"]),
+    (["serve", MODEL, "--adapter", "a=b"], 2, ["--adapter a=b", "there is no adapter"]),
     (["serve", MODEL, "--enable-prefix-caching"], 2, ["not in this version yet"]),
     (["keys", "create"], 2, ["keys", "not in this version yet"]),
 ])

@@ -1,6 +1,8 @@
 //! What can be typed. Flags hold an Option each: what is absent here may come from the config file or a default, and
 //! [`crate::settings`] alone decides.
 
+mod adapters;
+
 use std::{ffi::OsString, path::PathBuf, time::Duration};
 
 use bytesize::ByteSize;
@@ -9,6 +11,12 @@ use clap::{
     builder::styling,
     error::{ContextKind, ContextValue},
 };
+
+use self::adapters::{AdapterArg, parse_adapter};
+pub(crate) use self::adapters::{
+    AdapterArgs, AdapterLoadArgs, AdapterUnloadArgs, AdaptersAction, AdaptersArgs, UnloadMode,
+};
+use crate::config::tables::FileTables;
 
 const STYLES: styling::Styles = styling::Styles::styled()
     .header(styling::AnsiColor::Green.on_default().bold())
@@ -37,10 +45,14 @@ pub(crate) enum Command {
     Bench(Box<BenchArgs>),
     /// Score a text: perplexity, and KL divergence to the same model in f32
     Perplexity(Box<PerplexityArgs>),
+    /// Quantise a model ahead: a folder that loads at once
+    Quantize(QuantizeArgs),
     /// Fetch a model's weights and print where they are
     Pull(PullArgs),
     /// List known models and what is cached
     Models(ModelsArgs),
+    /// List, load and unload the adapters of a running server
+    Adapters(AdaptersArgs),
     /// Validate a config file, by the checks that `serve` starts with, and say what it means
     Check(CheckArgs),
     /// Print the completion script of a shell
@@ -62,6 +74,11 @@ pub(crate) struct ServeArgs {
     pub(crate) server: ServerArgs,
     #[command(flatten)]
     pub(crate) engine: EngineArgs,
+    #[command(flatten)]
+    pub(crate) adapters: AdapterArgs,
+    /// What has no flag: the tables of the config file.
+    #[arg(skip)]
+    pub(crate) tables: FileTables,
     /// Config file (TOML); `bindery check --explain` lists its keys. Flags and environment win over it
     #[arg(long, value_name = "FILE", env = "BINDERY_CONFIG")]
     pub(crate) config: Option<PathBuf>,
@@ -125,6 +142,15 @@ pub(crate) struct EngineArgs {
     /// Requests that may wait; more are answered 503 [default: 1024]
     #[arg(long, value_name = "N", env = "BINDERY_MAX_QUEUED_REQUESTS", value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
     pub(crate) max_queued_requests: Option<u32>,
+    /// Adapters that one batch may mix; further ones wait in memory for a place [default: 8]
+    #[arg(long, value_name = "N", env = "BINDERY_MAX_LORAS", value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub(crate) max_loras: Option<u32>,
+    /// Largest rank of an adapter; a larger one is refused [default: 64]
+    #[arg(long, value_name = "RANK", env = "BINDERY_MAX_LORA_RANK", value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub(crate) max_lora_rank: Option<u32>,
+    /// Adapters in memory; further ones are read from disk when asked for [default: 64]
+    #[arg(long, value_name = "N", env = "BINDERY_MAX_CPU_LORAS", value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub(crate) max_cpu_loras: Option<u32>,
     /// Never touch the network
     #[arg(long, env = "BINDERY_OFFLINE", num_args = 0..=1, require_equals = true, default_missing_value = "true",
           value_parser = clap::builder::BoolishValueParser::new())]
@@ -165,6 +191,10 @@ pub(crate) struct ChatArgs {
     /// Key for --url
     #[arg(long, value_name = "KEY", env = "BINDERY_API_KEY", hide_env_values = true)]
     pub(crate) api_key: Option<String>,
+    // Not a doc comment: to rustdoc the brackets would be a link.
+    #[arg(long, value_name = "NAME=PATH", conflicts_with = "url", value_parser = parse_adapter,
+        help = "Talk through this LoRA adapter: a folder as peft saves it, a .gguf file, or org/repo[@revision] on the hub")]
+    pub(crate) adapter: Option<AdapterArg>,
     /// What the model is told before the conversation
     #[arg(long, value_name = "TEXT")]
     pub(crate) system: Option<String>,
@@ -193,6 +223,9 @@ pub(crate) struct BenchArgs {
     /// The server to test, any that speaks OpenAI's API; without it a model is served in this process
     #[arg(long, env = "BINDERY_URL")]
     pub(crate) url: Option<String>,
+    /// Spread the requests to the first server over these names in turns, its adapters' or the base's
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',', requires = "url", conflicts_with = "model", value_parser = parse_name)]
+    pub(crate) adapters: Vec<String>,
     /// Test a second server in turns with the first and print ratios
     #[arg(long, value_name = "OTHER_URL")]
     pub(crate) compare: Option<String>,
@@ -272,6 +305,38 @@ pub(crate) struct PerplexityArgs {
     pub(crate) json: bool,
     #[command(flatten)]
     pub(crate) load: LoadArgs,
+    /// Never touch the network
+    #[arg(long, env = "BINDERY_OFFLINE", value_parser = clap::builder::FalseyValueParser::new())]
+    pub(crate) offline: bool,
+}
+
+/// `quantize`
+#[derive(Args, Debug)]
+pub(crate) struct QuantizeArgs {
+    #[arg(value_name = "MODEL", help = MODEL_HELP)]
+    pub(crate) model: String,
+    /// The folder to make; it must not be there yet
+    #[arg(value_name = "OUT")]
+    pub(crate) out: PathBuf,
+    /// What dense matrices become
+    #[arg(long, value_enum, value_name = "QUANTIZE")]
+    pub(crate) quantize: AheadArg,
+    /// Run the model over this text (UTF-8) in f32 and weigh errors by what goes into each matrix
+    #[arg(long, value_name = "FILE")]
+    pub(crate) calibrate: Option<PathBuf>,
+    /// Tokens in a window of the text
+    #[arg(long, value_name = "TOKENS", default_value_t = 512, requires = "calibrate", value_parser = clap::value_parser!(u32).range(8..))]
+    pub(crate) ctx_size: u32,
+    /// Windows of the text to run over; -1: all
+    #[arg(long, value_name = "N", default_value = "128", requires = "calibrate", allow_negative_numbers = true,
+          value_parser = parse_chunks)]
+    pub(crate) chunks: Chunks,
+    /// JSON instead of the table
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Threads that compute [default: physical cores]
+    #[arg(long, value_name = "N", env = "BINDERY_THREADS", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) threads: Option<u32>,
     /// Never touch the network
     #[arg(long, env = "BINDERY_OFFLINE", value_parser = clap::builder::FalseyValueParser::new())]
     pub(crate) offline: bool,
@@ -368,6 +433,13 @@ pub(crate) enum QuantizeArg {
     Int4,
 }
 
+/// `--quantize` of the verb of that name
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum AheadArg {
+    Int8,
+    Int4,
+}
+
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub(crate) enum KvCacheDtypeArg {
     #[default]
@@ -430,19 +502,11 @@ pub(crate) enum Device {
 }
 
 /// Flags and verbs of the contract that come with a later version: asking for one is answered by its name.
-const LATER: [&str; 16] = [
-    "--adapter",
-    "--lora-modules",
-    "--adapter-root",
-    "--max-loras",
-    "--max-lora-rank",
-    "--max-cpu-loras",
+const LATER: [&str; 8] = [
     "--enable-prefix-caching",
     "--no-enable-prefix-caching",
     "--tensor-parallel-size",
     "--gpu-memory-utilization",
-    "quantize",
-    "adapters",
     "keys",
     "costs",
     "audit",

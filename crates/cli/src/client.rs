@@ -1,4 +1,5 @@
-//! A client of OpenAI's API, as much as `chat` and `bench` need: the list of models, and streams of text.
+//! A client of OpenAI's API, as much as `chat`, `bench` and `adapters` need: the list of models, streams of text, and JSON
+//! of other routes.
 
 use std::time::Duration;
 
@@ -81,6 +82,11 @@ impl Client {
         Ok(Self { http, base, key })
     }
 
+    /// With one key, as it stands.
+    pub(crate) fn with_key(url: &str, key: &str) -> anyhow::Result<Self> {
+        Ok(Self { key: Some(key.trim().to_owned()), ..Self::new(url, None)? })
+    }
+
     pub(crate) fn url(&self) -> &str {
         &self.base
     }
@@ -94,6 +100,17 @@ impl Client {
             .as_str()
             .map(str::to_owned)
             .ok_or_else(|| ClientError::Unreadable("its list of models is empty".to_owned()))
+    }
+
+    /// Asks for JSON: a GET where there is no body.
+    pub(crate) async fn json(&self, path: &str, body: Option<&Value>) -> Result<Value, ClientError> {
+        let url = format!("{}{path}", self.base);
+        let request = match body {
+            Some(body) => self.http.post(url).json(body),
+            None => self.http.get(url).timeout(Duration::from_secs(30)),
+        };
+        let answer = self.send(request).await?;
+        answer.json().await.map_err(|error| ClientError::Unreadable(error.to_string()))
     }
 
     /// The server's metrics in Prometheus' text.

@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::print_stderr, reason = "a command-line program talks to its user on stderr")]
 
+mod adapters;
 mod args;
 mod client;
 mod commands;

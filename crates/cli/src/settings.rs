@@ -3,10 +3,11 @@
 
 use std::{net::IpAddr, time::Duration};
 
-use bindery_engine::local_model::LocalModelConfig;
-use bindery_model::{BackendKind, Dtype, KvCacheDtype, LoadOptions, Quantize};
+use bindery_engine::{AdapterPoolConfig, local_model::LocalModelConfig};
+use bindery_model::{AdapterLimits, BackendKind, Dtype, KvCacheDtype, LoadOptions, Quantize};
 
 use crate::{
+    adapters::AdapterSettings,
     args::{
         BackendArg, Device, DtypeArg, EngineArgs, KvCacheDtypeArg, LoadFormat, LogFormat, QuantizeArg, ServeArgs,
         ServerArgs,
@@ -25,7 +26,7 @@ const MAX_BUFFERED_TOKENS: usize = 4096;
 pub(crate) const DEFAULT_MAX_BODY_BYTES: usize = 10 << 20;
 
 /// All that `serve` needs to know.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(crate) struct Settings {
     pub(crate) host: String,
     pub(crate) port: u16,
@@ -36,6 +37,7 @@ pub(crate) struct Settings {
     pub(crate) log_format: LogFormat,
     pub(crate) shutdown_timeout: Duration,
     pub(crate) model: ModelSettings,
+    pub(crate) adapters: AdapterSettings,
 }
 
 /// What a model is loaded with, also by `chat` and `bench` in their own process.
@@ -59,9 +61,13 @@ pub(crate) fn merge(mut flags: ServeArgs, mut file: ServeArgs) -> ServeArgs {
     if flags.server.served_model_name.is_empty() {
         flags.server.served_model_name = std::mem::take(&mut file.server.served_model_name);
     }
+    if flags.adapters.adapter_root.is_empty() {
+        flags.adapters.adapter_root = std::mem::take(&mut file.adapters.adapter_root);
+    }
+    flags.tables = file.tables;
     prefer!(flags.engine.load, file.engine.load; dtype, quantize, kv_cache_dtype, threads, load_format, backend);
     prefer!(flags.engine, file.engine; device, max_model_len, max_num_seqs, max_num_batched_tokens, block_size,
-        kv_cache_memory, max_queued_requests, offline);
+        kv_cache_memory, max_queued_requests, max_loras, max_lora_rank, max_cpu_loras, offline);
     flags
 }
 
@@ -77,7 +83,7 @@ impl Settings {
             Some(path) => config::read(path)?,
             None => ServeArgs::default(),
         };
-        let ServeArgs { model, server, engine, .. } = merge(flags, file);
+        let ServeArgs { model, server, engine, adapters, tables, config, .. } = merge(flags, file);
         let ServerArgs {
             host,
             port,
@@ -90,6 +96,8 @@ impl Settings {
         } = server;
         refuse_empty_keys(&api_key, admin_key.as_deref())?;
         let model = ModelSettings::new(model, &engine)?;
+        let adapters = AdapterSettings::resolve(&adapters, tables, config.as_deref(), &model.local.adapters)?;
+        refuse_shared_keys(&api_key, &adapters)?;
         Ok(Self {
             host: host.unwrap_or_else(|| "127.0.0.1".to_owned()),
             port: port.unwrap_or(8000),
@@ -102,6 +110,7 @@ impl Settings {
             log_format: log_format.unwrap_or_default(),
             shutdown_timeout: shutdown_timeout.unwrap_or(Duration::from_secs(30)),
             model,
+            adapters,
         })
     }
 
@@ -116,7 +125,12 @@ impl Settings {
 
     /// Reachable from other machines, without a key.
     pub(crate) fn is_open_to_others(&self, address: IpAddr) -> bool {
-        self.api_keys.is_empty() && !address.is_loopback()
+        self.num_keys() == 0 && !address.is_loopback()
+    }
+
+    /// Keys that open the model routes, those of tenants among them.
+    pub(crate) fn num_keys(&self) -> usize {
+        self.api_keys.len() + self.adapters.tenants.iter().map(|tenant| tenant.api_keys.len()).sum::<usize>()
     }
 }
 
@@ -129,6 +143,24 @@ fn refuse_empty_keys(api_keys: &[String], admin_key: Option<&str>) -> Result<(),
         return Err(
             Failure::usage("the admin key is empty").hint("give --admin-key a value, or unset BINDERY_ADMIN_KEY")
         );
+    }
+    Ok(())
+}
+
+/// A key must say whose it is.
+fn refuse_shared_keys(api_keys: &[String], adapters: &AdapterSettings) -> Result<(), Failure> {
+    let mut owners: Vec<(&str, &str)> = Vec::new();
+    for tenant in &adapters.tenants {
+        for key in &tenant.api_keys {
+            let other =
+                owners.iter().find(|(known, _)| *known == key).map(|(_, owner)| format!("the tenant {owner:?}"));
+            let other = other.or_else(|| api_keys.contains(key).then(|| "everybody (BINDERY_API_KEY)".to_owned()));
+            if let Some(other) = other {
+                return Err(Failure::usage(format!("a key of the tenant {:?} is a key of {other}, too", tenant.name))
+                    .hint("give each tenant keys of its own"));
+            }
+            owners.push((key, &tenant.name));
+        }
     }
     Ok(())
 }
@@ -169,6 +201,17 @@ impl ModelSettings {
             dummy: engine.load.load_format.unwrap_or_default() == LoadFormat::Dummy,
             dequantize: false,
         };
+        let max_loras = engine.max_loras.map_or(AdapterPoolConfig::DEFAULT_MAX_LORAS, |count| count as usize);
+        let adapters = AdapterPoolConfig {
+            max_loras,
+            max_cpu_loras: engine
+                .max_cpu_loras
+                .map_or(AdapterPoolConfig::DEFAULT_MAX_CPU_LORAS.max(max_loras), |count| count as usize),
+            limits: AdapterLimits {
+                max_rank: engine.max_lora_rank.map_or(AdapterLimits::default().max_rank, |rank| rank as usize),
+                ..AdapterLimits::default()
+            },
+        };
         let local = LocalModelConfig {
             load,
             max_model_len: engine.max_model_len.map(|tokens| tokens as usize),
@@ -177,6 +220,7 @@ impl ModelSettings {
             kv_cache_memory: engine.kv_cache_memory.map(|size| size.as_u64()),
             max_queued_requests: engine.max_queued_requests.unwrap_or(1024) as usize,
             max_buffered_tokens: MAX_BUFFERED_TOKENS,
+            adapters,
         };
         local.check().map_err(|error| Failure::usage(error.to_string()))?;
         Ok(Self {

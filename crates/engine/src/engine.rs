@@ -20,8 +20,8 @@ use std::{
     time::Instant,
 };
 
-use bindery_model::StepModel;
-use bindery_scheduler::{Limits, Refusal, SequenceSpec, TokenId};
+use bindery_model::{Adapter, StepModel};
+use bindery_scheduler::{AdapterId, Limits, Refusal, SequenceSpec, TokenId};
 use tokio::sync::watch;
 
 use self::{
@@ -33,7 +33,7 @@ pub use self::{
     stream::TokenStream,
 };
 use crate::{
-    EngineError, TokenRequest,
+    AdapterLease, AdapterPool, AdapterPoolConfig, EngineError, ReadAdapter, TokenRequest,
     grammar::{CompiledGrammar, GrammarState, Wake},
     request::{MAX_SAMPLES, token_in_vocabulary},
     sample::PreparedSampling,
@@ -90,6 +90,15 @@ pub(crate) enum Command {
     },
     /// A mask has become ready: whoever was held for it may go on.
     Wake,
+    /// Requests that come after may use it.
+    AddAdapter {
+        id: u32,
+        adapter: Arc<Adapter>,
+    },
+    /// The last request that used it has ended.
+    RemoveAdapter {
+        id: u32,
+    },
     Stop,
 }
 
@@ -98,6 +107,7 @@ pub(crate) enum Command {
 pub(crate) struct Submission {
     pub(crate) ticket: Ticket,
     pub(crate) request_id: String,
+    pub(crate) adapter: Option<AdapterLease>,
     pub(crate) spec: SequenceSpec,
     pub(crate) sampling: PreparedSampling,
     /// One a sample, or none.
@@ -198,7 +208,8 @@ impl EngineHandle {
 
     fn send(&self, request: TokenRequest, ticket: Ticket) -> Result<TokenStream, EngineError> {
         let config = &self.shared.config;
-        let TokenRequest { request_id, prompt, mut params, grammar, num_samples, priority, deadline } = request;
+        let TokenRequest { request_id, prompt, mut params, grammar, adapter, num_samples, priority, deadline } =
+            request;
         params.ignore_eos &= grammar.is_none();
         let max_buffered = config.max_buffered_tokens * num_samples as usize;
         let key = ticket.key();
@@ -216,9 +227,10 @@ impl EngineHandle {
                 prompt,
                 max_new_tokens: params.max_tokens,
                 priority,
-                adapter: None,
+                adapter: adapter.as_ref().map(|adapter| AdapterId(adapter.id())),
                 prompt_logits: params.prompt_logprobs.is_some(),
             },
+            adapter,
             deadline,
             submitted_at: Instant::now(),
             outbox,
@@ -262,6 +274,11 @@ impl EngineHandle {
             token_in_vocabulary("prompt", token, *vocab_size)?;
         }
         Ok(())
+    }
+
+    /// A pool of adapters for the model of this engine.
+    pub(crate) fn adapter_pool(&self, config: AdapterPoolConfig, reader: Box<dyn ReadAdapter>) -> AdapterPool {
+        AdapterPool::new(config, reader, self.commands.clone())
     }
 
     /// Wakes the loop where it sleeps because all that it has is held for masks.

@@ -4,14 +4,15 @@
 //!
 //! Reading order: [`step`](crate::Engine) the loop's one screen (`src/step.rs`), [`engine`] the way in, [`request`] what
 //! goes in and comes out, [`sample`] a row of logits to a token, [`grammar`]
-//! which tokens a form allows, [`text`] tokenizer, detokenizer and templates,
+//! which tokens a form allows, [`adapters`] whose weights stand beside the base's, [`text`] tokenizer, detokenizer and templates,
 //! [`local_model`] all of it joined for a server, `load` how it comes into being, [`inspect`] what it would take,
-//! [`perplexity`] how good a model is.
+//! [`perplexity`] how good a model is, [`quantize`] a model made smaller ahead.
 
 #![forbid(unsafe_code)]
 
 mod step;
 
+pub mod adapters;
 pub mod engine;
 pub mod error;
 pub mod grammar;
@@ -19,12 +20,14 @@ pub mod inspect;
 mod load;
 pub mod local_model;
 pub mod perplexity;
+pub mod quantize;
 pub mod request;
 pub mod sample;
 #[doc(hidden)]
 pub mod testing;
 pub mod text;
 
+pub use adapters::{AdapterError, AdapterLease, AdapterPool, AdapterPoolConfig, ReadAdapter};
 pub use bindery_scheduler::TokenId;
 pub use engine::{Engine, EngineConfig, EngineHandle, EngineStats, TokenStream};
 pub use error::EngineError;

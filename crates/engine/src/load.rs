@@ -14,7 +14,7 @@ use bindery_model::{
 use bindery_scheduler::Limits;
 
 use crate::{
-    ChatTemplate, EngineError, Tokenizer,
+    ChatTemplate, EngineError, ReadAdapter, Tokenizer,
     local_model::{CheckReport, LoadReport, LocalModel, LocalModelConfig, LocalModelParts},
     text::gguf_vocabulary::GgufVocabulary,
 };
@@ -61,7 +61,15 @@ pub(crate) fn load(
         max_model_len: size.max_model_len,
         max_queued_requests: config.max_queued_requests,
     };
-    let parts = LocalModelParts { tokenizer, template, info, limits, max_buffered_tokens: config.max_buffered_tokens };
+    let reader: Box<dyn ReadAdapter> = Box::new(model.adapter_loader());
+    let parts = LocalModelParts {
+        tokenizer,
+        template,
+        info,
+        limits,
+        max_buffered_tokens: config.max_buffered_tokens,
+        adapters: (config.adapters.clone(), reader),
+    };
     let local_model = LocalModel::from_parts(Box::new(model), parts)?;
     let kv_tokens = size.num_blocks * wanted.block_size;
     let report = LoadReport {
@@ -186,6 +194,7 @@ impl LocalModelConfig {
     /// The value, the limit and the next step.
     pub fn check(&self) -> Result<(), EngineError> {
         self.load.check()?;
+        self.adapters.check()?;
         check_cache_memory(self.kv_cache_memory, total_memory())
     }
 }

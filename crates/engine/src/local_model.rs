@@ -19,8 +19,8 @@ use bindery_scheduler::{Limits, TokenId};
 use tokio::sync::Semaphore;
 
 use crate::{
-    ChatTemplate, Engine, EngineConfig, EngineError, EngineHandle, FinishReason, Grammar, RenderRequest,
-    SamplingParams, TokenRequest, Tokenizer,
+    AdapterLease, AdapterPool, AdapterPoolConfig, ChatTemplate, Engine, EngineConfig, EngineError, EngineHandle,
+    FinishReason, Grammar, ReadAdapter, RenderRequest, SamplingParams, TokenRequest, Tokenizer,
     grammar::{CompiledGrammar, GrammarCompiler},
     request::{MAX_SAMPLES, token_in_vocabulary},
 };
@@ -47,6 +47,8 @@ pub struct LocalModel {
     pub tokenizer: Arc<Tokenizer>,
     /// The model's own; base models have none.
     pub template: Option<ChatTemplate>,
+    /// Those that requests may name.
+    pub adapters: AdapterPool,
     /// What is known about the model.
     pub info: ModelInfo,
     /// Prompt and generated tokens of one sequence (`--max-model-len`).
@@ -78,6 +80,8 @@ pub struct LocalModelConfig {
     pub max_queued_requests: usize,
     /// Tokens of one sample that may wait for their reader before its request is cancelled.
     pub max_buffered_tokens: usize,
+    /// `--max-loras`, `--max-cpu-loras`, `--max-lora-rank`
+    pub adapters: AdapterPoolConfig,
 }
 
 /// For the start-up report.
@@ -105,7 +109,6 @@ pub struct CheckReport {
 }
 
 /// What [`LocalModel::from_parts`] puts together.
-#[derive(Debug)]
 pub struct LocalModelParts {
     /// Of this model.
     pub tokenizer: Tokenizer,
@@ -117,6 +120,8 @@ pub struct LocalModelParts {
     pub limits: Limits,
     /// See [`LocalModelConfig::max_buffered_tokens`].
     pub max_buffered_tokens: usize,
+    /// How adapters for this model are read, and how many.
+    pub adapters: (AdapterPoolConfig, Box<dyn ReadAdapter>),
 }
 
 /// What is to be continued.
@@ -198,6 +203,14 @@ pub struct PreparedRequest {
 }
 
 impl PreparedRequest {
+    /// All its rows will go through this version of an adapter; without, through the plain base. See
+    /// [`AdapterPool::acquire`].
+    pub fn set_adapter(&mut self, adapter: AdapterLease) {
+        if let Some(tokens) = &mut self.tokens {
+            tokens.adapter = Some(adapter);
+        }
+    }
+
     /// Tokens of the prompt as it will be computed (after truncation).
     pub fn num_prompt_tokens(&self) -> usize {
         self.answers.prompt.len()
@@ -310,7 +323,7 @@ impl LocalModel {
 
     /// Puts a loaded model (or a test's double) together with its text side and starts the engine.
     pub fn from_parts(model: Box<dyn StepModel>, parts: LocalModelParts) -> Result<Self, EngineError> {
-        let LocalModelParts { tokenizer, template, info, limits, max_buffered_tokens } = parts;
+        let LocalModelParts { tokenizer, template, info, limits, max_buffered_tokens, adapters } = parts;
         let max_model_len = limits.max_model_len;
         let max_cached_tokens = limits.num_blocks.saturating_mul(limits.block_size);
         let eos_token_ids = tokenizer.eos_token_ids().to_vec();
@@ -318,6 +331,7 @@ impl LocalModel {
         let num_cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let tokenizer = Arc::new(tokenizer);
         Ok(Self {
+            adapters: engine.adapter_pool(adapters.0, adapters.1),
             grammars: Arc::new(GrammarCompiler::new(Arc::clone(&tokenizer), engine.waker())),
             engine,
             tokenizer,
@@ -384,6 +398,7 @@ impl LocalModel {
             prompt: answers.prompt.clone(),
             params,
             grammar,
+            adapter: None,
             num_samples: num_generated,
             priority: request.priority,
             deadline: deadline.at,

@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, ops::RangeInclusive, time::Instant};
 
 use bindery_scheduler::TokenId;
 
-use crate::{EngineError, grammar::CompiledGrammar};
+use crate::{AdapterLease, EngineError, grammar::CompiledGrammar};
 
 /// Parallel samples of one request.
 pub const MAX_SAMPLES: u32 = 128;
@@ -166,6 +166,8 @@ pub struct TokenRequest {
     pub params: SamplingParams,
     /// What every sample keeps to. With it, `ignore_eos` has no effect: an answer ends where its grammar does.
     pub grammar: Option<CompiledGrammar>,
+    /// The version of an adapter that all its rows go through; None: the plain base.
+    pub adapter: Option<AdapterLease>,
     /// Parallel samples, 1..=128.
     pub num_samples: u32,
     /// Lower runs first.

@@ -62,6 +62,7 @@ pub(crate) struct EngineLoop {
     plan: StepPlan,
     batch: ForwardBatch,
     rows: Vec<LogitRow>,
+    order: Vec<usize>,
     copies: Vec<(u32, u32)>,
     logits: Vec<f32>,
     sampler: Sampler,
@@ -97,6 +98,7 @@ impl EngineLoop {
             plan: StepPlan::default(),
             batch: ForwardBatch::default(),
             rows: Vec::new(),
+            order: Vec::new(),
             copies: Vec::new(),
             logits: Vec::new(),
             sampler: Sampler::default(),
@@ -160,7 +162,7 @@ impl EngineLoop {
         if num_started > 0 {
             self.pace.observe(&self.door, now, num_started);
         }
-        rows::fill(&self.plan, &self.requests, self.rope_regimes, &mut self.batch, &mut self.rows);
+        rows::fill(&self.plan, &self.requests, self.rope_regimes, &mut self.batch, &mut self.rows, &mut self.order);
     }
 
     /// Holds the sequences whose masks are not there yet. A mask is usually ready long before the next step, so a moment's
@@ -344,6 +346,12 @@ impl EngineLoop {
                 }
             }
             Command::Wake => {}
+            Command::AddAdapter { id, adapter } => {
+                if let Err(error) = self.model.add_adapter(id, &adapter) {
+                    tracing::error!(id, %error, "the model refuses an adapter");
+                }
+            }
+            Command::RemoveAdapter { id } => self.model.remove_adapter(id),
             Command::Stop => return None,
         }
         Some(())

@@ -9,19 +9,22 @@
 //! Not part of the public interface; it must never be reached from a served request.
 
 use std::{
+    fs,
     ops::Range,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, mpsc},
     time::Duration,
 };
 
 use bindery_model::{
-    BackendKind, ForwardBatch, KvCacheDtype, ModelError, ModelInfo, ModelPhase, RopeRegimes, StepModel,
+    Adapter, AdapterFormat, AdapterInfo, AdapterLimits, BackendKind, ForwardBatch, KvCacheDtype, ModelError, ModelInfo,
+    ModelPhase, RopeRegimes, StepModel,
 };
 use bindery_scheduler::{Limits, TokenId};
 
 use crate::{
-    ChatTemplate, EngineError, LocalModel, grammar::GrammarCompiler, load::byte_tokenizer, local_model::LocalModelParts,
+    AdapterPoolConfig, ChatTemplate, EngineError, LocalModel, ReadAdapter, grammar::GrammarCompiler,
+    load::byte_tokenizer, local_model::LocalModelParts,
 };
 
 /// 256 bytes, an end token, a beginning token, a plain special token, and padding.
@@ -48,6 +51,10 @@ pub struct FakeModelOptions {
     pub mask_gate: Option<Gate>,
     /// What the model says of its rotary frequencies. It notices keys of another regime than their request's.
     pub rope_regimes: Option<RopeRegimes>,
+    /// How many adapters there may be.
+    pub adapters: AdapterPoolConfig,
+    /// Reads them.
+    pub reader: FakeReader,
     /// Every batch is noted here.
     pub batches: Option<Arc<Mutex<Vec<ForwardBatch>>>>,
 }
@@ -111,6 +118,8 @@ pub struct FakeModel {
     slots: Vec<Option<Stored>>,
     /// The histories of the last batch's logit rows, as [`expected_logits`] takes them.
     rows: Vec<Vec<u32>>,
+    /// Each adapter's tag, which stands before the histories of its rows.
+    adapters: Vec<(u32, u32)>,
 }
 
 /// A token in the cache.
@@ -119,12 +128,13 @@ struct Stored {
     token: u32,
     position: u32,
     rope_len: usize,
+    adapter: Option<u32>,
 }
 
 impl FakeModel {
     /// With a cache of `num_blocks` blocks of `block_size` tokens.
     pub fn new(block_size: usize, num_blocks: usize, options: FakeModelOptions) -> Self {
-        Self { options, block_size, slots: vec![None; block_size * num_blocks], rows: Vec::new() }
+        Self { options, block_size, slots: vec![None; block_size * num_blocks], rows: Vec::new(), adapters: Vec::new() }
     }
 
     fn write(&mut self, batch: &ForwardBatch) -> Result<(), ModelError> {
@@ -146,7 +156,8 @@ impl FakeModel {
             for row in sequence.rows.clone() {
                 let slot = self.slots.get_mut(batch.slots[row] as usize).ok_or_else(|| violation("no such slot"))?;
                 let (token, position) = (batch.tokens[row], batch.positions[row]);
-                *slot = Some(Stored { token, position, rope_len: sequence.rope_len });
+                let (rope_len, adapter) = (sequence.rope_len, sequence.adapter);
+                *slot = Some(Stored { token, position, rope_len, adapter });
             }
         }
         Ok(())
@@ -158,21 +169,32 @@ impl FakeModel {
         let sequence = sequence.ok_or_else(|| violation("a logit row is in no sequence"))?;
         let table = &batch.block_tables[sequence.block_table.clone()];
         let length = sequence.context_len - (sequence.rows.end - 1 - row);
-        (0..length)
-            .map(|position| {
-                let block = table.get(position / self.block_size).ok_or_else(|| violation("a table is too short"))?;
-                let slot = *block as usize * self.block_size + position % self.block_size;
-                match self.slots.get(slot) {
-                    Some(&Some(Stored { position: at, rope_len, .. }))
-                        if at as usize == position && rope_len != sequence.rope_len =>
-                    {
-                        Err(violation("a key was rotated for another length of its request"))
-                    }
-                    Some(&Some(Stored { token, position: at, .. })) if at as usize == position => Ok(token),
-                    _ => Err(violation("a slot does not hold its position")),
+        let tag = match sequence.adapter {
+            None => None,
+            Some(id) => match self.adapters.iter().find(|(known, _)| *known == id) {
+                Some(&(_, tag)) => Some(Ok(tag)),
+                None => return Err(violation("an adapter is named that was not added")),
+            },
+        };
+        let tokens = (0..length).map(|position| {
+            let block = table.get(position / self.block_size).ok_or_else(|| violation("a table is too short"))?;
+            let slot = *block as usize * self.block_size + position % self.block_size;
+            match self.slots.get(slot) {
+                Some(&Some(Stored { position: at, rope_len, .. }))
+                    if at as usize == position && rope_len != sequence.rope_len =>
+                {
+                    Err(violation("a key was rotated for another length of its request"))
                 }
-            })
-            .collect()
+                Some(&Some(Stored { position: at, adapter, .. }))
+                    if at as usize == position && adapter != sequence.adapter =>
+                {
+                    Err(violation("a key was computed through another adapter"))
+                }
+                Some(&Some(Stored { token, position: at, .. })) if at as usize == position => Ok(token),
+                _ => Err(violation("a slot does not hold its position")),
+            }
+        });
+        tag.into_iter().chain(tokens).collect()
     }
 }
 
@@ -187,6 +209,18 @@ impl StepModel for FakeModel {
 
     fn rope_regimes(&self) -> Option<RopeRegimes> {
         self.options.rope_regimes
+    }
+
+    fn add_adapter(&mut self, id: u32, adapter: &Arc<Adapter>) -> Result<(), ModelError> {
+        if self.adapters.iter().any(|(known, _)| *known == id) {
+            return Err(violation("an adapter was added twice"));
+        }
+        self.adapters.push((id, adapter_tag(adapter)));
+        Ok(())
+    }
+
+    fn remove_adapter(&mut self, id: u32) {
+        self.adapters.retain(|(known, _)| *known != id);
     }
 
     fn copy_blocks(&mut self, copies: &[(u32, u32)]) -> Result<(), ModelError> {
@@ -231,7 +265,47 @@ impl StepModel for FakeModel {
     }
 }
 
-/// What the model computes after `history`: each logit is drawn from [0, 8) by a hash of history and token; padding is
+/// Reads the double's adapters: a folder whose adapter_model.safetensors holds a number, which is the adapter's tag. A file that
+/// holds something else is broken.
+#[derive(Clone, Debug, Default)]
+pub struct FakeReader {
+    /// Every reading waits here.
+    pub gate: Option<Gate>,
+}
+
+impl ReadAdapter for FakeReader {
+    fn read(&self, path: &Path, _limits: &AdapterLimits) -> Result<Adapter, ModelError> {
+        if let Some(gate) = &self.gate {
+            gate.pass();
+        }
+        let path = path.join("adapter_model.safetensors");
+        let refuse = |what: String| ModelError::Unsupported(format!("{}: {what}", path.display()));
+        let text = fs::read_to_string(&path).map_err(|error| refuse(error.to_string()))?;
+        let tag: u32 = text.trim().parse().map_err(|_| refuse(format!("{text:?} is no tag")))?;
+        Ok(Adapter::without_weights(fake_adapter_info(), u64::from(tag)))
+    }
+}
+
+/// What the double's adapters say about themselves.
+pub fn fake_adapter_info() -> AdapterInfo {
+    AdapterInfo {
+        format: AdapterFormat::Peft,
+        rank: 1,
+        alpha: 1.0,
+        targets: "none".to_owned(),
+        base_model_name_or_path: None,
+        num_parameters: 0,
+        num_bytes: 0,
+        num_bytes_in_f32: 0,
+    }
+}
+
+/// What stands before the histories of rows that go through an adapter, see [`expected_logits`].
+fn adapter_tag(adapter: &Adapter) -> u32 {
+    adapter.num_bytes() as u32
+}
+
+/// What the model computes after `history` (the tokens, and before them the tag of the adapter where there is one): each logit is drawn from [0, 8) by a hash of history and token; padding is
 /// minus infinity.
 pub fn expected_logits(history: &[u32], eos_bias: f32, out: &mut [f32]) {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
@@ -277,6 +351,7 @@ pub fn fake_local_model_with_template(
     template: Option<ChatTemplate>,
 ) -> Result<LocalModel, EngineError> {
     let mask_gate = options.mask_gate.clone();
+    let (options_of_pool, reader) = (options.adapters.clone(), options.reader.clone());
     let model = FakeModel::new(limits.block_size, limits.num_blocks, options);
     let parts = LocalModelParts {
         tokenizer: byte_tokenizer()?,
@@ -284,6 +359,7 @@ pub fn fake_local_model_with_template(
         info: fake_info(&limits),
         limits,
         max_buffered_tokens: 1024,
+        adapters: (options_of_pool, Box::new(reader)),
     };
     let mut local = LocalModel::from_parts(Box::new(model), parts)?;
     if let Some(gate) = mask_gate {

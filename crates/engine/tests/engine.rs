@@ -43,6 +43,7 @@ fn request(prompt: Vec<TokenId>, params: SamplingParams) -> TokenRequest {
         prompt,
         params,
         grammar: None,
+        adapter: None,
         num_samples: 1,
         priority: 0,
         deadline: None,

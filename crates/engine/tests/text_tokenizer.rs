@@ -191,6 +191,45 @@ fn original_files_are_read_where_tokenizer_json_is_missing() {
     assert_eq!(tokenizer.encode("", true).unwrap(), [tokenizer.token_id("<|endoftext|>").unwrap()]);
 }
 
+/// Phi-3-small's special tokens are in its code alone; its list of ranks is `cl100k_base`'s.
+#[test]
+fn phi3_smalls_special_tokens_are_known_by_its_class() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str| folder.path().join(name);
+    let ranks = std::fs::read_dir(fixture("tiktoken-folder")).unwrap().map(|entry| entry.unwrap().path());
+    let ranks = ranks.filter(|path| path.extension().is_some_and(|extension| extension == "tiktoken"));
+    std::fs::copy(ranks.last().unwrap(), file("cl100k_base.tiktoken")).unwrap();
+    let config = serde_json::json!({
+        "tokenizer_class": "Phi3SmallTokenizer", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"
+    });
+    std::fs::write(file("tokenizer_config.json"), config.to_string()).unwrap();
+    let tokenizer = Tokenizer::from_dir(folder.path()).unwrap();
+    assert_eq!((tokenizer.vocab_size(), ids(tokenizer.eos_token_ids())), (100_352, vec![100_257]));
+    // tokenization_phi3_small.py, SPECIAL_TOKENS.
+    for (text, id) in [
+        ("<|dummy_id_2|>", 100_256),
+        ("<|system|>", 100_261),
+        ("<|user|>", 100_262),
+        ("<|assistant|>", 100_263),
+        ("<|end|>", 100_266),
+        ("<|dummy_id_3|>", 100_267),
+        ("<|dummy_id_11|>", 100_275),
+        ("<|endofprompt|>", 100_276),
+        ("<|dummy_id_12|>", 100_277),
+        ("<|dummy_id_86|>", 100_351),
+    ] {
+        assert_eq!(tokenizer.encode(text, true).unwrap(), [TokenId(id)], "{text}");
+    }
+    let words = folder_tokens("tiktoken-folder", "the house");
+    let framed = tokenizer.encode("<|user|>the house<|end|>", true).unwrap();
+    assert_eq!(framed, [&[TokenId(100_262)], &words[..], &[TokenId(100_266)]].concat());
+}
+
+/// A text's tokens by a fixture, without special ones.
+fn folder_tokens(name: &str, text: &str) -> Vec<TokenId> {
+    Tokenizer::from_dir(&fixture(name)).unwrap().encode(text, false).unwrap()
+}
+
 /// tokenizer_config.json beside a tokenizer.model: added tokens at their ids, and where the first space goes.
 #[test]
 fn a_configuration_adds_to_a_sentencepiece_model() {

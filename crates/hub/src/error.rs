@@ -101,6 +101,20 @@ pub enum HubError {
         /// Repository or folder.
         origin: String,
     },
+    /// What was named as an adapter is neither a path nor a repository.
+    #[error("there is no adapter {asked:?}: no such file or folder, and a repository is written org/repo[@revision]")]
+    NoSuchAdapter {
+        /// As it was given.
+        asked: String,
+    },
+    /// A repository without an adapter.
+    #[error("{origin} holds no adapter that can be used: {why}")]
+    NoAdapter {
+        /// The repository.
+        origin: String,
+        /// What of one is missing.
+        why: String,
+    },
     /// The bytes are not the ones asked for.
     #[error(
         "{what} from {origin} is not the file it should be: its digest is {actual}, expected {expected}; it was not used and is not kept"
@@ -248,6 +262,10 @@ impl HubError {
                 None => return None,
             },
             Self::NoWeights { .. } => "name a repository or folder with safetensors, or a .gguf file".to_owned(),
+            Self::NoSuchAdapter { .. } => "check the path, or the spelling of the repository".to_owned(),
+            Self::NoAdapter { .. } => {
+                "name a repository or folder with adapter_config.json and adapter_model.safetensors, or a .gguf file".to_owned()
+            }
             Self::WrongDigest { .. } | Self::WrongSize { .. } => {
                 "try again; if it stays so, the source (or a proxy on the way) serves another file under that name".to_owned()
             }

@@ -35,26 +35,22 @@ pub struct LocalFiles {
 /// the fetch: a hub download keeps its partial file, everything else is removed.
 pub async fn resolve(model: &str, options: &FetchOptions, progress: &SharedProgress) -> Result<LocalFiles, HubError> {
     let fetch = Fetch { model, options, cache: Cache::new(&options.cache_dir), progress };
-    match ModelRef::parse(model)? {
+    let reference = ModelRef::parse(model)?;
+    let name = reference.served_name();
+    let here = |path: PathBuf| LocalFiles { path, name, digest: None, license: None, note: None };
+    match reference {
         ModelRef::Card(name) => fetch.card(Cards::load(options.cards_dir.as_deref())?.find(&name)?).await,
         ModelRef::Hub { repo, revision, file } => {
             fetch.hub(HubRepo { repo: &repo, revision: revision.as_deref() }, file.as_deref()).await
         }
-        ModelRef::File(path) => Ok(of_path(path)),
+        ModelRef::File(path) => Ok(here(path)),
         ModelRef::Directory(path) => {
             if !source::path::is_usable_folder(&path, options) {
                 return Err(HubError::NoWeights { origin: format!("the folder {}", path.display()) });
             }
-            Ok(of_path(path))
+            Ok(here(path))
         }
     }
-}
-
-fn of_path(path: PathBuf) -> LocalFiles {
-    let absolute = std::path::absolute(&path).unwrap_or_else(|_| path.clone());
-    let named = if path.is_dir() { absolute.file_name() } else { absolute.file_stem() };
-    let name = named.map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned());
-    LocalFiles { path, name, digest: None, license: None, note: None }
 }
 
 struct Fetch<'a> {

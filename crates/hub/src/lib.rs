@@ -5,10 +5,12 @@
 //! Nothing reaches its final name in a cache before its digest has been seen to be right.
 //!
 //! Reading order: [`model_ref`] what MODEL can be, [`card`] the list of known models, [`fetch`] the order of things,
+//! [`adapter`] the same for adapters,
 //! [`source`] one file per kind of source, [`cache`] locks, records and renames, [`error`] what is said when it fails.
 
 #![forbid(unsafe_code)]
 
+pub mod adapter;
 pub mod cache;
 pub mod card;
 pub mod digest;
@@ -20,6 +22,7 @@ pub mod options;
 pub mod progress;
 pub mod source;
 
+pub use adapter::{AdapterRef, locate_adapter, resolve_adapter};
 pub use card::{Card, Cards, DEFAULT_MODEL};
 pub use error::HubError;
 pub use fetch::{LocalFiles, resolve};

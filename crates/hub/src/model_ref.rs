@@ -63,6 +63,20 @@ impl ModelRef {
         Ok(Self::Card(model.to_owned()))
     }
 
+    /// What the model is called when it is served: the card's name, `org/repo`, or the name of file or folder.
+    pub fn served_name(&self) -> String {
+        match self {
+            Self::Card(name) => name.clone(),
+            Self::Hub { repo, .. } => repo.clone(),
+            Self::Directory(path) | Self::File(path) => {
+                let absolute = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+                let named =
+                    if matches!(self, Self::Directory(_)) { absolute.file_name() } else { absolute.file_stem() };
+                named.map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
+            }
+        }
+    }
+
     fn of_path(path: PathBuf, model: &str) -> Result<Self, HubError> {
         match std::fs::metadata(&path) {
             Ok(metadata) if metadata.is_dir() => Ok(Self::Directory(path)),
@@ -82,7 +96,7 @@ fn has_gguf_suffix(path: &Path) -> bool {
 }
 
 /// None where the text is no hub reference. `org/x.gguf` without a colon is taken for a mistyped path.
-fn parse_hub(model: &str) -> Option<ModelRef> {
+pub(crate) fn parse_hub(model: &str) -> Option<ModelRef> {
     let (head, file) = match model.split_once(':') {
         Some((head, file)) => (head, Some(file)),
         None => (model, None),

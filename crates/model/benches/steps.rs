@@ -7,14 +7,18 @@
 
 #![allow(clippy::print_stdout, clippy::print_stderr, clippy::expect_used, reason = "a tool for people who measure")]
 
+#[path = "common/adapters.rs"]
+mod adapters;
+
 use std::{
     path::{Path, PathBuf},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use bindery_model::{
-    BackendKind, BatchSequence, ForwardBatch, KvCacheDtype, LoadOptions, Machine, Model, ModelPhase, Quantize, Roofs,
-    StepModel, machine,
+    AdapterLimits, BackendKind, BatchSequence, ForwardBatch, KvCacheDtype, LoadOptions, Machine, Model, ModelPhase,
+    Quantize, Roofs, StepModel, machine,
 };
 use clap::Parser;
 use serde_json::{Value, json};
@@ -48,6 +52,14 @@ struct Args {
     /// Tokens that each of them has in the cache.
     #[arg(long, value_delimiter = ',', default_value = "128")]
     context: Vec<usize>,
+    /// Adapters that the sequences are spread over; 0 is the plain base.
+    #[arg(long, value_delimiter = ',', default_value = "0")]
+    adapters: Vec<usize>,
+    #[arg(long, default_value_t = 16)]
+    rank: usize,
+    /// What the adapters stand beside: all or qv.
+    #[arg(long, default_value = "all")]
+    targets: String,
     #[arg(long, default_value_t = 5)]
     rounds: usize,
     #[arg(long)]
@@ -110,7 +122,7 @@ impl Load {
         }
     }
 
-    fn batch(self, vocab_size: usize) -> ForwardBatch {
+    fn batch(self, vocab_size: usize, num_adapters: usize) -> ForwardBatch {
         let (sequences, rows, context) = match self {
             Self::Prefill { len } => (1, len, len),
             Self::Decode { batch, context } => (batch, 1, context),
@@ -130,7 +142,7 @@ impl Load {
                 block_table: first_block..first_block + blocks,
                 context_len: context,
                 rope_len: 0,
-                adapter: None,
+                adapter: (num_adapters > 0).then(|| (sequence * num_adapters / sequences) as u32),
             });
             batch.logit_rows.push(batch.tokens.len() as u32 - 1);
         }
@@ -266,13 +278,23 @@ fn main() {
     let loading = begin.elapsed();
     model.allocate_kv(loads.iter().map(|load| load.num_blocks()).max().unwrap_or(1)).expect("the cache");
     let vocab_size = model.info().vocab_size;
-    let batches: Vec<ForwardBatch> = loads.iter().map(|load| load.batch(vocab_size)).collect();
+    let most_adapters = args.adapters.iter().copied().max().unwrap_or(0);
+    for id in 0..most_adapters {
+        let path = folder.path().join(format!("adapter-{id}"));
+        adapters::write(&path, model.info(), &args.targets, args.rank, id as u64);
+        let limits = AdapterLimits { max_rank: args.rank, ..AdapterLimits::default() };
+        let adapter = Arc::new(model.adapter_loader().load(&path, &limits).expect("the adapter"));
+        model.add_adapter(id as u32, &adapter).expect("the adapter fits");
+    }
+    let cases: Vec<(Load, usize)> =
+        loads.iter().flat_map(|&load| args.adapters.iter().map(move |&adapters| (load, adapters))).collect();
+    let batches: Vec<ForwardBatch> = cases.iter().map(|(load, adapters)| load.batch(vocab_size, *adapters)).collect();
     let most_rows = loads.iter().map(|load| load.num_sampled()).max().unwrap_or(1);
     let mut logits = vec![0.0; most_rows * vocab_size];
 
-    let mut rounds: Vec<Vec<Times>> = vec![Vec::new(); loads.len()];
+    let mut rounds: Vec<Vec<Times>> = vec![Vec::new(); cases.len()];
     for index in 0..=args.rounds {
-        for ((load, batch), rounds) in loads.iter().zip(&batches).zip(&mut rounds) {
+        for (((load, _), batch), rounds) in cases.iter().zip(&batches).zip(&mut rounds) {
             let times = round(&mut model, batch, &mut logits[..load.num_sampled() * vocab_size]);
             // The first one warms up.
             if index > 0 {
@@ -280,20 +302,27 @@ fn main() {
             }
         }
     }
-    report(&args, &model, &roofs, loading, &loads, rounds);
+    report(&args, &model, &roofs, loading, &cases, rounds);
 }
 
-fn report(args: &Args, model: &Model, roofs: &Roofs, loading: Duration, loads: &[Load], rounds: Vec<Vec<Times>>) {
+fn report(
+    args: &Args,
+    model: &Model,
+    roofs: &Roofs,
+    loading: Duration,
+    cases: &[(Load, usize)],
+    rounds: Vec<Vec<Times>>,
+) {
     let info = model.info();
-    let results: Vec<(Load, Times)> = loads.iter().copied().zip(rounds.into_iter().map(median)).collect();
+    let results: Vec<((Load, usize), Times)> = cases.iter().copied().zip(rounds.into_iter().map(median)).collect();
     if args.json {
         let loads: Vec<Value> = results
             .iter()
-            .map(|(load, times)| {
+            .map(|((load, adapters), times)| {
                 let (least, bound) = least(roofs, model, *load);
                 let parts = PARTS.iter().zip(times.parts).map(|(name, part)| ((*name).to_owned(), json!(part)));
                 json!({
-                    "load": load.name(), "tokens_per_second": load.num_tokens() as f64 / times.total,
+                    "load": load.name(), "adapters": adapters, "tokens_per_second": load.num_tokens() as f64 / times.total,
                     "seconds": times.total, "parts": parts.collect::<serde_json::Map<_, _>>(),
                     "share_of_roof": least / times.total, "bound": bound,
                 })
@@ -326,16 +355,17 @@ fn report(args: &Args, model: &Model, roofs: &Roofs, loading: Duration, loads: &
         roofs.int8_operations / 1e9,
         roofs.f32_operations / 1e9
     );
-    print!("{:<20} {:>9} {:>9}  {:<14}", "", "tok/s", "ms", "of the roof");
+    print!("{:<28} {:>9} {:>9}  {:<14}", "", "tok/s", "ms", "of the roof");
     for part in PARTS {
         print!(" {part:>9}");
     }
     println!("  (ms)");
-    for (load, times) in results {
+    for ((load, adapters), times) in results {
         let (least, bound) = least(roofs, model, load);
         let share = format!("{:.0} % {bound}", 100.0 * least / times.total);
         let rate = load.num_tokens() as f64 / times.total;
-        print!("{:<20} {rate:>9.1} {:>9.2}  {share:<14}", load.name(), times.total * 1e3);
+        let name = if adapters == 0 { load.name() } else { format!("{}, {adapters} LoRA", load.name()) };
+        print!("{name:<28} {rate:>9.1} {:>9.2}  {share:<14}", times.total * 1e3);
         for part in times.parts {
             print!(" {:>9.2}", part * 1e3);
         }

@@ -2,7 +2,8 @@
 //!
 //! A batch comes from other code, so nothing in it is believed: [`BatchChecker`] holds it against the contract below
 //! before a kernel sees an index of it. Invariant: a batch that passes addresses nothing outside the cache, the
-//! vocabulary or its own vectors, and no two of its rows write one slot.
+//! vocabulary or its own vectors, and no two of its rows write one slot. Whether the adapters it names are there, the decoder
+//! says.
 
 use std::ops::Range;
 
@@ -38,7 +39,8 @@ pub struct BatchSequence {
     /// The length that decides its rotary frequencies, as [`crate::RopeRegimes::rope_len`] says; 0 for models where none
     /// does. The same for all tokens that a request has in the cache.
     pub rope_len: usize,
-    /// Slot of the adapter its rows go through (adapters come with their own issue; None until then).
+    /// The adapter its rows go through, by the number it was added under ([`crate::StepModel::add_adapter`]). Sequences of one
+    /// adapter should follow each other: each run of them is computed by itself.
     pub adapter: Option<u32>,
 }
 
@@ -148,10 +150,7 @@ impl BatchChecker {
         sequence: &BatchSequence,
     ) -> Result<(), ModelError> {
         let BatchLimits { num_blocks, block_size, .. } = self.limits;
-        let BatchSequence { rows, block_table, context_len, rope_len: _, adapter } = sequence;
-        if let Some(adapter) = adapter {
-            return Err(violation(format!("sequence {index} names adapter {adapter}, but no adapter is loaded")));
-        }
+        let BatchSequence { rows, block_table, context_len, rope_len: _, adapter: _ } = sequence;
         let Some(table) = batch.block_tables.get(block_table.clone()) else {
             return Err(violation(format!(
                 "sequence {index} has the block table {block_table:?} of only {} entries",
@@ -211,7 +210,7 @@ fn check_logit_rows(logit_rows: &[u32], num_tokens: usize) -> Result<(), ModelEr
     }
 }
 
-fn violation(mut what: String) -> ModelError {
+pub(crate) fn violation(mut what: String) -> ModelError {
     what.insert_str(0, "the batch breaks its contract: ");
     ModelError::Step(what)
 }
@@ -276,7 +275,6 @@ mod tests {
         check_refused("3 rows, a context of 2", |batch| batch.sequences[0].context_len = 2);
         check_refused("has position 5, its place in the context is 4", |batch| batch.positions[0] = 5);
         check_refused("slot 20, its block table says 8", |batch| batch.slots[0] = 20);
-        check_refused("adapter 3", |batch| batch.sequences[0].adapter = Some(3));
         check_refused("must ascend", |batch| batch.logit_rows = vec![3, 2]);
         check_refused("must ascend", |batch| batch.logit_rows = vec![2, 2]);
         check_refused("logit row 4 of a batch of 4", |batch| batch.logit_rows = vec![0, 4]);

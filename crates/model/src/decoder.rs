@@ -4,13 +4,18 @@
 //! (the backend's part), nor files beyond [`WeightStore`]. Invariant: no backend operation runs before its batch has
 //! been checked and the cache allocated, and after a failed step no row counts as kept.
 
+mod adapters;
 mod check;
 mod load;
 
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
 use crate::{
-    backend::{AttentionWeights, Backend, FeedForwardWeights, HeadWeights, Layer, NormWeights, Step},
+    adapter::weights::{AdapterWeights, BackendLoader},
+    backend::{
+        AdapterRun, Adapters, AttentionWeights, Backend, FeedForwardWeights, HeadWeights, Layer, LoadedAdapter,
+        NormWeights, Step,
+    },
     batch::{BatchChecker, BatchLimits, ForwardBatch},
     config::{Block, DecoderConfig},
     error::ModelError,
@@ -31,6 +36,13 @@ pub(crate) struct Decoder<B: Backend> {
     checker: Option<BatchChecker>,
     /// Rows of the last batch that logits may be asked for.
     num_kept_rows: usize,
+    /// Those that batches may name.
+    adapters: Vec<LoadedAdapter<B>>,
+    /// Which rows of the batch go through which of them.
+    runs: Vec<AdapterRun>,
+    /// Likewise of the rows kept for logits, and of a slice of these.
+    kept_runs: Vec<AdapterRun>,
+    head_runs: Vec<AdapterRun>,
 }
 
 /// All weights, by what they do.
@@ -66,8 +78,19 @@ impl<B: Backend> Decoder<B> {
     ) -> Result<(Self, LoadedWeights), ModelError> {
         let ropes = Self::check(config)?;
         let (weights, loaded) = load::weights(config, store, &backend, progress)?;
-        let decoder =
-            Self { config: config.clone(), weights, backend, ropes, block_size, checker: None, num_kept_rows: 0 };
+        let decoder = Self {
+            config: config.clone(),
+            weights,
+            backend,
+            ropes,
+            block_size,
+            checker: None,
+            num_kept_rows: 0,
+            adapters: Vec::new(),
+            runs: Vec::new(),
+            kept_runs: Vec::new(),
+            head_runs: Vec::new(),
+        };
         Ok((decoder, loaded))
     }
 
@@ -78,8 +101,33 @@ impl<B: Backend> Decoder<B> {
         rotaries.map(|(index, rotary)| config.uses_rotary(index).then(|| Rope::new(rotary)).transpose()).collect()
     }
 
+    /// Lets batches name an adapter that was made for this model.
+    pub(crate) fn add_adapter(&mut self, id: u32, weights: Arc<AdapterWeights<B>>) -> Result<(), ModelError> {
+        if self.adapters.iter().any(|adapter| adapter.id == id) {
+            return Err(ModelError::Step(format!("there is an adapter {id} already")));
+        }
+        self.adapters.push(LoadedAdapter { id, weights });
+        Ok(())
+    }
+
+    /// Batches may not name it any more.
+    pub(crate) fn remove_adapter(&mut self, id: u32) {
+        self.adapters.retain(|adapter| adapter.id != id);
+        // Kept rows that name others by their place would be wrong now.
+        self.num_kept_rows = 0;
+    }
+
+    /// What reads adapters for this model, on other threads.
+    pub(crate) fn adapter_loader(&self) -> BackendLoader<B> {
+        adapters::loader(&self.config, &self.weights, &self.backend)
+    }
+
     pub(crate) fn backend(&self) -> &B {
         &self.backend
+    }
+
+    pub(crate) fn backend_mut(&mut self) -> &mut B {
+        &mut self.backend
     }
 
     pub(crate) fn allocate_kv(&mut self, num_blocks: usize) -> Result<(), ModelError> {
@@ -115,11 +163,13 @@ impl<B: Backend> Decoder<B> {
     ) -> Result<(), ModelError> {
         self.num_kept_rows = 0;
         checker(&mut self.checker)?.check(batch)?;
+        adapters::runs(batch, &self.adapters, &mut self.runs)?;
         if batch.tokens.is_empty() {
             return Ok(());
         }
         self.ropes.iter_mut().flatten().for_each(|rope| rope.compute(batch));
-        let step = Step { batch, ropes: &self.ropes };
+        let adapters = Adapters { runs: &self.runs, loaded: &self.adapters };
+        let step = Step { batch, ropes: &self.ropes, adapters };
         let backend = &mut self.backend;
         backend.embed(&self.weights.embedding, step)?;
         passed(ModelPhase::Embed);
@@ -132,21 +182,22 @@ impl<B: Backend> Decoder<B> {
             let mlp_norm = weights.feed_forward.norm.as_ref().unwrap_or(&weights.attention.norm);
             match self.config.block {
                 Block::PreNorm | Block::SandwichNorm => {
-                    backend.attention_output(&weights.attention, step)?;
+                    backend.attention_output(layer, &weights.attention, step)?;
                     passed(ModelPhase::AttentionOutput);
-                    backend.feed_forward(mlp_norm, &weights.feed_forward, step)?;
+                    backend.feed_forward(layer, mlp_norm, &weights.feed_forward, step)?;
                     passed(ModelPhase::Mlp);
                 }
                 // Both branches read the residual stream as it is before either is added.
                 Block::Parallel | Block::ParallelTwoNorms => {
-                    backend.feed_forward(mlp_norm, &weights.feed_forward, step)?;
+                    backend.feed_forward(layer, mlp_norm, &weights.feed_forward, step)?;
                     passed(ModelPhase::Mlp);
-                    backend.attention_output(&weights.attention, step)?;
+                    backend.attention_output(layer, &weights.attention, step)?;
                     passed(ModelPhase::AttentionOutput);
                 }
             }
         }
         backend.keep_rows(&batch.logit_rows)?;
+        adapters::kept_runs(&self.runs, &batch.logit_rows, &mut self.kept_runs);
         passed(ModelPhase::Embed);
         self.num_kept_rows = batch.logit_rows.len();
         Ok(())
@@ -172,7 +223,13 @@ impl<B: Backend> Decoder<B> {
         }
         let DecoderWeights { embedding, final_norm, head, head_bias, .. } = &self.weights;
         let weight = head.as_ref().unwrap_or(embedding);
-        self.backend.head(rows, &HeadWeights { norm: final_norm, weight, bias: head_bias.as_ref() }, out)
+        adapters::slice_runs(&self.kept_runs, &rows, &mut self.head_runs);
+        let adapters = Adapters { runs: &self.head_runs, loaded: &self.adapters };
+        self.backend.head(rows, &HeadWeights { norm: final_norm, weight, bias: head_bias.as_ref() }, adapters, out)?;
+        for row in out.chunks_exact_mut(vocab_size) {
+            self.config.masked_tokens.iter().for_each(|&token| row[token as usize] = f32::MIN);
+        }
+        Ok(())
     }
 }
 

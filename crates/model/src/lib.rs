@@ -4,8 +4,10 @@
 //!
 //! Reading order: [`batch`] what comes in, [`model`] the door, `decoder` the computation written once, `backend` who
 //! carries it out, `rope` and `alibi` what positions do, [`config`] what a family is, [`weights`] where tensors come from,
-//! [`report`] what that takes, [`threads`] and [`memory`] what the machine has.
+//! [`adapter`] what is added to them for one request and not for another, [`report`] what all that takes, [`threads`] and
+//! [`memory`] what the machine has.
 
+pub mod adapter;
 pub mod batch;
 pub mod model;
 
@@ -22,6 +24,9 @@ pub mod report;
 pub mod threads;
 pub mod weights;
 
+pub use adapter::{
+    Adapter, AdapterFormat, AdapterInfo, AdapterLimits, AdapterLoader, AdapterTarget, LowRank, OpenedAdapter,
+};
 pub use batch::{BatchLimits, BatchSequence, ForwardBatch};
 pub use error::ModelError;
 pub use machine::{Machine, Roofs};

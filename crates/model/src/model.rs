@@ -6,11 +6,16 @@
 use std::{
     ops::Range,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use bindery_kernels::{Cpu, Isa, pack_together};
 
 use crate::{
+    adapter::{
+        Adapter, AdapterLoader,
+        weights::{AnyAdapter, AnyLoader},
+    },
     backend::{
         Backend,
         cpu::{self, CpuBackend, ImportOptions},
@@ -23,7 +28,7 @@ use crate::{
     report::{self, ModelReport},
     rope::RopeRegimes,
     threads::physical_cores,
-    weights::WeightStore,
+    weights::{Importance, WeightStore},
 };
 
 /// `--dtype`: what dense weights are computed in. Quantised weights stay as they are stored, whatever it says.
@@ -242,6 +247,11 @@ pub trait StepModel: Send {
     /// Where rotary frequencies depend on a request's length: which lengths share theirs. A request's
     /// [`crate::BatchSequence::rope_len`] must be the same for all that is in the cache of it.
     fn rope_regimes(&self) -> Option<RopeRegimes>;
+    /// Lets batches name an adapter, by a number that no other has or will have. It must be of this model's
+    /// [`Model::adapter_loader`]. Costs no time.
+    fn add_adapter(&mut self, id: u32, adapter: &Arc<Adapter>) -> Result<(), ModelError>;
+    /// Batches may not name it any more; its memory goes with the last who holds it.
+    fn remove_adapter(&mut self, id: u32);
     /// Copies whole blocks (source, target) in every layer, in order, before the next forward.
     fn copy_blocks(&mut self, copies: &[(u32, u32)]) -> Result<(), ModelError>;
     /// Computes a batch: writes its keys and values, keeps the final hidden state of `logit_rows`. A batch that breaks
@@ -385,6 +395,36 @@ impl Model {
         &self.info
     }
 
+    /// What reads adapters for this model, on any thread.
+    pub fn adapter_loader(&self) -> AdapterLoader {
+        AdapterLoader::new(match &self.decoder {
+            AnyDecoder::Cpu(decoder) => AnyLoader::Cpu(decoder.adapter_loader()),
+            AnyDecoder::Reference(decoder) => AnyLoader::Reference(decoder.adapter_loader()),
+        })
+    }
+
+    /// From now on the mean square of what goes into each matrix is gathered, until [`Model::take_importance`].
+    ///
+    /// # Errors
+    /// The `cpu` backend does not tell: its fused operations keep no inputs.
+    pub fn observe_inputs(&mut self) -> Result<(), ModelError> {
+        match &mut self.decoder {
+            AnyDecoder::Reference(decoder) => decoder.backend_mut().observe(),
+            AnyDecoder::Cpu(_) => {
+                return Err(ModelError::BadOption("inputs are gathered by the reference backend only".into()));
+            }
+        }
+        Ok(())
+    }
+
+    /// What was gathered; none where nobody asked for it.
+    pub fn take_importance(&mut self) -> Option<Importance> {
+        match &mut self.decoder {
+            AnyDecoder::Reference(decoder) => decoder.backend_mut().take_observed(),
+            AnyDecoder::Cpu(_) => None,
+        }
+    }
+
     /// Reserves the KV cache; pages are touched on use. Before the first forward; again, it empties the cache.
     pub fn allocate_kv(&mut self, num_blocks: usize) -> Result<(), ModelError> {
         on_decoder!(self, decoder => decoder.allocate_kv(num_blocks))
@@ -398,6 +438,20 @@ impl StepModel for Model {
 
     fn rope_regimes(&self) -> Option<RopeRegimes> {
         self.rope_regimes
+    }
+
+    fn add_adapter(&mut self, id: u32, adapter: &Arc<Adapter>) -> Result<(), ModelError> {
+        match (&mut self.decoder, &adapter.weights) {
+            (AnyDecoder::Cpu(decoder), AnyAdapter::Cpu(weights)) => decoder.add_adapter(id, Arc::clone(weights)),
+            (AnyDecoder::Reference(decoder), AnyAdapter::Reference(weights)) => {
+                decoder.add_adapter(id, Arc::clone(weights))
+            }
+            _ => Err(ModelError::Unsupported(format!("adapter {id} was loaded for another model"))),
+        }
+    }
+
+    fn remove_adapter(&mut self, id: u32) {
+        on_decoder!(self, decoder => decoder.remove_adapter(id));
     }
 
     fn copy_blocks(&mut self, copies: &[(u32, u32)]) -> Result<(), ModelError> {

@@ -107,8 +107,8 @@ impl RopeRegimes {
 pub(crate) struct Rope {
     frequencies: Frequencies,
     num_pairs: usize,
-    /// Cosines and sines are multiplied by this.
-    factor: f32,
+    /// Cosines and sines are multiplied by this, up to the length of `Frequencies::LongRope` and beyond it.
+    factors: [f32; 2],
     /// `[rows, dim / 2]` of the batch last computed.
     cos: Vec<f32>,
     sin: Vec<f32>,
@@ -126,6 +126,11 @@ enum Frequencies {
 }
 
 impl Frequencies {
+    /// Whether a request with this `rope_len` takes the second of two sets.
+    fn is_long(&self, rope_len: usize) -> bool {
+        matches!(self, Self::LongRope { original, .. } if rope_len > *original)
+    }
+
     /// Of a request with this `rope_len`.
     fn of(&mut self, rope_len: usize) -> &[f32] {
         match self {
@@ -158,14 +163,15 @@ impl Frequencies {
 impl Rope {
     /// Fails where the file's own divisors do not match the rotated width.
     pub(crate) fn new(rotary: &Rotary) -> Result<Self, ModelError> {
-        let factor = match rotary.scaling {
-            RopeScaling::LongRope { attention_factor, .. } | RopeScaling::Yarn { attention_factor, .. } => {
-                attention_factor
+        let factors = match rotary.scaling {
+            RopeScaling::LongRope { attention_factor, long_attention_factor, .. } => {
+                [attention_factor, long_attention_factor]
             }
-            _ => 1.0,
+            RopeScaling::Yarn { attention_factor, .. } => [attention_factor; 2],
+            _ => [1.0; 2],
         };
         let frequencies = frequencies(rotary)?;
-        Ok(Self { frequencies, num_pairs: rotary.dim / 2, factor, cos: Vec::new(), sin: Vec::new() })
+        Ok(Self { frequencies, num_pairs: rotary.dim / 2, factors, cos: Vec::new(), sin: Vec::new() })
     }
 
     /// Computes the angles of a batch, one row a token. A checked batch.
@@ -176,12 +182,13 @@ impl Rope {
         self.cos.reserve(batch.num_tokens() * self.num_pairs);
         self.sin.reserve(batch.num_tokens() * self.num_pairs);
         for sequence in &batch.sequences {
+            let factor = self.factors[usize::from(self.frequencies.is_long(sequence.rope_len))];
             let frequencies = self.frequencies.of(sequence.rope_len);
             for &position in &batch.positions[sequence.rows.clone()] {
                 for &frequency in frequencies {
                     let (sin, cos) = f64::from(position as f32 * frequency).sin_cos();
-                    self.cos.push(cos as f32 * self.factor);
-                    self.sin.push(sin as f32 * self.factor);
+                    self.cos.push(cos as f32 * factor);
+                    self.sin.push(sin as f32 * factor);
                 }
             }
         }
@@ -448,6 +455,7 @@ mod tests {
             long: (1_u8..=8).map(f32::from).collect(),
             original_max_position_embeddings: 64,
             attention_factor: 1.154_700_5,
+            long_attention_factor: 1.154_700_5,
         };
         let long_rope = rotary(16, 10_000.0, scaling);
         #[rustfmt::skip]

@@ -5,9 +5,12 @@ use std::{
     alloc::System,
     fs,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
-use bindery_model::{BackendKind, BatchSequence, ForwardBatch, LoadOptions, Model, Quantize, StepModel as _};
+use bindery_model::{
+    AdapterLimits, BackendKind, BatchSequence, ForwardBatch, LoadOptions, Model, Quantize, StepModel as _,
+};
 use serde_json::{Value, json};
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 
@@ -18,7 +21,7 @@ const BLOCK_SIZE: usize = 16;
 const BLOCKS_EACH: usize = 6;
 
 /// Four sequences that decode and one whose prompt comes in chunks of eight.
-fn batch(step: usize) -> ForwardBatch {
+fn batch(step: usize, adapters: &[Option<u32>; 5]) -> ForwardBatch {
     let mut batch = ForwardBatch::default();
     for sequence in 0..5 {
         let (first, count) = if sequence == 4 { (8 * step, 8) } else { (40 + step, 1) };
@@ -26,7 +29,7 @@ fn batch(step: usize) -> ForwardBatch {
         let table_start = batch.block_tables.len();
         batch.block_tables.extend((0..BLOCKS_EACH).map(|block| (sequence * BLOCKS_EACH + block) as u32));
         for position in first..first + count {
-            batch.tokens.push((7 * position + sequence) as u32 % 90);
+            batch.tokens.push((7 * position + sequence) as u32 % 31);
             batch.positions.push(position as u32);
             batch.slots.push((sequence * BLOCKS_EACH * BLOCK_SIZE + position) as u32);
         }
@@ -36,13 +39,13 @@ fn batch(step: usize) -> ForwardBatch {
             block_table: table_start..batch.block_tables.len(),
             context_len: first + count,
             rope_len: if sequence % 2 == 0 { 0 } else { 65 + sequence },
-            adapter: None,
+            adapter: adapters[sequence],
         });
     }
     batch
 }
 
-fn check(path: &Path, dummy: bool) {
+fn check(path: &Path, dummy: bool, adapters: &[(u32, &str)]) {
     for quantize in [Quantize::None, Quantize::Int8, Quantize::Int4] {
         // One thread: which worker first meets a piece of work is chance, and each makes room for its own.
         let plain = LoadOptions::new(BackendKind::Cpu);
@@ -50,7 +53,13 @@ fn check(path: &Path, dummy: bool) {
         let mut model = Model::load(path, &options, &mut |_, _| ()).unwrap();
         model.allocate_kv(5 * BLOCKS_EACH).unwrap();
         let mut logits = vec![0.0; 5 * model.vocab_size()];
-        let batches: Vec<ForwardBatch> = (0..12).map(batch).collect();
+        for (id, name) in adapters {
+            let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/adapters").join(name);
+            let adapter = model.adapter_loader().load(&path, &AdapterLimits::default()).unwrap();
+            model.add_adapter(*id, &Arc::new(adapter)).unwrap();
+        }
+        let ways = if adapters.is_empty() { [None; 5] } else { [None, Some(1), Some(1), Some(2), Some(2)] };
+        let batches: Vec<ForwardBatch> = (0..12).map(|step| batch(step, &ways)).collect();
         for (step, batch) in batches.iter().enumerate() {
             let region = Region::new(ALLOCATOR);
             model.forward(batch, &mut |_| ()).unwrap();
@@ -77,10 +86,24 @@ fn config(folder: &Path, family: &Value) -> PathBuf {
     path
 }
 
+/// A committed checkpoint of integer weights, with room for this test's positions.
+fn quantized(folder: &Path, name: &str) -> PathBuf {
+    let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/quantized").join(name);
+    let mut config: Value = serde_json::from_slice(&fs::read(from.join("config.json")).unwrap()).unwrap();
+    config["max_position_embeddings"] = json!(256);
+    let to = folder.join(name);
+    fs::create_dir(&to).unwrap();
+    fs::write(to.join("config.json"), config.to_string()).unwrap();
+    fs::copy(from.join("model.safetensors"), to.join("model.safetensors")).unwrap();
+    to
+}
+
 /// One test, for what runs beside it would be counted too.
 #[test]
 fn a_step_allocates_nothing_after_the_first_of_its_size() {
-    check(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/checkpoints/tiny-llama"), false);
+    check(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/checkpoints/tiny-llama"), false, &[]);
+    let mixed = [(1, "llama-all-rslora"), (2, "llama-qv")];
+    check(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/checkpoints/tiny-llama"), false, &mixed);
     let folder = tempfile::tempdir().unwrap();
     let divisors = |first: f32| (0..8_u8).map(|pair| first + f32::from(pair)).collect::<Vec<_>>();
     let families = [
@@ -101,6 +124,10 @@ fn a_step_allocates_nothing_after_the_first_of_its_size() {
         }),
     ];
     for family in &families {
-        check(&config(folder.path(), family), true);
+        check(&config(folder.path(), family), true, &[]);
+    }
+    // Inputs in orders of their own, shared and not, in experts and where 32 does not divide them.
+    for name in ["gptq4-act-order", "gptq4-act-order-112", "gptq4-act-order-experts"] {
+        check(&quantized(folder.path(), name), false, &[]);
     }
 }

@@ -47,8 +47,8 @@ const PROJECTIONS: [(&str, T); 7] = [
 
 /// f32 operations in another order. Measured: 1.1e-5 on `reference`, 5.3e-6 on `cpu`.
 const F32_TOLERANCE: f64 = 1e-3;
-/// Mean divergence with activations rounded to eight bits. Measured: 3.0e-3 at most.
-const QUANTIZED_BOUND: f64 = 5e-2;
+/// Mean divergence with activations rounded to eight bits, the only thing rounded. Measured: 3.0e-3 at most.
+const QUANTIZED_BOUND: f64 = 1e-2;
 
 fn folder(name: &str) -> PathBuf {
     repository().join("tests/quantized").join(name)
@@ -82,15 +82,16 @@ fn weights_are_bit_for_bit_what_was_packed_and_stay_so_in_the_kernels_formats() 
     for (name, layout) in expected().layouts {
         let store = WeightStore::open(&folder(&name)).unwrap();
         for (projection, role) in PROJECTIONS {
+            // Experts are compared by what they answer.
+            let Some(hash) = layout.fnv1a.get(projection) else { continue };
             let view = store.tensor(TensorRole::Layer(0, role)).unwrap().unwrap();
             let values = view.to_f32().unwrap();
-            assert_eq!(fnv1a(&values), layout.fnv1a[projection], "{name} {projection}");
+            assert_eq!(fnv1a(&values), *hash, "{name} {projection}");
             let mut row = vec![0.0; view.cols];
             view.dequantize_row(view.rows - 1, &mut row).unwrap();
             assert_eq!(row, values[values.len() - view.cols..], "{name} {projection}");
             for cpu in &cpus {
-                // Kernels take whole groups of 32 inputs.
-                let kept_bits = if view.cols.is_multiple_of(32) { layout.kept_bits } else { 0 };
+                let kept_bits = layout.kept_bits;
                 match view.import(cpu, Dtype::Auto, Quantize::None).unwrap() {
                     Matrix::Quantized(packed) => {
                         assert_eq!(packed.format().bits.count(), kept_bits, "{name} {projection}");
@@ -228,6 +229,41 @@ fn bad_contents_are_named() {
             assert!(text.contains("down_proj") && text.contains("NaN"), "{text}");
         }
     }
+}
+
+/// No span fits them, so they are unpacked, and right.
+#[test]
+fn groups_of_different_sizes_are_unpacked() {
+    let copy = changed("gptq4-act-order", |tensors| {
+        let index = &mut part(tensors, "down_proj.g_idx").3;
+        let other = i32::from(index[0] == 0);
+        index[..4].copy_from_slice(&other.to_le_bytes());
+    });
+    let store = WeightStore::open(copy.path()).unwrap();
+    let cpu = Cpu::new(Isa::Scalar, 1);
+    let import = |role| {
+        let view = store.tensor(TensorRole::Layer(0, role)).unwrap().unwrap();
+        (view.import(&cpu, Dtype::Auto, Quantize::None).unwrap(), view.to_f32().unwrap())
+    };
+    assert!(import(T::Up).0.is_quantized());
+    let (down, values) = import(T::Down);
+    assert!(!down.is_quantized());
+    let halves: Vec<f32> = values.iter().map(|&x| half::f16::from_f32(x).to_f32()).collect();
+    assert_eq!(rows_of(&down), halves);
+}
+
+#[test]
+fn modules_may_have_other_bits_than_the_config_says_of_all() {
+    let copy = changed("gptq4", |_| ());
+    let text = fs::read_to_string(copy.path().join("config.json")).unwrap();
+    let mut config: serde_json::Value = serde_json::from_str(&text).unwrap();
+    config["quantization_config"]["bits"] = 8.into();
+    fs::write(copy.path().join("config.json"), config.to_string()).unwrap();
+    let values = |path: &std::path::Path| {
+        let store = WeightStore::open(path).unwrap();
+        store.tensor(TensorRole::Layer(0, T::Down)).unwrap().unwrap().to_f32().unwrap()
+    };
+    assert_eq!(values(copy.path()), values(&folder("gptq4")));
 }
 
 #[test]

@@ -1,31 +1,58 @@
 //! Who may ask. Keys are kept as digests and compared in constant time, so neither a dump of this struct nor the time
 //! of an answer tells a key.
 
+use std::sync::Arc;
+
 use axum::http::{HeaderMap, header};
 use sha2::{Digest, Sha256};
-use subtle::{Choice, ConstantTimeEq};
+use subtle::ConstantTimeEq;
 
-use crate::error::ApiError;
+use crate::{config::Tenant, error::ApiError};
 
-/// The keys that open the model routes.
+/// Who asks.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Caller {
+    /// None: nobody in particular, who sees what is everybody's.
+    pub(crate) tenant: Option<Arc<str>>,
+}
+
+/// The keys that open the model routes, and the one that opens the routes that change the server.
 pub(crate) struct ApiKeys {
-    digests: Vec<[u8; 32]>,
+    keys: Vec<([u8; 32], Caller)>,
+    admin: Option<[u8; 32]>,
 }
 
 impl ApiKeys {
-    pub(crate) fn new(keys: &[String]) -> Self {
-        Self { digests: keys.iter().map(|key| digest(key.as_bytes())).collect() }
+    pub(crate) fn new(keys: &[String], tenants: &[Tenant], admin: Option<&String>) -> Self {
+        let mut all: Vec<_> = keys.iter().map(|key| (digest(key.as_bytes()), Caller::default())).collect();
+        for Tenant { name, api_keys } in tenants {
+            let caller = Caller { tenant: Some(name.as_str().into()) };
+            all.extend(api_keys.iter().map(|key| (digest(key.as_bytes()), caller.clone())));
+        }
+        Self { keys: all, admin: admin.map(|key| digest(key.as_bytes())) }
     }
 
-    /// `Ok` where no key is configured, or the bearer token is one of them.
-    pub(crate) fn check(&self, headers: &HeaderMap) -> Result<(), ApiError> {
-        if self.digests.is_empty() {
-            return Ok(());
+    /// Whose key it is; anybody's where no key is configured.
+    pub(crate) fn check(&self, headers: &HeaderMap) -> Result<Caller, ApiError> {
+        if self.keys.is_empty() {
+            return Ok(Caller::default());
         }
         let presented = digest(bearer_token(headers).ok_or(ApiError::MissingKey)?);
         // Every key is compared, also after a match.
-        let known = self.digests.iter().fold(Choice::from(0), |known, key| known | key.ct_eq(&presented));
-        if bool::from(known) { Ok(()) } else { Err(ApiError::WrongKey) }
+        let mut found = None;
+        for (key, caller) in &self.keys {
+            if bool::from(key.ct_eq(&presented)) {
+                found = Some(caller);
+            }
+        }
+        found.cloned().ok_or(ApiError::WrongKey)
+    }
+
+    /// `Ok` with the admin key alone.
+    pub(crate) fn check_admin(&self, headers: &HeaderMap) -> Result<(), ApiError> {
+        let admin = self.admin.ok_or(ApiError::NoAdminKey)?;
+        let presented = digest(bearer_token(headers).ok_or(ApiError::MissingKey)?);
+        if bool::from(admin.ct_eq(&presented)) { Ok(()) } else { Err(ApiError::NotAdmin) }
     }
 }
 
@@ -47,12 +74,47 @@ mod tests {
 
     use super::*;
 
-    fn check(keys: &[&str], authorization: Option<&str>) -> Result<(), ApiError> {
+    fn headers(authorization: Option<&str>) -> HeaderMap {
         let mut headers = HeaderMap::new();
         if let Some(value) = authorization {
             headers.insert(header::AUTHORIZATION, HeaderValue::from_str(value).unwrap());
         }
-        ApiKeys::new(&keys.iter().map(|&key| key.to_owned()).collect::<Vec<_>>()).check(&headers)
+        headers
+    }
+
+    fn check(keys: &[&str], authorization: Option<&str>) -> Result<Caller, ApiError> {
+        let keys: Vec<String> = keys.iter().map(|&key| key.to_owned()).collect();
+        ApiKeys::new(&keys, &[], None).check(&headers(authorization))
+    }
+
+    #[test]
+    fn a_tenants_key_says_whose_it_is_and_closes_the_door_to_others() {
+        let tenant = |name: &str, keys: &[&str]| Tenant {
+            name: name.to_owned(),
+            api_keys: keys.iter().map(|&key| key.to_owned()).collect(),
+        };
+        let keys = ApiKeys::new(&["all".to_owned()], &[tenant("a", &["a1", "a2"]), tenant("b", &["b1"])], None);
+        let who = |key: &str| keys.check(&headers(Some(&format!("Bearer {key}")))).map(|caller| caller.tenant);
+        assert_eq!(who("a2").unwrap().as_deref(), Some("a"));
+        assert_eq!(who("b1").unwrap().as_deref(), Some("b"));
+        assert_eq!(who("all").unwrap(), None);
+        assert!(matches!(who("c"), Err(ApiError::WrongKey)));
+        let only_tenants = ApiKeys::new(&[], &[tenant("a", &["a1"])], None);
+        assert!(matches!(only_tenants.check(&headers(None)), Err(ApiError::MissingKey)));
+    }
+
+    #[test]
+    fn only_the_admin_key_opens_the_routes_that_change_the_server() {
+        let keys = ApiKeys::new(&["user".to_owned()], &[], Some(&"boss".to_owned()));
+        assert!(keys.check_admin(&headers(Some("Bearer boss"))).is_ok());
+        assert!(matches!(keys.check_admin(&headers(Some("Bearer user"))), Err(ApiError::NotAdmin)));
+        assert!(matches!(keys.check_admin(&headers(None)), Err(ApiError::MissingKey)));
+        assert!(
+            matches!(keys.check(&headers(Some("Bearer boss"))), Err(ApiError::WrongKey)),
+            "it opens no model route"
+        );
+        let none = ApiKeys::new(&[], &[], None);
+        assert!(matches!(none.check_admin(&headers(Some("Bearer boss"))), Err(ApiError::NoAdminKey)));
     }
 
     #[test]

@@ -496,11 +496,13 @@ mod tests {
         let limits = Limits::new(&crate::ServerConfig {
             served_model_names: Vec::new(),
             api_keys: Vec::new(),
+            tenants: Vec::new(),
             admin_key: None,
             max_body_bytes: 1,
             shutdown_timeout: Duration::ZERO,
             digest: None,
             license: None,
+            adapter_roots: bindery_engine::adapters::AdapterRoots::default(),
         });
         let parse = |text: &str| {
             let mut headers = HeaderMap::new();

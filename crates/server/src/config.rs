@@ -4,13 +4,17 @@
 
 use std::{fmt, time::Duration};
 
+use bindery_engine::adapters::AdapterRoots;
+
 /// What the server is told at start.
 #[derive(Clone)]
 pub struct ServerConfig {
     /// First is the one `/v1/models` lists first; all name the base model.
     pub served_model_names: Vec<String>,
-    /// Empty: model routes are open.
+    /// With no key here and none of a tenant, model routes are open.
     pub api_keys: Vec<String>,
+    /// Who has keys of its own: it sees its own adapters besides everybody's.
+    pub tenants: Vec<Tenant>,
     /// For the routes that change the server. It opens no model route.
     pub admin_key: Option<String>,
     /// `--max-body-size`: largest request body.
@@ -21,6 +25,17 @@ pub struct ServerConfig {
     pub digest: Option<String>,
     /// The weights' licence, from the card, for `/v1/models`.
     pub license: Option<String>,
+    /// Where adapters may be loaded from at run time.
+    pub adapter_roots: AdapterRoots,
+}
+
+/// A tenant, as far as this version knows one.
+#[derive(Clone)]
+pub struct Tenant {
+    /// As adapters name it.
+    pub name: String,
+    /// Each opens the model routes in its name.
+    pub api_keys: Vec<String>,
 }
 
 impl fmt::Debug for ServerConfig {
@@ -28,11 +43,13 @@ impl fmt::Debug for ServerConfig {
         f.debug_struct("ServerConfig")
             .field("served_model_names", &self.served_model_names)
             .field("num_api_keys", &self.api_keys.len())
+            .field("tenants", &self.tenants.iter().map(|tenant| &tenant.name).collect::<Vec<_>>())
             .field("has_admin_key", &self.admin_key.is_some())
             .field("max_body_bytes", &self.max_body_bytes)
             .field("shutdown_timeout", &self.shutdown_timeout)
             .field("digest", &self.digest)
             .field("license", &self.license)
+            .field("adapter_roots", &self.adapter_roots)
             .finish()
     }
 }
@@ -66,6 +83,8 @@ pub struct Limits {
     /// More log-probabilities of prompt tokens in one answer (tokens times choices times `logprobs` + 1) are refused with
     /// 400: they are held until the answer is whole.
     pub max_prompt_scores: usize,
+    /// A longer `timeout_s` of `/v1/unload_lora_adapter` is refused with 400.
+    pub max_unload_timeout: Duration,
     /// More messages in one conversation are refused with 400.
     pub max_messages: usize,
     /// A longer text given to `/tokenize` or rendered for it, or more tokens given to `/detokenize` than this many
@@ -97,6 +116,7 @@ impl Limits {
             max_prompts: 1024,
             max_choices: 1024,
             max_prompt_scores: 1 << 19,
+            max_unload_timeout: Duration::from_hours(1),
             max_messages: 16384,
             max_tokenize_bytes: 4 << 20,
             max_request_timeout: Duration::from_hours(24),

@@ -10,7 +10,7 @@ use axum::{
     http::{HeaderValue, Method, StatusCode, header},
     response::{IntoResponse, Response},
 };
-use bindery_engine::EngineError;
+use bindery_engine::{AdapterError, EngineError};
 use bindery_protocol::openai::{ErrorBody, ErrorResponse};
 
 /// Seconds after which a probe or a client may ask again while the weights load.
@@ -31,6 +31,18 @@ pub(crate) enum ApiError {
     MissingKey,
     /// The key is none of ours.
     WrongKey,
+    /// A route that changes the server, and no admin key is configured.
+    NoAdminKey,
+    /// Another key than the admin's.
+    NotAdmin,
+    /// It may not be done: say it otherwise.
+    Forbidden { param: String, message: String },
+    /// It contradicts what is there.
+    Conflict { message: String },
+    /// The adapter is known, and its files cannot be used: tell whoever runs the server.
+    AdapterUnreadable { message: String },
+    /// No adapter of this name: an operator's mistake.
+    UnknownAdapter { message: String },
     /// The model is not offered here: name one of `offered`.
     UnknownModel { asked: String, offered: Vec<String> },
     /// No such route.
@@ -93,20 +105,41 @@ impl ApiError {
         }
     }
 
+    /// What the pool says about an adapter that a request named or an operator works on.
+    pub(crate) fn from_adapter(error: &AdapterError, param: &str) -> Self {
+        let message = error.to_string();
+        match error {
+            AdapterError::Unknown { .. } => Self::UnknownAdapter { message },
+            AdapterError::Exists { .. } | AdapterError::BadName { .. } => Self::invalid(param, message),
+            AdapterError::Forbidden { .. } => Self::Forbidden { param: param.to_owned(), message },
+            AdapterError::InUse { .. } | AdapterError::StillDraining { .. } | AdapterError::NoRoom { .. } => {
+                Self::Conflict { message }
+            }
+            AdapterError::Unreadable { .. } => Self::AdapterUnreadable { message },
+        }
+    }
+
     pub(crate) fn status(&self) -> StatusCode {
         match self {
             Self::Invalid { .. } | Self::Unsupported { .. } | Self::ContextLength { .. } => StatusCode::BAD_REQUEST,
             Self::MissingKey | Self::WrongKey => StatusCode::UNAUTHORIZED,
-            Self::UnknownModel { .. } | Self::UnknownRoute { .. } => StatusCode::NOT_FOUND,
+            Self::NoAdminKey | Self::NotAdmin | Self::Forbidden { .. } => StatusCode::FORBIDDEN,
+            Self::Conflict { .. } => StatusCode::CONFLICT,
+            Self::UnknownModel { .. } | Self::UnknownAdapter { .. } | Self::UnknownRoute { .. } => {
+                StatusCode::NOT_FOUND
+            }
             Self::MethodNotAllowed { .. } => StatusCode::METHOD_NOT_ALLOWED,
             Self::ContentEncoding { .. } => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::BodyTimeout { .. } | Self::DeadlineExceeded { .. } | Self::SlowReader { .. } => {
                 StatusCode::REQUEST_TIMEOUT
             }
-            Self::QueueFull { .. } | Self::Loading | Self::LoadFailed { .. } | Self::Draining | Self::CutByShutdown => {
-                StatusCode::SERVICE_UNAVAILABLE
-            }
+            Self::QueueFull { .. }
+            | Self::Loading
+            | Self::LoadFailed { .. }
+            | Self::AdapterUnreadable { .. }
+            | Self::Draining
+            | Self::CutByShutdown => StatusCode::SERVICE_UNAVAILABLE,
             Self::Internal { .. } => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
@@ -127,7 +160,11 @@ impl ApiError {
             Self::Unsupported { .. } => Some("unsupported_parameter"),
             Self::ContextLength { .. } => Some("context_length_exceeded"),
             Self::MissingKey | Self::WrongKey => Some("invalid_api_key"),
-            Self::UnknownModel { .. } => Some("model_not_found"),
+            Self::NoAdminKey | Self::NotAdmin => Some("admin_key_required"),
+            Self::Forbidden { .. } => Some("forbidden"),
+            Self::Conflict { .. } => Some("conflict"),
+            Self::AdapterUnreadable { .. } => Some("adapter_unreadable"),
+            Self::UnknownModel { .. } | Self::UnknownAdapter { .. } => Some("model_not_found"),
             Self::UnknownRoute { .. } => Some("unknown_url"),
             Self::MethodNotAllowed { .. } => Some("method_not_allowed"),
             Self::ContentEncoding { .. } => Some("unsupported_content_encoding"),
@@ -146,10 +183,14 @@ impl ApiError {
     fn kind(&self) -> &'static str {
         match self {
             Self::MissingKey | Self::WrongKey => "authentication_error",
+            Self::NoAdminKey | Self::NotAdmin | Self::Forbidden { .. } => "permission_error",
             Self::BodyTimeout { .. } | Self::DeadlineExceeded { .. } | Self::SlowReader { .. } => "timeout_error",
-            Self::QueueFull { .. } | Self::Loading | Self::LoadFailed { .. } | Self::Draining | Self::CutByShutdown => {
-                "service_unavailable_error"
-            }
+            Self::QueueFull { .. }
+            | Self::Loading
+            | Self::LoadFailed { .. }
+            | Self::AdapterUnreadable { .. }
+            | Self::Draining
+            | Self::CutByShutdown => "service_unavailable_error",
             Self::Internal { .. } => "server_error",
             _ => "invalid_request_error",
         }
@@ -158,7 +199,9 @@ impl ApiError {
     fn param(&self) -> Option<&str> {
         match self {
             Self::Invalid { param, .. } => param.as_deref(),
-            Self::Unsupported { param, .. } | Self::ContextLength { param, .. } => Some(param),
+            Self::Unsupported { param, .. } | Self::ContextLength { param, .. } | Self::Forbidden { param, .. } => {
+                Some(param)
+            }
             Self::UnknownModel { .. } => Some("model"),
             Self::ContentEncoding { .. } => Some("content-encoding"),
             _ => None,
@@ -171,10 +214,22 @@ impl ApiError {
             | Self::Unsupported { message, .. }
             | Self::ContextLength { message, .. }
             | Self::DeadlineExceeded { message }
+            | Self::Forbidden { message, .. }
+            | Self::Conflict { message }
+            | Self::UnknownAdapter { message }
+            | Self::AdapterUnreadable { message }
             | Self::SlowReader { message }
             | Self::QueueFull { message, .. } => message.clone(),
             Self::MissingKey => "no API key: send one in the header `Authorization: Bearer KEY`".into(),
             Self::WrongKey => "the API key is not known to this server: check the key after `Bearer`".into(),
+            Self::NoAdminKey => {
+                "this route changes the server and needs the admin key, and none is configured: start the server with \
+                 --admin-key"
+                    .into()
+            }
+            Self::NotAdmin => {
+                "this route changes the server and needs the admin key: the key that came is another".into()
+            }
             Self::UnknownModel { asked, offered } => {
                 format!("the model {} does not exist here: this server offers {}", quote(asked), list(offered))
             }

@@ -24,7 +24,9 @@ use futures::{
 use tokio::time::{Sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 
-use crate::{context::RequestContext, error::ApiError, metrics::Outcome, router::Serving, state::SharedState};
+use crate::{
+    adapters::Named, context::RequestContext, error::ApiError, metrics::Outcome, router::Serving, state::SharedState,
+};
 
 const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
 
@@ -121,6 +123,7 @@ impl Generation {
     pub(crate) async fn start(
         state: &SharedState,
         serving: &Serving,
+        named: &Named,
         context: &RequestContext,
         requests: Vec<TextRequest>,
         prompt_text: PromptText,
@@ -138,7 +141,7 @@ impl Generation {
         let timeout = requests.first().and_then(|request| request.timeout);
         let failed = |error| ApiError::from_engine(error, &context.id);
         let prepared = try_join_all(requests.into_iter().map(|request| serving.model.prepare(request)));
-        let prepared = prepared.await.map_err(failed)?;
+        let mut prepared = prepared.await.map_err(failed)?;
         let scores = |(request, per_token): (&PreparedRequest, &usize)| request.num_prompt_tokens() * per_token;
         let num_scores: usize = prepared.iter().zip(&scores_per_token).map(scores).sum();
         let limit = state.limits.max_prompt_scores;
@@ -148,6 +151,13 @@ impl Generation {
                  choices, fewer logprobs or a shorter prompt"
             );
             return Err(ApiError::invalid("prompt_logprobs", message));
+        }
+        // Only now: what is refused anyway makes nobody read an adapter, or push another out.
+        let remaining = timeout.map(|timeout| timeout.saturating_sub(context.started.elapsed()));
+        if let Some(adapter) = serving.lease(state, named, remaining).await? {
+            for prepared in &mut prepared {
+                prepared.set_adapter(adapter.clone());
+            }
         }
         let streams = serving.model.submit_all(prepared).await.map_err(failed)?;
         let progress = |stream: &TextStream| {

@@ -7,7 +7,7 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::http::Method;
-use bindery_engine::{EngineStats, engine::STEP_PHASES};
+use bindery_engine::{EngineStats, adapters::AdapterUse, engine::STEP_PHASES};
 use prometheus::{
     Encoder, Histogram, HistogramOpts, IntCounterVec, Opts, Registry, TextEncoder,
     proto::{self, LabelPair, MetricFamily, MetricType},
@@ -159,9 +159,9 @@ impl Metrics {
     }
 
     /// The text format; `stats` is absent while there is no engine.
-    pub(crate) fn render(&self, stats: Option<&EngineStats>) -> String {
+    pub(crate) fn render(&self, stats: Option<&EngineStats>, adapters: &AdapterLabels) -> String {
         let idle = EngineStats::default();
-        let mut families = self.engine_families(stats.unwrap_or(&idle));
+        let mut families = self.engine_families(stats.unwrap_or(&idle), adapters);
         families.extend(self.registry.gather());
         let mut text = Vec::new();
         match TextEncoder::new().encode(&families, &mut text) {
@@ -174,7 +174,7 @@ impl Metrics {
     }
 
     /// The engine's snapshot as metric families.
-    fn engine_families(&self, stats: &EngineStats) -> Vec<MetricFamily> {
+    fn engine_families(&self, stats: &EngineStats, adapters: &AdapterLabels) -> Vec<MetricFamily> {
         let model = || vec![label("model_name", &self.model_name)];
         let gauge = |name, help, value: f64| family(name, help, MetricType::GAUGE, vec![gauge_of(model(), value)]);
         let counter =
@@ -184,8 +184,11 @@ impl Metrics {
             label("block_size", &stats.block_size.to_string()),
             label("num_gpu_blocks", &stats.num_blocks.to_string()),
         ];
-        let lora_labels =
-            vec![label("max_lora", "0"), label("running_lora_adapters", ""), label("waiting_lora_adapters", "")];
+        let lora_labels = vec![
+            label("max_lora", &adapters.max_loras.to_string()),
+            label("running_lora_adapters", &adapters.in_use.running.join(",")),
+            label("waiting_lora_adapters", &adapters.in_use.waiting.join(",")),
+        ];
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs_f64();
         vec![
             gauge("vllm:num_requests_running", "Requests in the batch", stats.num_requests_running as f64),
@@ -247,6 +250,13 @@ impl Metrics {
         }
         stats.phase_seconds.iter().map(|(phase, seconds)| of(phase, *seconds)).collect()
     }
+}
+
+/// What `vllm:lora_requests_info` says in its labels.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct AdapterLabels {
+    pub(crate) max_loras: usize,
+    pub(crate) in_use: AdapterUse,
 }
 
 /// Names and labels of this file are constant and tested, so neither making nor registering a metric can fail.
@@ -320,7 +330,7 @@ mod tests {
 
     #[test]
     fn every_metric_of_the_contract_exists_at_zero_without_an_engine() {
-        let text = Metrics::new("m").render(None);
+        let text = Metrics::new("m").render(None, &AdapterLabels::default());
         for name in [
             "vllm:num_requests_running{model_name=\"m\"} 0",
             "vllm:num_requests_waiting{model_name=\"m\"} 0",
@@ -359,7 +369,7 @@ mod tests {
             iteration_tokens_sum: 40,
             ..EngineStats::default()
         };
-        let text = Metrics::new("m").render(Some(&stats));
+        let text = Metrics::new("m").render(Some(&stats), &AdapterLabels::default());
         for line in [
             "vllm:iteration_tokens_total_bucket{model_name=\"m\",le=\"1\"} 3",
             "vllm:iteration_tokens_total_bucket{model_name=\"m\",le=\"8\"} 5",
@@ -374,7 +384,7 @@ mod tests {
     #[test]
     fn usage_is_a_share_of_the_blocks() {
         let stats = EngineStats { num_blocks: 8, num_used_blocks: 2, block_size: 16, ..EngineStats::default() };
-        let text = Metrics::new("m").render(Some(&stats));
+        let text = Metrics::new("m").render(Some(&stats), &AdapterLabels::default());
         assert!(text.contains("vllm:kv_cache_usage_perc{model_name=\"m\"} 0.25"), "{text}");
         assert!(text.contains("vllm:cache_config_info{block_size=\"16\",num_gpu_blocks=\"8\"} 1"), "{text}");
     }

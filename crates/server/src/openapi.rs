@@ -8,7 +8,7 @@ use utoipa::{
     openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme},
 };
 
-use crate::routes::{chat, completions, models, operations, tokenize};
+use crate::routes::{adapters, chat, completions, models, operations, tokenize};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -18,6 +18,9 @@ use crate::routes::{chat, completions, models, operations, tokenize};
         chat::create,
         models::list,
         models::get,
+        adapters::load,
+        adapters::unload,
+        adapters::list,
         tokenize::tokenize,
         tokenize::detokenize,
         operations::health,
@@ -31,6 +34,7 @@ use crate::routes::{chat, completions, models, operations, tokenize};
     tags(
         (name = "generation", description = "Text from prompts and conversations"),
         (name = "models", description = "What can be named in `model`"),
+        (name = "adapters", description = "LoRA adapters, for whoever holds the admin key"),
         (name = "text", description = "Texts to tokens and back"),
         (name = "operations", description = "For probes and operators"),
     )
@@ -74,10 +78,13 @@ mod tests {
                 "/openapi.json",
                 "/ready",
                 "/tokenize",
+                "/v1/adapters",
                 "/v1/chat/completions",
                 "/v1/completions",
+                "/v1/load_lora_adapter",
                 "/v1/models",
                 "/v1/models/{id}",
+                "/v1/unload_lora_adapter",
                 "/version",
             ]
         );

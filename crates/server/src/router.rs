@@ -13,9 +13,10 @@ use axum::{
 use bindery_engine::LocalModel;
 
 use crate::{
+    auth::Caller,
     context::{GuardedBody, observe},
     error::ApiError,
-    routes::{chat, completions, models, operations, tokenize},
+    routes::{adapters, chat, completions, models, operations, tokenize},
     slot::SlotState,
     state::SharedState,
 };
@@ -26,6 +27,7 @@ const X_BINDERY_ROUTE: HeaderName = HeaderName::from_static("x-bindery-route");
 #[derive(Clone)]
 pub(crate) struct Serving {
     pub(crate) model: Arc<LocalModel>,
+    pub(crate) caller: Caller,
 }
 
 pub(crate) fn router(state: &SharedState) -> Router {
@@ -37,6 +39,11 @@ pub(crate) fn router(state: &SharedState) -> Router {
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))
         .route_layer(middleware::from_fn_with_state(Arc::clone(state), gate));
+    let admin_routes = Router::new()
+        .route("/v1/load_lora_adapter", post(adapters::load))
+        .route("/v1/unload_lora_adapter", post(adapters::unload))
+        .route("/v1/adapters", get(adapters::list))
+        .route_layer(middleware::from_fn_with_state(Arc::clone(state), admin_gate));
     Router::new()
         .route("/health", get(operations::health))
         .route("/ready", get(operations::ready))
@@ -44,6 +51,7 @@ pub(crate) fn router(state: &SharedState) -> Router {
         .route("/version", get(operations::version))
         .route("/openapi.json", get(operations::openapi))
         .merge(model_routes)
+        .merge(admin_routes)
         .fallback(unknown_route)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(middleware::from_fn_with_state(Arc::clone(state), observe))
@@ -53,10 +61,10 @@ pub(crate) fn router(state: &SharedState) -> Router {
 /// Lets a model request through: who may ask, then whether the server takes requests. The request counts as in flight
 /// until its response body has ended; where the server cuts what runs, a handler that has not answered yet is dropped.
 async fn gate(State(state): State<SharedState>, mut request: Request, next: Next) -> Response {
-    let admitted = state.keys.check(request.headers()).and_then(|()| {
+    let admitted = state.keys.check(request.headers()).and_then(|caller| {
         let in_flight = state.lifecycle.admit().ok_or(ApiError::Draining)?;
         match state.slot.state() {
-            SlotState::Ready(model) => Ok((in_flight, Serving { model: Arc::clone(model) })),
+            SlotState::Ready(model) => Ok((in_flight, Serving { model: Arc::clone(model), caller })),
             SlotState::Loading => Err(ApiError::Loading),
             SlotState::Failed(message) => Err(ApiError::LoadFailed { message: message.to_owned() }),
         }
@@ -73,6 +81,26 @@ async fn gate(State(state): State<SharedState>, mut request: Request, next: Next
     };
     response.headers_mut().insert(X_BINDERY_ROUTE, HeaderValue::from_static("local"));
     response.map(|body| axum::body::Body::new(GuardedBody { body, span: None, guard: in_flight }))
+}
+
+/// Likewise for the routes that change the server, which take the admin key.
+async fn admin_gate(State(state): State<SharedState>, mut request: Request, next: Next) -> Response {
+    let admitted = state.keys.check_admin(request.headers()).and_then(|()| match state.slot.state() {
+        SlotState::Ready(model) => Ok(Serving { model: Arc::clone(model), caller: Caller::default() }),
+        SlotState::Loading => Err(ApiError::Loading),
+        SlotState::Failed(message) => Err(ApiError::LoadFailed { message: message.to_owned() }),
+    });
+    match admitted {
+        Err(error) => error.into_response(),
+        Ok(serving) => {
+            request.extensions_mut().insert(serving);
+            tokio::select! {
+                biased;
+                response = next.run(request) => response,
+                () = state.lifecycle.cut_token().cancelled() => ApiError::CutByShutdown.into_response(),
+            }
+        }
+    }
 }
 
 async fn unknown_route(request: Request) -> ApiError {

@@ -10,7 +10,6 @@ use tokio::sync::Semaphore;
 use crate::{
     auth::ApiKeys,
     config::{Limits, ServerConfig},
-    error::ApiError,
     lifecycle::Lifecycle,
     metrics::Metrics,
     slot::ModelSlot,
@@ -36,7 +35,7 @@ pub(crate) struct AppState {
 impl AppState {
     pub(crate) fn new(config: ServerConfig, limits: Limits, slot: ModelSlot) -> SharedState {
         Arc::new(Self {
-            keys: ApiKeys::new(&config.api_keys),
+            keys: ApiKeys::new(&config.api_keys, &config.tenants, config.admin_key.as_ref()),
             metrics: Metrics::new(config.primary_model_name()),
             turns: Turns::new(limits.max_blocking_jobs),
             lifecycle: Arc::new(Lifecycle::new()),
@@ -45,15 +44,6 @@ impl AppState {
             limits,
             slot,
         })
-    }
-
-    /// The name a request is answered under: the one it asked for, or the first where it named none.
-    pub(crate) fn resolve_model(&self, asked: Option<String>) -> Result<String, ApiError> {
-        match asked {
-            None => Ok(self.config.primary_model_name().to_owned()),
-            Some(name) if self.config.served_model_names.contains(&name) => Ok(name),
-            Some(asked) => Err(ApiError::UnknownModel { asked, offered: self.config.served_model_names.clone() }),
-        }
     }
 
     /// Runs a long job on a blocking thread, when its turn comes. `None`: it panicked.

@@ -14,7 +14,7 @@ use crate::quant_format::GROUP;
 /// What a row of activations is kept as.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Form {
-    /// For dense matrices.
+    /// For dense matrices, and for quantised ones that take their inputs in an order of their own.
     #[default]
     F32,
     /// For quantised ones: int8 groups. Rows are a multiple of 32 then.
@@ -28,7 +28,7 @@ impl Form {
     pub fn of<'a>(matrices: impl IntoIterator<Item = &'a Matrix>) -> Self {
         let (mut dense, mut quantized) = (false, false);
         for matrix in matrices {
-            *if matrix.is_quantized() { &mut quantized } else { &mut dense } = true;
+            *if matrix.reads_int8() { &mut quantized } else { &mut dense } = true;
         }
         match (dense, quantized) {
             (true, true) => Self::Both,
@@ -130,12 +130,12 @@ impl Activations {
 /// Input rows as products read them: all of some [`Activations`], or a part that was written by itself.
 #[derive(Clone, Copy)]
 pub(crate) struct Inputs<'a> {
-    num_rows: usize,
-    cols: usize,
-    form: Form,
-    panels: Panels,
-    rows: &'a [f32],
-    groups: &'a [QuantGroup],
+    pub(super) num_rows: usize,
+    pub(super) cols: usize,
+    pub(super) form: Form,
+    pub(super) panels: Panels,
+    pub(super) rows: &'a [f32],
+    pub(super) groups: &'a [QuantGroup],
 }
 
 impl<'a> Inputs<'a> {

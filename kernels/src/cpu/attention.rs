@@ -4,7 +4,8 @@
 //! are computed each for itself and joined in ascending order. So a long context can be computed by many threads, and
 //! chunking, batching and threads change nothing: the pieces depend on the position alone. Within a span the softmax is
 //! online (Milakov and Gimelshein 2018): a running maximum, a running sum, values rescaled when the maximum grows.
-//! Invariant: a query reads the keys `max(0, p + 1 - window)..=p` and no others.
+//! Invariant: a query sees the keys `max(0, p + 1 - window)..=p`, of these those that its head's pattern lets through, and
+//! no others.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -38,6 +39,39 @@ pub struct AttentionSequence<'a> {
     pub block_table: &'a [u32],
 }
 
+/// A pattern of key blocks, counted from position 0: those near a query's own and, further back, every so-many-th, which
+/// ones depending on the head (Phi-3-small's blocksparse attention).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SparseBlocks {
+    /// Positions of a block.
+    pub block_size: usize,
+    /// Blocks that a query sees up to its own, that one included.
+    pub num_local_blocks: usize,
+    /// Further back block b of head h is seen where `b + h * head_step + 1` is a multiple of this.
+    pub vertical_stride: usize,
+    /// 0: the same blocks in all heads.
+    pub head_step: usize,
+}
+
+impl SparseBlocks {
+    /// Whether a head's query at `position` sees the block number `block`, if the keys in it are not after the query.
+    fn sees_block(&self, head: usize, position: usize, block: usize) -> bool {
+        (position / self.block_size).saturating_sub(block) < self.num_local_blocks
+            || (block + head * self.head_step + 1).is_multiple_of(self.vertical_stride)
+    }
+
+    /// Whether a head's query at `position` sees the key at `key`, which is not after it.
+    pub(crate) fn sees(&self, head: usize, position: usize, key: usize) -> bool {
+        self.sees_block(head, position, key / self.block_size)
+    }
+
+    /// Whether it sees any of these keys.
+    pub(crate) fn sees_any(&self, head: usize, position: usize, keys: &Range<usize>) -> bool {
+        let blocks = keys.start / self.block_size..keys.end.div_ceil(self.block_size);
+        !keys.is_empty() && blocks.into_iter().any(|block| self.sees_block(head, position, block))
+    }
+}
+
 /// How scores are made; one value serves all sequences of a layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AttentionArgs<'a> {
@@ -47,6 +81,8 @@ pub struct AttentionArgs<'a> {
     pub scale: f32,
     /// Keys visible to a row at position p: p - window < key <= p.
     pub window: Option<usize>,
+    /// Which of these it sees; none: all.
+    pub blocks: Option<SparseBlocks>,
     /// Scores become `cap * tanh(score / cap)`.
     pub soft_cap: Option<f32>,
     /// Added to scores that are scaled and capped, one for each query head and position of a key: `[num_heads, positions]`,
@@ -243,6 +279,10 @@ fn check(
     );
     assert!(q.len() == out.len() && q.len().is_multiple_of(width), "q of {}, out of {}", q.len(), out.len());
     assert!(args.window != Some(0), "a window of 0 sees nothing");
+    if let Some(blocks) = args.blocks {
+        let sizes = [blocks.block_size, blocks.num_local_blocks, blocks.vertical_stride];
+        assert!(!sizes.contains(&0), "a pattern of blocks with a zero: {blocks:?}");
+    }
     if let Some(biases) = args.biases {
         let len = args.num_biases();
         assert!(

@@ -7,12 +7,14 @@
 
 use std::ops::Range;
 
-use super::activations::{Activations, Form};
+use super::activations::{Activations, Form, Inputs};
 use super::gated::{Call, GatedProduct, Projection};
+use super::low_rank::copy_groups;
 use super::matmul::MIN_PIECE_MACS;
 use super::pool::SharedMut;
 use super::task::Output;
 use super::{Cpu, PIECES_PER_THREAD};
+use crate::matrix::Matrix;
 use crate::quant_format::GROUP;
 
 /// Elements that are worth waking another thread for.
@@ -66,6 +68,9 @@ pub struct Mixture {
     counts: Vec<u32>,
     gathered: Activations,
     gated: Activations,
+    /// Of segments whose matrices want them otherwise: what gates (and later, down projections) read, and what up
+    /// projections read where that is not the same.
+    arranged: [Activations; 2],
     /// `[num_rows * num_chosen, outputs]`
     outputs: Vec<f32>,
 }
@@ -233,13 +238,7 @@ impl Cpu {
                     let to = unsafe { rows.slice(to * x.cols()..(to + 1) * x.cols()) };
                     to.copy_from_slice(&x.rows()[from * x.cols()..(from + 1) * x.cols()]);
                 }
-                if let Some(groups) = out.groups_of(to, 0) {
-                    let x = x.quantized_rows();
-                    for group in 0..x.panels.groups {
-                        // SAFETY: as above.
-                        unsafe { groups.set(group, *x.group(from, group)) };
-                    }
-                }
+                copy_groups(&x, from, &out, to);
             }
         };
         if rows.len() * x.cols() < 2 * MIN_PIECE_ELEMENTS {
@@ -251,7 +250,7 @@ impl Cpu {
 
     /// Gate, up and activation of every segment.
     fn gate_segments<'a>(&self, mixture: &mut Mixture, expert: &(impl Fn(usize) -> ExpertWeights<'a> + Sync)) {
-        let Mixture { segments, rows, gathered, gated, .. } = mixture;
+        let Mixture { segments, rows, gathered, gated, arranged: [arranged, arranged_up], .. } = mixture;
         let columns = self.kernels.columns;
         let first = expert(segments[0].expert).product;
         let cols = first.gate.weights.rows();
@@ -260,17 +259,24 @@ impl Cpu {
             assert_eq!(product.gate.weights.rows(), cols, "experts differ in width");
             self.check_gated(&gathered.segment(segment.rows.clone(), columns), &product);
         }
+        let gate = |index: usize| Some(expert(index).product.gate.weights);
+        // What wants the same as the gate reads the gate's.
+        let other_up = |index: usize| {
+            let GatedProduct { gate, up, .. } = expert(index).product;
+            up.map(|up| up.weights).filter(|up| up.arrangement() != gate.weights.arrangement())
+        };
+        self.arrange_segments(gathered, segments, gate, arranged);
+        self.arrange_segments(gathered, segments, other_up, arranged_up);
         let form = Form::of(segments.iter().map(|segment| expert(segment.expert).down.weights));
         let out = gated.reshape(rows.len(), cols, form, columns);
         let num_wanted = (self.threads() * PIECES_PER_THREAD).min(rows.len() * first.macs() / MIN_PIECE_MACS);
         let pieces = Pieces { segments, num_rows: rows.len(), num_wanted, units: |_| cols.div_ceil(GROUP) };
         self.run_pieces(&pieces, |segment, groups| {
-            let call = Call {
-                x: gathered.segment(segment.rows.clone(), columns),
-                product: expert(segment.expert).product,
-                out: out.segment(segment.rows.clone(), columns),
-            };
-            self.gated_groups(&call, groups);
+            let product = expert(segment.expert).product;
+            let x = self.segment_inputs(gathered, arranged, segment, product.gate.weights);
+            let up_x = other_up(segment.expert).map_or(x, |up| self.segment_inputs(gathered, arranged_up, segment, up));
+            let out = out.segment(segment.rows.clone(), columns);
+            self.gated_groups(&Call { x, up_x, product, addends: None, out }, groups);
         });
     }
 
@@ -281,7 +287,7 @@ impl Cpu {
         expert: &(impl Fn(usize) -> ExpertWeights<'a> + Sync),
         width: usize,
     ) {
-        let Mixture { segments, rows, gated, outputs, .. } = mixture;
+        let Mixture { segments, rows, gated, outputs, arranged: [arranged, _], .. } = mixture;
         let columns = self.kernels.columns;
         for segment in &*segments {
             let Projection { weights, bias } = expert(segment.expert).down;
@@ -289,6 +295,7 @@ impl Cpu {
             assert_eq!(weights.rows(), width, "an expert of {} outputs into rows of {width}", weights.rows());
             assert!(bias.is_none_or(|bias| bias.len() == width), "a bias of another length than {width}");
         }
+        self.arrange_segments(gated, segments, |index| Some(expert(index).down.weights), arranged);
         let len = rows.len() * width;
         // What is left over from earlier is overwritten.
         outputs.resize(outputs.len().max(len), 0.0);
@@ -299,11 +306,52 @@ impl Cpu {
         let pieces = Pieces { segments, num_rows: rows.len(), num_wanted, units: tiles };
         self.run_pieces(&pieces, |segment, tiles| {
             let Projection { weights, bias } = expert(segment.expert).down;
-            let x = gated.segment(segment.rows.clone(), columns);
+            let x = self.segment_inputs(gated, arranged, segment, weights);
             let elements = outputs.part(segment.rows.start * width..segment.rows.end * width);
             let out = Output { elements, stride: width, first_m: 0, rows: 0..width, bias, accumulate: false };
             self.tiles(&x, weights, tiles, 0..x.panels().num_panels(), &out);
         });
+    }
+
+    /// Rows of those segments whose matrix wants them otherwise than they come.
+    fn arrange_segments<'a>(
+        &self,
+        x: &Activations,
+        segments: &[Segment],
+        matrix: impl Fn(usize) -> Option<&'a Matrix> + Sync,
+        out: &mut Activations,
+    ) {
+        let wanted = |segment: &Segment| matrix(segment.expert).and_then(Matrix::arrangement);
+        if segments.iter().all(|segment| wanted(segment).is_none()) {
+            return;
+        }
+        let (k, columns) = (x.cols(), self.kernels.columns);
+        let out = self.room_for_arranged(x.num_rows(), k, out);
+        let arrange = |segment: &Segment| {
+            if let Some(wanted) = wanted(segment) {
+                let out = out.segment(segment.rows.clone(), columns);
+                for (to, row) in segment.rows.clone().enumerate() {
+                    self.arrange_row(&x.rows()[row * k..(row + 1) * k], wanted, to, &out);
+                }
+            }
+        };
+        if x.num_rows() * k < 2 * MIN_PIECE_ELEMENTS {
+            segments.iter().for_each(arrange);
+        } else {
+            self.pool.run(segments.len(), |index| arrange(&segments[index]));
+        }
+    }
+
+    /// What a segment's matrix reads.
+    fn segment_inputs<'x>(
+        &self,
+        x: &'x Activations,
+        arranged: &'x Activations,
+        segment: &Segment,
+        weights: &Matrix,
+    ) -> Inputs<'x> {
+        let source = if weights.arrangement().is_some() { arranged } else { x };
+        source.segment(segment.rows.clone(), self.kernels.columns)
     }
 
     fn run_pieces<F: Fn(usize) -> usize + Sync>(

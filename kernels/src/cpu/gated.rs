@@ -8,6 +8,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use super::activations::{Activations, Form, Inputs};
+use super::low_rank::{Addends, LowRank, LowRankSegment};
 use super::matmul::{MIN_PIECE_MACS, even_parts};
 use super::pool::SharedMut;
 use super::task::{ActivationsOut, GatedTask, Output};
@@ -25,7 +26,7 @@ thread_local! {
 }
 
 /// Activation functions.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Activation {
     /// x / (1 + exp(-x)).
     Silu,
@@ -33,6 +34,12 @@ pub enum Activation {
     Gelu,
     /// Its approximation by tanh.
     GeluTanh,
+    /// x / (1 + exp(-1.702 x)) of an x that is cut off above `limit`; what it multiplies is cut off below and above, and has
+    /// one added (Phi-3-small).
+    Gegelu {
+        /// Above zero.
+        limit: f32,
+    },
 }
 
 /// A matrix and what is added to its products.
@@ -57,8 +64,13 @@ pub struct GatedProduct<'a> {
 
 /// What a call is about, checked.
 pub(super) struct Call<'a> {
+    /// What the gate reads.
     pub(super) x: Inputs<'a>,
+    /// What the up projection reads: the same rows.
+    pub(super) up_x: Inputs<'a>,
     pub(super) product: GatedProduct<'a>,
+    /// Of the gate and of the up projection.
+    pub(super) addends: Option<Addends<'a, 2>>,
     pub(super) out: ActivationsOut,
 }
 
@@ -73,18 +85,50 @@ impl GatedProduct<'_> {
 impl Cpu {
     /// The product as activations of `gate.rows()` columns in a form. int8 groups need `gate.rows()` to be a multiple of 32.
     pub fn gated_matmul(&self, x: &Activations, product: &GatedProduct<'_>, form: Form, out: &mut Activations) {
+        self.gated(x, product, None, form, out);
+    }
+
+    /// [`Cpu::gated_matmul`] with what the segments' pairs, of the gate and of the up projection, add before the activation.
+    /// [`Cpu::low_rank_down`] was given the same segments.
+    pub fn gated_matmul_low_rank(
+        &self,
+        x: &Activations,
+        product: &GatedProduct<'_>,
+        (segments, low_rank): (&[LowRankSegment<'_, 2>], &LowRank),
+        form: Form,
+        out: &mut Activations,
+    ) {
+        let cols = product.gate.weights.rows();
+        for pair in segments.iter().flat_map(|segment| segment.pairs.iter().flatten()) {
+            assert_eq!(pair.up.rows(), cols, "a pair of {} outputs beside a gate of {cols}", pair.up.rows());
+        }
+        self.gated(x, product, Some(low_rank.addends(segments)), form, out);
+    }
+
+    fn gated(
+        &self,
+        x: &Activations,
+        product: &GatedProduct<'_>,
+        addends: Option<Addends<'_, 2>>,
+        form: Form,
+        out: &mut Activations,
+    ) {
         let m = x.num_rows();
         self.check_gated(&x.inputs(), product);
         let cols = product.gate.weights.rows();
-        let call = Call { x: x.inputs(), product: *product, out: out.reshape(m, cols, form, self.kernels.columns) };
+        let out = out.reshape(m, cols, form, self.kernels.columns);
         if m == 0 {
             return;
         }
         let groups = cols.div_ceil(GROUP);
         let num_wanted = (self.threads() * PIECES_PER_THREAD).min(m * product.macs() / MIN_PIECE_MACS);
         let num_pieces = if self.threads() == 1 { 1 } else { num_wanted.clamp(1, groups.max(1)) };
-        self.pool.run(num_pieces, |piece| {
-            self.gated_groups(&call, piece * groups / num_pieces..(piece + 1) * groups / num_pieces);
+        let gate = product.gate.weights;
+        self.with_inputs(&x.inputs(), [gate, product.up.map_or(gate, |up| up.weights)], |[x, up_x]| {
+            let call = Call { x, up_x, product: *product, addends, out };
+            self.pool.run(num_pieces, |piece| {
+                self.gated_groups(&call, piece * groups / num_pieces..(piece + 1) * groups / num_pieces);
+            });
         });
     }
 
@@ -117,8 +161,14 @@ impl Cpu {
                     let (gate, up) = scratch[..2 * len].split_at_mut(len);
                     let GatedProduct { gate: gate_weights, up: up_weights, activation } = &call.product;
                     self.columns(&call.x, gate_weights, block.clone(), cols.clone(), stride, gate);
+                    if let Some(addends) = &call.addends {
+                        addends.add(self, 0, &rows, &cols, stride, gate);
+                    }
                     let up = up_weights.as_ref().map(|weights| {
-                        self.columns(&call.x, weights, block.clone(), cols.clone(), stride, up);
+                        self.columns(&call.up_x, weights, block.clone(), cols.clone(), stride, up);
+                        if let Some(addends) = &call.addends {
+                            addends.add(self, 1, &rows, &cols, stride, up);
+                        }
                         &*up
                     });
                     let (activation, out) = (*activation, &call.out);

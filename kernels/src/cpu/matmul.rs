@@ -101,11 +101,16 @@ impl Cpu {
         if x.num_rows() == 0 {
             return;
         }
+        self.with_inputs(x, parts.each_ref().map(|part| part.weights), |x| self.run_products(&x, parts));
+    }
+
+    /// Of what each part reads.
+    fn run_products<const N: usize>(&self, x: &[Inputs<'_>; N], parts: &[Part<'_>; N]) {
         let macs = |part: &Part<'_>| part.tiles * part.tile_macs;
         let total: usize = parts.iter().map(macs).sum();
         let num_wanted = (self.threads() * PIECES_PER_THREAD).min(total / MIN_PIECE_MACS);
         if num_wanted <= 1 || self.threads() == 1 {
-            for part in parts {
+            for (x, part) in x.iter().zip(parts) {
                 self.tiles(x, part.weights, 0..part.tiles, 0..x.panels().num_panels(), &part.out);
             }
             return;
@@ -115,7 +120,7 @@ impl Cpu {
             (num_wanted * macs(part) / total.max(1)).clamp(1, part.tiles.max(1))
         });
         self.pool.run(num_pieces.iter().sum(), |mut index| {
-            for (part, &num_pieces) in parts.iter().zip(&num_pieces) {
+            for ((x, part), &num_pieces) in x.iter().zip(parts).zip(&num_pieces) {
                 if index < num_pieces {
                     let tiles = index * part.tiles / num_pieces..(index + 1) * part.tiles / num_pieces;
                     return self.tiles(x, part.weights, tiles, 0..x.panels().num_panels(), &part.out);

@@ -4,11 +4,13 @@
 //! of an operation write disjoint parts of its output, and no sum is ever divided between two pieces.
 
 pub(crate) mod activations;
+pub(crate) mod arranged;
 pub(crate) mod attention;
 pub(crate) mod dispatch;
 pub(crate) mod experts;
 pub(crate) mod gated;
 pub(crate) mod logits;
+pub(crate) mod low_rank;
 pub(crate) mod matmul;
 pub(crate) mod peak;
 pub(crate) mod rope;

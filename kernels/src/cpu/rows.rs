@@ -10,7 +10,7 @@ use super::pool::SharedMut;
 use super::task::ActivationsOut;
 
 /// Elements that are worth waking another thread for.
-const MIN_PIECE_ELEMENTS: usize = 8 * 1024;
+pub(super) const MIN_PIECE_ELEMENTS: usize = 8 * 1024;
 
 thread_local! {
     /// A row on its way from one kernel to another.
@@ -172,7 +172,7 @@ impl Cpu {
     }
 
     /// A row's int8 groups, where they are wanted. The row belongs to the calling task.
-    fn quantize(&self, x: &[f32], row: usize, out: &ActivationsOut) {
+    pub(super) fn quantize(&self, x: &[f32], row: usize, out: &ActivationsOut) {
         if let Some(groups) = out.groups_of(row, 0) {
             // SAFETY: the table fits the machine; every row is one task's.
             unsafe { (self.kernels.quantize)(x, &groups) };
@@ -181,7 +181,7 @@ impl Cpu {
 }
 
 /// A row of memory that the thread keeps between calls, contents left over.
-fn with_row(len: usize, body: impl FnOnce(&mut [f32])) {
+pub(super) fn with_row(len: usize, body: impl FnOnce(&mut [f32])) {
     ROW.with_borrow_mut(|scratch| {
         scratch.resize(scratch.len().max(len), 0.0);
         body(&mut scratch[..len]);

@@ -352,6 +352,18 @@ impl<E> SpanTask<'_, E> {
         first.max(self.span.start)..(position + 1).min(self.span.end)
     }
 
+    /// Whether a query sees none of these keys, which are of its visible ones.
+    pub(crate) fn sees_none(&self, query: usize, keys: &Range<usize>) -> bool {
+        let position = self.first_position + query / self.heads_per_kv;
+        self.args.blocks.is_some_and(|blocks| !blocks.sees_any(self.head(query), position, keys))
+    }
+
+    /// Whether a query sees a key, which is of its visible ones.
+    pub(crate) fn sees(&self, query: usize, key: usize) -> bool {
+        let position = self.first_position + query / self.heads_per_kv;
+        self.args.blocks.is_none_or(|blocks| blocks.sees(self.head(query), position, key))
+    }
+
     /// The query head that a query belongs to.
     pub(crate) fn head(&self, query: usize) -> usize {
         self.kv_head * self.heads_per_kv + query % self.heads_per_kv

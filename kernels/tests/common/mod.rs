@@ -4,8 +4,8 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 
 use bindery_kernels::{
-    Activation, Activations, AttentionSequence, CodeBits, Cpu, Form, GatedProduct, Isa, KvCache, KvDtype, KvShape,
-    Matrix, Projection, QuantFormat, QuantRow, Quantized, Scaling,
+    Activation, Activations, AttentionSequence, CodeBits, CodeBook, Cpu, Form, GatedProduct, InputOrder, Isa, KvCache,
+    KvDtype, KvShape, Matrix, Projection, QuantFormat, QuantRow, Quantized, Scaling,
 };
 use half::{bf16, f16};
 
@@ -40,6 +40,8 @@ impl Random {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Family {
     Quantized(QuantFormat),
+    /// Its columns in one of a few orders.
+    Ordered(QuantFormat),
     F32,
     F16,
     Bf16,
@@ -49,23 +51,40 @@ pub(crate) const W4: Family = single(CodeBits::Four, false);
 pub(crate) const W4_WITH_MINS: Family = single(CodeBits::Four, true);
 pub(crate) const W8: Family = single(CodeBits::Eight, false);
 
+/// Of four bits and of those whose groups are half as long, with columns in an order of their own.
+const ORDERED: [QuantFormat; 2] = [
+    QuantFormat { bits: CodeBits::Four, scaling: Scaling::Spans(128), with_mins: false, book: CodeBook::Linear },
+    QuantFormat { bits: CodeBits::Three, scaling: Scaling::Spans(64), with_mins: true, book: CodeBook::Linear },
+];
+
+/// An order, the same one for equal arguments.
+pub(crate) fn order(cols: usize, seed: u64) -> InputOrder {
+    let mut random = Random(seed);
+    let mut places: Vec<u32> = (0..cols as u32).collect();
+    for at in (1..cols).rev() {
+        places.swap(at, random.below(at + 1));
+    }
+    InputOrder::new(&places).unwrap()
+}
+
 const fn single(bits: CodeBits, with_mins: bool) -> Family {
-    Family::Quantized(QuantFormat { bits, scaling: Scaling::Single, with_mins })
+    Family::Quantized(QuantFormat { bits, scaling: Scaling::Single, with_mins, book: CodeBook::Linear })
 }
 
 impl Family {
     pub(crate) fn all() -> Vec<Self> {
-        QuantFormat::all().into_iter().map(Self::Quantized).chain([Self::F32, Self::F16, Self::Bf16]).collect()
+        let ordered = ORDERED.into_iter().map(Self::Ordered).chain([Self::F32, Self::F16, Self::Bf16]);
+        QuantFormat::all().into_iter().map(Self::Quantized).chain(ordered).collect()
     }
 
     pub(crate) fn is_quantized(self) -> bool {
-        matches!(self, Self::Quantized(_))
+        matches!(self, Self::Quantized(_) | Self::Ordered(_))
     }
 
     /// Inputs come in multiples of this.
     pub(crate) fn span(self) -> usize {
         match self {
-            Self::Quantized(format) => format.scale_span(),
+            Self::Quantized(format) | Self::Ordered(format) => format.cols_multiple(),
             Self::F32 | Self::F16 | Self::Bf16 => 1,
         }
     }
@@ -74,6 +93,12 @@ impl Family {
     pub(crate) fn matrix(self, isa: Isa, rows: usize, cols: usize, seed: u64) -> Matrix {
         let mut random = Random(seed);
         match self {
+            Self::Ordered(format) => {
+                let Matrix::Quantized(packed) = Self::Quantized(format).matrix(isa, rows, cols, seed) else {
+                    unreachable!("a quantised family")
+                };
+                Matrix::Quantized(packed.with_order(order(cols, seed % 2)))
+            }
             Self::Quantized(format) => {
                 let (first, num_codes) = (i32::from(*format.codes().start()), 1 << format.bits.count());
                 let num_subs = if format.scaling == Scaling::Nibbles { 16 } else { 256 };
@@ -82,11 +107,22 @@ impl Family {
                     codes.fill_with(|| (first + random.below(num_codes) as i32) as i8);
                     // Weights of about one, whatever the ranges.
                     let upper = if sub_scales.is_empty() { 2.0 } else { 4.0 / num_subs as f32 };
-                    scales.fill_with(|| f16::from_f32(random.unit() * upper / num_codes as f32));
+                    let upper = if format.scaling == Scaling::Eighths { 8.0 * upper } else { upper };
+                    let largest = format.codes().map(|code| i32::from(format.book.value(code)).abs()).max().unwrap();
+                    scales.fill_with(|| f16::from_f32(random.unit() * upper / (2 * largest) as f32));
                     mins.fill_with(|| f16::from_f32(random.unit() * upper / 2.0));
-                    let mut sub = || (random.below(num_subs) as i32 - (num_subs / 2 * (num_subs / 256)) as i32) as i8;
+                    // Some exponents are below the normal range.
+                    let exponents = [125, 126, 127, 124, 123, 0, 1, 2];
+                    let least = (num_subs / 2 * (num_subs / 256)) as i32;
+                    let mut sub = || match format.scaling {
+                        Scaling::Exponents => exponents[random.below(exponents.len())],
+                        _ => (random.below(num_subs) as i32 - least) as i8,
+                    };
                     sub_scales.fill_with(&mut sub);
                     sub_mins.fill_with(&mut sub);
+                    if let Scaling::Spans(_) = format.scaling {
+                        sub_mins.fill_with(|| (first + random.below(num_codes) as i32) as i8);
+                    }
                 }))
             }
             Self::F32 => Matrix::pack_f32(isa, rows, cols, |_, row| row.fill_with(|| random.unit())),
@@ -138,7 +174,8 @@ pub(crate) fn gated(cpu: &Cpu, x: &[f32], m: usize, wanted: &GatedProduct<'_>) -
 }
 
 /// All activations.
-pub(crate) const ACTIVATIONS: [Activation; 3] = [Activation::Silu, Activation::Gelu, Activation::GeluTanh];
+pub(crate) const ACTIVATIONS: [Activation; 4] =
+    [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Gegelu { limit: 0.75 }];
 
 /// Two plain projections and an activation.
 pub(crate) fn gate_and_up<'a>(gate: &'a Matrix, up: &'a Matrix, activation: Activation) -> GatedProduct<'a> {

@@ -11,21 +11,23 @@ use std::{
 };
 
 use anyhow::Context as _;
-use bindery_engine::{LocalModel, Prompt, RenderRequest, SamplingParams, TextEvent, TextRequest};
-use bindery_hub::FetchOptions;
+use bindery_engine::{AdapterLease, LocalModel, Prompt, RenderRequest, SamplingParams, TextEvent, TextRequest};
+use bindery_hub::{FetchOptions, SharedProgress};
 use futures::StreamExt as _;
 use rustyline::{DefaultEditor, error::ReadlineError};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    args::{ChatArgs, LogFormat},
+    adapters::AdapterSettings,
+    args::{AdapterArgs, ChatArgs, LogFormat},
     client::{Client, ClientError},
+    config::tables::FileTables,
     failure::{Failure, Interrupted},
     local,
     settings::{ModelSettings, model_from_environment},
     signals::StopSignals,
-    terminal::{self, Mode, Style},
+    terminal::{self, FetchProgress, Mode, Style},
 };
 
 /// Of one line of piped input; a longer one ends the program, as its rest would be taken for the next turn.
@@ -59,7 +61,8 @@ pub(crate) async fn run(args: ChatArgs) -> anyhow::Result<()> {
         eprintln!("{}", style.dim("/help lists commands; ctrl-c stops an answer, ctrl-d leaves"));
     }
     let outcome = chat.converse(&mut lines).await;
-    if let Backend::Local { model, .. } = chat.backend {
+    if let Backend::Local { model, adapter, .. } = chat.backend {
+        drop(adapter);
         tokio::task::spawn_blocking(move || model.stop()).await?;
     }
     outcome
@@ -218,7 +221,7 @@ enum End {
 }
 
 enum Backend {
-    Local { model: Arc<LocalModel>, name: String },
+    Local { model: Arc<LocalModel>, name: String, adapter: Option<AdapterLease> },
     Remote { client: Client, model: String },
 }
 
@@ -233,15 +236,25 @@ impl Backend {
             return Ok(Self::Remote { client, model });
         }
         let settings = ModelSettings::new(args.model.clone().or_else(model_from_environment), &args.engine)?;
+        let given = AdapterArgs { adapter: args.adapter.iter().cloned().collect(), ..AdapterArgs::default() };
+        let adapters = AdapterSettings::resolve(&given, FileTables::default(), None, &settings.local.adapters)?;
         let files = local::fetch(&settings, LogFormat::Text).await?;
+        let (options, progress) = (local::fetch_options(&settings)?, Arc::new(FetchProgress::default()));
+        adapters.fetch(&options, &(progress as SharedProgress)).await?;
         let (model, report) = local::load(&files, &settings.local, LogFormat::Text).await?;
         report.notes.iter().for_each(|note| terminal::note(note));
-        Ok(Self::Local { model, name: files.name })
+        adapters.install(&model.adapters, &options).await?;
+        let (mut name, mut adapter) = (files.name, None);
+        if let Some(arg) = &args.adapter {
+            name = format!("{name} through {}", arg.name);
+            adapter = Some(model.adapters.acquire(&arg.name, None).await?);
+        }
+        Ok(Self::Local { model, name, adapter })
     }
 
     fn describe(&self) -> String {
         match self {
-            Self::Local { model, name } => {
+            Self::Local { model, name, .. } => {
                 format!("{name} in this process ({}, {} threads)", model.info.device, model.info.threads)
             }
             Self::Remote { client, model } => format!("{model} at {}", client.url()),
@@ -256,13 +269,18 @@ impl Backend {
         speak: &mut (dyn FnMut(&str, usize) + Send),
     ) -> anyhow::Result<()> {
         match self {
-            Self::Local { model, .. } => {
+            Self::Local { model, adapter, .. } => {
                 let text = model.render_chat(&RenderRequest {
                     messages,
                     add_generation_prompt: true,
                     ..RenderRequest::default()
                 })?;
-                let mut stream = model.generate(text_request(text, sampling)).await?;
+                let mut prepared = model.prepare(text_request(text, sampling)).await?;
+                if let Some(adapter) = adapter {
+                    prepared.set_adapter(adapter.clone());
+                }
+                let mut streams = model.submit_all(vec![prepared]).await?;
+                let mut stream = streams.pop().expect("each request has its stream");
                 while let Some(event) = stream.next().await {
                     if let TextEvent::Delta { text, num_tokens, .. } = event? {
                         speak(&text, num_tokens);

@@ -6,17 +6,18 @@
 use std::{fmt::Write as _, net::SocketAddr, path::PathBuf};
 
 use bindery_engine::local_model::CheckReport;
-use bindery_hub::{Cards, ModelRef, inventory};
+use bindery_hub::{Cards, ModelRef, inventory, locate_adapter};
 
 use crate::{
+    adapters::{AdapterSettings, ReadWhen},
     args::{CheckArgs, ServeArgs, variable_behind},
     commands::{
         models::{plain_table, show},
-        serve::{Address, bind},
+        serve::{Address, bind, served_names},
     },
     config::{
         self,
-        keys::{KEYS, Kind},
+        keys::{KEYS, Kind, TABLE_KEYS},
     },
     failure::Failure,
     local,
@@ -41,6 +42,7 @@ pub(crate) async fn run(args: CheckArgs) -> anyhow::Result<()> {
     environment.model = model_from_environment();
     let flags = ServeArgs { config: Some(path.clone()), ..environment.clone() };
     let settings = Settings::resolve(flags)?;
+    settings.adapters.check_names(&served_names(&settings)?)?;
     let effective = merge(environment.clone(), file.clone());
     let address = bind(&settings).await?;
     let model = Model::find(&settings).await?;
@@ -59,7 +61,7 @@ pub(crate) async fn run(args: CheckArgs) -> anyhow::Result<()> {
         table.add_row([format!("{}.{}", key.section, key.name), value, origin]);
     }
     let mut text = format!("{}\n\n", show(&mut table));
-    for line in listening(&settings, &address).into_iter().chain(model.meaning(&settings)) {
+    for line in listening(&settings, &address).into_iter().chain(model.meaning(&settings)).chain(adapters(&settings)?) {
         let _ = writeln!(text, "{line}");
     }
     let so_far = if model.report.is_some() { "" } else { ", as far as could be seen without the model's files" };
@@ -80,7 +82,12 @@ fn listening(settings: &Settings, address: &Address) -> Vec<String> {
 }
 
 fn who_could_connect(settings: &Settings, address: SocketAddr) -> String {
+    let num_of_tenants = settings.num_keys() - settings.api_keys.len();
     match settings.api_keys.len() {
+        0 if num_of_tenants > 0 => format!("Clients would have to send one of {num_of_tenants} keys of tenants."),
+        count if num_of_tenants > 0 => {
+            format!("Clients would have to send one of {count} keys of BINDERY_API_KEY or {num_of_tenants} keys of tenants.")
+        }
         0 if settings.is_open_to_others(address.ip()) => {
             "Warning: no key would be asked for, and other machines could connect. Set BINDERY_API_KEY before you start it."
                 .to_owned()
@@ -156,10 +163,60 @@ impl Model {
     }
 }
 
+/// Adapters and tenants, in sentences.
+fn adapters(settings: &Settings) -> anyhow::Result<Vec<String>> {
+    let AdapterSettings { adapters, folder, roots, tenants } = &settings.adapters;
+    let options = local::fetch_options(&settings.model)?;
+    let mut lines: Vec<String> = adapters
+        .iter()
+        .map(|adapter| {
+            let who = match &adapter.tenants {
+                None => "everyone".to_owned(),
+                Some(tenants) => tenants.join(", "),
+            };
+            let when = match (adapter.read, adapter.pinned) {
+                (ReadWhen::AtStart, true) => "read at the start and kept",
+                (ReadWhen::AtStart, false) => "read at the start",
+                (ReadWhen::FirstAskedFor, _) => "read when first asked for",
+            };
+            let here = if locate_adapter(&adapter.source, &options).is_some() { "" } else { ", to be fetched first" };
+            format!("Adapter {}: {}{here}; for {who}; {when}.", adapter.name, adapter.source)
+        })
+        .collect();
+    if let Some(folder) = folder {
+        let names: Vec<String> = settings.adapters.in_folder()?.into_iter().map(|(name, _)| name).collect();
+        let watched = if folder.watch { "watched" } else { "looked at once" };
+        let path = folder.path.display();
+        lines.push(match names.len() {
+            0 => format!("Adapters in {path} ({watched}): none yet."),
+            count => format!("Adapters in {path} ({watched}): {count}, {}.", shortened(&names)),
+        });
+    }
+    if !lines.is_empty() {
+        lines.push("Not checked, as that takes the weights: whether the adapters fit the model.".to_owned());
+    }
+    if !tenants.is_empty() {
+        let names: Vec<String> = tenants.iter().map(|tenant| tenant.name.clone()).collect();
+        lines.push(format!("Tenants with keys of their own: {}.", shortened(&names)));
+    }
+    if settings.admin_key.is_some() && roots.is_empty() {
+        lines.push("No folder is open to loading adapters at run time (--adapter-root).".to_owned());
+    }
+    Ok(lines)
+}
+
+fn shortened(names: &[String]) -> String {
+    const SHOWN: usize = 10;
+    let more = names.len().saturating_sub(SHOWN);
+    let shown = names.iter().take(SHOWN).cloned().collect::<Vec<_>>().join(", ");
+    if more > 0 { format!("{shown} and {more} more") } else { shown }
+}
+
 fn explain() -> String {
     let mut text = String::from(
         "# Every key of the config file, with its default. Flags win over the environment, the environment over the file.\n\
-         # Keys for clients never stand here: BINDERY_API_KEY (several: comma-separated) and BINDERY_ADMIN_KEY hold them.\n",
+         # Keys for clients never stand here: BINDERY_API_KEY (several: comma-separated) and BINDERY_ADMIN_KEY hold them,\n\
+         # and variables of your choice those of tenants.\n",
     );
     let mut section = "";
     for key in KEYS {
@@ -180,6 +237,15 @@ fn explain() -> String {
             key.flag(),
             key.variable()
         );
+    }
+    let mut header = "";
+    for key in TABLE_KEYS {
+        if key.header != header {
+            header = key.header;
+            let _ = writeln!(text, "\n{header}");
+        }
+        let _ = writeln!(text, "# {}: {}; for example {} = {}", key.name, key.explain, key.name, key.example);
+        let _ = writeln!(text, "#   {}; default: {}", key.kind.describe(), key.default);
     }
     text
 }

@@ -1,5 +1,6 @@
 //! One file a verb.
 
+mod adapters;
 mod bench;
 mod chat;
 mod check;
@@ -8,6 +9,7 @@ mod inspect;
 mod models;
 mod perplexity;
 mod pull;
+mod quantize;
 mod serve;
 
 use std::future::Future;
@@ -21,8 +23,10 @@ pub(crate) fn run(command: Command) -> anyhow::Result<()> {
         Command::Chat(args) => block_on(chat::run(*args)),
         Command::Bench(args) => block_on(bench::run(*args)),
         Command::Perplexity(args) => block_on(perplexity::run(*args)),
+        Command::Quantize(args) => block_on(quantize::run(args)),
         Command::Pull(args) => block_on(pull::run(args)),
         Command::Models(args) => block_on(models::run(args)),
+        Command::Adapters(args) => block_on(adapters::run(args)),
         Command::Check(args) => block_on(check::run(args)),
         Command::Completions { shell } => completions::run(shell),
     }

@@ -68,7 +68,7 @@ async fn measure(args: PerplexityArgs) -> anyhow::Result<()> {
 }
 
 /// A final line end is not part of the text, as for llama-perplexity.
-fn read_text(path: &Path) -> anyhow::Result<String> {
+pub(crate) fn read_text(path: &Path) -> anyhow::Result<String> {
     let shown = path.display();
     let cannot = |error: io::Error| Failure::new(format!("cannot read {shown}: {error}"));
     let file = File::open(path).map_err(cannot)?;

@@ -7,12 +7,13 @@
 use std::{
     fmt::Write as _,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::Arc,
     time::Duration,
 };
 
 use anyhow::Context as _;
 use bindery_engine::{LocalModel, local_model::LoadReport};
-use bindery_hub::LocalFiles;
+use bindery_hub::{LocalFiles, ModelRef, SharedProgress};
 use bindery_server::{ModelSlot, ServerConfig};
 use tokio::net::TcpSocket;
 use tokio_util::sync::CancellationToken;
@@ -23,11 +24,13 @@ use crate::{
     local, logging,
     settings::Settings,
     signals::StopSignals,
-    terminal::{self, Style},
+    terminal::{self, FetchProgress, Style},
 };
 
 /// Connections that may wait to be accepted.
 const BACKLOG: u32 = 1024;
+/// Adapters that the start page lists one by one.
+const MAX_LISTED: usize = 16;
 
 pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
     let settings = Settings::resolve(args)?;
@@ -42,22 +45,20 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
         }
     };
     warn_if_open(&settings, address.ip());
-    let files =
-        signals.unless_stopped(local::fetch(&settings.model, settings.log_format)).await.ok_or(Interrupted)??;
+    settings.adapters.check_names(&served_names(&settings)?)?;
+    let files = signals.unless_stopped(fetch(&settings)).await.ok_or(Interrupted)??;
 
-    let names = if settings.served_model_names.is_empty() {
-        vec![files.name.clone()]
-    } else {
-        settings.served_model_names.clone()
-    };
+    let names = served_names(&settings)?;
     let config = ServerConfig {
         served_model_names: names.clone(),
         api_keys: settings.api_keys.clone(),
+        tenants: settings.adapters.tenants.clone(),
         admin_key: settings.admin_key.clone(),
         max_body_bytes: settings.max_body_bytes,
         shutdown_timeout: settings.shutdown_timeout,
         digest: files.digest.clone(),
         license: files.license.clone(),
+        adapter_roots: settings.adapters.roots.clone(),
     };
     let listener = socket.listen(BACKLOG).with_context(|| format!("cannot listen on {address}"))?;
     let (slot, stop) = (ModelSlot::default(), CancellationToken::new());
@@ -71,13 +72,14 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
         }
         // The server ends by itself only when its listener fails.
         ended = &mut server => { ended??; None }
-        loaded = local::load(&files, &settings.model.local, settings.log_format) => Some(loaded),
+        loaded = load(&files, &settings) => Some(loaded),
     };
     let Some(loaded) = loaded else {
         return Err(Failure::new("the server ended while the weights were loading").into());
     };
     let (model, report) = loaded?;
     slot.set(model.clone());
+    let watch = settings.adapters.watch(&model.adapters);
     let start = Start { settings: &settings, files: &files, name: &names[0], model: &model, report: &report, address };
     start.announce();
 
@@ -91,6 +93,9 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
         }
     }
     stop.cancel();
+    if let Some(watch) = &watch {
+        watch.abort();
+    }
     let outcome = tokio::select! {
         ended = &mut server => ended?.context("the server failed while stopping"),
         name = signals.next() => {
@@ -103,6 +108,29 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
         tracing::info!("stopped");
     }
     outcome
+}
+
+/// What clients call the base, the first name first.
+pub(super) fn served_names(settings: &Settings) -> anyhow::Result<Vec<String>> {
+    if settings.served_model_names.is_empty() {
+        Ok(vec![ModelRef::parse(&settings.model.source)?.served_name()])
+    } else {
+        Ok(settings.served_model_names.clone())
+    }
+}
+
+/// The files of the model, and those of adapters that are read at the start.
+async fn fetch(settings: &Settings) -> anyhow::Result<LocalFiles> {
+    let files = local::fetch(&settings.model, settings.log_format).await?;
+    let progress: SharedProgress = Arc::new(FetchProgress::new(settings.log_format));
+    settings.adapters.fetch(&local::fetch_options(&settings.model)?, &progress).await?;
+    Ok(files)
+}
+
+async fn load(files: &LocalFiles, settings: &Settings) -> anyhow::Result<(Arc<LocalModel>, LoadReport)> {
+    let (model, report) = local::load(files, &settings.model.local, settings.log_format).await?;
+    settings.adapters.install(&model.adapters, &local::fetch_options(&settings.model)?).await?;
+    Ok((model, report))
 }
 
 /// What became of the address to listen on.
@@ -187,6 +215,7 @@ impl Start<'_> {
                     kv_tokens = report.kv_tokens,
                     full_length_requests = report.full_length_requests,
                     max_model_len = self.model.max_model_len,
+                    adapters = self.model.adapters.specs().len(),
                     url = self.url(self.address.ip()),
                     "ready"
                 );
@@ -241,9 +270,9 @@ impl Start<'_> {
                     limits.max_num_seqs, limits.max_num_batched_tokens, limits.max_queued_requests
                 ),
             ),
-            ("keys", self.keys()),
-            ("try", self.curl()),
         ];
+        let rows = rows.into_iter().chain(self.adapters().into_iter().map(|line| ("adapter", line)));
+        let rows = rows.chain([("keys", self.keys()), ("try", self.curl())]);
         let mut page = format!("\n{} {}\n\n", style.bold("Bindery"), env!("CARGO_PKG_VERSION"));
         for (name, value) in rows {
             let _ = writeln!(page, "  {} {value}", style.dim(&format!("{name:<9}")));
@@ -252,8 +281,33 @@ impl Start<'_> {
         page
     }
 
+    /// Those in memory one by one, the others by number; nothing where there are none.
+    fn adapters(&self) -> Vec<String> {
+        let all = self.model.adapters.list();
+        let mut lines: Vec<String> = all
+            .iter()
+            .filter_map(|adapter| {
+                let info = adapter.info.as_ref()?;
+                let (name, size) = (&adapter.name, terminal::size(adapter.num_bytes));
+                Some(format!("{name} (rank {}; {}; {size})", info.rank, info.targets))
+            })
+            .collect();
+        let num_loaded = lines.len();
+        if num_loaded > MAX_LISTED {
+            lines.truncate(MAX_LISTED);
+            lines.push(format!("and {} more in memory", num_loaded - MAX_LISTED));
+        }
+        if all.len() > num_loaded {
+            lines.push(format!("{} more known by name, each read when first asked for", all.len() - num_loaded));
+        }
+        if let Some(folder) = self.settings.adapters.folder.as_ref().filter(|folder| folder.watch) {
+            lines.push(format!("what appears in {} (watched)", folder.path.display()));
+        }
+        lines
+    }
+
     fn keys(&self) -> String {
-        match (self.settings.api_keys.len(), self.address.ip().is_loopback()) {
+        match (self.settings.num_keys(), self.address.ip().is_loopback()) {
             (0, true) => "none asked for (only this machine can connect)".to_owned(),
             (0, false) => "none asked for, and other machines can connect".to_owned(),
             (1, _) => "clients must send the configured key".to_owned(),
@@ -271,7 +325,7 @@ impl Start<'_> {
             IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
             ip => ip,
         };
-        let key = if self.settings.api_keys.is_empty() { "" } else { " -H \"authorization: Bearer $BINDERY_API_KEY\"" };
+        let key = if self.settings.num_keys() == 0 { "" } else { " -H \"authorization: Bearer $BINDERY_API_KEY\"" };
         // A base model has no chat template, and would refuse what this page tells people to try.
         let (route, body) = if self.model.template.is_some() {
             let messages = serde_json::json!([{"role": "user", "content": "What does a bookbinder do?"}]);

@@ -84,6 +84,86 @@ fn show_device(device: Device) -> String {
     .to_owned()
 }
 
+/// A key of a table that has no flags.
+pub(crate) struct TableKey {
+    /// As it is written: `[[adapters]]`.
+    pub(crate) header: &'static str,
+    pub(crate) name: &'static str,
+    pub(crate) kind: Kind,
+    /// As it is written.
+    pub(crate) example: &'static str,
+    pub(crate) default: &'static str,
+    pub(crate) explain: &'static str,
+}
+
+/// Those of a table stand together.
+pub(crate) const TABLE_KEYS: &[TableKey] = &[
+    TableKey {
+        header: "[[adapters]]",
+        name: "name",
+        kind: Kind::Text,
+        example: "\"support-fr\"",
+        default: "none, it must be given",
+        explain: "what requests call the adapter; it is read when one first does",
+    },
+    TableKey {
+        header: "[[adapters]]",
+        name: "source",
+        kind: Kind::Text,
+        example: "\"/srv/adapters/support-fr\"",
+        default: "none, it must be given",
+        explain: "a folder as peft saves it, a .gguf file, or org/repo[@revision] on the hub",
+    },
+    TableKey {
+        header: "[[adapters]]",
+        name: "tenants",
+        kind: Kind::Texts,
+        example: "[\"acme\"]",
+        default: "everyone",
+        explain: "who may see and use it; to others it does not exist",
+    },
+    TableKey {
+        header: "[[adapters]]",
+        name: "pinned",
+        kind: Kind::Boolean,
+        example: "true",
+        default: "false",
+        explain: "read at the start, and never gives way to others",
+    },
+    TableKey {
+        header: "[adapter_dir]",
+        name: "path",
+        kind: Kind::Text,
+        example: "\"/srv/adapters\"",
+        default: "none, it must be given",
+        explain: "every adapter in this folder is known by its name and read on first use",
+    },
+    TableKey {
+        header: "[adapter_dir]",
+        name: "watch",
+        kind: Kind::Boolean,
+        example: "false",
+        default: "true",
+        explain: "adapters that are put there later, new versions and removals count too; else it is looked at once",
+    },
+    TableKey {
+        header: "[[tenants]]",
+        name: "name",
+        kind: Kind::Text,
+        example: "\"acme\"",
+        default: "none, it must be given",
+        explain: "of the tenant, as adapters name it",
+    },
+    TableKey {
+        header: "[[tenants]]",
+        name: "api_key_env",
+        kind: Kind::Text,
+        example: "\"ACME_API_KEY\"",
+        default: "none, it must be given",
+        explain: "environment variable that holds the tenant's key, or several with commas between",
+    },
+];
+
 /// Rows are in the order of `check`'s output; those of a section stand together.
 pub(crate) const KEYS: &[Key] = &[
     Key {
@@ -145,6 +225,19 @@ pub(crate) const KEYS: &[Key] = &[
         explain: "how long running requests may go on after SIGTERM or ctrl-c",
         set: |args, text| parse_duration(text).map(|value| args.server.shutdown_timeout = Some(value)),
         get: |args| args.server.shutdown_timeout.map(|value| humantime::format_duration(value).to_string()),
+    },
+    Key {
+        section: "server",
+        name: "adapter_root",
+        kind: Kind::Texts,
+        example: "/srv/adapters",
+        default: "the folders that the adapters known at the start lie in",
+        explain: "folders that adapters may be loaded from while the server runs",
+        set: |args, text| parse_name(text).map(|value| args.adapters.adapter_root.push(value.into())),
+        get: |args| {
+            let roots: Vec<String> = args.adapters.adapter_root.iter().map(|root| root.display().to_string()).collect();
+            (!roots.is_empty()).then(|| roots.join(", "))
+        },
     },
     Key {
         section: "model",
@@ -285,6 +378,36 @@ pub(crate) const KEYS: &[Key] = &[
         explain: "requests that may wait; more are answered 503",
         set: |args, text| number(text, 1..=1_048_576).map(|value| args.engine.max_queued_requests = Some(value)),
         get: |args| args.engine.max_queued_requests.map(|value| value.to_string()),
+    },
+    Key {
+        section: "model",
+        name: "max_loras",
+        kind: Kind::Integer,
+        example: "16",
+        default: "8",
+        explain: "adapters that one batch may mix; further ones wait in memory for a place",
+        set: |args, text| number(text, 1..=65536).map(|value| args.engine.max_loras = Some(value)),
+        get: |args| args.engine.max_loras.map(|value| value.to_string()),
+    },
+    Key {
+        section: "model",
+        name: "max_lora_rank",
+        kind: Kind::Integer,
+        example: "128",
+        default: "64",
+        explain: "largest rank of an adapter; a larger one is refused",
+        set: |args, text| number(text, 1..=65536).map(|value| args.engine.max_lora_rank = Some(value)),
+        get: |args| args.engine.max_lora_rank.map(|value| value.to_string()),
+    },
+    Key {
+        section: "model",
+        name: "max_cpu_loras",
+        kind: Kind::Integer,
+        example: "100",
+        default: "64, or max_loras where that is more",
+        explain: "adapters in memory; further ones are read from disk when asked for",
+        set: |args, text| number(text, 1..=65536).map(|value| args.engine.max_cpu_loras = Some(value)),
+        get: |args| args.engine.max_cpu_loras.map(|value| value.to_string()),
     },
     Key {
         section: "model",

@@ -1,7 +1,8 @@
 //! The config file: TOML in, the same settings that flags give out. Every key is a row of [`keys::KEYS`]; what is not
-//! there is an error that names the line and the nearest known key.
+//! there is an error that names the line and the nearest known key. Tables that have no flags are [`tables`].
 
 pub(crate) mod keys;
+pub(crate) mod tables;
 
 use std::path::Path;
 
@@ -9,14 +10,13 @@ use bindery_hub::card::nearest;
 use toml::de::{DeTable, DeValue};
 
 use crate::{args::ServeArgs, failure::Failure};
-use keys::{KEYS, Kind};
+use keys::{KEYS, Kind, TABLE_KEYS};
 
 /// Bytes of a config file.
 const MAX_CONFIG_BYTES: u64 = 1 << 20;
 
 /// Sections that belong to the config file and come with later versions.
-const LATER_SECTIONS: [&str; 9] =
-    ["adapters", "adapter_dir", "store", "local", "upstreams", "audit", "tenants", "routes", "guardrails"];
+const LATER_SECTIONS: [&str; 6] = ["store", "local", "upstreams", "audit", "routes", "guardrails"];
 
 /// Reads a config file into the form of flags.
 pub(crate) fn read(path: &Path) -> anyhow::Result<ServeArgs> {
@@ -71,11 +71,15 @@ pub(crate) fn parse(text: &str) -> Result<ServeArgs, Problem> {
         let at = section.span().start;
         if LATER_SECTIONS.contains(&name) {
             return Err(Problem {
-                hint: Some("remove the section; this version knows [server] and [model]".to_owned()),
+                hint: Some(format!("remove the section; this version knows {}", sections().join(", "))),
                 ..problem(at, format!("[{name}] is not in this version yet"))
             });
         }
         refuse_secret(name).map_err(|failure| Problem { line: Some(line_of(at)), ..failure })?;
+        if tables::is_table(name) {
+            settings.tables.read(name, at, value.get_ref(), &line_of)?;
+            continue;
+        }
         if !KEYS.iter().any(|key| key.section == name) {
             return Err(problem(at, unknown("section", name, &sections())));
         }
@@ -106,6 +110,7 @@ pub(crate) fn parse(text: &str) -> Result<ServeArgs, Problem> {
             }
         }
     }
+    settings.tables.check()?;
     Ok(settings)
 }
 
@@ -123,7 +128,8 @@ fn refuse_secret(key: &str) -> Result<(), Problem> {
 }
 
 fn sections() -> Vec<&'static str> {
-    let mut sections: Vec<&str> = KEYS.iter().map(|key| key.section).collect();
+    let tables = TABLE_KEYS.iter().map(|key| key.header.trim_matches(['[', ']']));
+    let mut sections: Vec<&str> = KEYS.iter().map(|key| key.section).chain(tables).collect();
     sections.dedup();
     sections
 }

@@ -49,6 +49,19 @@ fn every_request_is_sent_once_and_counted_by_usage() {
 }
 
 #[test]
+fn requests_are_spread_over_adapters_in_turns() {
+    let (a, b) = (Server::start(script()), Server::start(script()));
+    let flags = format!("--adapters fr,de --compare {} --concurrency 1 --num-requests 4 --rounds 1 --json", b.url);
+    let report = report_of(&bench(&a, &flags));
+    assert_eq!(report["servers"][0]["model"], "fr, de", "{report}");
+    let asked: Vec<String> = a.asked().iter().map(|(_, body)| body["model"].as_str().unwrap().to_owned()).collect();
+    assert_eq!(asked.len(), 6, "each name once to warm up, then the requests");
+    assert_eq!(asked[2..], ["fr", "de", "fr", "de"]);
+    assert!(asked[..2].contains(&"fr".to_owned()) && asked[..2].contains(&"de".to_owned()), "{asked:?}");
+    assert!(b.asked().iter().all(|(_, body)| body["model"] == "scripted"));
+}
+
+#[test]
 fn without_usage_pieces_are_counted() {
     let server = Server::start(Script { usage: None, ..script() });
     let ended = bench(&server, "--concurrency 1 --num-requests 2 --rounds 1 --output-tokens 3 --json");

@@ -171,6 +171,25 @@ fn a_model_in_this_process_says_what_transformers_says() {
 }
 
 #[test]
+fn through_an_adapter_it_says_what_peft_says() {
+    let folder = tempfile::tempdir().unwrap();
+    speaking_checkpoint(folder.path());
+    let adapter = Path::new(TINY_LLAMA).join("../../adapters/llama-qv");
+    let golden: Value = serde_json::from_str(&fs::read_to_string(adapter.join("golden.json")).unwrap()).unwrap();
+    let prompt = &golden["prompts"][0];
+    let (said, answer) = (words(&prompt["tokens"]).join(" "), words(&prompt["greedy"]));
+    let (model, num_tokens) = (folder.path().to_str().unwrap(), answer.len().to_string());
+    let given = format!("qv={}", adapter.display());
+    let flags = ["--temperature", "0", "--max-tokens", &num_tokens, "--dtype", "f32", "--threads", "1"];
+    let ended = talk(&[&[model, "--adapter", &given], &flags[..]].concat(), format!("{said}\n"));
+    assert_eq!((ended.code, ended.stdout), (0, format!("{}\n", answer.concat())), "{}", ended.stderr);
+
+    let missing = talk(&[model, "--adapter", "x=./nowhere"], "hi\n");
+    assert_eq!((missing.code, missing.stdout.as_str()), (2, ""), "{}", missing.stderr);
+    assert!(missing.stderr.contains("--adapter x=./nowhere: there is no adapter"), "{}", missing.stderr);
+}
+
+#[test]
 fn a_model_in_this_process_without_a_template_says_so() {
     let ended = talk(&[TINY_LLAMA, "--load-format", "dummy", "--threads", "1"], "hi\n");
     assert_eq!((ended.code, ended.stdout.as_str()), (1, ""));

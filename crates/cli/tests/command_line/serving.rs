@@ -23,7 +23,7 @@ pub(crate) struct Serving {
 
 impl Serving {
     /// Returns when it takes requests.
-    fn start(flags: &[&str], environment: &[(&str, &str)]) -> Self {
+    pub(crate) fn start(flags: &[&str], environment: &[(&str, &str)]) -> Self {
         Self::spawn(flags, environment).until_ready()
     }
 
@@ -81,6 +81,10 @@ impl Serving {
         let mut rest = String::new();
         self.log.read_to_string(&mut rest).unwrap();
         (rest, self.child.wait().unwrap().code())
+    }
+
+    pub(crate) fn url(&self) -> &str {
+        &self.url
     }
 
     fn get(&self, path: &str) -> StatusCode {

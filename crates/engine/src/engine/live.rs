@@ -10,7 +10,7 @@ use rustc_hash::FxHashMap;
 
 use super::{PromptScores, Submission, admission::Ticket, stream::Outbox};
 use crate::{
-    EngineError, TokenEvent,
+    AdapterLease, EngineError, TokenEvent,
     grammar::GrammarState,
     request::MAX_SAMPLES,
     sample::{PreparedSampling, SampleState},
@@ -40,6 +40,8 @@ pub(crate) fn sample_of(id: SeqId) -> u32 {
 pub(crate) struct Live {
     pub(crate) request_id: String,
     pub(crate) ticket: Ticket,
+    /// Held to its end.
+    pub(crate) adapter: Option<AdapterLease>,
     pub(crate) sampling: PreparedSampling,
     /// One a sample; `None` once it has ended.
     pub(crate) samples: Vec<Option<LiveSample>>,
@@ -73,6 +75,7 @@ impl Live {
         let live = Self {
             request_id: submission.request_id,
             ticket: submission.ticket,
+            adapter: submission.adapter,
             sampling: submission.sampling,
             samples,
             grammar_param: submission.grammar_param,
@@ -150,6 +153,9 @@ impl LiveRequests {
             return false;
         }
         self.num_started += 1;
+        if let Some(adapter) = &live.adapter {
+            adapter.start();
+        }
         let mut events = vec![TokenEvent::Scheduled];
         if live.prompt_scores.is_some() {
             // Nothing predicts the first token of a prompt.

@@ -26,26 +26,37 @@ pub(crate) fn rope_len(regimes: Option<RopeRegimes>, num_prompt_tokens: usize, n
     regimes.map_or(0, |regimes| regimes.rope_len(num_prompt_tokens, num_known_tokens))
 }
 
-/// Fills `batch` and `rows` from `plan`, keeping their memory.
+/// Fills `batch` and `rows` from `plan`, keeping their memory, and that of `order_room`.
 pub(crate) fn fill(
     plan: &StepPlan,
     requests: &LiveRequests,
     regimes: Option<RopeRegimes>,
     batch: &mut ForwardBatch,
     rows: &mut Vec<LogitRow>,
+    order_room: &mut Vec<usize>,
 ) {
     batch.tokens.clear();
-    batch.tokens.extend(plan.tokens.iter().map(|token| token.0));
-    batch.positions.clone_from(&plan.positions);
+    batch.positions.clear();
     batch.slots.clear();
-    batch.slots.extend(plan.slots.iter().map(|slot| slot.0));
     batch.block_tables.clear();
     batch.block_tables.extend(plan.block_tables.iter().map(|block| block.0));
     batch.sequences.clear();
     batch.logit_rows.clear();
     rows.clear();
-    for sequence in &plan.sequences {
-        let tokens = sequence.tokens.clone();
+    // Sequences of one adapter follow each other, those of the plain base come first; what a row gives does not depend on
+    // where it stands.
+    let mut order = std::mem::take(order_room);
+    order.clear();
+    order.extend(0..plan.sequences.len());
+    if plan.sequences.iter().any(|sequence| sequence.adapter.is_some()) {
+        order.sort_by_key(|&index| plan.sequences[index].adapter.map(|adapter| adapter.0));
+    }
+    for sequence in order.iter().map(|&index| &plan.sequences[index]) {
+        let planned = sequence.tokens.clone();
+        let tokens = batch.tokens.len()..batch.tokens.len() + planned.len();
+        batch.tokens.extend(plan.tokens[planned.clone()].iter().map(|token| token.0));
+        batch.positions.extend_from_slice(&plan.positions[planned.clone()]);
+        batch.slots.extend(plan.slots[planned].iter().map(|slot| slot.0));
         batch.sequences.push(BatchSequence {
             rows: tokens.clone(),
             block_table: sequence.block_table.clone(),
@@ -76,4 +87,5 @@ pub(crate) fn fill(
             }
         }
     }
+    *order_room = order;
 }

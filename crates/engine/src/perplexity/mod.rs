@@ -24,6 +24,8 @@ use statistics::ScoredToken;
 pub const MIN_CONTEXT_LEN: usize = 8;
 /// Logits that lie in memory at a time, a model.
 const MAX_LOGIT_BYTES: usize = 16 << 20;
+/// Of the scored positions of a window that is only watched, the head is computed for each so many.
+const HEAD_ROWS_STEP: usize = 8;
 /// Threads for the arithmetic: more gain nothing beside the model.
 const MAX_THREADS: usize = 16;
 
@@ -157,7 +159,7 @@ fn open(side: Side<'_>, context_len: usize) -> Result<(OpenedModel, Tokenizer), 
 
 /// A text's tokens, cut.
 #[derive(Debug, PartialEq, Eq)]
-struct Windows {
+pub(crate) struct Windows {
     /// The windows, one after the other.
     tokens: Vec<u32>,
     context_len: usize,
@@ -165,7 +167,7 @@ struct Windows {
 }
 
 impl Windows {
-    fn cut(
+    pub(crate) fn cut(
         tokenizer: &Tokenizer,
         text: &str,
         context_len: usize,
@@ -209,15 +211,15 @@ impl Windows {
         Ok(Self { tokens, context_len, num_text_tokens })
     }
 
-    fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.tokens.len() / self.context_len
     }
 
-    fn iter(&self) -> impl Iterator<Item = &[u32]> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &[u32]> {
         self.tokens.chunks_exact(self.context_len)
     }
 
-    fn check_vocabulary(&self, vocab_size: usize) -> Result<(), EngineError> {
+    pub(crate) fn check_vocabulary(&self, vocab_size: usize) -> Result<(), EngineError> {
         match self.tokens.iter().find(|&&token| token as usize >= vocab_size) {
             Some(token) => Err(invalid(
                 "file",
@@ -239,7 +241,7 @@ fn scored_positions(context_len: usize, step: &Range<usize>) -> Range<usize> {
 }
 
 /// A loaded model and its part of the scratch memory.
-struct Scorer {
+pub(crate) struct Scorer {
     model: Model,
     step_len: usize,
     batch: ForwardBatch,
@@ -252,11 +254,31 @@ impl Scorer {
         request: &PerplexityRequest<'_>,
         loading: &mut dyn FnMut(u64, u64),
     ) -> Result<Self, EngineError> {
-        let mut model = model.load(loading)?;
-        let num_blocks = request.context_len.div_ceil(model.info().block_size);
-        model.allocate_kv(num_blocks)?;
-        let step_len = request.max_num_batched_tokens.clamp(1, request.context_len);
+        Self::new(model.load(loading)?, request.context_len, request.max_num_batched_tokens)
+    }
+
+    /// For windows of `context_len` tokens, in steps of at most `max_num_batched_tokens`.
+    pub(crate) fn new(
+        mut model: Model,
+        context_len: usize,
+        max_num_batched_tokens: usize,
+    ) -> Result<Self, EngineError> {
+        model.allocate_kv(context_len.div_ceil(model.info().block_size))?;
+        let step_len = max_num_batched_tokens.clamp(1, context_len);
         Ok(Self { model, step_len, batch: ForwardBatch::default(), logits: Vec::new() })
+    }
+
+    /// Computes a window for who watches the model: the layers of all positions, and the head of some.
+    pub(crate) fn run(&mut self, window: &[u32]) -> Result<(), EngineError> {
+        let step = 0..window.len();
+        self.forward(window, &step)?;
+        let num_rows = scored_positions(window.len(), &step).len();
+        (0..num_rows).step_by(HEAD_ROWS_STEP).try_for_each(|row| self.logits(row..row + 1).map(|_| ()))
+    }
+
+    /// When all windows are through.
+    pub(crate) fn into_model(self) -> Model {
+        self.model
     }
 
     /// Computes the positions `step` of a window; earlier ones have been. The logits of those that are scored can be

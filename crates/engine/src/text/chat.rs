@@ -124,16 +124,7 @@ impl ChatTemplate {
     /// A GGUF file's `tokenizer.chat_template`, with the further ones that `tokenizer.chat_templates` names. `None`: the
     /// file has none.
     pub fn from_gguf(file: &GgufFile, tokenizer: &Tokenizer) -> Result<Option<Self>, EngineError> {
-        let mut sources = BTreeMap::new();
-        if let Some(source) = file.str("tokenizer.chat_template") {
-            sources.insert(DEFAULT.to_owned(), source.to_owned());
-        }
-        for name in file.strings("tokenizer.chat_templates").unwrap_or_default() {
-            if let Some(source) = file.str(&format!("tokenizer.chat_template.{name}")) {
-                sources.entry(name.clone()).or_insert_with(|| source.to_owned());
-            }
-        }
-        Self::from_sources(sources, tokenizer)
+        Self::from_sources(gguf_sources(file), tokenizer)
     }
 
     /// One template given as text, such as a user's own.
@@ -332,6 +323,20 @@ const DEFAULT: &str = "default";
 const TOOL_USE: &str = "tool_use";
 
 /// `chat_template`: a string, or a list of `{name, template}`.
+/// A GGUF file's templates by name.
+pub(crate) fn gguf_sources(file: &GgufFile) -> BTreeMap<String, String> {
+    let mut sources = BTreeMap::new();
+    if let Some(source) = file.str("tokenizer.chat_template") {
+        sources.insert(DEFAULT.to_owned(), source.to_owned());
+    }
+    for name in file.strings("tokenizer.chat_templates").unwrap_or_default() {
+        if let Some(source) = file.str(&format!("tokenizer.chat_template.{name}")) {
+            sources.entry(name.clone()).or_insert_with(|| source.to_owned());
+        }
+    }
+    sources
+}
+
 fn named_sources(value: &Json) -> BTreeMap<String, String> {
     if let Some(source) = value.as_str() {
         return BTreeMap::from([(DEFAULT.to_owned(), source.to_owned())]);

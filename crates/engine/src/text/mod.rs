@@ -6,11 +6,12 @@
 //! Reading order: [`tokenizer`]; [`gguf_vocabulary`], [`pre_tokenizer`] and `sentence_piece` for GGUF files, `original` for
 //! folders without tokenizer.json; `shrink` what a normaliser leaves of a text; `decoder` token bytes to text,
 //! [`detokenize`] the same one token at a time, [`stop`] stop strings, [`chat`] templates, `template` their Python-like parts,
-//! `template_guard` what they pay for lists.
+//! `template_guard` what they pay for lists, `export` all of it as files.
 
 pub mod chat;
 mod decoder;
 pub mod detokenize;
+pub(crate) mod export;
 pub mod gguf_vocabulary;
 mod original;
 pub mod pre_tokenizer;

@@ -41,6 +41,11 @@ pub(crate) fn read(folder: &Path, config: &Value) -> Result<Option<(GgufVocabula
             sentence_piece_file::read(&bytes)
         };
         let mut vocabulary = vocabulary.map_err(unusable)?;
+        if is_phi3_small(config) {
+            for (id, text) in phi3_small_tokens() {
+                place(&mut vocabulary, id, &text, CONTROL).map_err(unusable)?;
+            }
+        }
         vocabulary.legacy = config["legacy"].as_bool();
         add_tokens(folder, config, &mut vocabulary, &unusable)?;
         vocabulary.add_bos = config["add_bos_token"].as_bool().or_else(|| adds_bos_unasked(config));
@@ -82,6 +87,33 @@ fn adds_bos_unasked(config: &Value) -> Option<bool> {
     let class = config["tokenizer_class"].as_str()?;
     let family = class.trim_end_matches("Fast").trim_end_matches("Tokenizer");
     ["Llama", "CodeLlama", "Gemma"].contains(&family).then_some(true)
+}
+
+/// Whose special tokens are in the code that is published with it, and nowhere in its files.
+fn is_phi3_small(config: &Value) -> bool {
+    config["tokenizer_class"].as_str() == Some("Phi3SmallTokenizer")
+}
+
+/// The special tokens of Phi-3-small beside `cl100k_base`'s ranks; `tokenization_phi3_small.py`, as published.
+fn phi3_small_tokens() -> impl Iterator<Item = (u64, String)> {
+    const NAMED: [(u64, &str); 12] = [
+        (100_256, "<|dummy_id_2|>"),
+        (100_257, "<|endoftext|>"),
+        (100_258, "<|fim_prefix|>"),
+        (100_259, "<|fim_middle|>"),
+        (100_260, "<|fim_suffix|>"),
+        (100_261, "<|system|>"),
+        (100_262, "<|user|>"),
+        (100_263, "<|assistant|>"),
+        (100_264, "<|dummy_id_0|>"),
+        (100_265, "<|dummy_id_1|>"),
+        (100_266, "<|end|>"),
+        (100_276, "<|endofprompt|>"),
+    ];
+    let named = NAMED.into_iter().map(|(id, text)| (id, text.to_owned()));
+    let dummies = (3..=11).map(|number| (100_264 + number, number));
+    let padding = (12..=86).map(|number| (100_265 + number, number));
+    named.chain(dummies.chain(padding).map(|(id, number)| (id, format!("<|dummy_id_{number}|>"))))
 }
 
 /// Puts `added_tokens.json` (text to id) and `added_tokens_decoder` (id to token, with flags) into the vocabulary.
@@ -167,7 +199,7 @@ fn read_tiktoken(bytes: &[u8], config: &Value) -> Result<GgufVocabulary, String>
             return Err(format!("its strings can be made in more than {MAX_MERGES} ways"));
         }
     }
-    if !config["added_tokens_decoder"].is_object() {
+    if !config["added_tokens_decoder"].is_object() && !is_phi3_small(config) {
         return Err("it lists no special tokens, and tokenizer_config.json has no added_tokens_decoder: save the \
                     model's fast tokenizer there (transformers: save_pretrained)"
             .to_owned());

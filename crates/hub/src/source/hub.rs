@@ -472,8 +472,17 @@ impl<'a> Hub<'a> {
         Ok((snapshot, None))
     }
 
+    /// A file and others beside it, all of one commit; their folder.
+    pub(crate) async fn fetch_folder(&self, first: &str, others: &[&str]) -> Result<PathBuf, HubError> {
+        let first = self.fetch_file(first, None).await?;
+        for file in others {
+            self.fetch_file_at(file, &first.commit, None).await?;
+        }
+        Ok(first.path.parent().expect("a file in a snapshot has a folder").to_owned())
+    }
+
     /// Files at the top of the repository.
-    async fn list(&self) -> Result<Vec<String>, HubError> {
+    pub(crate) async fn list(&self) -> Result<Vec<String>, HubError> {
         let stream = self
             .api
             .list_tree()

@@ -2,6 +2,7 @@
 //! and nothing broken left behind.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+mod adapters;
 mod from_hub;
 mod from_wheels;
 mod support;

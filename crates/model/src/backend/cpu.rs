@@ -7,15 +7,20 @@
 use std::{mem, ops::Range};
 
 use bindery_kernels::{
-    Activations, AttentionArgs, AttentionSequence, Cpu, ExpertWeights, Form, GatedProduct, KvCache, KvDtype, KvShape,
-    LayerNorm, Matrix, Mixture, Norm, Product, Projection, RoutingArgs, Shares,
+    Activations, AttentionArgs, AttentionSequence, Cpu, ExpertWeights, Form, GatedProduct, Isa, KvCache, KvDtype,
+    KvShape, LayerNorm, LowRank, LowRankPair, LowRankSegment, Matrix, Mixture, Norm, Product, Projection, RoutingArgs,
+    Shares,
 };
 
 use crate::{
+    adapter::{
+        self, LowRank as LowRankValues,
+        weights::{AdapterWeights, Addend, BaseForm, LowRankWeights},
+    },
     alibi,
     backend::{
-        AttentionWeights, Backend, ExpertsWeights, FeedForwardKind, FeedForwardWeights, HeadWeights, Layer, Linear,
-        MlpWeights, NormWeights, SharedExpert, Step,
+        Adapters, AttentionWeights, Backend, ExpertsWeights, FeedForwardKind, FeedForwardWeights, HeadWeights, Layer,
+        Linear, MlpWeights, NormWeights, SharedExpert, Step,
     },
     config::{Activation, DecoderConfig, NormKind, RopeStyle},
     error::ModelError,
@@ -78,7 +83,13 @@ struct Buffers {
     kept: Vec<f32>,
     /// Empty between operations; keeps its memory.
     sequences: Vec<AttentionSequence<'static>>,
+    /// Between the halves of the adapters' products.
+    low_rank: LowRank,
+    /// Empty between operations: the adapters' segments for as many products as read the same activations.
+    segments: (Vec<Segment<'static, 1>>, Vec<Segment<'static, 2>>, Vec<Segment<'static, 3>>),
 }
+
+type Segment<'a, const N: usize> = LowRankSegment<'a, N>;
 
 impl CpuBackend {
     /// Nothing is allocated yet.
@@ -128,11 +139,27 @@ fn sized(buffer: &mut Vec<f32>, len: usize) -> Result<&mut [f32], ModelError> {
     Ok(&mut buffer[..len])
 }
 
-/// An empty vector with the memory of another and a lifetime of its own.
-fn recycled<'b>(mut sequences: Vec<AttentionSequence<'_>>) -> Vec<AttentionSequence<'b>> {
-    sequences.clear();
+/// An empty vector with the memory of another, of a type that differs in its lifetime alone.
+fn recycled<T, U>(mut list: Vec<T>) -> Vec<U> {
+    list.clear();
     // Collecting in place keeps the allocation, as source and target have one layout.
-    sequences.into_iter().map(|_| unreachable!("it was cleared")).collect()
+    list.into_iter().map(|_| unreachable!("it was cleared")).collect()
+}
+
+/// The segments of a step for N products of the same activations; rows for which an adapter has nothing are in none.
+fn segments<'a, const N: usize>(
+    adapters: Adapters<'a, CpuBackend>,
+    addends: impl Fn(&'a AdapterWeights<CpuBackend>) -> &'a [Addend<CpuBackend>; N],
+    room: &mut Vec<Segment<'static, N>>,
+) -> Vec<Segment<'a, N>> {
+    let mut segments = recycled(mem::take(room));
+    segments.extend(adapters.iter().filter_map(|(rows, weights)| {
+        let pairs = addends(weights)
+            .each_ref()
+            .map(|addend| addend.as_ref().map(|LowRankWeights { down, up }| LowRankPair { down, up }));
+        pairs.iter().any(Option::is_some).then_some(LowRankSegment { rows, pairs })
+    }));
+    segments
 }
 
 fn product<'a>(linear: &'a Linear<CpuBackend>, out: &'a mut [f32]) -> Product<'a> {
@@ -153,23 +180,41 @@ fn norm<'a>(config: &DecoderConfig, weights: &'a NormWeights<CpuBackend>) -> Nor
     }
 }
 
-/// `hidden +=` the product, by way of a norm where there is one; `branch` is room for what is normed.
+/// `hidden +=` the product and the adapters' beside it, by way of a norm where there is one; `branch` is room for what is
+/// normed.
 fn add_branch(
     cpu: &Cpu,
     x: &Activations,
     linear: &Linear<CpuBackend>,
+    (segments, low_rank): (&[Segment<'_, 1>], &mut LowRank),
     post_norm: Option<Norm<'_>>,
     branch: &mut Vec<f32>,
     hidden: &mut [f32],
 ) -> Result<(), ModelError> {
     let Some(post_norm) = post_norm else {
         cpu.matmul_add(x, &linear.weight, linear.bias.as_deref(), hidden);
+        add_low_rank(cpu, x, segments, low_rank, [hidden]);
         return Ok(());
     };
     let branch = sized(branch, hidden.len())?;
     cpu.matmul(x, &linear.weight, linear.bias.as_deref(), branch);
+    add_low_rank(cpu, x, segments, low_rank, [branch]);
     cpu.norm_add(branch, &post_norm, hidden);
     Ok(())
+}
+
+/// Adds the adapters' products to those of the base.
+fn add_low_rank<const N: usize>(
+    cpu: &Cpu,
+    x: &Activations,
+    segments: &[Segment<'_, N>],
+    low_rank: &mut LowRank,
+    outs: [&mut [f32]; N],
+) {
+    if !segments.is_empty() {
+        cpu.low_rank_down(x, segments, low_rank);
+        cpu.low_rank_up(segments, low_rank, outs);
+    }
 }
 
 /// The first half of an MLP.
@@ -210,16 +255,29 @@ impl CpuBackend {
     /// An MLP of `activations` into `hidden`: added to it, by way of a norm where there is one.
     fn mlp(
         &mut self,
+        layer: Layer<'_>,
         mlp: &MlpWeights<Self>,
         post_norm: Option<&NormWeights<Self>>,
-        rows: usize,
+        step: Step<'_, Self>,
     ) -> Result<(), ModelError> {
         let Self { cpu, config, buffers, .. } = self;
-        let Buffers { hidden, activations, gated, branch, .. } = buffers;
-        let hidden = &mut hidden[..rows * config.hidden_size];
+        let Buffers { hidden, activations, gated, branch, low_rank, segments: room, .. } = buffers;
+        let hidden = &mut hidden[..step.num_rows() * config.hidden_size];
         let product = gated_product(mlp, config.mlp.activation);
-        cpu.gated_matmul(activations, &product, Form::of([&mlp.down.weight]), gated);
-        add_branch(cpu, gated, &mlp.down, post_norm.map(|post_norm| norm(config, post_norm)), branch, hidden)
+        let form = Form::of([&mlp.down.weight]);
+        let both = segments(step.adapters, |weights| &weights.layers[layer.index].gated, &mut room.1);
+        if both.is_empty() {
+            cpu.gated_matmul(activations, &product, form, gated);
+        } else {
+            cpu.low_rank_down(activations, &both, low_rank);
+            cpu.gated_matmul_low_rank(activations, &product, (&both, low_rank), form, gated);
+        }
+        room.1 = recycled(both);
+        let down = segments(step.adapters, |weights| &weights.layers[layer.index].down, &mut room.0);
+        let post_norm = post_norm.map(|post_norm| norm(config, post_norm));
+        add_branch(cpu, gated, &mlp.down, (&down, low_rank), post_norm, branch, hidden)?;
+        room.0 = recycled(down);
+        Ok(())
     }
 
     /// Likewise a mixture of experts.
@@ -273,6 +331,7 @@ impl CpuBackend {
 impl Backend for CpuBackend {
     type Matrix = Matrix;
     type Vector = Vec<f32>;
+    type AdapterImport = Isa;
     /// Halves fill vectors.
     const ROTATES_HALVES: bool = true;
 
@@ -315,6 +374,22 @@ impl Backend for CpuBackend {
         size_of_val(vector.as_slice())
     }
 
+    fn base_form(matrix: &Matrix) -> BaseForm {
+        match matrix {
+            Matrix::F32(_) => BaseForm::F32,
+            _ if matrix.reads_int8() => BaseForm::Quantized,
+            _ => BaseForm::Dense,
+        }
+    }
+
+    fn adapter_import(&self) -> Isa {
+        self.cpu.isa()
+    }
+
+    fn import_low_rank(isa: &Isa, low_rank: LowRankValues, base: BaseForm) -> Result<LowRankWeights<Self>, ModelError> {
+        Ok(adapter::import::pack(*isa, low_rank, base))
+    }
+
     fn allocate_kv(&mut self, num_blocks: usize) -> Result<(), ModelError> {
         // The old cache goes first: both at once might not fit.
         self.cache = None;
@@ -329,7 +404,7 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn embed(&mut self, table: &Matrix, step: Step<'_>) -> Result<(), ModelError> {
+    fn embed(&mut self, table: &Matrix, step: Step<'_, Self>) -> Result<(), ModelError> {
         let DecoderConfig { hidden_size, embedding_scale, .. } = self.config;
         let hidden = sized(&mut self.buffers.hidden, step.num_rows() * hidden_size)?;
         for (&token, row) in step.batch.tokens.iter().zip(hidden.chunks_exact_mut(hidden_size)) {
@@ -347,11 +422,11 @@ impl Backend for CpuBackend {
         &mut self,
         layer: Layer<'_>,
         weights: &AttentionWeights<Self>,
-        step: Step<'_>,
+        step: Step<'_, Self>,
     ) -> Result<(), ModelError> {
         let DecoderConfig { num_heads, num_kv_heads, head_dim, hidden_size, .. } = self.config;
         let (cpu, rows) = (&self.cpu, step.num_rows());
-        let Buffers { hidden, activations, queries, keys, values, .. } = &mut self.buffers;
+        let Buffers { hidden, activations, queries, keys, values, low_rank, segments: room, .. } = &mut self.buffers;
         let hidden = &hidden[..rows * hidden_size];
         let queries = sized(queries, rows * num_heads * head_dim)?;
         let keys = sized(keys, rows * num_kv_heads * head_dim)?;
@@ -364,6 +439,9 @@ impl Backend for CpuBackend {
             activations,
             [product(&weights.q, queries), product(&weights.k, keys), product(&weights.v, values)],
         );
+        let all = segments(step.adapters, |weights| &weights.layers[layer.index].qkv, &mut room.2);
+        add_low_rank(cpu, activations, &all, low_rank, [&mut *queries, &mut *keys, &mut *values]);
+        room.2 = recycled(all);
         if let Some([query_norm, key_norm]) = &weights.head_norms {
             cpu.norm_in_place(queries, &norm(&self.config, query_norm));
             cpu.norm_in_place(keys, &norm(&self.config, key_norm));
@@ -377,7 +455,7 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn attention(&mut self, layer: Layer<'_>, step: Step<'_>) -> Result<(), ModelError> {
+    fn attention(&mut self, layer: Layer<'_>, step: Step<'_, Self>) -> Result<(), ModelError> {
         if self.config.alibi.is_some() {
             let lengths = step.batch.sequences.iter().map(|sequence| sequence.context_len);
             self.make_biases(lengths.max().unwrap_or(0))?;
@@ -388,6 +466,7 @@ impl Backend for CpuBackend {
             num_heads: self.config.num_heads,
             scale: self.config.attention_scale,
             window: layer.config.window,
+            blocks: layer.config.blocks,
             soft_cap: self.config.attention_soft_cap,
             biases: self.config.alibi.is_some().then_some(biases.as_slice()),
         };
@@ -404,28 +483,37 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn attention_output(&mut self, weights: &AttentionWeights<Self>, step: Step<'_>) -> Result<(), ModelError> {
+    fn attention_output(
+        &mut self,
+        layer: Layer<'_>,
+        weights: &AttentionWeights<Self>,
+        step: Step<'_, Self>,
+    ) -> Result<(), ModelError> {
         let (rows, width) = (step.num_rows(), self.config.num_heads * self.config.head_dim);
-        let Buffers { hidden, activations, attended, branch, .. } = &mut self.buffers;
+        let Buffers { hidden, activations, attended, branch, low_rank, segments: room, .. } = &mut self.buffers;
         let hidden = &mut hidden[..rows * self.config.hidden_size];
         let attended = &attended[..rows * width];
         self.cpu.prepare(attended, rows, width, Form::of([&weights.o.weight]), activations);
+        let output = segments(step.adapters, |weights| &weights.layers[layer.index].output, &mut room.0);
         let post_norm = weights.post_norm.as_ref().map(|post_norm| norm(&self.config, post_norm));
-        add_branch(&self.cpu, activations, &weights.o, post_norm, branch, hidden)
+        add_branch(&self.cpu, activations, &weights.o, (&output, low_rank), post_norm, branch, hidden)?;
+        room.0 = recycled(output);
+        Ok(())
     }
 
     fn feed_forward(
         &mut self,
+        layer: Layer<'_>,
         norm: &NormWeights<Self>,
         weights: &FeedForwardWeights<Self>,
-        step: Step<'_>,
+        step: Step<'_, Self>,
     ) -> Result<(), ModelError> {
         let rows = step.num_rows();
         let Buffers { hidden, activations, .. } = &mut self.buffers;
         let hidden = &hidden[..rows * self.config.hidden_size];
         self.cpu.norm(hidden, rows, &self::norm(&self.config, norm), input_form(&weights.kind), activations);
         match &weights.kind {
-            FeedForwardKind::Dense(mlp) => self.mlp(mlp, weights.post_norm.as_ref(), rows),
+            FeedForwardKind::Dense(mlp) => self.mlp(layer, mlp, weights.post_norm.as_ref(), step),
             FeedForwardKind::Experts(experts) => self.mixture(experts, weights.post_norm.as_ref(), rows),
         }
     }
@@ -440,13 +528,22 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn head(&mut self, rows: Range<usize>, weights: &HeadWeights<'_, Self>, out: &mut [f32]) -> Result<(), ModelError> {
+    fn head(
+        &mut self,
+        rows: Range<usize>,
+        weights: &HeadWeights<'_, Self>,
+        adapters: Adapters<'_, Self>,
+        out: &mut [f32],
+    ) -> Result<(), ModelError> {
         let DecoderConfig { hidden_size, logit_scale, logit_soft_cap, .. } = self.config;
-        let Buffers { activations, kept, .. } = &mut self.buffers;
+        let Buffers { activations, kept, low_rank, segments: room, .. } = &mut self.buffers;
         let kept = &kept[rows.start * hidden_size..rows.end * hidden_size];
         let HeadWeights { norm, weight, bias } = *weights;
         self.cpu.norm(kept, rows.len(), &self::norm(&self.config, norm), Form::of([weight]), activations);
         self.cpu.matmul(activations, weight, bias.map(Vec::as_slice), out);
+        let head = segments(adapters, |weights| &weights.head, &mut room.0);
+        add_low_rank(&self.cpu, activations, &head, low_rank, [&mut *out]);
+        room.0 = recycled(head);
         if logit_scale != 1.0 || logit_soft_cap.is_some() {
             self.cpu.scale_and_cap(out, logit_scale, logit_soft_cap);
         }

@@ -10,21 +10,78 @@
 pub(crate) mod cpu;
 pub(crate) mod reference;
 
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
-use crate::{batch::ForwardBatch, config::LayerConfig, error::ModelError, rope::Rope, weights::TensorView};
+use crate::{
+    adapter::{
+        LowRank,
+        weights::{AdapterWeights, BaseForm, LowRankWeights},
+    },
+    batch::ForwardBatch,
+    config::LayerConfig,
+    error::ModelError,
+    rope::Rope,
+    weights::TensorView,
+};
 
 /// One step as every operation sees it.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Step<'a> {
-    /// Checked. Each sequence carries its adapter: products with a base weight get their segmented adapter products
-    /// beside them, in the same operation.
+pub(crate) struct Step<'a, B: Backend> {
+    /// Checked.
     pub(crate) batch: &'a ForwardBatch,
     /// The batch's angles, one a rotary embedding; None for one that no layer uses.
     pub(crate) ropes: &'a [Option<Rope>],
+    /// Rows that go through adapters: products with a base weight get those of the adapters beside them, in the same
+    /// operation.
+    pub(crate) adapters: Adapters<'a, B>,
 }
 
-impl<'a> Step<'a> {
+impl<B: Backend> Clone for Step<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<B: Backend> Copy for Step<'_, B> {}
+
+/// Which rows go through which adapter.
+pub(crate) struct Adapters<'a, B: Backend> {
+    /// Ascending, without overlap.
+    pub(crate) runs: &'a [AdapterRun],
+    /// Those that are loaded.
+    pub(crate) loaded: &'a [LoadedAdapter<B>],
+}
+
+impl<B: Backend> Clone for Adapters<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<B: Backend> Copy for Adapters<'_, B> {}
+
+/// Rows that follow each other and go through one adapter.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct AdapterRun {
+    pub(crate) rows: Range<usize>,
+    /// Which of those that are loaded.
+    pub(crate) index: usize,
+}
+
+/// An adapter that batches may name.
+pub(crate) struct LoadedAdapter<B: Backend> {
+    /// As in [`crate::BatchSequence::adapter`].
+    pub(crate) id: u32,
+    pub(crate) weights: Arc<AdapterWeights<B>>,
+}
+
+impl<'a, B: Backend> Adapters<'a, B> {
+    /// Each run with its weights.
+    pub(crate) fn iter(self) -> impl Iterator<Item = (Range<usize>, &'a AdapterWeights<B>)> {
+        self.runs.iter().map(move |run| (run.rows.clone(), &*self.loaded[run.index].weights))
+    }
+}
+
+impl<'a, B: Backend> Step<'a, B> {
     /// Rows of the step.
     pub(crate) fn num_rows(&self) -> usize {
         self.batch.num_tokens()
@@ -119,11 +176,13 @@ pub(crate) struct HeadWeights<'a, B: Backend> {
 
 /// Carries out the decoder's operations over its own buffers. Between operations it holds the residual stream
 /// (`[num_rows, hidden_size]`), the step's queries and attended values, and the rows kept for the head.
-pub(crate) trait Backend: Send + Sized {
+pub(crate) trait Backend: Send + Sized + 'static {
     /// A weight matrix as this backend computes with it.
-    type Matrix;
+    type Matrix: Send + Sync;
     /// A norm's weight or a bias.
     type Vector;
+    /// See [`Self::adapter_import`].
+    type AdapterImport: Send + Sync + 'static;
     /// Whether rotated elements always come as halves (`RopeStyle::Neox`): query and key rows that the file stores in pairs
     /// are then handed over in that order, and the configuration's style is not asked for.
     const ROTATES_HALVES: bool;
@@ -152,6 +211,16 @@ pub(crate) trait Backend: Send + Sized {
     fn is_quantized(matrix: &Self::Matrix) -> bool;
     /// Memory held by a vector.
     fn vector_bytes(vector: &Self::Vector) -> usize;
+    /// How a matrix is held.
+    fn base_form(matrix: &Self::Matrix) -> BaseForm;
+    /// What takes adapters over, on other threads.
+    fn adapter_import(&self) -> Self::AdapterImport;
+    /// Takes an adapter's product over, which will stand beside a matrix of this form.
+    fn import_low_rank(
+        import: &Self::AdapterImport,
+        low_rank: LowRank,
+        base: BaseForm,
+    ) -> Result<LowRankWeights<Self>, ModelError>;
     /// Replaces the cache by an empty one of `num_blocks` blocks.
     fn allocate_kv(&mut self, num_blocks: usize) -> Result<(), ModelError>;
 
@@ -163,31 +232,44 @@ pub(crate) trait Backend: Send + Sized {
     // --- a step, in this order ---
 
     /// Residual stream = embedding rows of the step's tokens, scaled.
-    fn embed(&mut self, table: &Self::Matrix, step: Step<'_>) -> Result<(), ModelError>;
+    fn embed(&mut self, table: &Self::Matrix, step: Step<'_, Self>) -> Result<(), ModelError>;
     /// Norm, queries, keys and values, norms of heads, rotary embedding; keys and values go to their pages.
     fn attention_inputs(
         &mut self,
         layer: Layer<'_>,
         weights: &AttentionWeights<Self>,
-        step: Step<'_>,
+        step: Step<'_, Self>,
     ) -> Result<(), ModelError>;
     /// Attention of the queries over their sequences' pages.
-    fn attention(&mut self, layer: Layer<'_>, step: Step<'_>) -> Result<(), ModelError>;
+    fn attention(&mut self, layer: Layer<'_>, step: Step<'_, Self>) -> Result<(), ModelError>;
     /// Residual stream += [norm of] output projection of the attended values.
-    fn attention_output(&mut self, weights: &AttentionWeights<Self>, step: Step<'_>) -> Result<(), ModelError>;
+    fn attention_output(
+        &mut self,
+        layer: Layer<'_>,
+        weights: &AttentionWeights<Self>,
+        step: Step<'_, Self>,
+    ) -> Result<(), ModelError>;
     /// Residual stream += [norm of] MLP or experts of norm(residual stream). In blocks whose branches are parallel this
     /// comes before `attention_output`, and so sees the same residual stream as attention did.
     fn feed_forward(
         &mut self,
+        layer: Layer<'_>,
         norm: &NormWeights<Self>,
         weights: &FeedForwardWeights<Self>,
-        step: Step<'_>,
+        step: Step<'_, Self>,
     ) -> Result<(), ModelError>;
     /// Keeps these rows of the residual stream for the head, in place of those kept before.
     fn keep_rows(&mut self, rows: &[u32]) -> Result<(), ModelError>;
 
     // --- after a step, any number of times ---
 
-    /// Logits of some of the kept rows: head(norm(row)), scaled and capped. `out: [rows.len(), vocab_size]`
-    fn head(&mut self, rows: Range<usize>, weights: &HeadWeights<'_, Self>, out: &mut [f32]) -> Result<(), ModelError>;
+    /// Logits of some of the kept rows: head(norm(row)), scaled and capped. `out: [rows.len(), vocab_size]`; the adapters' runs
+    /// count from the first of these rows.
+    fn head(
+        &mut self,
+        rows: Range<usize>,
+        weights: &HeadWeights<'_, Self>,
+        adapters: Adapters<'_, Self>,
+        out: &mut [f32],
+    ) -> Result<(), ModelError>;
 }

@@ -1,23 +1,27 @@
 //! The oracle: plain candle operations in f32, on any device that candle has. Slow and obviously right.
 //!
 //! Every operation allocates its result and no operation is fused; weights are dequantised. It must not share code
-//! with the kernels it judges. Invariant: the same pages and slots as every other backend (slot = block * block_size +
+//! with the kernels it judges. For calibration it also tells what goes into each matrix (`observe`). Invariant: the same pages and slots as every other backend (slot = block * block_size +
 //! offset), so that block tables mean the same thing everywhere.
 
-use std::ops::Range;
+use std::{cell::RefCell, ops::Range};
 
 use candle_core::{D, Device, Tensor};
 
 use crate::{
+    adapter::{
+        LowRank,
+        weights::{AdapterWeights, Addend, BaseForm, LowRankWeights},
+    },
     alibi,
     backend::{
-        AttentionWeights, Backend, ExpertsWeights, FeedForwardKind, FeedForwardWeights, HeadWeights, Layer, Linear,
-        MlpWeights, NormWeights, SharedExpert, Step,
+        Adapters, AttentionWeights, Backend, ExpertsWeights, FeedForwardKind, FeedForwardWeights, HeadWeights, Layer,
+        Linear, MlpWeights, NormWeights, SharedExpert, Step,
     },
     batch::BatchSequence,
-    config::{Activation, DecoderConfig, NormKind, RopeStyle},
+    config::{Activation, DecoderConfig, LayerConfig, NormKind, RopeStyle},
     error::ModelError,
-    weights::TensorView,
+    weights::{Importance, LayerTensor, TensorRole, TensorView},
 };
 
 /// candle in f32.
@@ -30,6 +34,10 @@ pub(crate) struct ReferenceBackend {
     activations: Option<Activations>,
     /// `[kept rows, hidden_size]`
     kept: Option<Tensor>,
+    /// The layer whose operations run.
+    layer: usize,
+    /// What went into each matrix, while somebody wants to know.
+    observed: Option<RefCell<Importance>>,
 }
 
 /// One layer's keys and values, each `[num_slots, num_kv_heads * head_dim]`.
@@ -48,11 +56,84 @@ struct Activations {
 
 impl ReferenceBackend {
     pub(crate) fn new(config: &DecoderConfig, device: Device, block_size: usize) -> Self {
-        Self { config: config.clone(), device, block_size, cache: Vec::new(), activations: None, kept: None }
+        Self {
+            config: config.clone(),
+            device,
+            block_size,
+            cache: Vec::new(),
+            activations: None,
+            kept: None,
+            layer: 0,
+            observed: None,
+        }
     }
 
     fn tensor(&self, values: &[f32], shape: (usize, usize)) -> candle_core::Result<Tensor> {
         Tensor::from_slice(values, shape, &self.device)
+    }
+
+    /// From now on inputs of matrices are added up.
+    pub(crate) fn observe(&mut self) {
+        self.observed = Some(RefCell::default());
+    }
+
+    /// What has been added up; nothing is, from now on.
+    pub(crate) fn take_observed(&mut self) -> Option<Importance> {
+        self.observed.take().map(RefCell::into_inner)
+    }
+
+    /// `x: [rows, inputs]` goes into these matrices of the layer.
+    fn note(&self, tensors: &[LayerTensor], x: &Tensor) -> candle_core::Result<()> {
+        let roles: Vec<TensorRole> = tensors.iter().map(|&tensor| TensorRole::Layer(self.layer, tensor)).collect();
+        self.note_roles(&roles, x)
+    }
+
+    fn note_roles(&self, roles: &[TensorRole], x: &Tensor) -> candle_core::Result<()> {
+        let Some(observed) = &self.observed else { return Ok(()) };
+        let (num_inputs, values) = (x.dim(D::Minus1)?, x.flatten_all()?.to_vec1::<f32>()?);
+        let mut observed = observed.borrow_mut();
+        for &role in roles {
+            observed.add(role, &values, num_inputs);
+        }
+        Ok(())
+    }
+
+    /// `down(activation(gate(x)) * up(x))`, x: `[rows, hidden_size]`; `roles` are those of gate, up and down.
+    fn mlp(
+        &self,
+        x: &Tensor,
+        weights: &MlpWeights<Self>,
+        activation: Activation,
+        [gate, up, down]: [LayerTensor; 3],
+    ) -> candle_core::Result<Tensor> {
+        self.note(&[gate, up], x)?;
+        let inner = inner_of(x, weights, activation)?;
+        self.note(&[down], &inner)?;
+        linear(&inner, &weights.down)
+    }
+
+    /// Likewise that of a layer without experts, with its adapters.
+    fn adapted_mlp(
+        &self,
+        x: &Tensor,
+        weights: &MlpWeights<Self>,
+        layer: Layer<'_>,
+        adapters: Adapters<'_, Self>,
+    ) -> candle_core::Result<Tensor> {
+        let activation = self.config.mlp.activation;
+        self.note(&[LayerTensor::Gate, LayerTensor::Up], x)?;
+        let up = linear(x, &weights.up)?;
+        let inner = match &weights.gate {
+            Some(gate) => {
+                let gate = adapted(&linear(x, gate)?, x, adapters, |weights| &weights.layers[layer.index].gated[0])?;
+                let up = adapted(&up, x, adapters, |weights| &weights.layers[layer.index].gated[1])?;
+                gated(&gate, up, activation)?
+            }
+            None => activate(&adapted(&up, x, adapters, |weights| &weights.layers[layer.index].gated[0])?, activation)?,
+        };
+        self.note(&[LayerTensor::Down], &inner)?;
+        let down = linear(&inner, &weights.down)?;
+        adapted(&down, &inner, adapters, |weights| &weights.layers[layer.index].down[0])
     }
 
     fn activations(&mut self) -> &mut Activations {
@@ -84,6 +165,7 @@ impl ReferenceBackend {
 
     /// Row by row, expert by expert. x: `[rows, hidden_size]`
     fn experts(&self, x: &Tensor, weights: &ExpertsWeights<Self>) -> candle_core::Result<Tensor> {
+        use LayerTensor as T;
         let config = self.config.experts.as_ref().expect("the decoder has checked that layers with experts have them");
         let logits = x.matmul(&weights.router.t()?)?.to_vec2::<f32>()?;
         let mut rows = Vec::with_capacity(logits.len());
@@ -99,7 +181,8 @@ impl ReferenceBackend {
             let total: f32 = among.iter().map(|&expert| exponentials[expert]).sum();
             let mut sum = x.zeros_like()?;
             for &expert in chosen {
-                let out = mlp_of(&x, &weights.experts[expert], config.activation)?;
+                let roles = [T::ExpertGate(expert), T::ExpertUp(expert), T::ExpertDown(expert)];
+                let out = self.mlp(&x, &weights.experts[expert], config.activation, roles)?;
                 sum = (sum + (out * f64::from(exponentials[expert] / total))?)?;
             }
             rows.push(sum);
@@ -109,11 +192,12 @@ impl ReferenceBackend {
         let gate = x.matmul(&gate.t()?)?;
         // 1 / (1 + exp(-gate))
         let share = (gate.neg()?.exp()? + 1.0)?.recip()?;
-        routed + mlp_of(x, mlp, config.activation)?.broadcast_mul(&share)?
+        let roles = [T::SharedGate, T::SharedUp, T::SharedDown];
+        routed + self.mlp(x, mlp, config.activation, roles)?.broadcast_mul(&share)?
     }
 
     /// Rotates the first `rotary.dim` elements of each head. x: `[rows, heads, head_dim]`
-    fn rotate(&self, x: &Tensor, layer: Layer<'_>, step: Step<'_>) -> candle_core::Result<Tensor> {
+    fn rotate(&self, x: &Tensor, layer: Layer<'_>, step: Step<'_, Self>) -> candle_core::Result<Tensor> {
         let Some((index, rope)) = step.rope(layer) else { return Ok(x.clone()) };
         let rotary = &self.config.rotaries[index];
         let (rows, heads, head_dim) = x.dims3()?;
@@ -175,23 +259,33 @@ impl ReferenceBackend {
             alibi::fill(&self.config, context_len, &mut biases).map_err(candle_core::Error::wrap)?;
             scores = scores.broadcast_add(&Tensor::from_vec(biases, (num_heads, 1, context_len), &self.device)?)?;
         }
-        let scores = scores.broadcast_add(&self.mask(rows, context_len, layer.config.window)?)?;
+        let scores = scores.broadcast_add(&self.mask(rows, context_len, layer.config)?)?;
         let exponentials = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
         let weights = exponentials.broadcast_div(&exponentials.sum_keepdim(D::Minus1)?)?;
         weights.matmul(&values)?.transpose(0, 1)?.contiguous()
     }
 
-    /// 0 where a row sees a key, minus infinity elsewhere: `[rows, context_len]`.
-    fn mask(&self, rows: usize, context_len: usize, window: Option<usize>) -> candle_core::Result<Tensor> {
+    /// 0 where a row sees a key, minus infinity elsewhere: `[heads, rows, context_len]`, one head for all where they see the
+    /// same.
+    fn mask(&self, rows: usize, context_len: usize, layer: &LayerConfig) -> candle_core::Result<Tensor> {
+        let num_heads = if layer.blocks.is_some() { self.config.num_heads } else { 1 };
         let first_position = context_len - rows;
-        let mut mask = Vec::with_capacity(rows * context_len);
-        for position in first_position..context_len {
-            for key in 0..context_len {
-                let visible = key <= position && window.is_none_or(|window| position - key < window);
-                mask.push(if visible { 0.0 } else { f32::NEG_INFINITY });
+        let mut mask = Vec::with_capacity(num_heads * rows * context_len);
+        for head in 0..num_heads {
+            for position in first_position..context_len {
+                for key in 0..context_len {
+                    let visible = key <= position
+                        && layer.window.is_none_or(|window| position - key < window)
+                        && layer.blocks.is_none_or(|blocks| {
+                            let (own, block) = (position / blocks.block_size, key / blocks.block_size);
+                            let strided = block + head * blocks.head_step + 1;
+                            own - block < blocks.num_local_blocks || strided.is_multiple_of(blocks.vertical_stride)
+                        });
+                    mask.push(if visible { 0.0 } else { f32::NEG_INFINITY });
+                }
             }
         }
-        self.tensor(&mask, (rows, context_len))
+        Tensor::from_vec(mask, (num_heads, rows, context_len), &self.device)
     }
 
     /// Slots of a sequence's tokens, `[context_len]`.
@@ -214,19 +308,58 @@ fn linear(x: &Tensor, linear: &Linear<ReferenceBackend>) -> candle_core::Result<
     }
 }
 
-/// x: `[rows, hidden_size]`
-fn mlp_of(x: &Tensor, weights: &MlpWeights<ReferenceBackend>, activation: Activation) -> candle_core::Result<Tensor> {
-    let activate = |x: Tensor| match activation {
+/// A product and, for the rows that go through adapters, theirs beside it. x: `[rows, inputs]`
+fn adapted<'a>(
+    product: &Tensor,
+    x: &Tensor,
+    adapters: Adapters<'a, ReferenceBackend>,
+    addend: impl Fn(&'a AdapterWeights<ReferenceBackend>) -> &'a Addend<ReferenceBackend>,
+) -> candle_core::Result<Tensor> {
+    let (mut parts, mut done) = (Vec::new(), 0);
+    for (rows, weights) in adapters.iter() {
+        let Some(LowRankWeights { down, up }) = addend(weights) else { continue };
+        if done < rows.start {
+            parts.push(product.narrow(0, done, rows.start - done)?);
+        }
+        let delta = x.narrow(0, rows.start, rows.len())?.matmul(&down.t()?)?.matmul(&up.t()?)?;
+        parts.push((product.narrow(0, rows.start, rows.len())? + delta)?);
+        done = rows.end;
+    }
+    if done < product.dim(0)? {
+        parts.push(product.narrow(0, done, product.dim(0)? - done)?);
+    }
+    Tensor::cat(&parts, 0)
+}
+
+fn activate(x: &Tensor, activation: Activation) -> candle_core::Result<Tensor> {
+    match activation {
         Activation::Silu => x.silu(),
         Activation::Gelu => x.gelu_erf(),
         Activation::GeluTanh => x.gelu(),
+        Activation::Gegelu { limit } => {
+            let x = x.minimum(f64::from(limit))?;
+            // x / (1 + exp(-1.702 x))
+            &x / ((&x * -1.702)?.exp()? + 1.0)?
+        }
+    }
+}
+
+/// `activation(gate) * up`, of whatever the activation makes of `up`.
+fn gated(gate: &Tensor, up: Tensor, activation: Activation) -> candle_core::Result<Tensor> {
+    let up = match activation {
+        Activation::Silu | Activation::Gelu | Activation::GeluTanh => up,
+        Activation::Gegelu { limit } => (up.clamp(-limit, limit)? + 1.0)?,
     };
+    activate(gate, activation)? * up
+}
+
+/// What the MLP's last product is of: `[rows, width]`. x: `[rows, hidden_size]`
+fn inner_of(x: &Tensor, weights: &MlpWeights<ReferenceBackend>, activation: Activation) -> candle_core::Result<Tensor> {
     let up = linear(x, &weights.up)?;
-    let inner = match &weights.gate {
-        Some(gate) => (activate(linear(x, gate)?)? * up)?,
-        None => activate(up)?,
-    };
-    linear(&inner, &weights.down)
+    match &weights.gate {
+        Some(gate) => gated(&linear(x, gate)?, up, activation),
+        None => activate(&up, activation),
+    }
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "the shape that map_err takes")]
@@ -237,6 +370,7 @@ fn failed(error: candle_core::Error) -> ModelError {
 impl Backend for ReferenceBackend {
     type Matrix = Tensor;
     type Vector = Tensor;
+    type AdapterImport = Device;
     const ROTATES_HALVES: bool = false;
 
     fn device(&self) -> String {
@@ -276,6 +410,25 @@ impl Backend for ReferenceBackend {
         vector.elem_count() * size_of::<f32>()
     }
 
+    fn base_form(_matrix: &Tensor) -> BaseForm {
+        BaseForm::F32
+    }
+
+    fn adapter_import(&self) -> Device {
+        self.device.clone()
+    }
+
+    fn import_low_rank(
+        device: &Device,
+        low_rank: LowRank,
+        _base: BaseForm,
+    ) -> Result<LowRankWeights<Self>, ModelError> {
+        let LowRank { rank, a, b } = low_rank;
+        let (inputs, outputs) = (a.len() / rank, b.len() / rank);
+        let tensor = |values, shape: (usize, usize)| Tensor::from_vec(values, shape, device).map_err(failed);
+        Ok(LowRankWeights { down: tensor(a, (rank, inputs))?, up: tensor(b, (outputs, rank))? })
+    }
+
     fn allocate_kv(&mut self, num_blocks: usize) -> Result<(), ModelError> {
         self.cache.clear();
         let shape = (num_blocks * self.block_size, self.config.num_kv_heads * self.config.head_dim);
@@ -305,7 +458,7 @@ impl Backend for ReferenceBackend {
         Ok(())
     }
 
-    fn embed(&mut self, table: &Tensor, step: Step<'_>) -> Result<(), ModelError> {
+    fn embed(&mut self, table: &Tensor, step: Step<'_, Self>) -> Result<(), ModelError> {
         let mut start = || {
             let tokens = Tensor::new(step.batch.tokens.as_slice(), &self.device)?;
             let hidden = (table.index_select(&tokens, 0)? * f64::from(self.config.embedding_scale))?;
@@ -319,16 +472,22 @@ impl Backend for ReferenceBackend {
         &mut self,
         layer: Layer<'_>,
         weights: &AttentionWeights<Self>,
-        step: Step<'_>,
+        step: Step<'_, Self>,
     ) -> Result<(), ModelError> {
         let DecoderConfig { num_heads, num_kv_heads, head_dim, .. } = self.config;
         let rows = step.num_rows();
+        self.layer = layer.index;
         let hidden = self.activations().hidden.clone();
         let compute = || {
             let x = self.norm(&hidden, &weights.norm)?;
-            let mut queries = linear(&x, &weights.q)?.reshape((rows, num_heads, head_dim))?;
-            let mut keys = linear(&x, &weights.k)?.reshape((rows, num_kv_heads, head_dim))?;
-            let values = linear(&x, &weights.v)?;
+            self.note(&[LayerTensor::Q, LayerTensor::K, LayerTensor::V], &x)?;
+            let project = |projection, which: usize| {
+                let product = linear(&x, projection)?;
+                adapted(&product, &x, step.adapters, |weights| &weights.layers[layer.index].qkv[which])
+            };
+            let mut queries = project(&weights.q, 0)?.reshape((rows, num_heads, head_dim))?;
+            let mut keys = project(&weights.k, 1)?.reshape((rows, num_kv_heads, head_dim))?;
+            let values = project(&weights.v, 2)?;
             if let Some([query_norm, key_norm]) = &weights.head_norms {
                 queries = self.norm(&queries, query_norm)?;
                 keys = self.norm(&keys, key_norm)?;
@@ -349,7 +508,7 @@ impl Backend for ReferenceBackend {
         Ok(())
     }
 
-    fn attention(&mut self, layer: Layer<'_>, step: Step<'_>) -> Result<(), ModelError> {
+    fn attention(&mut self, layer: Layer<'_>, step: Step<'_, Self>) -> Result<(), ModelError> {
         let queries = self.activations().heads.clone();
         let pages = &self.cache[layer.index];
         let compute = || {
@@ -368,11 +527,19 @@ impl Backend for ReferenceBackend {
         Ok(())
     }
 
-    fn attention_output(&mut self, weights: &AttentionWeights<Self>, _step: Step<'_>) -> Result<(), ModelError> {
+    fn attention_output(
+        &mut self,
+        layer: Layer<'_>,
+        weights: &AttentionWeights<Self>,
+        step: Step<'_, Self>,
+    ) -> Result<(), ModelError> {
         let Activations { hidden, heads } = self.activations();
         let (hidden, heads) = (hidden.clone(), heads.clone());
         let compute = || {
-            let branch = linear(&heads.flatten_from(1)?, &weights.o)?;
+            let heads = heads.flatten_from(1)?;
+            self.note(&[LayerTensor::O], &heads)?;
+            let product = linear(&heads, &weights.o)?;
+            let branch = adapted(&product, &heads, step.adapters, |weights| &weights.layers[layer.index].output[0])?;
             hidden.add(&self.post_norm(branch, weights.post_norm.as_ref())?)
         };
         let hidden = compute().map_err(failed)?;
@@ -382,15 +549,16 @@ impl Backend for ReferenceBackend {
 
     fn feed_forward(
         &mut self,
+        layer: Layer<'_>,
         norm: &NormWeights<Self>,
         weights: &FeedForwardWeights<Self>,
-        _step: Step<'_>,
+        step: Step<'_, Self>,
     ) -> Result<(), ModelError> {
         let hidden = self.activations().hidden.clone();
         let compute = || {
             let x = self.norm(&hidden, norm)?;
             let branch = match &weights.kind {
-                FeedForwardKind::Dense(mlp) => mlp_of(&x, mlp, self.config.mlp.activation)?,
+                FeedForwardKind::Dense(mlp) => self.adapted_mlp(&x, mlp, layer, step.adapters)?,
                 FeedForwardKind::Experts(experts) => self.experts(&x, experts)?,
             };
             hidden.add(&self.post_norm(branch, weights.post_norm.as_ref())?)
@@ -410,11 +578,20 @@ impl Backend for ReferenceBackend {
         Ok(())
     }
 
-    fn head(&mut self, rows: Range<usize>, weights: &HeadWeights<'_, Self>, out: &mut [f32]) -> Result<(), ModelError> {
+    fn head(
+        &mut self,
+        rows: Range<usize>,
+        weights: &HeadWeights<'_, Self>,
+        adapters: Adapters<'_, Self>,
+        out: &mut [f32],
+    ) -> Result<(), ModelError> {
         let kept = self.kept.as_ref().expect("the decoder asks for rows that were kept");
         let compute = || {
             let x = self.norm(&kept.narrow(0, rows.start, rows.len())?, weights.norm)?;
+            let role = if self.config.tied_embeddings { TensorRole::Embedding } else { TensorRole::Head };
+            self.note_roles(&[role], &x)?;
             let mut logits = x.matmul(&weights.weight.t()?)?;
+            logits = adapted(&logits, &x, adapters, |weights| &weights.head[0])?;
             if let Some(bias) = weights.bias {
                 logits = logits.broadcast_add(bias)?;
             }

@@ -7,22 +7,28 @@
 
 mod gguf;
 mod json;
+mod native;
 
 use std::path::Path;
 
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-pub(crate) use self::json::{CheckpointConfig, StoredQuantization};
+pub(crate) use self::{
+    json::{CheckpointConfig, GptqZeros, StoredQuantization},
+    native::of_decoder,
+};
 use crate::{
     ModelError,
     weights::{gguf::GgufFile, mmap::read_text},
 };
 
 /// A config.json larger than this is not one (those in use have a few kB, with label tables a few MB).
-const MAX_CONFIG_BYTES: u64 = 16 << 20;
+pub(crate) const MAX_CONFIG_BYTES: u64 = 16 << 20;
 
 /// Everything the decoder needs to know about a model besides its weights. Sizes in elements.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct DecoderConfig {
     /// As the file names it: "llama", "mistral", "qwen2".
     pub architecture: String,
@@ -70,6 +76,8 @@ pub struct DecoderConfig {
     pub logit_scale: f32,
     /// Scaled logits become `cap * tanh(logit / cap)` (Gemma 2).
     pub logit_soft_cap: Option<f32>,
+    /// Tokens that the vocabulary counts and nothing means: their logits become the least f32 (Phi-3-small).
+    pub masked_tokens: Vec<u32>,
     /// From the file; generation_config.json wins in the engine.
     pub bos_token_id: Option<u32>,
     /// From the file.
@@ -77,7 +85,8 @@ pub struct DecoderConfig {
 }
 
 /// Which projections add a bias.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Biases {
     /// Query, key and value.
     pub qkv: bool,
@@ -88,7 +97,8 @@ pub struct Biases {
 }
 
 /// How norms, attention and MLP of a layer follow each other. x is the residual stream.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Block {
     /// `x += attention(norm(x)); x += mlp(norm(x))`: LLaMA and most others.
     PreNorm,
@@ -101,10 +111,14 @@ pub enum Block {
 }
 
 /// What one layer does differently.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct LayerConfig {
     /// Sliding window: a row at p sees keys in (p - window, p].
     pub window: Option<usize>,
+    /// A pattern of blocks of keys, of which a row sees some (Phi-3-small). None: all.
+    #[serde(with = "native::sparse_blocks", default)]
+    pub blocks: Option<SparseBlocks>,
     /// Index into `rotaries`. None: this layer does not rotate (SmolLM3's every fourth, all with ALiBi).
     pub rotary: Option<usize>,
     /// What stands where the MLP stands.
@@ -112,7 +126,8 @@ pub struct LayerConfig {
 }
 
 /// What stands where the MLP stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum FeedForward {
     /// `DecoderConfig::mlp`.
     Dense,
@@ -121,7 +136,8 @@ pub enum FeedForward {
 }
 
 /// Normalisation.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Norm {
     /// What is computed.
     pub kind: NormKind,
@@ -132,7 +148,8 @@ pub struct Norm {
 }
 
 /// Kinds of normalisation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum NormKind {
     /// `x / rms(x) * weight`.
     Rms,
@@ -141,7 +158,8 @@ pub enum NormKind {
 }
 
 /// Attention with linear biases (Press et al. 2021): to each score, `slope(head) * position of the key`.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Alibi {
     /// One a query head. What is added to a score that has been scaled: a family that adds before it scales (Falcon) has the
     /// scale in its slopes.
@@ -153,10 +171,12 @@ pub struct Alibi {
 }
 
 /// Rotary position embedding.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Rotary {
     /// Which elements form a pair. Hugging Face checkpoints: Neox; GGUF files of the llama architecture: Interleaved
     /// (llama.cpp's converter permutes q and k).
+    #[serde(with = "native::RopeStyleName")]
     pub style: RopeStyle,
     /// Rotated elements of each head (head_dim unless partial).
     pub dim: usize,
@@ -166,10 +186,11 @@ pub struct Rotary {
     pub scaling: RopeScaling,
 }
 
-pub use bindery_kernels::{Activation, RopeStyle};
+pub use bindery_kernels::{Activation, RopeStyle, SparseBlocks};
 
 /// Scaling of rotary frequencies.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum RopeScaling {
     /// As trained.
     None,
@@ -200,8 +221,10 @@ pub enum RopeScaling {
         long: Vec<f32>,
         /// Tokens.
         original_max_position_embeddings: usize,
-        /// Cosines and sines are multiplied by this, in both regimes.
+        /// Cosines and sines are multiplied by this up to the original length.
         attention_factor: f32,
+        /// Beyond it; the same in all families but Phi-3-small.
+        long_attention_factor: f32,
     },
     /// The base grows with the length of the request (NTK-aware, "dynamic").
     Dynamic {
@@ -228,18 +251,21 @@ pub enum RopeScaling {
 }
 
 /// The MLP.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Mlp {
     /// Width inside.
     pub intermediate_size: usize,
     /// Of the gate, or, without a gate, of the only product.
+    #[serde(with = "native::ActivationName")]
     pub activation: Activation,
     /// `down(activation(gate(x)) * up(x))`; false: `down(activation(up(x)))` (Falcon).
     pub gated: bool,
 }
 
 /// A mixture of experts: `sum over the chosen of weight * expert(x)`, each expert a gated MLP.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Experts {
     /// How many there are.
     pub num_experts: usize,
@@ -248,11 +274,17 @@ pub struct Experts {
     /// Width inside each.
     pub intermediate_size: usize,
     /// Of their gates.
+    #[serde(with = "native::ActivationName")]
     pub activation: Activation,
     /// The chosen ones' softmax weights are divided by their sum (Mixtral, Qwen 3); false: they stay shares of all (Qwen 2).
     pub normalize_weights: bool,
     /// Width of an expert that computes every token, times sigmoid of a learned gate (Qwen 2 MoE).
     pub shared_intermediate_size: Option<usize>,
+}
+
+/// The order of rotated elements in GGUF files of an architecture; None where the architecture is not known.
+pub(crate) fn gguf_rope_style(architecture: &str) -> Option<RopeStyle> {
+    gguf::rope_style(architecture)
 }
 
 /// Why a model description is not taken.
@@ -313,6 +345,18 @@ impl DecoderConfig {
         gguf::decoder_config(file).map_err(|error| error.in_file(file.path()))
     }
 
+    /// The name that llama.cpp has for this architecture (`general.architecture`). A published Mistral or Mixtral is a
+    /// `llama` there.
+    pub(crate) fn gguf_architecture(&self) -> &str {
+        match self.architecture.as_str() {
+            "mistral" | "mixtral" => "llama",
+            "gemma3_text" => "gemma3",
+            "qwen2_moe" => "qwen2moe",
+            "qwen3_moe" => "qwen3moe",
+            name => name,
+        }
+    }
+
     /// Sizes are there, within limits, and fit each other. The text of an error names the value and the limit.
     fn check(&self) -> Result<(), ConfigError> {
         let sizes = [
@@ -338,6 +382,19 @@ impl DecoderConfig {
         for window in self.layers.iter().filter_map(|layer| layer.window) {
             check_size("the sliding window", window as u64, Limits::POSITIONS)?;
         }
+        for blocks in self.layers.iter().filter_map(|layer| layer.blocks) {
+            check_size("the attention pattern's block", blocks.block_size as u64, Limits::POSITIONS)?;
+            check_size(
+                "the attention pattern's number of local blocks",
+                blocks.num_local_blocks as u64,
+                Limits::POSITIONS,
+            )?;
+            check_size("the attention pattern's stride", blocks.vertical_stride as u64, Limits::POSITIONS)?;
+        }
+        if let Activation::Gegelu { limit } = self.mlp.activation {
+            check_positive("the activation's limit", limit)?;
+        }
+        check_positive("the logits' scale", self.logit_scale)?;
         check_positive("the norm's epsilon", self.norm.eps)?;
         check_positive("the score's scale", self.attention_scale)?;
         check_positive("the embedding's scale", self.embedding_scale)?;
@@ -446,10 +503,17 @@ impl RopeScaling {
                 original(*original_max_position_embeddings)
             }
             Self::Factors(values) => factors("rotary factor", values),
-            Self::LongRope { short, long, original_max_position_embeddings, attention_factor } => {
+            Self::LongRope {
+                short,
+                long,
+                original_max_position_embeddings,
+                attention_factor,
+                long_attention_factor,
+            } => {
                 factors("short rotary factor", short)?;
                 factors("long rotary factor", long)?;
                 check_positive(ATTENTION_FACTOR, *attention_factor)?;
+                check_positive(ATTENTION_FACTOR, *long_attention_factor)?;
                 original(*original_max_position_embeddings)
             }
             Self::Dynamic { factor, original_max_position_embeddings } => {
@@ -512,5 +576,6 @@ pub(crate) fn read_json_file(path: &Path) -> Result<CheckpointConfig, ModelError
     // serde_json refuses more than 128 levels of nesting, so a deep file cannot exhaust the stack.
     let value: Value =
         serde_json::from_str(&text).map_err(|error| ModelError::bad_file(path, format!("not valid JSON: {error}")))?;
-    json::decoder_config(&value).map_err(|error| error.in_file(path))
+    let read = if native::is_native(&value) { native::decoder_config(&value) } else { json::decoder_config(&value) };
+    read.map_err(|error| error.in_file(path))
 }

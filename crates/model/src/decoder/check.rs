@@ -42,6 +42,16 @@ fn sizes(config: &DecoderConfig) -> Result<(), String> {
     if config.layers.iter().any(|layer| layer.window == Some(0)) {
         return Err("a sliding window of 0 tokens sees nothing".into());
     }
+    for blocks in config.layers.iter().filter_map(|layer| layer.blocks) {
+        in_range(&[
+            ("attention pattern's block", blocks.block_size),
+            ("attention pattern's number of local blocks", blocks.num_local_blocks),
+            ("attention pattern's stride", blocks.vertical_stride),
+        ])?;
+    }
+    if let Some(token) = config.masked_tokens.iter().find(|&&token| token as usize >= config.vocab_size) {
+        return Err(format!("token {token} is masked; the vocabulary has {}", config.vocab_size));
+    }
     Ok(())
 }
 
@@ -114,7 +124,7 @@ fn experts(config: &DecoderConfig) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::{super::tests::small_config, *};
-    use crate::config::{Activation, Alibi, Experts, RopeScaling, RopeStyle, Rotary};
+    use crate::config::{Activation, Alibi, Experts, RopeScaling, RopeStyle, Rotary, SparseBlocks};
 
     fn check_refused(expected: &str, break_it: impl FnOnce(&mut DecoderConfig)) {
         let mut config = small_config();
@@ -132,6 +142,11 @@ mod tests {
         check_refused("4 query heads", |config| config.num_kv_heads = 3);
         check_refused("5 rotated elements", |config| config.rotaries[0].dim = 5);
         check_refused("6 rotated elements of a head of 4", |config| config.rotaries[0].dim = 6);
+        check_refused("stride is 0", |config| {
+            let blocks = SparseBlocks { block_size: 4, num_local_blocks: 1, vertical_stride: 0, head_step: 1 };
+            config.layers[0].blocks = Some(blocks);
+        });
+        check_refused("token 10 is masked", |config| config.masked_tokens = vec![3, 10]);
         check_refused("window of 0", |config| config.layers[0].window = Some(0));
         check_refused("by embedding 1; there are 1", |config| config.layers[0].rotary = Some(1));
         check_refused("they must have one shape", |config| {

@@ -15,7 +15,7 @@ use crate::{
     batch::BatchSequence,
     config::{
         Activation, Alibi, Biases, Experts, FeedForward, LayerConfig, Mlp, Norm, NormKind, RopeScaling, RopeStyle,
-        Rotary,
+        Rotary, SparseBlocks,
     },
     model::{Dtype, KvCacheDtype, Quantize},
 };
@@ -54,12 +54,13 @@ pub(crate) fn small_config() -> DecoderConfig {
         mlp: mlp(16),
         experts: None,
         biases: Biases::default(),
-        layers: vec![LayerConfig { window: None, rotary: Some(0), feed_forward: FeedForward::Dense }],
+        layers: vec![LayerConfig { window: None, blocks: None, rotary: Some(0), feed_forward: FeedForward::Dense }],
         embedding_scale: 1.0,
         tied_embeddings: true,
         head_bias: false,
         logit_scale: 1.0,
         logit_soft_cap: None,
+        masked_tokens: Vec::new(),
         bos_token_id: None,
         eos_token_ids: Vec::new(),
     }
@@ -67,7 +68,7 @@ pub(crate) fn small_config() -> DecoderConfig {
 
 /// A LLaMA of three layers, the second with a window. Widths are whole groups, so that it can be quantised.
 fn llama() -> DecoderConfig {
-    let layer = |window| LayerConfig { window, rotary: Some(0), feed_forward: FeedForward::Dense };
+    let layer = |window| LayerConfig { window, blocks: None, rotary: Some(0), feed_forward: FeedForward::Dense };
     DecoderConfig {
         vocab_size: 100,
         hidden_size: 64,
@@ -118,7 +119,12 @@ fn long_rope() -> RopeScaling {
         long: (0..8_u8).map(|pair| 2.0 + f32::from(pair)).collect(),
         original_max_position_embeddings: 16,
         attention_factor: 1.2,
+        long_attention_factor: 1.3,
     }
+}
+
+fn blocks(head_step: usize) -> SparseBlocks {
+    SparseBlocks { block_size: 3, num_local_blocks: 1, vertical_stride: 3, head_step }
 }
 
 /// One axis each.
@@ -162,6 +168,9 @@ fn axes() -> Vec<Case> {
         case("embedding scale", |config| config.embedding_scale = 8.0),
         case("gelu", |config| config.mlp.activation = Activation::Gelu),
         case("gelu by tanh", |config| config.mlp.activation = Activation::GeluTanh),
+        case("gegelu", |config| config.mlp.activation = Activation::Gegelu { limit: 0.4 }),
+        case("blocks of keys", |config| config.layers[2].blocks = Some(blocks(0))),
+        case("blocks of keys by head", |config| config.layers[0].blocks = Some(blocks(1))),
         case("no gate", |config| config.mlp.gated = false),
         case("biases of the MLP", |config| config.biases.mlp = true),
         case("biases of an MLP without gate", |config| {
@@ -224,10 +233,19 @@ fn families() -> Vec<Case> {
             rope_len: 17,
             ..case("phi3", |config| {
                 let scaling = match long_rope() {
-                    RopeScaling::LongRope { short, long, original_max_position_embeddings, attention_factor } => {
-                        let (short, long) = (short[..6].to_vec(), long[..6].to_vec());
-                        RopeScaling::LongRope { short, long, original_max_position_embeddings, attention_factor }
-                    }
+                    RopeScaling::LongRope {
+                        short,
+                        long,
+                        original_max_position_embeddings,
+                        attention_factor,
+                        long_attention_factor,
+                    } => RopeScaling::LongRope {
+                        short: short[..6].to_vec(),
+                        long: long[..6].to_vec(),
+                        original_max_position_embeddings,
+                        attention_factor,
+                        long_attention_factor,
+                    },
                     other => other,
                 };
                 config.rotaries[0] = Rotary { dim: 12, ..rotary(10_000.0, scaling) };
@@ -340,6 +358,17 @@ fn backends_agree_and_every_axis_matters() {
             assert!(difference > 20.0 * error.max(1e-5), "{} is like {name}: {difference}, {error}", case.name);
         }
         seen.push((case.name, actual));
+    }
+}
+
+#[test]
+fn masked_tokens_are_least_and_the_others_as_they_were() {
+    let prompts = [tokens(1, 5)];
+    let (plain, masked) = (case("plain", |_| ()), case("masked", |config| config.masked_tokens = vec![1, 40]));
+    let of = |case: &Case| logits(case, cpu_backend(&case.config, Quantize::None, 2), &prompts, &[5]).remove(0);
+    for (index, (plain, masked)) in of(&plain).into_iter().zip(of(&masked)).enumerate() {
+        let expected = if [1, 40].contains(&(index % 100)) { f32::MIN } else { plain };
+        assert_eq!(masked.to_bits(), expected.to_bits(), "logit {index}");
     }
 }
 

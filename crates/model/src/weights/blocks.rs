@@ -7,7 +7,7 @@
 //! operations (upper scale by sub-scale, by code, plus minimum), so they agree exactly with the files' other readers
 //! (tested against candle's).
 
-use bindery_kernels::{GROUP, QuantRow, SUPER_GROUP, Scaling};
+use bindery_kernels::{GROUP, QuantFormat, QuantRow, SUPER_GROUP, Scaling};
 use half::{bf16, f16};
 
 use super::WeightFormat;
@@ -15,7 +15,8 @@ use super::WeightFormat;
 /// Groups of the K formats that have the shorter ones.
 const SHORT_GROUPS: usize = SUPER_GROUP / 16;
 
-/// One block as a kernel wants it: a weight is `scale * sub_scale * code + min * sub_min`. What a format does not have
+/// One block as a kernel wants it: a weight is `scale * sub_scale * value + min * sub_min`, where the value is what the
+/// code stands for. What a format does not have
 /// is left as it was.
 pub(super) struct Block {
     /// `[block elements]`
@@ -52,17 +53,30 @@ impl Block {
             WeightFormat::Q4K => self.q4_k(bytes),
             WeightFormat::Q5K => self.q5_k(bytes),
             WeightFormat::Q6K => self.q6_k(bytes),
+            WeightFormat::Iq4Nl => self.iq4_nl(bytes),
+            WeightFormat::Iq4Xs => self.iq4_xs(bytes),
+            WeightFormat::Mxfp4 => self.mxfp4(bytes),
+            WeightFormat::Tq2_0 => self.tq2_0(bytes),
+            WeightFormat::Tq1_0 => self.tq1_0(bytes),
+            WeightFormat::Iq3S => self.iq3_s(bytes),
+            WeightFormat::Iq3Xxs => self.iq3_xxs(bytes),
+            WeightFormat::Iq2S => self.iq2_s(bytes),
+            WeightFormat::Iq2Xs => self.iq2_xs(bytes),
+            WeightFormat::Iq2Xxs => self.iq2_xxs(bytes),
+            WeightFormat::Iq1M => self.iq1_m(bytes),
+            WeightFormat::Iq1S => self.iq1_s(bytes),
             WeightFormat::F32
             | WeightFormat::F16
             | WeightFormat::Bf16
             | WeightFormat::Gptq { .. }
             | WeightFormat::Awq
-            | WeightFormat::CompressedInt { .. } => unreachable!("{format} has no blocks"),
+            | WeightFormat::CompressedInt { .. }
+            | WeightFormat::Bindery { .. } => unreachable!("{format} has no blocks"),
         }
     }
 
     /// Writes codes from what the file stores, less the value that stands for zero.
-    fn set_codes<const N: usize>(&mut self, zero: i8, stored: impl Fn(usize) -> u8) {
+    pub(super) fn set_codes<const N: usize>(&mut self, zero: i8, stored: impl Fn(usize) -> u8) {
         for (i, code) in self.codes[..N].iter_mut().enumerate() {
             *code = stored(i).cast_signed() - zero;
         }
@@ -162,12 +176,12 @@ impl Block {
 }
 
 /// The f16 at byte `at`.
-fn half_at(block: &[u8], at: usize) -> f16 {
+pub(super) fn half_at(block: &[u8], at: usize) -> f16 {
     f16::from_le_bytes([block[at], block[at + 1]])
 }
 
 /// Of 16 bytes: low nibbles are elements 0 to 15, high nibbles 16 to 31.
-fn nibble(packed: &[u8], i: usize) -> u8 {
+pub(super) fn nibble(packed: &[u8], i: usize) -> u8 {
     packed[i % 16] >> (4 * (i / 16)) & 0xF
 }
 
@@ -177,7 +191,7 @@ fn fifth_bit(word: &[u8], i: usize) -> u8 {
 }
 
 /// Element `i` of 256 lies in the byte `32 * (i / 128) + i % 32` of its 2-bit field, at bit pair `i / 32 % 4`.
-fn two_bits(packed: &[u8], i: usize) -> u8 {
+pub(super) fn two_bits(packed: &[u8], i: usize) -> u8 {
     packed[32 * (i / 128) + i % 32] >> (2 * (i / 32 % 4)) & 3
 }
 
@@ -195,11 +209,13 @@ pub(super) fn unpack(format: WeightFormat, bytes: &[u8], out: &mut QuantRow<'_>)
     for (i, bytes) in bytes.chunks_exact(format.block_bytes()).enumerate() {
         block.read(format, bytes);
         out.codes[i * elements..][..elements].copy_from_slice(&block.codes[..elements]);
-        out.scales[i] = block.scale;
+        if quant.scaling != Scaling::Exponents {
+            out.scales[i] = block.scale;
+        }
         if quant.with_mins {
             out.mins[i] = block.min;
         }
-        if quant.scaling != Scaling::Single {
+        if quant.has_sub_scales() {
             out.sub_scales[i * groups..][..groups].copy_from_slice(&block.sub_scales[..groups]);
             if quant.with_mins {
                 out.sub_mins[i * groups..][..groups].copy_from_slice(&block.sub_mins[..groups]);
@@ -242,17 +258,25 @@ impl Block {
     fn dequantize(&self, format: WeightFormat, out: &mut [f32]) {
         let quant = format.quant_format().expect("a block format");
         let group = quant.group().expect("the kernels know it, as the formats' test shows");
-        let times = |upper: f16, sub: i8| {
-            if quant.scaling == Scaling::Single { upper.to_f32() } else { upper.to_f32() * f32::from(sub) }
-        };
         for (index, (out, codes)) in out.chunks_mut(group).zip(self.codes.chunks(group)).enumerate() {
-            let scale = times(self.scale, self.sub_scales[index]);
-            let min = times(self.min, self.sub_mins[index]);
+            let scale = times(quant, self.scale, self.sub_scales[index]);
+            let min = times(quant, self.min, self.sub_mins[index]);
             for (out, &code) in out.iter_mut().zip(codes) {
-                let product = scale * f32::from(code);
+                let product = scale * f32::from(quant.book.value(code));
                 *out = if quant.with_mins { product + min } else { product };
             }
         }
+    }
+}
+
+/// Both levels of a scale.
+fn times(quant: QuantFormat, upper: f16, sub: i8) -> f32 {
+    match quant.scaling {
+        // No type of ggml's comes in spans.
+        Scaling::Single | Scaling::Wide | Scaling::Spans(_) => upper.to_f32(),
+        Scaling::TwoLevel | Scaling::Nibbles => upper.to_f32() * f32::from(sub),
+        Scaling::Eighths => upper.to_f32() * (f32::from(sub) / 8.0),
+        Scaling::Exponents => Scaling::power(sub.cast_unsigned()),
     }
 }
 
@@ -266,8 +290,9 @@ mod tests {
 
     use super::*;
 
-    fn candle_type(format: WeightFormat) -> GgmlDType {
-        match format {
+    /// None for what candle does not read.
+    fn candle_type(format: WeightFormat) -> Option<GgmlDType> {
+        Some(match format {
             WeightFormat::F32 => GgmlDType::F32,
             WeightFormat::F16 => GgmlDType::F16,
             WeightFormat::Bf16 => GgmlDType::BF16,
@@ -281,10 +306,8 @@ mod tests {
             WeightFormat::Q4K => GgmlDType::Q4K,
             WeightFormat::Q5K => GgmlDType::Q5K,
             WeightFormat::Q6K => GgmlDType::Q6K,
-            WeightFormat::Gptq { .. } | WeightFormat::Awq | WeightFormat::CompressedInt { .. } => {
-                unreachable!("{format} is not ggml's")
-            }
-        }
+            _ => return None,
+        })
     }
 
     proptest! {
@@ -292,10 +315,11 @@ mod tests {
         #[test]
         fn dequantises_as_candle_does(seed in prop::collection::vec(any::<u8>(), 3 * 1024)) {
             for &format in WeightFormat::ALL {
+                let Some(candle_type) = candle_type(format) else { continue };
                 let bytes = &seed[..3 * 256 / format.block_elements() * format.block_bytes()];
                 let mut ours = vec![0.0; 3 * 256];
                 dequantize(format, bytes, &mut ours);
-                let theirs = qtensor_from_ggml(candle_type(format), bytes, vec![3, 256], &Device::Cpu).unwrap();
+                let theirs = qtensor_from_ggml(candle_type, bytes, vec![3, 256], &Device::Cpu).unwrap();
                 let theirs = theirs.dequantize(&Device::Cpu).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
                 for (i, (ours, theirs)) in ours.iter().zip(&theirs).enumerate() {
                     prop_assert!(
@@ -304,6 +328,48 @@ mod tests {
                     );
                 }
             }
+        }
+    }
+
+    /// The bytes of `ggml_blocks.py`: SplitMix64's, with each block's f16 made finite.
+    fn made_up_blocks(format: WeightFormat) -> Vec<u8> {
+        let mut state = u64::from(format.ggml_id().unwrap());
+        let mut bytes = vec![0; NUM_BLOCKS * format.block_bytes()];
+        for byte in &mut bytes {
+            state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let mut z = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            *byte = (z ^ (z >> 31)) as u8;
+        }
+        for block in bytes.chunks_exact_mut(format.block_bytes()) {
+            match format {
+                WeightFormat::Mxfp4 => block[0] %= 253,
+                WeightFormat::Tq2_0 | WeightFormat::Tq1_0 | WeightFormat::Iq1M => block[block.len() - 1] &= 0xBF,
+                _ => block[1] &= 0xBF,
+            }
+        }
+        bytes
+    }
+
+    /// So many that every point of every grid is met.
+    const NUM_BLOCKS: usize = 1024;
+
+    #[test]
+    fn dequantises_as_the_gguf_package_does() {
+        let expected = include_str!("../../tests/weights/ggml_blocks.json");
+        let expected: std::collections::BTreeMap<String, (String, [f32; 4])> = serde_json::from_str(expected).unwrap();
+        let without_candle = WeightFormat::ALL.iter().filter(|&&format| candle_type(format).is_none());
+        assert_eq!(without_candle.clone().count(), expected.len());
+        for &format in without_candle {
+            let mut values = vec![0.0; NUM_BLOCKS * format.block_elements()];
+            dequantize(format, &made_up_blocks(format), &mut values);
+            let (hash, first) = &expected[&format.to_string()];
+            assert_eq!(values[..4], *first, "{format}");
+            // Zeros lose their signs, which mean nothing.
+            let bytes = values.iter().flat_map(|value| (value + 0.0).to_le_bytes());
+            let fnv1a = bytes
+                .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
+            assert_eq!(format!("{fnv1a:016x}"), *hash, "{format}");
         }
     }
 }

@@ -2,11 +2,11 @@
 
 use std::fmt;
 
-use bindery_kernels::{CodeBits, GROUP, QuantFormat, Scaling};
+use bindery_kernels::{CodeBits, CodeBook, GROUP, QuantFormat, Scaling};
 
 use super::gguf::GgmlType;
 
-/// How a tensor's elements are stored. The block formats are ggml's; the last three are of safetensors checkpoints, whose
+/// How a tensor's elements are stored. The block formats are ggml's; the last four are of safetensors checkpoints, whose
 /// scales and zero points are tensors of their own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
@@ -37,6 +37,31 @@ pub enum WeightFormat {
     Q5K,
     /// 256 elements: 6-bit codes, 8-bit scale a 16.
     Q6K,
+    /// 32 elements: f16 scale, 4-bit numbers of values from a list.
+    Iq4Nl,
+    /// 256 elements: likewise, 6-bit scale a 32.
+    Iq4Xs,
+    /// 32 elements: a power of two, 4-bit floats (OCP's MX specification).
+    Mxfp4,
+    /// 256 elements: f16 scale, 2 bits each; scale * (code - 1).
+    Tq2_0,
+    /// 256 elements: likewise -1, 0 or 1, five of them a byte. Kept in 2 bits each, 1.2 times the file.
+    Tq1_0,
+    /// 256 elements: points of a grid in four dimensions, signs, 4-bit scale a 32. Kept in 4 bits each, 1.3 times the file.
+    Iq3S,
+    /// 256 elements: likewise with fewer points and signs. 1.4 times the file.
+    Iq3Xxs,
+    /// 256 elements: points of a grid in eight dimensions, signs, 4-bit scale a 16. Kept in 3 bits each, 1.4 times the file.
+    Iq2S,
+    /// 256 elements: likewise with fewer points and signs. 1.5 times the file.
+    Iq2Xs,
+    /// 256 elements: likewise with fewer yet, 4-bit scale a 32. 1.7 times the file.
+    Iq2Xxs,
+    /// 256 elements: points of -1, 0, 1 in eight dimensions, shifted by an eighth; 3-bit scale a 16. Kept in 3 bits each,
+    /// twice the file.
+    Iq1M,
+    /// 256 elements: likewise, 3-bit scale and shift a 32. 2.3 times the file.
+    Iq1S,
     /// AutoGPTQ's and GPTQModel's, of 2, 3, 4 or 8 bits.
     Gptq {
         /// Of a code.
@@ -46,6 +71,11 @@ pub enum WeightFormat {
     Awq,
     /// compressed-tensors', of 4 or 8 bits.
     CompressedInt {
+        /// Of a code.
+        bits: u8,
+    },
+    /// Our own, see [`native`](super::native); of 4 to 8 bits.
+    Bindery {
         /// Of a code.
         bits: u8,
     },
@@ -67,6 +97,18 @@ impl WeightFormat {
         Self::Q4K,
         Self::Q5K,
         Self::Q6K,
+        Self::Iq4Nl,
+        Self::Iq4Xs,
+        Self::Mxfp4,
+        Self::Tq2_0,
+        Self::Tq1_0,
+        Self::Iq3S,
+        Self::Iq3Xxs,
+        Self::Iq2S,
+        Self::Iq2Xs,
+        Self::Iq2Xxs,
+        Self::Iq1M,
+        Self::Iq1S,
     ];
 
     /// The id in GGUF files; none for what they never hold.
@@ -84,8 +126,20 @@ impl WeightFormat {
             Self::Q4K => 12,
             Self::Q5K => 13,
             Self::Q6K => 14,
+            Self::Iq2Xxs => 16,
+            Self::Iq2Xs => 17,
+            Self::Iq3Xxs => 18,
+            Self::Iq1S => 19,
+            Self::Iq4Nl => 20,
+            Self::Iq3S => 21,
+            Self::Iq2S => 22,
+            Self::Iq4Xs => 23,
+            Self::Iq1M => 29,
             Self::Bf16 => 30,
-            Self::Gptq { .. } | Self::Awq | Self::CompressedInt { .. } => return None,
+            Self::Tq1_0 => 34,
+            Self::Tq2_0 => 35,
+            Self::Mxfp4 => 39,
+            Self::Gptq { .. } | Self::Awq | Self::CompressedInt { .. } | Self::Bindery { .. } => return None,
         })
     }
 
@@ -101,7 +155,7 @@ impl WeightFormat {
     /// Bits of a code whose scales and zero points are tensors of their own.
     fn grouped_bits(self) -> usize {
         match self {
-            Self::Gptq { bits } | Self::CompressedInt { bits } => usize::from(bits),
+            Self::Gptq { bits } | Self::CompressedInt { bits } | Self::Bindery { bits } => usize::from(bits),
             _ => 4,
         }
     }
@@ -124,10 +178,15 @@ impl WeightFormat {
     /// What the weights of a block are made of; none for dense formats, and for those whose zero points decide it. With [`blocks`](super::blocks), this is all there is to say
     /// about a block format.
     pub(crate) fn quant_format(self) -> Option<QuantFormat> {
+        let from_book = |book, bits, scaling| Some(QuantFormat { bits, scaling, with_mins: false, book });
         let (bits, scaling, with_mins) = match self {
-            Self::F32 | Self::F16 | Self::Bf16 | Self::Gptq { .. } | Self::Awq | Self::CompressedInt { .. } => {
-                return None;
-            }
+            Self::F32
+            | Self::F16
+            | Self::Bf16
+            | Self::Gptq { .. }
+            | Self::Awq
+            | Self::CompressedInt { .. }
+            | Self::Bindery { .. } => return None,
             Self::Q4_0 => (CodeBits::Four, Scaling::Single, false),
             Self::Q4_1 => (CodeBits::Four, Scaling::Single, true),
             Self::Q5_0 => (CodeBits::Five, Scaling::Single, false),
@@ -138,8 +197,18 @@ impl WeightFormat {
             Self::Q4K => (CodeBits::Four, Scaling::TwoLevel, true),
             Self::Q5K => (CodeBits::Five, Scaling::TwoLevel, true),
             Self::Q6K => (CodeBits::Six, Scaling::TwoLevel, false),
+            Self::Tq2_0 | Self::Tq1_0 => (CodeBits::Two, Scaling::Wide, false),
+            Self::Iq4Nl => return from_book(CodeBook::Iq4, CodeBits::Four, Scaling::Single),
+            Self::Iq4Xs => return from_book(CodeBook::Iq4, CodeBits::Four, Scaling::TwoLevel),
+            Self::Mxfp4 => return from_book(CodeBook::Fp4, CodeBits::Four, Scaling::Exponents),
+            Self::Iq3S => return from_book(CodeBook::Iq3S, CodeBits::Four, Scaling::TwoLevel),
+            Self::Iq3Xxs => return from_book(CodeBook::Iq3Xxs, CodeBits::Four, Scaling::Eighths),
+            Self::Iq2S | Self::Iq2Xs | Self::Iq2Xxs => {
+                return from_book(CodeBook::Iq2, CodeBits::Three, Scaling::Eighths);
+            }
+            Self::Iq1M | Self::Iq1S => return from_book(CodeBook::Iq1, CodeBits::Three, Scaling::Eighths),
         };
-        Some(QuantFormat { bits, scaling, with_mins })
+        Some(QuantFormat { bits, scaling, with_mins, book: CodeBook::Linear })
     }
 
     /// All names, for messages.
@@ -153,6 +222,7 @@ impl fmt::Display for WeightFormat {
         match (self.ggml(), self) {
             (Some(ty), _) => f.write_str(ty.name),
             (None, Self::Gptq { bits }) => write!(f, "GPTQ int{bits}"),
+            (None, Self::Bindery { bits }) => write!(f, "Bindery int{bits}"),
             (None, Self::CompressedInt { bits }) => write!(f, "compressed-tensors int{bits}"),
             (None, _) => f.write_str("AWQ int4"),
         }
@@ -169,7 +239,7 @@ mod tests {
             let id = format.ggml_id().unwrap();
             assert_eq!(WeightFormat::from_ggml_id(id), Some(format));
             assert!(GgmlType::from_id(id).is_some());
-            // A block is what shares an f16 scale, and the kernels compute it.
+            // A block is what shares the upper scale, and the kernels compute it.
             if let Some(quant) = format.quant_format() {
                 assert_eq!(format.block_elements(), quant.scale_span());
                 assert!(quant.group().is_some());

@@ -10,21 +10,21 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
-use bindery_kernels::{CodeBits, Cpu, Dense, DenseElement, Isa, Matrix, QuantFormat, QuantRow, Quantized, Scaling};
+use bindery_kernels::{
+    CodeBits, Cpu, Dense, DenseElement, InputOrder, Isa, Matrix, QuantFormat, QuantRow, Quantized, Scaling,
+};
 use half::{bf16, f16};
 
 use super::{
     TensorView, WeightFormat, blocks,
     names::TensorKind,
-    quantize::{self, Effort, GROUP},
+    native::RowBuffers,
+    quantize::{self, Effort, RowQuantizer},
     view::{Pages, TensorData},
 };
 use crate::{Dtype, ModelError, Quantize};
 
-/// What `Quantize::Int4` makes.
-const INT4: QuantFormat = QuantFormat { bits: CodeBits::Four, scaling: Scaling::Single, with_mins: true };
-/// What `Quantize::Int8` makes.
-const INT8: QuantFormat = QuantFormat { bits: CodeBits::Eight, scaling: Scaling::Single, with_mins: false };
+const TOO_LARGE: &str = "holds values too large for f16 scales, so it cannot be quantised";
 
 /// What a tensor becomes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,8 +35,7 @@ enum Target {
     F16,
     Bf16,
     /// Quantised now.
-    Int8,
-    Int4,
+    Quantize(QuantFormat),
 }
 
 /// What a tensor is held as in memory, for people.
@@ -70,13 +69,18 @@ impl TensorView<'_> {
         let (held, bytes) = match self.target(dtype, quantize) {
             Target::Keep(format) => {
                 let codes = HeldAs::Codes { bits: format.bits.count() as u8 };
-                (if self.format.quant_format() == Some(format) { HeldAs::Stored } else { codes }, quantized(format))
+                let is_native = matches!(self.data, TensorData::Native(_));
+                let as_stored = is_native || self.format.quant_format() == Some(format);
+                let held = if as_stored { HeldAs::Stored } else { codes };
+                (held, quantized(format) + self.stored_order().map_or(0, |order| size_of_val(order.places())))
             }
             Target::F32 => (self.dense_as(WeightFormat::F32, HeldAs::F32), Dense::<f32>::packed_bytes(rows, cols)),
             Target::F16 => (self.dense_as(WeightFormat::F16, HeldAs::F16), Dense::<f16>::packed_bytes(rows, cols)),
             Target::Bf16 => (self.dense_as(WeightFormat::Bf16, HeldAs::Bf16), Dense::<bf16>::packed_bytes(rows, cols)),
-            Target::Int8 => (HeldAs::Int8, quantized(INT8)),
-            Target::Int4 => (HeldAs::Int4, quantized(INT4)),
+            Target::Quantize(format) => {
+                let held = if format.bits == CodeBits::Eight { HeldAs::Int8 } else { HeldAs::Int4 };
+                (held, quantized(format))
+            }
         };
         (held, bytes as u64)
     }
@@ -124,13 +128,12 @@ impl TensorView<'_> {
             Target::F32 => self.dense(cpu, |value| value, "f32").map(Matrix::F32),
             Target::F16 => self.dense(cpu, f16::from_f32, "f16; use bf16 or f32").map(Matrix::F16),
             Target::Bf16 => self.dense(cpu, bf16::from_f32, "bf16; use f32").map(Matrix::Bf16),
-            Target::Int8 => self.quantized(cpu, INT8, |group, codes| Some((quantize::int8(group, codes)?, f16::ZERO))),
-            Target::Int4 => {
+            Target::Quantize(format) => {
                 let effort = match self.data {
-                    TensorData::Mapped { .. } | TensorData::Grouped(_) => Effort::Search,
+                    TensorData::Mapped { .. } | TensorData::Grouped(_) | TensorData::Native(_) => Effort::Search,
                     TensorData::Generated(_) => Effort::Plain,
                 };
-                self.quantized(cpu, INT4, |group, codes| quantize::int4(group, codes, effort))
+                self.quantized(cpu, &RowQuantizer::new(format, None, effort))
             }
         }
         .inspect(|_| self.release())
@@ -138,37 +141,53 @@ impl TensorView<'_> {
     }
 
     /// Pages of a matrix in several tensors; what lies row by row has given its own back on the way.
-    fn release(&self) {
-        if let TensorData::Grouped(grouped) = &self.data {
-            grouped.release();
+    pub(super) fn release(&self) {
+        match &self.data {
+            TensorData::Grouped(grouped) => grouped.release(),
+            TensorData::Native(native) => native.release(),
+            TensorData::Mapped { .. } | TensorData::Generated(_) => {}
         }
     }
 
     /// What keeps it as it is stored. None for dense tensors, and for codes that no kernel computes as they are: those of
-    /// inputs ordered by activation, of groups that 32 does not divide, of eight bits around other zero points than the
-    /// middle. They are unpacked as if they were f16.
+    /// groups that 32 does not divide, or of different sizes. They are unpacked as if they were f16.
     fn stored_quant_format(&self) -> Option<QuantFormat> {
         match &self.data {
-            TensorData::Grouped(grouped) => grouped.quant_format(),
+            TensorData::Grouped(grouped) => grouped.exact().map(|exact| exact.format),
+            TensorData::Native(native) => Some(native.quant_format()),
             TensorData::Mapped { .. } | TensorData::Generated(_) => self.format.quant_format(),
+        }
+    }
+
+    /// The order in which its columns stand for inputs, where that is not theirs.
+    fn stored_order(&self) -> Option<&InputOrder> {
+        match &self.data {
+            TensorData::Grouped(grouped) => grouped.exact()?.order.as_ref(),
+            TensorData::Mapped { .. } | TensorData::Generated(_) | TensorData::Native(_) => None,
         }
     }
 
     /// Whether import quantises it: a dense matrix whose inputs are a multiple of 32, if anything is to be quantised.
     pub fn is_quantized_by(&self, quantize: Quantize) -> bool {
-        let can_be = self.kind == TensorKind::Matrix && self.cols.is_multiple_of(GROUP);
-        can_be && quantize != Quantize::None && self.stored_quant_format().is_none()
+        self.quantized_by(quantize).is_some()
+    }
+
+    /// What import quantises it to, if it does.
+    pub(super) fn quantized_by(&self, quantize: Quantize) -> Option<QuantFormat> {
+        if self.kind != TensorKind::Matrix || self.stored_quant_format().is_some() {
+            return None;
+        }
+        quantize::format_for(self.role?, self.cols, quantize)
     }
 
     fn target(&self, dtype: Dtype, quantize: Quantize) -> Target {
         if self.kind == TensorKind::Vector {
             return Target::F32;
         }
-        match (self.stored_quant_format(), quantize) {
+        match (self.stored_quant_format(), self.quantized_by(quantize)) {
             (Some(stored), _) => Target::Keep(stored),
-            (None, Quantize::Int8) if self.is_quantized_by(quantize) => Target::Int8,
-            (None, Quantize::Int4) if self.is_quantized_by(quantize) => Target::Int4,
-            (None, _) => match (dtype, self.format) {
+            (None, Some(format)) => Target::Quantize(format),
+            (None, None) => match (dtype, self.format) {
                 (Dtype::F32, _) | (Dtype::Auto, WeightFormat::F32) => Target::F32,
                 (Dtype::Bf16, _) | (Dtype::Auto, WeightFormat::Bf16) => Target::Bf16,
                 (Dtype::F16 | Dtype::Auto, _) => Target::F16,
@@ -185,16 +204,25 @@ impl TensorView<'_> {
                 pages.reach(row);
                 match &self.data {
                     TensorData::Grouped(grouped) => {
-                        grouped.unpack_row(self.stored_place(row), &mut pages.tile, out.codes, out.scales);
+                        let exact = grouped.exact().expect("what is kept has a format");
+                        grouped.unpack_row(self.stored_place(row), &mut pages.tile, exact, &mut out);
                     }
+                    TensorData::Native(native) => native.unpack_row(self.stored_place(row), &mut out),
                     TensorData::Mapped { .. } | TensorData::Generated(_) => {
                         blocks::unpack(self.format, self.stored_row(row), &mut out);
                     }
                 }
                 problem.check_scales(row, out.scales, out.mins);
+                if format.scaling == Scaling::Exponents {
+                    problem.check_exponents(row, out.sub_scales);
+                }
             }
         });
-        problem.or(packed).map(Matrix::Quantized)
+        let packed = problem.or(packed)?;
+        Ok(Matrix::Quantized(match self.stored_order() {
+            None => packed,
+            Some(order) => packed.with_order(order.clone()),
+        }))
     }
 
     /// `narrow` rounds to what is kept; an element that becomes infinite is too large for it, and `limit` says for what.
@@ -220,35 +248,40 @@ impl TensorView<'_> {
         problem.or(packed)
     }
 
-    /// `quantize` finds a group's codes, scale and minimum (which formats without minimums leave); none where they leave
-    /// the range of f16.
-    fn quantized(
-        &self,
-        cpu: &Cpu,
-        format: QuantFormat,
-        quantize: impl Fn(&[f32; GROUP], &mut [i8; GROUP]) -> Option<(f16, f16)> + Sync,
-    ) -> Result<Matrix, String> {
+    fn quantized(&self, cpu: &Cpu, quantizer: &RowQuantizer) -> Result<Matrix, String> {
         let problem = Problem::default();
-        let packed = Quantized::pack_parallel(cpu, self.rows, self.cols, format, |rows| {
+        let packed = Quantized::pack_parallel(cpu, self.rows, self.cols, quantizer.format, |rows| {
             let mut values = self.values(rows, &problem);
-            let (problem, quantize) = (&problem, &quantize);
-            move |row, out: QuantRow<'_>| {
-                let groups = values.read(row).as_chunks::<GROUP>().0.iter().zip(out.codes.as_chunks_mut::<GROUP>().0);
-                let mut mins = out.mins.iter_mut();
-                for ((group, codes), scale) in groups.zip(out.scales) {
-                    let Some((found, min)) = quantize(group, codes) else {
-                        let what = "holds values too large for f16 scales, so it cannot be quantised";
-                        problem.note(row, || what.to_owned());
-                        continue;
-                    };
-                    *scale = found;
-                    if let Some(place) = mins.next() {
-                        *place = min;
-                    }
+            let problem = &problem;
+            move |row, mut out: QuantRow<'_>| {
+                if quantizer.quantize(values.read(row), &mut out).is_none() {
+                    problem.note(row, || TOO_LARGE.to_owned());
                 }
             }
         });
         problem.or(packed).map(Matrix::Quantized)
+    }
+
+    /// The same rows unpacked: `each` is handed the source's values and what became of them.
+    pub(super) fn quantize_rows(
+        &self,
+        rows: Range<usize>,
+        quantizer: &RowQuantizer,
+        mut each: impl FnMut(&[f32], &RowBuffers),
+    ) -> Result<(), ModelError> {
+        self.check_unchanged()?;
+        let problem = Problem::default();
+        let mut values = self.values(rows.clone(), &problem);
+        let mut buffers = RowBuffers::new(quantizer.format, self.cols);
+        for row in rows {
+            let values = values.read(row);
+            if quantizer.quantize(values, &mut buffers.as_row()).is_none() {
+                problem.note(row, || TOO_LARGE.to_owned());
+            }
+            each(values, &buffers);
+        }
+        drop(values);
+        problem.or(()).map_err(|what| self.bad(what))
     }
 
     /// Reads these rows one by one, ascending.
@@ -296,6 +329,13 @@ impl Problem {
     fn check_scales(&self, row: usize, scales: &[f16], mins: &[f16]) {
         if let Some(scale) = scales.iter().chain(mins).find(|scale| !scale.is_finite()) {
             self.note(row, || format!("has a scale or minimum of {scale}"));
+        }
+    }
+
+    fn check_exponents(&self, row: usize, exponents: &[i8]) {
+        let mut bytes = exponents.iter().map(|exponent| exponent.cast_unsigned());
+        if let Some(byte) = bytes.find(|&byte| byte > Scaling::MAX_EXPONENT) {
+            self.note(row, || format!("has a scale of byte {byte}, of which {} is the largest", Scaling::MAX_EXPONENT));
         }
     }
 

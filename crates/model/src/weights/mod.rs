@@ -2,7 +2,7 @@
 //!
 //! A [`WeightStore`] is an opened model: mapped files, a [`DecoderConfig`], and a table from what a tensor does to where it
 //! lies. One file per container (`gguf`, `safetensors`, `dummy`; `grouped` for integer weights in several tensors), one table
-//! of names (`names`, resolved against a file by `table`), one file per step from stored blocks to packed matrices
+//! of names (`names`, resolved against a file by `table`), `native` for the folders that we write, one file per step from stored blocks to packed matrices
 //! (`blocks`, `quantize`, `import`). It must not know a backend's buffers or the forward pass. Its invariant: once a store
 //! is open, every tensor that the config calls for is there, in a format that can be read, with the shape the config
 //! demands.
@@ -11,11 +11,17 @@ mod blocks;
 mod dummy;
 mod format;
 pub mod gguf;
+mod grids;
 mod grouped;
-mod import;
+pub(crate) mod import;
+mod importance;
+mod iq_blocks;
+pub(crate) mod loose;
 pub(crate) mod mmap;
+pub(crate) mod modules;
 mod names;
-mod quantize;
+mod native;
+pub(crate) mod quantize;
 mod safetensors;
 mod table;
 mod view;
@@ -26,18 +32,29 @@ use std::{
     path::{Path, PathBuf},
 };
 
+pub(crate) use self::view::RowsAt;
 use self::{
     dummy::Generator,
     gguf::{GgmlType, GgufFile},
     grouped::{Grouped, GroupedPlace},
     mmap::MappedFile,
     names::{Expected, Naming, TensorKind, expected},
+    native::{Native, NativePlace},
     safetensors::Checkpoint,
     table::{Found, build_table},
-    view::{RowsAt, TensorData},
+    view::TensorData,
 };
-pub use self::{format::WeightFormat, import::HeldAs, view::TensorView};
-use crate::{ModelError, Quantize, config::DecoderConfig};
+pub use self::{
+    format::WeightFormat,
+    import::HeldAs,
+    importance::Importance,
+    native::{CheckpointRequest, QuantizedGroup, QuantizedReport, is_dense_source, write_checkpoint},
+    view::TensorView,
+};
+use crate::{
+    ModelError, Quantize,
+    config::{DecoderConfig, StoredQuantization},
+};
 
 /// A tensor by what it does; a table per source maps its names to these. A role may be some rows of what is stored (one of
 /// three in a fused projection, one expert of a stack): its view has the shape given here all the same.
@@ -162,6 +179,8 @@ enum Place {
     Generated(Generator),
     /// Codes, scales and zero points of a checkpoint's files.
     Grouped(Box<GroupedPlace>),
+    /// The same in our own layout.
+    Native(Box<NativePlace>),
 }
 
 impl WeightStore {
@@ -228,7 +247,7 @@ impl WeightStore {
         let read = crate::config::read_json_file(&config_path)?;
         let (mut config, quantization) = (read.decoder, read.quantization);
         let checkpoint = Checkpoint::open(path)?;
-        let naming = Naming::hugging_face(&config, |name| checkpoint.entries.contains_key(name));
+        let naming = Naming::hugging_face(&config, |name| native::has(&checkpoint, name));
         if config.tied_embeddings && table::has_head_of_its_own(&checkpoint, &config, naming) {
             tracing::warn!(
                 "{}: the config ties the head to the embedding, but the file has a head with other values, which is used",
@@ -236,7 +255,8 @@ impl WeightStore {
             );
             config.tied_embeddings = false;
         }
-        let names: Vec<&str> = checkpoint.entries.keys().map(String::as_str).collect();
+        let is_idle = |name: &&str| quantization.is_some() && grouped::is_idle(&checkpoint, name);
+        let names: Vec<&str> = checkpoint.entries.keys().map(String::as_str).filter(|name| !is_idle(name)).collect();
         let quantized = |name: &str| match quantization {
             None => Ok(None),
             Some(quantization) => {
@@ -257,6 +277,19 @@ impl WeightStore {
                 Ok(Some(Found { shape: entry.shape.clone(), format, place }))
             }
         };
+        let native = |name: &str| match quantization {
+            Some(StoredQuantization::Bindery) => {
+                native::resolve(&checkpoint, name).map_err(|what| ModelError::bad_file(path, what))
+            }
+            _ => Ok(None),
+        };
+        let dense = |name: &str| match native(name)? {
+            None => dense(name),
+            Some(place) => {
+                let (shape, format) = (place.shape(), place.format());
+                Ok(Some(Found { shape, format, place: Place::Native(Box::new(place)) }))
+            }
+        };
         let lookup = |name: &str| match quantized(name)? {
             None => dense(name),
             Some(place) => {
@@ -265,13 +298,13 @@ impl WeightStore {
             }
         };
         let tensors = build_table(path, &config, naming, &names, lookup)?;
-        let is_reordered =
-            |tensor: &&StoredTensor| matches!(&tensor.place, Place::Grouped(place) if place.is_reordered());
-        match tensors.values().filter(is_reordered).count() {
+        let has_odd_groups =
+            |tensor: &&StoredTensor| matches!(&tensor.place, Place::Grouped(place) if place.has_odd_groups());
+        match tensors.values().filter(has_odd_groups).count() {
             0 => {}
             count => tracing::warn!(
-                "{}: {count} matrices are ordered by activation (desc_act); they are unpacked to f16, which takes several \
-                 times the file's size, or quantised anew by --quantize",
+                "{}: {count} matrices have groups of scales that 32 does not divide, or of different sizes; they are \
+                 unpacked to f16, which takes several times the file's size, or quantised anew by --quantize",
                 path.display()
             ),
         }
@@ -305,22 +338,23 @@ impl WeightStore {
             let what = format!("layer {layer} was asked for; the model has {}", self.config.num_layers());
             return Err(ModelError::Step(what));
         }
-        Ok(self.tensors.get(&role).map(|tensor| self.view(tensor)))
+        Ok(self.tensors.get(&role).map(|tensor| self.view(role, tensor)))
     }
 
     /// All tensors that the model uses, in no order; a tied head comes once, as the embedding.
     pub(crate) fn tensors(&self) -> impl Iterator<Item = (TensorRole, TensorView<'_>)> {
-        self.tensors.iter().map(|(&role, tensor)| (role, self.view(tensor)))
+        self.tensors.iter().map(|(&role, tensor)| (role, self.view(role, tensor)))
     }
 
-    fn view<'a>(&'a self, tensor: &'a StoredTensor) -> TensorView<'a> {
+    fn view<'a>(&'a self, role: TensorRole, tensor: &'a StoredTensor) -> TensorView<'a> {
         let data = match &tensor.place {
             Place::File { file, range } => TensorData::Mapped { file: &self.files()[*file], range: range.clone() },
             Place::Generated(generator) => TensorData::Generated(*generator),
             Place::Grouped(place) => TensorData::Grouped(Grouped { files: self.files(), place }),
+            Place::Native(place) => TensorData::Native(Native { files: self.files(), place }),
         };
         let StoredTensor { ref name, rows, cols, kind, format, rows_at, stored_cols, .. } = *tensor;
-        TensorView { name, rows, cols, format, kind, data, rows_at, stored_cols, halves: None }
+        TensorView { name, rows, cols, format, kind, role: Some(role), data, rows_at, stored_cols, halves: None }
     }
 
     /// What places count.
@@ -339,12 +373,13 @@ impl WeightStore {
 
     /// Bytes of all tensors that the model uses, as stored.
     pub fn num_bytes(&self) -> u64 {
-        self.tensors.values().map(|tensor| self.view(tensor).num_bytes()).sum()
+        self.tensors.iter().map(|(&role, tensor)| self.view(role, tensor).num_bytes()).sum()
     }
 
     /// Tensors that import quantises; a tied head counts once.
     pub fn num_quantized_by(&self, quantize: Quantize) -> usize {
-        self.tensors.values().filter(|tensor| self.view(tensor).is_quantized_by(quantize)).count()
+        let views = self.tensors.iter().map(|(&role, tensor)| self.view(role, tensor));
+        views.filter(|tensor| tensor.is_quantized_by(quantize)).count()
     }
 
     /// "Q4_1 (210), F32 (61)": formats by how many tensors have them, most first.
@@ -414,7 +449,7 @@ fn gguf_shape(tensor: &gguf::GgufTensor) -> Vec<usize> {
 
 fn unreadable_type(name: &str, type_id: u32) -> String {
     let stored = match GgmlType::from_id(type_id) {
-        Some(ty) => format!("stored as {}, which is not supported yet", ty.name),
+        Some(ty) => format!("stored as {}, which is not supported; llama-quantize can write it anew", ty.name),
         None => format!("of type id {type_id}, which is unknown"),
     };
     format!("tensor {name:?} is {stored}; supported are {}", WeightFormat::list(WeightFormat::ALL))

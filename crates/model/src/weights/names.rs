@@ -74,6 +74,16 @@ fn vector(role: TensorRole, cols: usize) -> Expected {
     Expected::new(role, (TensorKind::Vector, 1, cols))
 }
 
+/// The matrices of one layer that an adapter may change: attention's, and the MLP's where it has no experts.
+pub(super) fn projections(config: &DecoderConfig, layer: usize) -> Vec<Expected> {
+    let mut tensors = attention(config);
+    if config.layers[layer].feed_forward == FeedForward::Dense {
+        tensors.extend(dense(config));
+    }
+    let in_layer = |(tensor, shape)| Expected::new(TensorRole::Layer(layer, tensor), shape);
+    tensors.into_iter().map(in_layer).filter(|tensor| tensor.kind == TensorKind::Matrix).collect()
+}
+
 /// Norms and projections of attention.
 fn attention(config: &DecoderConfig) -> Vec<(LayerTensor, Shape)> {
     use LayerTensor as T;
@@ -224,6 +234,8 @@ enum Kept {
     QkvByHead(&'static str),
     /// Gate, then up.
     GateUp(&'static str),
+    /// Rows of gate and up by turns (Phi-3-small).
+    GateUpByTurns(&'static str),
     /// All experts, one after the other.
     Stacked(&'static str),
     /// All experts, each gate, then up.
@@ -238,6 +250,15 @@ impl Naming {
             NormKind::Rms => Prefix::plain("model."),
             NormKind::Layer => Prefix::falcon("transformer."),
         }))
+    }
+
+    /// Every way in which a checkpoint of this family may begin its names.
+    pub(super) fn of_the_family(config: &DecoderConfig) -> impl Iterator<Item = Self> {
+        let layers = match config.norm.kind {
+            NormKind::Rms => Prefix::plain("").layers,
+            NormKind::Layer => Prefix::falcon("").layers,
+        };
+        Prefix::ALL.into_iter().filter(move |prefix| prefix.layers == layers).map(Self::HuggingFace)
     }
 
     /// Where a tensor may be, most usual place first; never empty.
@@ -266,10 +287,10 @@ impl Naming {
                 HEADS.iter().map(|head| alone(format!("{head}.bias"))).collect()
             }
             (Self::HuggingFace(Prefix { model, final_norm, .. }), TensorRole::FinalNorm) => {
-                vec![alone(format!("{model}{final_norm}.weight"))]
+                [final_norm, PHI3_SMALL_FINAL_NORM].map(|norm| alone(format!("{model}{norm}.weight"))).to_vec()
             }
             (Self::HuggingFace(Prefix { model, final_norm, .. }), TensorRole::FinalNormBias) => {
-                vec![alone(format!("{model}{final_norm}.bias"))]
+                [final_norm, PHI3_SMALL_FINAL_NORM].map(|norm| alone(format!("{model}{norm}.bias"))).to_vec()
             }
             (Self::Gguf, TensorRole::Embedding) => vec![alone("token_embd.weight".to_owned())],
             (Self::Gguf, TensorRole::FinalNorm) => vec![alone("output_norm.weight".to_owned())],
@@ -311,7 +332,9 @@ impl Naming {
         match self {
             Self::HuggingFace(prefix) => {
                 let within = name.strip_prefix(prefix.model).is_some_and(|rest| {
-                    [prefix.layers, prefix.embedding, prefix.final_norm].iter().any(|part| rest.starts_with(part))
+                    [prefix.layers, prefix.embedding, prefix.final_norm, PHI3_SMALL_FINAL_NORM]
+                        .iter()
+                        .any(|part| rest.starts_with(part))
                 });
                 within || head_names().any(|head| head == name)
             }
@@ -320,7 +343,7 @@ impl Naming {
     }
 
     /// The layer's number and the rest of the name.
-    fn split_layer(self, name: &str) -> Option<(&str, &str)> {
+    pub(super) fn split_layer(self, name: &str) -> Option<(&str, &str)> {
         let rest = match self {
             Self::HuggingFace(prefix) => name.strip_prefix(prefix.model)?.strip_prefix(prefix.layers)?,
             Self::Gguf => name.strip_prefix("blk.")?,
@@ -347,7 +370,7 @@ pub(super) fn head_names() -> impl Iterator<Item = String> {
 /// Names in transformers' checkpoints, from the classes' modules and `conversion_mapping.py` (transformers 5.23), which
 /// tells how experts were named before they were stacked.
 fn in_hugging_face_layer(block: Block, tensor: LayerTensor) -> &'static [Kept] {
-    use Kept::{Alone, GateUp, Qkv, QkvByHead, Stacked, StackedGateUp};
+    use Kept::{Alone, GateUp, GateUpByTurns, Qkv, QkvByHead, Stacked, StackedGateUp};
     use LayerTensor as T;
     match tensor {
         T::AttentionNorm => match block {
@@ -369,21 +392,33 @@ fn in_hugging_face_layer(block: Block, tensor: LayerTensor) -> &'static [Kept] {
         },
         T::PostAttentionNorm => &[Alone("post_attention_layernorm.weight")],
         T::PostMlpNorm => &[Alone("post_feedforward_layernorm.weight")],
-        T::Q => &[Alone("self_attn.q_proj.weight"), Qkv(PHI3_QKV), QkvByHead(FALCON_QKV)],
-        T::K => &[Alone("self_attn.k_proj.weight"), Qkv(PHI3_QKV), QkvByHead(FALCON_QKV)],
-        T::V => &[Alone("self_attn.v_proj.weight"), Qkv(PHI3_QKV), QkvByHead(FALCON_QKV)],
-        T::QBias => &[Alone("self_attn.q_proj.bias"), QkvByHead(FALCON_QKV_BIAS)],
-        T::KBias => &[Alone("self_attn.k_proj.bias"), QkvByHead(FALCON_QKV_BIAS)],
-        T::VBias => &[Alone("self_attn.v_proj.bias"), QkvByHead(FALCON_QKV_BIAS)],
-        T::O => &[Alone("self_attn.o_proj.weight"), Alone("self_attention.dense.weight")],
-        T::OBias => &[Alone("self_attn.o_proj.bias"), Alone("self_attention.dense.bias")],
+        T::Q => &[Alone("self_attn.q_proj.weight"), Qkv(PHI3_QKV), QkvByHead(FALCON_QKV), QkvByHead(PHI3_SMALL_QKV)],
+        T::K => &[Alone("self_attn.k_proj.weight"), Qkv(PHI3_QKV), QkvByHead(FALCON_QKV), QkvByHead(PHI3_SMALL_QKV)],
+        T::V => &[Alone("self_attn.v_proj.weight"), Qkv(PHI3_QKV), QkvByHead(FALCON_QKV), QkvByHead(PHI3_SMALL_QKV)],
+        T::QBias => &[Alone("self_attn.q_proj.bias"), QkvByHead(FALCON_QKV_BIAS), QkvByHead(PHI3_SMALL_QKV_BIAS)],
+        T::KBias => &[Alone("self_attn.k_proj.bias"), QkvByHead(FALCON_QKV_BIAS), QkvByHead(PHI3_SMALL_QKV_BIAS)],
+        T::VBias => &[Alone("self_attn.v_proj.bias"), QkvByHead(FALCON_QKV_BIAS), QkvByHead(PHI3_SMALL_QKV_BIAS)],
+        T::O => {
+            &[Alone("self_attn.o_proj.weight"), Alone("self_attention.dense.weight"), Alone("self_attn.dense.weight")]
+        }
+        T::OBias => {
+            &[Alone("self_attn.o_proj.bias"), Alone("self_attention.dense.bias"), Alone("self_attn.dense.bias")]
+        }
         T::QueryNorm => &[Alone("self_attn.q_norm.weight")],
         T::KeyNorm => &[Alone("self_attn.k_norm.weight")],
-        T::Gate => &[Alone("mlp.gate_proj.weight"), GateUp("mlp.gate_up_proj.weight")],
-        T::Up => &[Alone("mlp.up_proj.weight"), GateUp("mlp.gate_up_proj.weight"), Alone("mlp.dense_h_to_4h.weight")],
+        T::Gate => {
+            &[Alone("mlp.gate_proj.weight"), GateUp("mlp.gate_up_proj.weight"), GateUpByTurns("mlp.up_proj.weight")]
+        }
+        // Phi-3-small has both under the name of one; the shape tells.
+        T::Up => &[
+            Alone("mlp.up_proj.weight"),
+            GateUp("mlp.gate_up_proj.weight"),
+            Alone("mlp.dense_h_to_4h.weight"),
+            GateUpByTurns("mlp.up_proj.weight"),
+        ],
         T::Down => &[Alone("mlp.down_proj.weight"), Alone("mlp.dense_4h_to_h.weight")],
-        T::GateBias => &[Alone("mlp.gate_proj.bias")],
-        T::UpBias => &[Alone("mlp.up_proj.bias"), Alone("mlp.dense_h_to_4h.bias")],
+        T::GateBias => &[Alone("mlp.gate_proj.bias"), GateUpByTurns("mlp.up_proj.bias")],
+        T::UpBias => &[Alone("mlp.up_proj.bias"), Alone("mlp.dense_h_to_4h.bias"), GateUpByTurns("mlp.up_proj.bias")],
         T::DownBias => &[Alone("mlp.down_proj.bias"), Alone("mlp.dense_4h_to_h.bias")],
         T::Router => &[Alone("mlp.gate.weight"), Alone("block_sparse_moe.gate.weight")],
         T::ExpertGate(_) => &[
@@ -409,6 +444,9 @@ fn in_hugging_face_layer(block: Block, tensor: LayerTensor) -> &'static [Kept] {
 }
 
 const PHI3_QKV: &str = "self_attn.qkv_proj.weight";
+const PHI3_SMALL_QKV: &str = "self_attn.query_key_value.weight";
+const PHI3_SMALL_QKV_BIAS: &str = "self_attn.query_key_value.bias";
+const PHI3_SMALL_FINAL_NORM: &str = "final_layernorm";
 const FALCON_QKV: &str = "self_attention.query_key_value.weight";
 const FALCON_QKV_BIAS: &str = "self_attention.query_key_value.bias";
 
@@ -479,7 +517,7 @@ impl Kept {
             _ => 0,
         };
         let num_experts = config.experts.as_ref().map_or(0, |experts| experts.num_experts);
-        let is_up = matches!(part, T::Up | T::ExpertUp(_));
+        let is_up = matches!(part, T::Up | T::UpBias | T::ExpertUp(_));
         // With outputs (of a vector: elements) in place of the role's own.
         let shape = |rows| match tensor.kind {
             TensorKind::Matrix => vec![rows, tensor.cols],
@@ -507,6 +545,9 @@ impl Kept {
                 (name, shape(q + 2 * kv), RowsAt::Runs { first, run, stride: queries + 2 * width })
             }
             Self::GateUp(name) => (name, shape(2 * rows), RowsAt::From(if is_up { rows } else { 0 })),
+            Self::GateUpByTurns(name) => {
+                (name, shape(2 * rows), RowsAt::Runs { first: usize::from(is_up), run: 1, stride: 2 })
+            }
             Self::Stacked(name) => (name, vec![num_experts, rows, tensor.cols], RowsAt::From(expert * rows)),
             Self::StackedGateUp(name) => {
                 let first = 2 * expert * rows + if is_up { rows } else { 0 };

@@ -19,7 +19,7 @@ use super::{
 };
 use crate::ModelError;
 
-const SINGLE_FILE: &str = "model.safetensors";
+pub(super) const SINGLE_FILE: &str = "model.safetensors";
 const INDEX_FILE: &str = "model.safetensors.index.json";
 /// Indices in use have up to some MB.
 const MAX_INDEX_BYTES: u64 = 64 << 20;
@@ -78,6 +78,13 @@ impl Checkpoint {
                 ),
             ));
         }
+        Ok(checkpoint)
+    }
+
+    /// Opens one file, whatever its name.
+    pub(super) fn open_file(path: &Path) -> Result<Self, ModelError> {
+        let mut checkpoint = Self { files: Vec::new(), entries: BTreeMap::new(), missing: BTreeMap::new() };
+        checkpoint.add_file(path, |_| true)?;
         Ok(checkpoint)
     }
 

@@ -11,6 +11,7 @@ use std::{
 use super::{
     Place, StoredTensor, TensorRole, WeightFormat, grouped,
     names::{self, Expected, Naming, TensorKind, expected},
+    native,
     safetensors::Checkpoint,
 };
 use crate::{ModelError, config::DecoderConfig};
@@ -38,9 +39,12 @@ pub(super) fn build_table(
         tensors.insert(tensor.role, find(path, config, naming, &tensor, &lookup)?);
     }
     let used: HashSet<&str> = tensors.values().map(|tensor| tensor.name.as_str()).collect();
-    let is_grouped = |tensor: &&StoredTensor| matches!(tensor.place, Place::Grouped(_));
+    let is_grouped = |tensor: &&StoredTensor| matches!(tensor.place, Place::Grouped(_) | Place::Native(_));
     let grouped: HashSet<&str> = tensors.values().filter(is_grouped).map(|tensor| tensor.name.as_str()).collect();
-    let is_part = |name: &str| grouped::owner(name).is_some_and(|owner| grouped.contains(owner.as_str()));
+    let is_part = |name: &str| {
+        grouped::owner(name).is_some_and(|owner| grouped.contains(owner.as_str()))
+            || native::owner(name).is_some_and(|owner| grouped.contains(owner))
+    };
     let is_foreign =
         |name: &str| naming.is_foreign(name, config.num_layers(), |name| used.contains(name) || is_part(name));
     if let Some(name) = names.iter().find(|name| is_foreign(name)) {
@@ -74,7 +78,8 @@ fn find(
     for place in &places {
         let Some(found) = lookup(&place.name)? else { continue };
         // Nobody quantises vectors; parts of such a shape are something else.
-        let is_no_vector = matches!(found.place, Place::Grouped(_)) && tensor.kind == TensorKind::Vector;
+        let is_no_vector =
+            matches!(found.place, Place::Grouped(_) | Place::Native(_)) && tensor.kind == TensorKind::Vector;
         if is_no_vector || significant(&found.shape) != significant(&place.shape) {
             misfit.get_or_insert((place, found));
             continue;

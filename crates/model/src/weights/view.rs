@@ -3,11 +3,12 @@
 use std::ops::Range;
 
 use super::{
-    WeightFormat, blocks,
+    TensorRole, WeightFormat, blocks,
     dummy::Generator,
     grouped::{Grouped, Tile},
     mmap::MappedFile,
     names::TensorKind,
+    native::Native,
 };
 use crate::ModelError;
 
@@ -24,6 +25,8 @@ pub struct TensorView<'a> {
     /// How the elements are stored.
     pub format: WeightFormat,
     pub(super) kind: TensorKind,
+    /// What it does in a model; none for what lies outside of one, as adapters' halves do.
+    pub(super) role: Option<TensorRole>,
     pub(super) data: TensorData<'a>,
     /// Which rows (of a vector: elements) of the stored tensor these are.
     pub(super) rows_at: RowsAt,
@@ -36,7 +39,7 @@ pub struct TensorView<'a> {
 /// Which rows of a stored tensor a view has: several matrices may lie in one (fused projections, stacked experts). Rows are
 /// whole numbers of blocks in every format, so nothing has to be copied to take some of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum RowsAt {
+pub(crate) enum RowsAt {
     /// Row r is row `first + r`.
     From(usize),
     /// Runs of `run` rows, each run `stride` further than the one before.
@@ -48,7 +51,7 @@ impl RowsAt {
     pub(super) const WHOLE: Self = Self::From(0);
 
     /// The stored number of row `row`. It grows with `row`.
-    fn stored(self, row: usize) -> usize {
+    pub(crate) fn stored(self, row: usize) -> usize {
         match self {
             Self::From(first) => first + row,
             Self::Runs { first, run, stride } => first + row / run * stride + row % run,
@@ -87,6 +90,8 @@ pub(super) enum TensorData<'a> {
     Generated(Generator),
     /// Codes, scales and zero points, each a tensor of its own.
     Grouped(Grouped<'a>),
+    /// The same in our own layout.
+    Native(Native<'a>),
 }
 
 impl TensorView<'_> {
@@ -97,14 +102,21 @@ impl TensorView<'_> {
 
     /// Bytes as stored (for made-up weights: what they would take).
     pub fn num_bytes(&self) -> u64 {
-        if let TensorData::Grouped(grouped) = &self.data {
-            return grouped.num_bytes(self.rows);
+        match &self.data {
+            TensorData::Grouped(grouped) => return grouped.num_bytes(self.rows),
+            TensorData::Native(native) => return native.num_bytes(self.rows),
+            TensorData::Mapped { .. } | TensorData::Generated(_) => {}
         }
         match self.kind {
             TensorKind::Matrix => self.rows as u64 * self.row_bytes() as u64,
             // A share of the stored vector.
             TensorKind::Vector => self.row_bytes() as u64 * self.cols as u64 / self.stored_cols as u64,
         }
+    }
+
+    /// Elements.
+    pub(super) fn num_elements(&self) -> u64 {
+        self.rows as u64 * self.cols as u64
     }
 
     /// One row dequantised, `out: [cols]`. An error for a row that is not there or another length of `out`.
@@ -162,6 +174,7 @@ impl TensorView<'_> {
                 round_to(self.format, out);
             }
             TensorData::Grouped(grouped) => grouped.read_row(self.stored_place(row), tile, out),
+            TensorData::Native(native) => native.read_row(self.stored_place(row), out),
         }
     }
 
@@ -172,7 +185,7 @@ impl TensorView<'_> {
                 let (row, row_bytes) = (self.stored_place(row), self.row_bytes());
                 &file.bytes()[range.clone()][row * row_bytes..][..row_bytes]
             }
-            TensorData::Generated(_) | TensorData::Grouped(_) => &[],
+            TensorData::Generated(_) | TensorData::Grouped(_) | TensorData::Native(_) => &[],
         }
     }
 
@@ -193,6 +206,7 @@ impl TensorView<'_> {
         match &self.data {
             TensorData::Mapped { file, .. } => file.check_unchanged(),
             TensorData::Grouped(grouped) => grouped.check_unchanged(),
+            TensorData::Native(native) => native.check_unchanged(),
             TensorData::Generated(_) => Ok(()),
         }
     }
@@ -204,8 +218,13 @@ impl TensorView<'_> {
         // A vector is one row.
         let rows_at = if self.kind == TensorKind::Vector { RowsAt::WHOLE } else { self.rows_at };
         let mut pages = Pages { source: None, rows_at, step, tile: Tile::default() };
-        if let TensorData::Mapped { file, range } = &self.data {
-            let row_bytes = self.row_bytes();
+        let walked = match &self.data {
+            TensorData::Mapped { file, range } => Some((*file, range, self.row_bytes())),
+            // Codes are most of it; the rest is given back at the end.
+            TensorData::Native(native) => Some(native.codes_at()),
+            TensorData::Generated(_) | TensorData::Grouped(_) => None,
+        };
+        if let Some((file, range, row_bytes)) = walked {
             let after =
                 |row: usize| range.start + row.checked_sub(1).map_or(0, |last| rows_at.stored(last) + 1) * row_bytes;
             let used = range.start + rows_at.stored(rows.start) * row_bytes..after(rows.end);
@@ -215,11 +234,12 @@ impl TensorView<'_> {
     }
 
     /// An error about this tensor's content.
-    pub(super) fn bad(&self, what: impl std::fmt::Display) -> ModelError {
+    pub(crate) fn bad(&self, what: impl std::fmt::Display) -> ModelError {
         let what = format!("tensor {:?}: {what}", self.name);
         match &self.data {
             TensorData::Mapped { file, .. } => ModelError::bad_file(file.path(), what),
             TensorData::Grouped(grouped) => ModelError::bad_file(grouped.file().path(), what),
+            TensorData::Native(native) => ModelError::bad_file(native.codes_at().0.path(), what),
             TensorData::Generated(_) => ModelError::BadOption(what),
         }
     }

@@ -32,6 +32,8 @@ pub(crate) struct Sequence {
     pub(crate) num_prompt_tokens: usize,
     pub(crate) num_computed_tokens: usize,
     pub(crate) block_table: Vec<u32>,
+    /// What its rows go through.
+    pub(crate) adapter: Option<u32>,
 }
 
 impl Sequence {
@@ -41,7 +43,13 @@ impl Sequence {
             num_prompt_tokens: tokens.len(),
             num_computed_tokens: 0,
             block_table: Vec::new(),
+            adapter: None,
         }
+    }
+
+    /// The same through an adapter.
+    pub(crate) fn through(tokens: &[u32], adapter: Option<u32>) -> Self {
+        Self { adapter, ..Self::new(tokens) }
     }
 
     pub(crate) fn num_uncomputed_tokens(&self) -> usize {
@@ -110,7 +118,7 @@ impl Harness {
                 block_table: table..batch.block_tables.len(),
                 context_len: positions.end,
                 rope_len: rope_regimes.map_or(0, |regimes| sequence.rope_len(regimes)),
-                adapter: None,
+                adapter: sequence.adapter,
             });
             sequence.num_computed_tokens = positions.end;
         }
@@ -274,6 +282,11 @@ pub(crate) fn repository() -> PathBuf {
 /// A committed tiny checkpoint.
 pub(crate) fn checkpoint(name: &str) -> PathBuf {
     repository().join("tests/checkpoints").join(name)
+}
+
+/// A committed tiny adapter.
+pub(crate) fn adapter(name: &str) -> PathBuf {
+    repository().join("tests/adapters").join(name)
 }
 
 /// All of them.

@@ -2,7 +2,7 @@
 
 use bindery_model::{
     ModelError,
-    config::{Biases, Block, DecoderConfig, RopeScaling, RopeStyle},
+    config::{Activation, Biases, Block, DecoderConfig, NormKind, RopeScaling, RopeStyle, SparseBlocks},
     weights::{TensorRole, WeightStore},
 };
 use serde_json::{Value, json};
@@ -546,4 +546,101 @@ fn gguf_keys_that_change_the_model_are_honoured_or_refused() {
     let ends = number("tokenizer.ggml.eot_token_id", 3).key("tokenizer.ggml.eom_token_id", value::u32(2));
     assert_eq!(gguf(&ends).unwrap().eos_token_ids, [2, 3]);
     assert_eq!(gguf(&number("tokenizer.ggml.bos_token_id", u32::MAX)).unwrap().bos_token_id, None);
+}
+
+/// The config.json that microsoft/Phi-3-small-8k-instruct publishes, as far as it matters.
+fn phi3_small() -> Value {
+    json!({
+        "architectures": ["Phi3SmallForCausalLM"], "model_type": "phi3small", "attention_bias": false,
+        "blocksparse_block_size": 64, "blocksparse_homo_head_pattern": false, "blocksparse_num_local_blocks": 16,
+        "blocksparse_triton_kernel_block_size": 64, "blocksparse_vert_stride": 8, "bos_token_id": 100_257,
+        "dense_attention_every_n_layers": 2, "eos_token_id": 100_257, "ff_dim_multiplier": null,
+        "ff_intermediate_size": 14_336, "gegelu_limit": 20.0, "gegelu_pad_to_256": true, "hidden_act": "gegelu",
+        "hidden_size": 4096, "layer_norm_epsilon": 1e-5, "max_position_embeddings": 8192, "mup_attn_multiplier": 1.0,
+        "mup_embedding_multiplier": 10.0, "mup_use_scaling": true, "mup_width_multiplier": 8.0,
+        "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "rope_embedding_base": 1_000_000,
+        "rope_position_scale": 1.0, "torch_dtype": "bfloat16", "vocab_size": 100_352
+    })
+}
+
+#[test]
+fn phi3_small_as_published() {
+    let config = read(&phi3_small()).unwrap();
+    assert_eq!(
+        (config.num_layers(), config.num_heads, config.num_kv_heads, config.head_dim, config.mlp.intermediate_size),
+        (32, 32, 8, 128, 14_336)
+    );
+    assert_eq!((config.norm.kind, config.norm.eps), (NormKind::Layer, 1e-5));
+    assert_eq!(config.biases, Biases { qkv: true, output: true, mlp: true });
+    assert_eq!(config.mlp.activation, Activation::Gegelu { limit: 20.0 });
+    assert_eq!((config.attention_scale, config.embedding_scale, config.logit_scale), (1.0 / 128.0, 10.0, 0.125));
+    assert_eq!((config.rotaries[0].base, &config.rotaries[0].scaling), (1e6, &RopeScaling::None));
+    assert!(config.tied_embeddings && config.mlp.gated);
+    let blocks = SparseBlocks { block_size: 64, num_local_blocks: 16, vertical_stride: 8, head_step: 1 };
+    for (index, layer) in config.layers.iter().enumerate() {
+        assert_eq!(layer.blocks, (index % 2 == 0).then_some(blocks), "layer {index}");
+    }
+    // <|dummy_id_N|>, <|fim_...|> and <|endofprompt|> of tokenization_phi3_small.py.
+    assert_eq!(config.masked_tokens.len(), 91);
+    for (token, is_masked) in
+        [(100_255, false), (100_256, true), (100_257, false), (100_261, false), (100_266, false), (100_351, true)]
+    {
+        assert_eq!(config.masked_tokens.contains(&token), is_masked, "{token}");
+    }
+}
+
+#[test]
+fn phi3_smalls_keys_are_honoured_or_refused() {
+    let with = |key: &str, value: Value| {
+        let mut config = phi3_small();
+        config[key] = value;
+        config
+    };
+    let read_with = |key: &str, value: Value| read(&with(key, value)).unwrap();
+    let scale = |key: &str, value: Value| {
+        let config = read_with(key, value);
+        [config.attention_scale, config.embedding_scale, config.logit_scale]
+    };
+    assert_eq!(scale("mup_use_scaling", json!(false))[0], 1.0 / 128.0_f32.sqrt());
+    assert_eq!(scale("mup_attn_multiplier", json!(4.0))[0], 4.0 / 128.0);
+    assert_eq!(scale("mup_embedding_multiplier", json!(null))[1], 1.0);
+    assert_eq!(scale("mup_embedding_multiplier", json!(0.0))[1], 1.0);
+    assert_eq!(scale("mup_width_multiplier", json!(null))[2], 1.0);
+    assert_eq!(scale("mup_width_multiplier", json!(2.0))[2], 0.5);
+    // 4 * (4096 / 3 * 2), to the next multiple of 256.
+    assert_eq!(read_with("ff_intermediate_size", json!(null)).mlp.intermediate_size, 11_008);
+    let blocks = |key: &str, value: Value| read_with(key, value).layers[0].blocks.unwrap();
+    assert_eq!(blocks("blocksparse_homo_head_pattern", json!(true)).head_step, 0);
+    assert_eq!(blocks("blocksparse_vert_stride", json!(80)).head_step, 2);
+    assert!(read_with("dense_attention_every_n_layers", json!(null)).layers.iter().all(|layer| layer.blocks.is_some()));
+    assert_eq!(read_with("dummy_token_indices", json!([7, 3, 7])).masked_tokens, [3, 7]);
+    assert_eq!(read_with("rope_position_scale", json!(4.0)).rotaries[0].scaling, RopeScaling::Linear { factor: 4.0 });
+    let factors = vec![1.5; 64];
+    let long = json!({
+        "type": "su", "short_factor": factors, "long_factor": factors, "short_mscale": 1.0, "long_mscale": 1.25,
+        "original_max_position_embeddings": 8192
+    });
+    assert_eq!(
+        read_with("rope_scaling", long.clone()).rotaries[0].scaling,
+        RopeScaling::LongRope {
+            short: factors.iter().map(|&factor| factor as f32).collect(),
+            long: factors.iter().map(|&factor| factor as f32).collect(),
+            original_max_position_embeddings: 8192,
+            attention_factor: 1.0,
+            long_attention_factor: 1.25
+        }
+    );
+    let mut without = long.clone();
+    without.as_object_mut().unwrap().remove("long_mscale");
+    for (key, value, words) in [
+        ("rope_scaling", without, &["long_mscale"][..]),
+        ("rope_scaling", json!({"type": "yarn", "factor": 2.0}), &["yarn", "longrope"]),
+        ("hidden_act", json!("silu"), &["silu", "gegelu"]),
+        ("dummy_token_indices", json!([100_352]), &["100352"]),
+        ("blocksparse_vert_stride", json!(0), &["blocksparse_vert_stride", "0"]),
+        ("gegelu_limit", json!(-1.0), &["limit", "-1"]),
+        ("mup_width_multiplier", json!(-1.0), &["scale", "-1"]),
+    ] {
+        refused(&with(key, value), words);
+    }
 }

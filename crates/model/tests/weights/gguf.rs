@@ -146,10 +146,15 @@ fn unknown_types_matter_only_when_needed() {
 
     let unknown = Gguf::llama().tensor("blk.0.attn_q.weight", &[32, 32], 999, vec![0; 8]);
     fails(&unknown, &["blk.0.attn_q.weight", "type id 999", "Q4_0"]);
-    let not_computed = Gguf::llama().tensor("blk.0.attn_q.weight", &[32, 32], 20, vec![0; 32 * 18]);
-    let disk = on_disk("m.gguf", &not_computed.bytes());
-    let error = WeightStore::open(&disk.path).unwrap_err();
-    assert!(matches!(&error, ModelError::Unsupported(text) if text.contains("IQ4_NL")), "{error}");
+    for (id, name, bytes) in [(40, "NVFP4", 64 * 36), (41, "Q1_0", 32 * 18), (42, "Q2_0", 64 * 18)] {
+        let file = Gguf::llama()
+            .key("llama.feed_forward_length", value::u32(128))
+            .f32_tensor("blk.0.ffn_gate.weight", &[32, 128])
+            .f32_tensor("blk.0.ffn_up.weight", &[32, 128])
+            .tensor("blk.0.ffn_down.weight", &[128, 32], id, vec![0; bytes]);
+        let error = WeightStore::open(&on_disk("m.gguf", &file.bytes()).path).unwrap_err();
+        assert!(matches!(&error, ModelError::Unsupported(text) if text.contains(name)), "{name}: {error}");
+    }
 }
 
 /// The store refuses the file, and the error holds every one of `words`.
@@ -287,7 +292,8 @@ fn the_type_table_agrees_with_the_python_package() {
         let ours = GgmlType::from_id(number(0) as u32).unwrap();
         assert_eq!((ours.name, ours.block_elements, ours.block_bytes), (fields[1], number(2), number(3)));
     }
-    assert_eq!(table.split(',').count() + 1, bindery_model::weights::gguf::TYPES.len());
+    // And Q2_0, which is younger.
+    assert_eq!(table.split(',').count() + 2, bindery_model::weights::gguf::TYPES.len());
 }
 
 /// Values small in the file and large in memory: 64 MiB of empty texts would be 192 MiB, of truth values 2 GiB.

@@ -398,7 +398,8 @@ fn gguf_architectures_have_what_llama_cpp_has_in_its_code() {
             short: factors(1),
             long: factors(2),
             original_max_position_embeddings: 32,
-            attention_factor: 1.25
+            attention_factor: 1.25,
+            long_attention_factor: 1.25
         }
     );
     assert_eq!(phi3.layers[0].window, Some(7));

@@ -5,6 +5,7 @@
 
 pub mod request;
 
+pub mod adapters;
 pub mod chat;
 pub mod completions;
 pub mod error;
@@ -13,6 +14,7 @@ pub mod models;
 pub mod tokenize;
 pub mod usage;
 
+pub use adapters::{AdapterChanged, AdapterEntry, AdapterList, LoadAdapterRequest, UnloadAdapterRequest};
 pub use chat::{
     ChatCompletion, ChatCompletionChoice, ChatCompletionChunk, ChatCompletionChunkChoice, ChatCompletionRequest,
     ChatContent, ChatDelta, ChatMessage, ChatResponseMessage, ContentPart, Role,

@@ -44,8 +44,8 @@ pub(crate) async fn create(
     body: Result<ApiJson<ChatCompletionRequest>, ApiError>,
 ) -> Result<Response, ApiError> {
     let ApiJson { value: mut request, mut warnings, timeout, context } = body?;
-    let model = state.resolve_model(request.model.take())?;
-    let _ = context.counts.model.set(model.clone());
+    let named = serving.resolve(&state, request.model.take())?;
+    let _ = context.counts.model.set(named.name.clone());
     refuse_unsupported(&request)?;
     let max_tokens_param = match request.max_completion_tokens {
         Some(newer) => {
@@ -82,11 +82,12 @@ pub(crate) async fn create(
         timeout,
     });
 
-    let generation = Generation::start(&state, &serving, &context, vec![engine_request], PromptText::NotWanted).await?;
+    let generation =
+        Generation::start(&state, &serving, &named, &context, vec![engine_request], PromptText::NotWanted).await?;
     let answer = Answer {
         id: format!("chatcmpl-{}", uuid::Uuid::new_v4().simple()),
         created: unix_seconds(),
-        model,
+        model: named.name,
         logprobs: sampling.params.logprobs.map(|_| TokenStyle::new(sampling.tokens_as_ids)),
         wants_prompt_logprobs: sampling.params.prompt_logprobs.is_some(),
     };
@@ -404,11 +405,13 @@ mod tests {
         Limits::new(&crate::ServerConfig {
             served_model_names: Vec::new(),
             api_keys: Vec::new(),
+            tenants: Vec::new(),
             admin_key: None,
             max_body_bytes: 1 << 20,
             shutdown_timeout: std::time::Duration::ZERO,
             digest: None,
             license: None,
+            adapter_roots: bindery_engine::adapters::AdapterRoots::default(),
         })
     }
 

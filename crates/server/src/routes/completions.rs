@@ -45,8 +45,8 @@ pub(crate) async fn create(
     body: Result<ApiJson<CompletionRequest>, ApiError>,
 ) -> Result<Response, ApiError> {
     let ApiJson { value: mut request, mut warnings, timeout, context } = body?;
-    let model = state.resolve_model(request.model.take())?;
-    let _ = context.counts.model.set(model.clone());
+    let named = serving.resolve(&state, request.model.take())?;
+    let _ = context.counts.model.set(named.name.clone());
     if request.suffix.as_ref().is_some_and(|suffix| !suffix.is_empty()) {
         return Err(ApiError::unsupported("suffix", "suffix is not supported: put the whole text into prompt"));
     }
@@ -80,7 +80,7 @@ pub(crate) async fn create(
         })
         .collect();
 
-    let generation = Generation::start(&state, &serving, &context, requests, PromptText::wanted(echo)).await?;
+    let generation = Generation::start(&state, &serving, &named, &context, requests, PromptText::wanted(echo)).await?;
     let style = TokenStyle::new(sampling.tokens_as_ids);
     let writer = logprobs.map(|num_top| CompletionLogprobsWriter::new(style, num_top));
     let answer = Answer {
@@ -88,7 +88,7 @@ pub(crate) async fn create(
             id: format!("cmpl-{}", uuid::Uuid::new_v4().simple()),
             object: OBJECT.into(),
             created: unix_seconds(),
-            model,
+            model: named.name,
             choices: Vec::new(),
             usage: UsageField::Absent,
         },

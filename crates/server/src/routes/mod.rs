@@ -1,5 +1,6 @@
 //! One file a route, or a family of routes.
 
+pub(crate) mod adapters;
 pub(crate) mod chat;
 pub(crate) mod completions;
 pub(crate) mod models;

@@ -4,9 +4,11 @@ use axum::{
     Extension, Json,
     extract::{Path, State},
 };
+use bindery_engine::adapters::AdapterSpec;
 use bindery_protocol::openai::{ErrorResponse, ModelCard, ModelList};
 
 use crate::{
+    adapters::NamedKind,
     error::ApiError,
     router::Serving,
     routes::refusals::GateRefusals,
@@ -19,7 +21,11 @@ use crate::{
     GateRefusals,
 ))]
 pub(crate) async fn list(State(state): State<SharedState>, Extension(serving): Extension<Serving>) -> Json<ModelList> {
-    let data = state.config.served_model_names.iter().map(|name| card(&state, &serving, name)).collect();
+    let bases = state.config.served_model_names.iter().map(|name| card(&state, &serving, name));
+    let mut adapters = serving.adapters();
+    // The base's own names win.
+    adapters.retain(|spec| !state.config.served_model_names.contains(&spec.name));
+    let data = bases.chain(adapters.iter().map(|spec| adapter_card(&state, &serving, spec))).collect();
     Json(ModelList { object: "list".into(), data })
 }
 
@@ -36,8 +42,12 @@ pub(crate) async fn get(
     id: Result<Path<String>, axum::extract::rejection::PathRejection>,
 ) -> Result<Json<ModelCard>, ApiError> {
     let Path(id) = id.map_err(|_| ApiError::invalid("id", "the model's name in the path is not UTF-8"))?;
-    let name = state.resolve_model(Some(id))?;
-    Ok(Json(card(&state, &serving, &name)))
+    let named = serving.resolve(&state, Some(id))?;
+    let spec = serving.adapters().into_iter().find(|spec| named.kind == NamedKind::Adapter && spec.name == named.name);
+    Ok(Json(match spec {
+        Some(spec) => adapter_card(&state, &serving, &spec),
+        None => card(&state, &serving, &named.name),
+    }))
 }
 
 fn card(state: &AppState, serving: &Serving, name: &str) -> ModelCard {
@@ -51,5 +61,18 @@ fn card(state: &AppState, serving: &Serving, name: &str) -> ModelCard {
         max_model_len: serving.model.max_model_len,
         digest: state.config.digest.clone(),
         license: state.config.license.clone(),
+    }
+}
+
+/// vLLM's fields: `root` is where the adapter came from, `parent` the base it stands beside.
+fn adapter_card(state: &AppState, serving: &Serving, spec: &AdapterSpec) -> ModelCard {
+    let digest = serving.model.adapters.digest(&spec.name);
+    ModelCard {
+        id: spec.name.clone(),
+        root: Some(spec.source.to_string()),
+        parent: Some(state.config.primary_model_name().to_owned()),
+        digest,
+        license: None,
+        ..card(state, serving, &spec.name)
     }
 }

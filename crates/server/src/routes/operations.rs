@@ -9,7 +9,7 @@ use axum::{
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use crate::{error::ApiError, openapi::openapi_json, slot::SlotState, state::SharedState};
+use crate::{error::ApiError, metrics::AdapterLabels, openapi::openapi_json, slot::SlotState, state::SharedState};
 
 /// The state of the server, in a word.
 #[derive(Debug, Serialize, ToSchema)]
@@ -51,8 +51,11 @@ pub(crate) async fn ready(State(state): State<SharedState>) -> Result<Json<Statu
 #[utoipa::path(get, path = "/metrics", tag = "operations",
     responses((status = 200, description = "Prometheus text format", body = String, content_type = "text/plain")))]
 pub(crate) async fn metrics(State(state): State<SharedState>) -> Response {
-    let stats = state.slot.model().map(|model| model.engine.stats());
-    let text = state.metrics.render(stats.as_deref());
+    let model = state.slot.model();
+    let stats = model.map(|model| model.engine.stats());
+    let adapters = model
+        .map(|model| AdapterLabels { max_loras: model.adapters.config().max_loras, in_use: model.adapters.in_use() });
+    let text = state.metrics.render(stats.as_deref(), &adapters.unwrap_or_default());
     ([(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], text).into_response()
 }
 

@@ -17,6 +17,21 @@ pub(crate) enum GateRefusals {
     Unavailable(ErrorResponse),
 }
 
+/// Of the gate before routes that change the server.
+#[derive(IntoResponses)]
+#[expect(dead_code, reason = "read by the derive alone")]
+pub(crate) enum AdminRefusals {
+    /// No key.
+    #[response(status = 401)]
+    Key(ErrorResponse),
+    /// Another key than the admin's, or none is configured; or a path outside the folders that are open to loading.
+    #[response(status = 403)]
+    Forbidden(ErrorResponse),
+    /// The model is loading, or the server stops.
+    #[response(status = 503)]
+    Unavailable(ErrorResponse),
+}
+
 /// Of routes that read a JSON body.
 #[derive(IntoResponses)]
 #[expect(dead_code, reason = "read by the derive alone")]

@@ -5,6 +5,7 @@
 mod support;
 
 mod access;
+mod adapters;
 mod answers;
 mod disconnects;
 mod hostile;

@@ -4,6 +4,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use bindery_engine::{
     ChatTemplate, EngineStats, LocalModel,
+    adapters::AdapterRoots,
     testing::{FakeModelOptions, GateKeeper, fake_local_model, fake_local_model_with_template, small_limits},
 };
 use bindery_server::{Limits, ModelSlot, ServerConfig, run_with_limits};
@@ -43,11 +44,13 @@ impl Setup {
         let config = ServerConfig {
             served_model_names: vec![MODEL.into(), "org/alias".into()],
             api_keys: Vec::new(),
+            tenants: Vec::new(),
             admin_key: None,
             max_body_bytes: 12 << 20,
             shutdown_timeout: PATIENCE,
             digest: Some("abc".into()),
             license: Some("Apache-2.0".into()),
+            adapter_roots: AdapterRoots::default(),
         };
         Self {
             model: FakeModelOptions { eos_bias: -1000.0, ..FakeModelOptions::default() },

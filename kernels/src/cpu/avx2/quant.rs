@@ -15,6 +15,7 @@ use std::arch::x86_64::*;
 use half::f16;
 
 use crate::cpu::generic::{QuantLanes, lane_functions, move_bits};
+use crate::quant_format::HALF_LEAST_NORMAL;
 
 /// Eight rows by `maddubs`.
 #[derive(Clone, Copy)]
@@ -68,10 +69,8 @@ impl QuantLanes for Rows8 {
         };
         fn store_codes(codes: __m256i, to: *mut u8) = _mm256_storeu_si256(to.cast(), codes);
         fn or(a: __m256i, b: __m256i) -> __m256i = _mm256_or_si256(a, b);
-        fn load_bytes(from: *const i8) -> Bytes = {
-            let codes = _mm256_loadu_si256(from.cast());
-            Bytes { codes, magnitudes: _mm256_abs_epi8(codes) }
-        };
+        fn look_up(book: __m256i, codes: __m256i) -> __m256i = _mm256_shuffle_epi8(book, codes);
+        fn bytes(signed: __m256i) -> Bytes = Bytes { codes: signed, magnitudes: _mm256_abs_epi8(signed) };
         fn zero_sums() -> __m256i = _mm256_setzero_si256();
         fn narrow(_sums: __m256i) -> __m256i = _mm256_setzero_si256();
         fn dot(sums: __m256i, codes: __m256i, x: *const i8) -> __m256i = {
@@ -92,6 +91,10 @@ impl QuantLanes for Rows8 {
         fn load_scales(from: *const f16) -> __m256 = _mm256_cvtph_ps(_mm_loadu_si128(from.cast()));
         fn load_sub_scales(from: *const i8) -> __m256 =
             _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast())));
+        fn load_powers(from: *const u8) -> __m256 = {
+            let bits = _mm256_slli_epi32::<23>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast())));
+            _mm256_castsi256_ps(_mm256_max_epi32(bits, _mm256_set1_epi32(HALF_LEAST_NORMAL.cast_signed())))
+        };
         fn load_sub_nibbles(from: *const i8) -> (__m256, __m256) = {
             let both = _mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast()));
             let low = _mm256_and_si256(both, _mm256_set1_epi32(15));
@@ -136,8 +139,8 @@ impl QuantLanes for Rows8Vnni {
             Rows8::field(vector, from, width, to);
         fn store_codes(codes: __m256i, to: *mut u8) = Rows8::store_codes(codes, to);
         fn or(a: __m256i, b: __m256i) -> __m256i = Rows8::or(a, b);
-        fn load_bytes(from: *const i8) -> __m256i =
-            _mm256_xor_si256(_mm256_loadu_si256(from.cast()), _mm256_set1_epi8(-128));
+        fn look_up(book: __m256i, codes: __m256i) -> __m256i = Rows8::look_up(book, codes);
+        fn bytes(signed: __m256i) -> __m256i = _mm256_xor_si256(signed, _mm256_set1_epi8(-128));
         fn zero_sums() -> __m256i = Rows8::zero_sums();
         fn dot(sums: __m256i, codes: __m256i, x: *const i8) -> __m256i =
             _mm256_dpbusd_avx_epi32(sums, codes, _mm256_set1_epi32(x.cast::<i32>().read_unaligned()));
@@ -149,6 +152,7 @@ impl QuantLanes for Rows8Vnni {
         fn splat(x: f32) -> __m256 = Rows8::splat(x);
         fn load_scales(from: *const f16) -> __m256 = Rows8::load_scales(from);
         fn load_sub_scales(from: *const i8) -> __m256 = Rows8::load_sub_scales(from);
+        fn load_powers(from: *const u8) -> __m256 = Rows8::load_powers(from);
         fn load_sub_nibbles(from: *const i8) -> (__m256, __m256) = Rows8::load_sub_nibbles(from);
         fn load(from: *const f32) -> __m256 = Rows8::load(from);
         fn store(x: __m256, to: *mut f32) = Rows8::store(x, to);

@@ -11,6 +11,7 @@ use std::arch::x86_64::*;
 use half::f16;
 
 use crate::cpu::generic::{QuantLanes, lane_functions, move_bits};
+use crate::quant_format::HALF_LEAST_NORMAL;
 
 /// Sixteen rows by `maddubs`.
 #[derive(Clone, Copy)]
@@ -64,10 +65,9 @@ impl QuantLanes for Rows16 {
         };
         fn store_codes(codes: __m512i, to: *mut u8) = _mm512_storeu_si512(to.cast(), codes);
         fn or(a: __m512i, b: __m512i) -> __m512i = _mm512_or_si512(a, b);
-        fn load_bytes(from: *const i8) -> Bytes = {
-            let codes = _mm512_loadu_si512(from.cast());
-            Bytes { magnitudes: _mm512_abs_epi8(codes), negative: _mm512_movepi8_mask(codes) }
-        };
+        fn look_up(book: __m512i, codes: __m512i) -> __m512i = _mm512_shuffle_epi8(book, codes);
+        fn bytes(signed: __m512i) -> Bytes =
+            Bytes { magnitudes: _mm512_abs_epi8(signed), negative: _mm512_movepi8_mask(signed) };
         fn zero_sums() -> __m512i = _mm512_setzero_si512();
         fn narrow(_sums: __m512i) -> __m512i = _mm512_setzero_si512();
         fn dot(sums: __m512i, codes: __m512i, x: *const i8) -> __m512i = {
@@ -89,6 +89,10 @@ impl QuantLanes for Rows16 {
         fn load_scales(from: *const f16) -> __m512 = _mm512_cvtph_ps(_mm256_loadu_si256(from.cast()));
         fn load_sub_scales(from: *const i8) -> __m512 =
             _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast())));
+        fn load_powers(from: *const u8) -> __m512 = {
+            let bits = _mm512_slli_epi32::<23>(_mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast())));
+            _mm512_castsi512_ps(_mm512_max_epi32(bits, _mm512_set1_epi32(HALF_LEAST_NORMAL.cast_signed())))
+        };
         fn load_sub_nibbles(from: *const i8) -> (__m512, __m512) = {
             let both = _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()));
             let low = _mm512_and_si512(both, _mm512_set1_epi32(15));
@@ -133,8 +137,8 @@ impl QuantLanes for Rows16Vnni {
             Rows16::field(vector, from, width, to);
         fn store_codes(codes: __m512i, to: *mut u8) = Rows16::store_codes(codes, to);
         fn or(a: __m512i, b: __m512i) -> __m512i = Rows16::or(a, b);
-        fn load_bytes(from: *const i8) -> __m512i =
-            _mm512_xor_si512(_mm512_loadu_si512(from.cast()), _mm512_set1_epi8(-128));
+        fn look_up(book: __m512i, codes: __m512i) -> __m512i = Rows16::look_up(book, codes);
+        fn bytes(signed: __m512i) -> __m512i = _mm512_xor_si512(signed, _mm512_set1_epi8(-128));
         fn zero_sums() -> __m512i = Rows16::zero_sums();
         fn dot(sums: __m512i, codes: __m512i, x: *const i8) -> __m512i =
             _mm512_dpbusd_epi32(sums, codes, _mm512_set1_epi32(x.cast::<i32>().read_unaligned()));
@@ -146,6 +150,7 @@ impl QuantLanes for Rows16Vnni {
         fn splat(x: f32) -> __m512 = Rows16::splat(x);
         fn load_scales(from: *const f16) -> __m512 = Rows16::load_scales(from);
         fn load_sub_scales(from: *const i8) -> __m512 = Rows16::load_sub_scales(from);
+        fn load_powers(from: *const u8) -> __m512 = Rows16::load_powers(from);
         fn load_sub_nibbles(from: *const i8) -> (__m512, __m512) = Rows16::load_sub_nibbles(from);
         fn load(from: *const f32) -> __m512 = Rows16::load(from);
         fn store(x: __m512, to: *mut f32) = Rows16::store(x, to);

@@ -153,10 +153,17 @@ pub(in crate::cpu) unsafe fn attend<E: Element + KvElement>(
         return;
     }
     let span = task.visible(0).start..task.visible(num_queries - 1).end;
+    let nobody_sees = |task: &SpanTask<'_, E>, keys: &Range<usize>| {
+        task.args.blocks.is_some() && (0..num_queries).all(|query| task.sees_none(query, keys))
+    };
     let pages_serve = task.block_size.is_multiple_of(WIDTH) && task.head_dim.is_multiple_of(WIDTH);
     let mut start = span.start / TILE_KEYS * TILE_KEYS;
     while start < span.end {
         let held = start.max(span.start)..(start + TILE_KEYS).min(span.end);
+        if nobody_sees(task, &held) {
+            start += TILE_KEYS;
+            continue;
+        }
         let mut scales = std::mem::take(task.scale_scratch);
         // SAFETY: the caller's duties; the tiles hold the keys `held`, which are those that any query sees, and `scales`
         // lives as long as they.
@@ -323,10 +330,13 @@ pub(in crate::cpu) unsafe fn walk_queries<L: Lanes, T: Element, const V: usize, 
             let start = keys.start.clamp(tile.start, tile.start + TILE_KEYS) - tile.start;
             let end = keys.end.clamp(tile.start, tile.start + TILE_KEYS) - tile.start;
             visible[q] = start..end.max(start);
+            if task.sees_none(first + q, &(tile.start + start..tile.start + visible[q].end)) {
+                visible[q] = start..start;
+            }
             queries[q] = task.query(first + q).as_ptr();
         }
-        // Rows come in order, so the first query sees the earliest key and the last one the latest.
-        let seen = visible[0].start..visible[count - 1].end;
+        let some = || visible[..count].iter().filter(|keys| !keys.is_empty());
+        let seen = some().map(|keys| keys.start).min().unwrap_or(0)..some().map(|keys| keys.end).max().unwrap_or(0);
         if seen.is_empty() {
             first += count;
             continue;
@@ -531,6 +541,13 @@ unsafe fn weigh<L: Lanes, E: Element>(
         }
         scores[vectors.start * WIDTH..visible.start].fill(f32::NEG_INFINITY);
         scores[visible.end..vectors.end * WIDTH].fill(f32::NEG_INFINITY);
+        if args.blocks.is_some() {
+            for key in visible {
+                if !task.sees(query, tile.start + key) {
+                    scores[key] = f32::NEG_INFINITY;
+                }
+            }
+        }
 
         let to = scores.as_mut_ptr();
         let old_max = task.partial.max[query];

@@ -1,5 +1,7 @@
 //! Widths of codes: how a group's quads are cut out of the vectors they lie in, and summed with activations.
 //!
+//! Codes with a book are bytes once they are looked up, in one shuffle a quad; they are multiplied as bytes are.
+//!
 //! It knows the places of bits that `CodeBits::pieces` draws; it must not know scales, tiles or rows of outputs.
 //! Invariant: a group's integer sum is exact in every set, however its codes are cut out.
 
@@ -15,14 +17,18 @@ pub(in crate::cpu) trait Codes {
     const GROUP: usize;
     /// Passes over a tile from which on it pays to unpack it once for all of them.
     const MIN_PANEL_PASSES: usize;
+    /// Whether what codes stand for is looked up.
+    const HAS_BOOK: bool;
 
     /// Adds the dot products of quads `2 J` and `2 J + 1` of an activation group, for each row `x[n]` of activations;
     /// what is added is in `sums.wide` after J = 1 where groups are half as long, and after J = 3.
     ///
     /// # Safety
-    /// As [`QuantLanes`]; `codes` is a whole activation group's, each of `x` has 32 codes.
+    /// As [`QuantLanes`]; `codes` is a whole activation group's, each of `x` has 32 codes; `book` is
+    /// `CodeBook::values` of the matrix, here and below.
     unsafe fn add_pair<Q: QuantLanes, const N: usize, const J: usize>(
         codes: *const u8,
+        book: *const u8,
         x: &[*const i8; N],
         sums: &mut Sums<Q, N>,
     );
@@ -41,7 +47,7 @@ pub(in crate::cpu) trait Codes {
     ///
     /// # Safety
     /// As [`QuantLanes`]; `codes` is a whole activation group's, `to` has room for eight vectors.
-    unsafe fn unpack<Q: QuantLanes>(codes: *const u8, to: *mut u8);
+    unsafe fn unpack<Q: QuantLanes>(codes: *const u8, book: *const u8, to: *mut u8);
 
     /// What was added to the codes to make them unsigned.
     fn offset<Q: QuantLanes>(with_mins: bool) -> i32;
@@ -75,6 +81,26 @@ impl<Q: QuantLanes, const N: usize> Sums<Q, N> {
         }
     }
 
+    /// Adds quads `2 J` and `2 J + 1` of bytes, whose scale is shared by `GROUP` weights.
+    ///
+    /// # Safety
+    /// As [`QuantLanes`]; each of `x` has 32 codes.
+    #[inline(always)]
+    unsafe fn add_bytes<const J: usize, const GROUP: usize>(
+        &mut self,
+        first: Q::Bytes,
+        second: Q::Bytes,
+        x: &[*const i8; N],
+    ) {
+        // SAFETY: the caller's duties; a group has eight quads of activations.
+        unsafe {
+            Q::dot_two_bytes(&mut self.wide, &mut self.narrow, first, second, &x.map(|x| x.add(8 * J)));
+            if Q::BYTES_ARE_NARROW && (J + 1).is_multiple_of(GROUP / 8) {
+                self.widen();
+            }
+        }
+    }
+
     /// # Safety
     /// As [`QuantLanes`].
     #[inline(always)]
@@ -92,6 +118,32 @@ impl<Q: QuantLanes, const N: usize> Sums<Q, N> {
 unsafe fn piece<Q: QuantLanes>(codes: *const u8, vector: usize, from: usize, width: usize, to: usize) -> Q::Codes {
     // SAFETY: the caller's duties are the same.
     unsafe { Q::field(Q::load_codes(codes.add(vector * 4 * Q::ROWS)), from, width, to) }
+}
+
+/// A quad of three-bit codes; its number is a constant at every call.
+///
+/// # Safety
+/// As [`QuantLanes`]; `codes` is a whole activation group's.
+#[inline(always)]
+unsafe fn three_bits<Q: QuantLanes>(codes: *const u8, quad: usize) -> Q::Codes {
+    // SAFETY: the caller's duties are the same; there are three vectors.
+    unsafe {
+        match quad {
+            6 => Q::or(piece::<Q>(codes, 0, 6, 2, 0), piece::<Q>(codes, 2, 6, 1, 2)),
+            7 => Q::or(piece::<Q>(codes, 1, 6, 2, 0), piece::<Q>(codes, 2, 7, 1, 2)),
+            _ => piece::<Q>(codes, quad / 2, 3 * (quad % 2), 3, 0),
+        }
+    }
+}
+
+/// A quad of four-bit codes; its number is a constant at every call.
+///
+/// # Safety
+/// As [`QuantLanes`]; `codes` is a whole activation group's.
+#[inline(always)]
+unsafe fn four_bits<Q: QuantLanes>(codes: *const u8, quad: usize) -> Q::Codes {
+    // SAFETY: the caller's duties are the same; there are four vectors.
+    unsafe { piece::<Q>(codes, quad / 2, 4 * (quad % 2), 4, 0) }
 }
 
 /// Stores all quads of a group, cut out by an expression that wants each quad's number as a constant.
@@ -121,10 +173,12 @@ macro_rules! short_codes {
                 const BITS: CodeBits = CodeBits::$name;
                 const GROUP: usize = $group;
                 const MIN_PANEL_PASSES: usize = 3;
+                const HAS_BOOK: bool = false;
 
                 #[inline(always)]
                 unsafe fn add_pair<Q: QuantLanes, const N: usize, const J: usize>(
                     codes: *const u8,
+                    _book: *const u8,
                     x: &[*const i8; N],
                     sums: &mut Sums<Q, N>,
                 ) {
@@ -164,7 +218,7 @@ macro_rules! short_codes {
                 }
 
                 #[inline(always)]
-                unsafe fn unpack<Q: QuantLanes>(codes: *const u8, to: *mut u8) {
+                unsafe fn unpack<Q: QuantLanes>(codes: *const u8, _book: *const u8, to: *mut u8) {
                     // SAFETY: the caller's duties; there are eight quads.
                     unsafe {
                         unpack_quads!(Q, to, codes, |$codes, $quad| $join);
@@ -182,12 +236,8 @@ macro_rules! short_codes {
 
 short_codes! {
     Two, group: 16, pairs: 2, |codes, quad| piece::<Q>(codes, quad / 4, 2 * (quad % 4), 2, 0);
-    Three, group: 16, pairs: 2, |codes, quad| match quad {
-        6 => Q::or(piece::<Q>(codes, 0, 6, 2, 0), piece::<Q>(codes, 2, 6, 1, 2)),
-        7 => Q::or(piece::<Q>(codes, 1, 6, 2, 0), piece::<Q>(codes, 2, 7, 1, 2)),
-        _ => piece::<Q>(codes, quad / 2, 3 * (quad % 2), 3, 0),
-    };
-    Four, group: 32, pairs: 4, |codes, quad| piece::<Q>(codes, quad / 2, 4 * (quad % 2), 4, 0);
+    Three, group: 16, pairs: 2, |codes, quad| three_bits::<Q>(codes, quad);
+    Four, group: 32, pairs: 4, |codes, quad| four_bits::<Q>(codes, quad);
     Five, group: 32, pairs: 2, |codes, quad| match quad {
         5 => Q::or(piece::<Q>(codes, 0, 5, 3, 0), piece::<Q>(codes, 1, 6, 2, 3)),
         6 => Q::or(piece::<Q>(codes, 2, 5, 3, 0), piece::<Q>(codes, 3, 6, 2, 3)),
@@ -208,6 +258,77 @@ short_codes! {
     };
 }
 
+/// Widths whose codes are looked up in a book, which gives bytes.
+macro_rules! book_codes {
+    ($($name:ident, bits: $bits:ident, group: $group:literal, |$codes:ident, $quad:ident| $cut:expr;)*) => {
+        $(
+            pub(in crate::cpu) struct $name;
+
+            impl Codes for $name {
+                const BITS: CodeBits = CodeBits::$bits;
+                const GROUP: usize = $group;
+                const MIN_PANEL_PASSES: usize = 3;
+                const HAS_BOOK: bool = true;
+
+                #[inline(always)]
+                unsafe fn add_pair<Q: QuantLanes, const N: usize, const J: usize>(
+                    codes: *const u8,
+                    book: *const u8,
+                    x: &[*const i8; N],
+                    sums: &mut Sums<Q, N>,
+                ) {
+                    // SAFETY: the caller's duties; there are eight quads of codes and of activations.
+                    unsafe {
+                        let book = Q::load_codes(book);
+                        let first = {
+                            let ($codes, $quad) = (codes, 2 * J);
+                            Q::bytes(Q::look_up(book, $cut))
+                        };
+                        let second = {
+                            let ($codes, $quad) = (codes, 2 * J + 1);
+                            Q::bytes(Q::look_up(book, $cut))
+                        };
+                        sums.add_bytes::<J, $group>(first, second, x);
+                    }
+                }
+
+                #[inline(always)]
+                unsafe fn add_unpacked<Q: QuantLanes, const N: usize, const J: usize>(
+                    codes: *const u8,
+                    x: &[*const i8; N],
+                    sums: &mut Sums<Q, N>,
+                ) {
+                    // SAFETY: the caller's duties; there are eight vectors of bytes and eight quads of activations.
+                    unsafe {
+                        let first = Q::bytes(Q::load_codes(codes.add(2 * J * 4 * Q::ROWS)));
+                        let second = Q::bytes(Q::load_codes(codes.add((2 * J + 1) * 4 * Q::ROWS)));
+                        sums.add_bytes::<J, $group>(first, second, x);
+                    }
+                }
+
+                #[inline(always)]
+                unsafe fn unpack<Q: QuantLanes>(codes: *const u8, book: *const u8, to: *mut u8) {
+                    // SAFETY: the caller's duties; there are eight quads.
+                    unsafe {
+                        let book = Q::load_codes(book);
+                        unpack_quads!(Q, to, codes, |$codes, $quad| Q::look_up(book, $cut));
+                    }
+                }
+
+                #[inline(always)]
+                fn offset<Q: QuantLanes>(_with_mins: bool) -> i32 {
+                    Q::BYTES_OFFSET
+                }
+            }
+        )*
+    };
+}
+
+book_codes! {
+    ThreeFromBook, bits: Three, group: 16, |codes, quad| three_bits::<Q>(codes, quad);
+    FourFromBook, bits: Four, group: 32, |codes, quad| four_bits::<Q>(codes, quad);
+}
+
 /// 8 bits: a quad is a vector.
 pub(in crate::cpu) struct Eight;
 
@@ -216,21 +337,20 @@ impl Codes for Eight {
     const GROUP: usize = 32;
     /// There is nothing to unpack.
     const MIN_PANEL_PASSES: usize = usize::MAX;
+    const HAS_BOOK: bool = false;
 
     #[inline(always)]
     unsafe fn add_pair<Q: QuantLanes, const N: usize, const J: usize>(
         codes: *const u8,
+        _book: *const u8,
         x: &[*const i8; N],
         sums: &mut Sums<Q, N>,
     ) {
         // SAFETY: the caller's duties; a group has eight vectors of codes and eight quads of activations.
         unsafe {
-            let first = Q::load_bytes(codes.add(2 * J * 4 * Q::ROWS).cast());
-            let second = Q::load_bytes(codes.add((2 * J + 1) * 4 * Q::ROWS).cast());
-            Q::dot_two_bytes(&mut sums.wide, &mut sums.narrow, first, second, &x.map(|x| x.add(8 * J)));
-            if Q::BYTES_ARE_NARROW && J == 3 {
-                sums.widen();
-            }
+            let first = Q::bytes(Q::load_codes(codes.add(2 * J * 4 * Q::ROWS)));
+            let second = Q::bytes(Q::load_codes(codes.add((2 * J + 1) * 4 * Q::ROWS)));
+            sums.add_bytes::<J, 32>(first, second, x);
         }
     }
 
@@ -242,11 +362,11 @@ impl Codes for Eight {
         sums: &mut Sums<Q, N>,
     ) {
         // SAFETY: the caller's duties are the same.
-        unsafe { Self::add_pair::<Q, N, J>(codes, x, sums) };
+        unsafe { Self::add_pair::<Q, N, J>(codes, codes, x, sums) };
     }
 
     #[inline(always)]
-    unsafe fn unpack<Q: QuantLanes>(codes: *const u8, to: *mut u8) {
+    unsafe fn unpack<Q: QuantLanes>(codes: *const u8, _book: *const u8, to: *mut u8) {
         // SAFETY: the caller's duties; a group has eight vectors.
         unsafe { codes.copy_to_nonoverlapping(to, 8 * 4 * Q::ROWS) };
     }

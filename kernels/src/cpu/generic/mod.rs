@@ -80,7 +80,7 @@ pub(super) trait QuantLanes: Copy {
     type Sums: Copy;
     /// Dot products being summed, in whatever width is quickest: 16 bits where that saves widening.
     type Narrow: Copy;
-    /// What `load_bytes` adds to codes: sets that multiply unsigned by signed shift them into range.
+    /// What `bytes` adds to codes: sets that multiply unsigned by signed shift them into range.
     const BYTES_OFFSET: i32;
 
     /// A vector of codes as it lies there.
@@ -89,7 +89,10 @@ pub(super) trait QuantLanes: Copy {
     unsafe fn field(vector: Self::Codes, from: usize, width: usize, to: usize) -> Self::Codes;
     unsafe fn or(a: Self::Codes, b: Self::Codes) -> Self::Codes;
     unsafe fn store_codes(codes: Self::Codes, to: *mut u8);
-    unsafe fn load_bytes(from: *const i8) -> Self::Bytes;
+    /// What each code, below 16, has in a book: `CodeBook::values`, loaded as codes are. The values are signed.
+    unsafe fn look_up(book: Self::Codes, codes: Self::Codes) -> Self::Codes;
+    /// A vector of signed bytes, made ready.
+    unsafe fn bytes(signed: Self::Codes) -> Self::Bytes;
     unsafe fn zero_sums() -> Self::Sums;
     unsafe fn splat_sums(sum: i32) -> Self::Sums;
     /// Begins a narrow sum that `widen` will add to these.
@@ -165,6 +168,8 @@ pub(super) trait QuantLanes: Copy {
     unsafe fn load_scales(from: *const f16) -> Self::Floats;
     /// ROWS bytes.
     unsafe fn load_sub_scales(from: *const i8) -> Self::Floats;
+    /// ROWS bytes e: 2^(e - 127).
+    unsafe fn load_powers(from: *const u8) -> Self::Floats;
     /// ROWS bytes: low nibbles, high nibbles.
     unsafe fn load_sub_nibbles(from: *const i8) -> (Self::Floats, Self::Floats);
     unsafe fn load(from: *const f32) -> Self::Floats;
@@ -380,12 +385,12 @@ macro_rules! quant_table {
     ($table:ident, $quant:ty, $features:literal, columns: $columns:literal, rest: $rest:expr) => {
         pub(in crate::cpu) const $table: crate::cpu::dispatch::Kernels = {
             use crate::cpu::dispatch::Kernels;
-            use crate::cpu::generic::codes::{Eight, Five, Four, Six, Three, Two};
+            use crate::cpu::generic::codes::{Eight, Five, Four, FourFromBook, Six, Three, ThreeFromBook, Two};
             use crate::cpu::generic::peak;
             use crate::cpu::generic::quant;
-            use crate::cpu::generic::scales::{Nibbles, Single, TwoLevel};
+            use crate::cpu::generic::scales::{Eighths, Exponents, Nibbles, Single, Spans, TwoLevel, Wide};
             use crate::cpu::task::QuantTask;
-            use crate::quant_format::{CodeBits, Scaling};
+            use crate::quant_format::{CodeBits, CodeBook, Scaling};
 
             /// One format, a function of its own: profiles name it, and compiling stays quick.
             macro_rules! entry {
@@ -408,11 +413,41 @@ macro_rules! quant_table {
             entry!(five_two_level_mins, Five, TwoLevel<true>);
             entry!(six_two_level, Six, TwoLevel<false>);
             entry!(eight_single, Eight, Single<false>);
+            entry!(two_spans_zeros, Two, Spans<true>);
+            entry!(three_spans_zeros, Three, Spans<true>);
+            entry!(four_spans, Four, Spans<false>);
+            entry!(four_spans_zeros, Four, Spans<true>);
+            entry!(eight_spans, Eight, Spans<false>);
+            entry!(eight_spans_zeros, Eight, Spans<true>);
+            entry!(two_wide, Two, Wide);
+            entry!(four_from_book_single, FourFromBook, Single<false>);
+            entry!(four_from_book_two_level, FourFromBook, TwoLevel<false>);
+            entry!(four_from_book_eighths, FourFromBook, Eighths);
+            entry!(four_from_book_exponents, FourFromBook, Exponents);
+            entry!(three_from_book_eighths, ThreeFromBook, Eighths);
+
+            unsafe fn from_book(task: &mut QuantTask<'_>) {
+                let format = task.weights.format;
+                // SAFETY: the table's duty, as above.
+                unsafe {
+                    match (format.bits, format.scaling, format.with_mins) {
+                        (CodeBits::Four, Scaling::Single, false) => four_from_book_single(task),
+                        (CodeBits::Four, Scaling::TwoLevel, false) => four_from_book_two_level(task),
+                        (CodeBits::Four, Scaling::Eighths, false) => four_from_book_eighths(task),
+                        (CodeBits::Four, Scaling::Exponents, false) => four_from_book_exponents(task),
+                        (CodeBits::Three, Scaling::Eighths, false) => three_from_book_eighths(task),
+                        _ => unreachable!("`Quantized::pack` refuses formats that `QuantFormat::group` does not know"),
+                    }
+                }
+            }
 
             unsafe fn quantized(task: &mut QuantTask<'_>) {
                 let format = task.weights.format;
                 // SAFETY: the table's duty, as above.
                 unsafe {
+                    if format.book != CodeBook::Linear {
+                        return from_book(task);
+                    }
                     match (format.bits, format.scaling, format.with_mins) {
                         (CodeBits::Two, Scaling::Nibbles, true) => two_nibbles_mins(task),
                         (CodeBits::Three, Scaling::TwoLevel, false) => three_two_level(task),
@@ -424,6 +459,13 @@ macro_rules! quant_table {
                         (CodeBits::Five, Scaling::TwoLevel, true) => five_two_level_mins(task),
                         (CodeBits::Six, Scaling::TwoLevel, false) => six_two_level(task),
                         (CodeBits::Eight, Scaling::Single, false) => eight_single(task),
+                        (CodeBits::Two, Scaling::Spans(_), true) => two_spans_zeros(task),
+                        (CodeBits::Three, Scaling::Spans(_), true) => three_spans_zeros(task),
+                        (CodeBits::Four, Scaling::Spans(_), false) => four_spans(task),
+                        (CodeBits::Four, Scaling::Spans(_), true) => four_spans_zeros(task),
+                        (CodeBits::Eight, Scaling::Spans(_), false) => eight_spans(task),
+                        (CodeBits::Eight, Scaling::Spans(_), true) => eight_spans_zeros(task),
+                        (CodeBits::Two, Scaling::Wide, false) => two_wide(task),
                         _ => unreachable!("`Quantized::pack` refuses formats that `QuantFormat::group` does not know"),
                     }
                 }

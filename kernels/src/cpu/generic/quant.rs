@@ -30,12 +30,14 @@
 //! where now most need one; a lone row took 15 to 34 per cent longer. Five rows at a time on AVX2 spill. Unpacking once for
 //! two panels: 25 per cent slower than unpacking twice, as nothing is multiplied while the weights come.
 
+use std::mem::discriminant;
+
 use super::QuantLanes;
 use super::codes::{Codes, Part, Sums};
 use super::scales::{Pointers, Scales, TileLens};
 use crate::cpu::prefetch::{LINE_BYTES, prefetch};
 use crate::cpu::task::{Line, Output, QuantGroup, QuantTask};
-use crate::quant_format::{GROUP, QuantFormat, Scaling};
+use crate::quant_format::{CodeBook, GROUP, QuantFormat, Scaling};
 
 /// Calls `$body::<.., n>` for a count known only now.
 macro_rules! with_columns {
@@ -65,8 +67,10 @@ macro_rules! with_columns {
 #[inline(always)]
 pub(in crate::cpu) unsafe fn multiply<Q: QuantLanes, C: Codes, S: Scales, const N: usize>(task: &mut QuantTask<'_>) {
     const { assert!(N <= MAX_COLUMNS) };
-    let format = QuantFormat { bits: C::BITS, scaling: S::SCALING, with_mins: S::WITH_MINS };
-    assert_eq!(task.weights.format, format, "a kernel met another format");
+    let QuantFormat { bits, scaling, with_mins, book } = task.weights.format;
+    let is_its_scaling = discriminant(&scaling) == discriminant(&S::SCALING);
+    let met = (bits, with_mins, book != CodeBook::Linear);
+    assert!(is_its_scaling && met == (C::BITS, S::WITH_MINS, C::HAS_BOOK), "a kernel met another format");
     let lens = TileLens::new(task.weights);
     // Without inputs there is nothing to unpack, and no last group to store the sums after.
     if task.panels.len() >= C::MIN_PANEL_PASSES && task.weights.groups() > 0 {
@@ -171,7 +175,7 @@ unsafe fn by_panels<Q: QuantLanes, C: Codes, S: Scales, const N: usize>(
             let count = panel_groups.min(groups - first);
             for group in 0..count {
                 let from = weights.codes.add((first + group) * C::BITS.count() * 4 * Q::ROWS);
-                C::unpack::<Q>(from, panel.codes.add(group * 8 * 4 * Q::ROWS));
+                C::unpack::<Q>(from, weights.book, panel.codes.add(group * 8 * 4 * Q::ROWS));
                 for part in 0..per_group {
                     let (index, to) = ((first + group) * per_group + part, (group * per_group + part) * Q::ROWS);
                     Q::store(S::scales::<Q, C>(&weights, index), panel.scales.add(to));
@@ -273,7 +277,7 @@ impl<Q: QuantLanes, C: Codes, S: Scales> Source<Q, C, S> for Pointers {
     #[inline(always)]
     unsafe fn add_pair<const N: usize, const J: usize>(&self, group: usize, x: &[*const i8; N], sums: &mut Sums<Q, N>) {
         // SAFETY: the caller's duties are the same.
-        unsafe { C::add_pair::<Q, N, J>(self.codes.add(group * C::BITS.count() * 4 * Q::ROWS), x, sums) };
+        unsafe { C::add_pair::<Q, N, J>(self.codes.add(group * C::BITS.count() * 4 * Q::ROWS), self.book, x, sums) };
     }
 
     #[inline(always)]

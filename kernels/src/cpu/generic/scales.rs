@@ -19,6 +19,7 @@ pub(super) struct TileLens {
     mins: usize,
     sub_scales: usize,
     sub_mins: usize,
+    groups_to_spans: u64,
 }
 
 impl TileLens {
@@ -31,9 +32,17 @@ impl TileLens {
             mins: w.mins.len() / tiles,
             sub_scales: w.sub_scales.len() / tiles,
             sub_mins: w.sub_mins.len() / tiles,
+            groups_to_spans: match w.format.scaling {
+                Scaling::Spans(span) => (1_u64 << SPAN_SHIFT).div_ceil(u64::from(span) / w.group_len() as u64),
+                _ => 0,
+            },
         }
     }
 }
+
+/// A group's number times `2^SPAN_SHIFT / groups of a span`, rounded up, is its span's number shifted so far: exact while
+/// the product of both counts stays below the power, and a row of 2^23 inputs would have 2^19 groups.
+const SPAN_SHIFT: u32 = 40;
 
 /// Where a tile's codes and scales begin.
 pub(in crate::cpu) struct Pointers {
@@ -43,6 +52,9 @@ pub(in crate::cpu) struct Pointers {
     pub(super) mins: *const f16,
     sub_scales: *const i8,
     sub_mins: *const i8,
+    groups_to_spans: u64,
+    /// What codes stand for, as vectors look it up.
+    pub(super) book: *const u8,
 }
 
 impl Pointers {
@@ -57,12 +69,21 @@ impl Pointers {
             mins: w.mins[tile * lens.mins..(tile + 1) * lens.mins].as_ptr(),
             sub_scales: w.sub_scales[tile * lens.sub_scales..(tile + 1) * lens.sub_scales].as_ptr(),
             sub_mins: w.sub_mins[tile * lens.sub_mins..(tile + 1) * lens.sub_mins].as_ptr(),
+            groups_to_spans: lens.groups_to_spans,
+            book: w.format.book.values().as_ptr(),
         }
+    }
+
+    /// The span that group number `index` lies in.
+    #[inline(always)]
+    fn span_of(&self, index: usize) -> usize {
+        ((index as u64 * self.groups_to_spans) >> SPAN_SHIFT) as usize
     }
 }
 
 /// One way of keeping scales and minimums, known when compiling, so that the loop over groups asks nothing.
 pub(in crate::cpu) trait Scales {
+    /// Of spans, whatever their length.
     const SCALING: Scaling;
     const WITH_MINS: bool;
 
@@ -154,5 +175,92 @@ impl Scales for Nibbles {
             let upper = Q::load_scales(pointers.mins.add(upper::<Q, C>(index)));
             Q::mul(upper, Q::load_sub_nibbles(pointers.sub_scales.add(index * Q::ROWS)).1)
         }
+    }
+}
+
+/// [`Scaling::Spans`]. A minimum is the scale times the zero point, which is exact as well (11 bits by 8).
+pub(in crate::cpu) struct Spans<const ZEROS: bool>;
+
+impl<const ZEROS: bool> Scales for Spans<ZEROS> {
+    const SCALING: Scaling = Scaling::Spans(0);
+    const WITH_MINS: bool = ZEROS;
+
+    #[inline(always)]
+    unsafe fn scales<Q: QuantLanes, C: Codes>(pointers: &Pointers, index: usize) -> Q::Floats {
+        // SAFETY: the caller's duties; a span has ROWS scales.
+        unsafe { Q::load_scales(pointers.scales.add(pointers.span_of(index) * Q::ROWS)) }
+    }
+
+    #[inline(always)]
+    unsafe fn mins<Q: QuantLanes, C: Codes>(pointers: &Pointers, index: usize) -> Q::Floats {
+        // SAFETY: the caller's duties; a span has ROWS scales and ROWS zero points.
+        unsafe {
+            let at = pointers.span_of(index) * Q::ROWS;
+            let zeros = Q::load_sub_scales(pointers.sub_mins.add(at));
+            Q::mul(Q::mul(Q::load_scales(pointers.scales.add(at)), zeros), Q::splat(-1.0))
+        }
+    }
+}
+
+/// [`Scaling::Eighths`].
+pub(in crate::cpu) struct Eighths;
+
+impl Scales for Eighths {
+    const SCALING: Scaling = Scaling::Eighths;
+    const WITH_MINS: bool = false;
+
+    #[inline(always)]
+    unsafe fn scales<Q: QuantLanes, C: Codes>(pointers: &Pointers, index: usize) -> Q::Floats {
+        // SAFETY: the caller's duties; a group has ROWS sub-scales, and 256 weights have ROWS upper ones.
+        unsafe {
+            let upper = Q::mul(Q::load_scales(pointers.scales.add(upper::<Q, C>(index))), Q::splat(0.125));
+            Q::mul(upper, Q::load_sub_scales(pointers.sub_scales.add(index * Q::ROWS)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn mins<Q: QuantLanes, C: Codes>(_pointers: &Pointers, _index: usize) -> Q::Floats {
+        // SAFETY: the caller's duty is the same.
+        unsafe { Q::zero() }
+    }
+}
+
+/// [`Scaling::Wide`].
+pub(in crate::cpu) struct Wide;
+
+impl Scales for Wide {
+    const SCALING: Scaling = Scaling::Wide;
+    const WITH_MINS: bool = false;
+
+    #[inline(always)]
+    unsafe fn scales<Q: QuantLanes, C: Codes>(pointers: &Pointers, index: usize) -> Q::Floats {
+        // SAFETY: the caller's duties; 256 weights have ROWS scales.
+        unsafe { Q::load_scales(pointers.scales.add(upper::<Q, C>(index))) }
+    }
+
+    #[inline(always)]
+    unsafe fn mins<Q: QuantLanes, C: Codes>(_pointers: &Pointers, _index: usize) -> Q::Floats {
+        // SAFETY: the caller's duty is the same.
+        unsafe { Q::zero() }
+    }
+}
+
+/// [`Scaling::Exponents`].
+pub(in crate::cpu) struct Exponents;
+
+impl Scales for Exponents {
+    const SCALING: Scaling = Scaling::Exponents;
+    const WITH_MINS: bool = false;
+
+    #[inline(always)]
+    unsafe fn scales<Q: QuantLanes, C: Codes>(pointers: &Pointers, index: usize) -> Q::Floats {
+        // SAFETY: the caller's duties; a group has ROWS exponents.
+        unsafe { Q::mul(Q::load_powers(pointers.sub_scales.add(index * Q::ROWS).cast()), Q::splat(0.5)) }
+    }
+
+    #[inline(always)]
+    unsafe fn mins<Q: QuantLanes, C: Codes>(_pointers: &Pointers, _index: usize) -> Q::Floats {
+        // SAFETY: the caller's duty is the same.
+        unsafe { Q::zero() }
     }
 }

@@ -17,6 +17,7 @@ use std::arch::asm;
 use half::f16;
 
 use crate::cpu::generic::{QuantLanes, lane_functions, move_bits};
+use crate::quant_format::HALF_LEAST_NORMAL;
 
 /// Eight rows by widening products.
 #[derive(Clone, Copy)]
@@ -166,7 +167,9 @@ impl QuantLanes for Rows8 {
             vst1q_u8(to.add(16), codes.1);
         };
         fn or(a: Two<uint8x16_t>, b: Two<uint8x16_t>) -> Two<uint8x16_t> = Two(vorrq_u8(a.0, b.0), vorrq_u8(a.1, b.1));
-        fn load_bytes(from: *const i8) -> Two<int8x16_t> = Two(vld1q_s8(from), vld1q_s8(from.add(16)));
+        fn look_up(book: Two<uint8x16_t>, codes: Two<uint8x16_t>) -> Two<uint8x16_t> =
+            Two(vqtbl1q_u8(book.0, codes.0), vqtbl1q_u8(book.0, codes.1));
+        fn bytes(values: Two<uint8x16_t>) -> Two<int8x16_t> = signed(values);
         fn zero_sums() -> Two<int32x4_t> = Two(vdupq_n_s32(0), vdupq_n_s32(0));
         fn narrow(_sums: Two<int32x4_t>) -> Products = {
             let zero = vdupq_n_s16(0);
@@ -203,6 +206,14 @@ impl QuantLanes for Rows8 {
             let words = vmovl_s8(vld1_s8(from));
             let half = |words: int16x4_t| vcvtq_f32_s32(vmovl_s16(words));
             Two(half(vget_low_s16(words)), half(vget_high_s16(words)))
+        };
+        fn load_powers(from: *const u8) -> Two<float32x4_t> = {
+            let words = vmovl_u8(vld1_u8(from));
+            let least = vdupq_n_u32(HALF_LEAST_NORMAL);
+            let half = |words: uint16x4_t| {
+                vreinterpretq_f32_u32(vmaxq_u32(vshlq_n_u32::<23>(vmovl_u16(words)), least))
+            };
+            Two(half(vget_low_u16(words)), half(vget_high_u16(words)))
         };
         fn load_sub_nibbles(from: *const i8) -> (Two<float32x4_t>, Two<float32x4_t>) = {
             let both = vld1_u8(from.cast());
@@ -243,7 +254,8 @@ macro_rules! as_plain_neon {
                 Rows8::field(vector, from, width, to);
             fn store_codes(codes: Two<uint8x16_t>, to: *mut u8) = Rows8::store_codes(codes, to);
             fn or(a: Two<uint8x16_t>, b: Two<uint8x16_t>) -> Two<uint8x16_t> = Rows8::or(a, b);
-            fn load_bytes(from: *const i8) -> Two<int8x16_t> = Rows8::load_bytes(from);
+            fn look_up(book: Two<uint8x16_t>, codes: Two<uint8x16_t>) -> Two<uint8x16_t> = Rows8::look_up(book, codes);
+            fn bytes(values: Two<uint8x16_t>) -> Two<int8x16_t> = Rows8::bytes(values);
             fn zero_sums() -> Two<int32x4_t> = Rows8::zero_sums();
             fn splat_sums(sum: i32) -> Two<int32x4_t> = Rows8::splat_sums(sum);
             fn to_floats(sums: Two<int32x4_t>) -> Two<float32x4_t> = Rows8::to_floats(sums);
@@ -251,6 +263,7 @@ macro_rules! as_plain_neon {
             fn splat(x: f32) -> Two<float32x4_t> = Rows8::splat(x);
             fn load_scales(from: *const f16) -> Two<float32x4_t> = Rows8::load_scales(from);
             fn load_sub_scales(from: *const i8) -> Two<float32x4_t> = Rows8::load_sub_scales(from);
+            fn load_powers(from: *const u8) -> Two<float32x4_t> = Rows8::load_powers(from);
             fn load_sub_nibbles(from: *const i8) -> (Two<float32x4_t>, Two<float32x4_t>) =
                 Rows8::load_sub_nibbles(from);
             fn load(from: *const f32) -> Two<float32x4_t> = Rows8::load(from);

@@ -22,25 +22,29 @@ pub(super) unsafe fn attend<E: KvElement>(task: &mut SpanTask<'_, E>) {
         let mut tile = visible.start / TILE_KEYS * TILE_KEYS;
         while tile < visible.end && visible.start < visible.end {
             let keys = tile.max(visible.start)..(tile + TILE_KEYS).min(visible.end);
-            let scores: Vec<f32> = keys.clone().map(|key| score(task, query, key)).collect();
+            tile += TILE_KEYS;
+            let keys: Vec<usize> = keys.filter(|&key| task.sees(query, key)).collect();
+            if keys.is_empty() {
+                continue;
+            }
+            let scores: Vec<f32> = keys.iter().map(|&key| score(task, query, key)).collect();
             let new_max = scores.iter().fold(max, |max, &score| if score > max { score } else { max });
             let rescale = exp(max - new_max);
             let weights: Vec<f32> = scores.iter().map(|score| exp(score - new_max)).collect();
 
             let mut lanes = [0.0_f32; LANES];
-            for (key, weight) in keys.clone().zip(&weights) {
+            for (&key, weight) in keys.iter().zip(&weights) {
                 lanes[key % LANES] += weight;
             }
             sum = sum.mul_add(rescale, join_lanes(lanes));
             max = new_max;
             for (i, value) in values[..task.head_dim].iter_mut().enumerate() {
                 *value *= rescale;
-                for (key, &weight) in keys.clone().zip(&weights) {
+                for (&key, &weight) in keys.iter().zip(&weights) {
                     let scale = scale(task, task.values, key, i / SCALE_GROUP);
                     *value = (weight * scale).mul_add(task.values[task.value_index(key) + i].widen(), *value);
                 }
             }
-            tile += TILE_KEYS;
         }
         task.partial.max[query] = max;
         task.partial.sum[query] = sum;

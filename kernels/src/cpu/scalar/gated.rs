@@ -50,8 +50,29 @@ fn gelu_tanh(x: f32) -> f32 {
     x / (1.0 + exp(-(x * (x * x).mul_add(TANH_CUBIC, TANH_LINEAR))))
 }
 
+/// Of `gegelu`: the steepness of its sigmoid.
+pub(crate) const QUICK: f32 = 1.702;
+
+/// x / (1 + exp(-1.702 x)) of an x cut off above; NaN passes.
+fn gegelu(x: f32, limit: f32) -> f32 {
+    let x = if limit < x { limit } else { x };
+    x / (1.0 + exp(-(x * QUICK)))
+}
+
+/// What the activation multiplies.
+fn of_up(activation: Activation, up: f32) -> f32 {
+    match activation {
+        Activation::Silu | Activation::Gelu | Activation::GeluTanh => up,
+        Activation::Gegelu { limit } => {
+            let up = if limit < up { limit } else { up };
+            (if up < -limit { -limit } else { up }) + 1.0
+        }
+    }
+}
+
 fn activate(activation: Activation, x: f32) -> f32 {
     match activation {
+        Activation::Gegelu { limit } => gegelu(x, limit),
         Activation::Silu => silu(x),
         Activation::Gelu => gelu(x),
         Activation::GeluTanh => gelu_tanh(x),
@@ -68,7 +89,7 @@ pub(super) unsafe fn gated(task: &GatedTask<'_>) {
             *out = activate(task.activation, gate);
         }
         if let Some(up) = task.up {
-            joined.iter_mut().zip(&up[products]).for_each(|(out, &up)| *out *= up);
+            joined.iter_mut().zip(&up[products]).for_each(|(out, &up)| *out *= of_up(task.activation, up));
         }
         if let Some(rows) = &task.out.rows {
             let start = row * task.out.cols + task.cols.start;
@@ -124,6 +145,22 @@ mod tests {
             let inner = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3));
             0.5 * x * (1.0 + inner.tanh())
         });
+    }
+
+    #[test]
+    fn gegelu_cuts_off_and_adds_one() {
+        let limit = 2.5_f64;
+        let activation = Activation::Gegelu { limit: limit as f32 };
+        for i in -700..=700 {
+            let x = i as f32 * 0.01;
+            let cut = f64::from(x).min(limit);
+            let truth = cut / (1.0 + (-1.702 * cut).exp());
+            assert!((f64::from(activate(activation, x)) - truth).abs() <= TOLERANCE * f64::from(x).abs(), "{x}");
+            let truth = f64::from(x).clamp(-limit, limit) + 1.0;
+            assert!((f64::from(of_up(activation, x)) - truth).abs() <= 1e-6, "{x}");
+        }
+        assert!(activate(activation, f32::NAN).is_nan() && of_up(activation, f32::NAN).is_nan());
+        assert_eq!(of_up(Activation::Silu, 7.0), 7.0);
     }
 
     #[test]

@@ -18,11 +18,11 @@ pub(super) unsafe fn multiply(task: &mut QuantTask<'_>) {
             let mut sum = 0.0_f32;
             for group in 0..w.groups() {
                 let x = task.x.group(m, group);
-                let codes = w.group(row, group);
-                let parts_of_codes = codes.chunks(GROUP / parts).zip(x.codes.chunks(GROUP / parts));
-                for (part, (codes, x_codes)) in parts_of_codes.enumerate() {
+                let values = w.values(row, group);
+                let parts_of_values = values.chunks(GROUP / parts).zip(x.codes.chunks(GROUP / parts));
+                for (part, (values, x_codes)) in parts_of_values.enumerate() {
                     let index = group * parts + part;
-                    let dot: i32 = codes.iter().zip(x_codes).map(|(&w, &x)| i32::from(w) * i32::from(x)).sum();
+                    let dot: i32 = values.iter().zip(x_codes).map(|(&w, &x)| i32::from(w) * i32::from(x)).sum();
                     sum = (dot as f32).mul_add(w.scale(row, index) * x.scale, sum);
                     if let Some(min) = w.min(row, index) {
                         let x_sum: i32 = x_codes.iter().map(|&x| i32::from(x)).sum();

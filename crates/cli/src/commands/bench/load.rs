@@ -22,7 +22,14 @@ const MAX_IN_FLIGHT: usize = 4096;
 #[derive(Clone, Debug)]
 pub(crate) struct Target {
     pub(crate) client: Client,
-    pub(crate) model: String,
+    /// Names to ask for; the request with number N takes the N-th, again from the first after the last. Not empty.
+    pub(crate) models: Vec<String>,
+}
+
+impl Target {
+    fn model(&self, number: u64) -> &str {
+        &self.models[(number % self.models.len() as u64) as usize]
+    }
 }
 
 /// How requests come.
@@ -97,7 +104,7 @@ impl Shape {
 
     /// Sends the request with this number and reads its stream to the end.
     pub(crate) async fn send(&self, target: &Target, number: u64) -> Result<Timing, ClientError> {
-        let (route, body) = self.body(&target.model, &self.prompts.get(number));
+        let (route, body) = self.body(target.model(number), &self.prompts.get(number));
         let started = Instant::now();
         let work = async {
             let mut stream = std::pin::pin!(target.client.stream(route, &body).await?);

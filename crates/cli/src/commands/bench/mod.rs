@@ -15,7 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bindery_engine::LocalModel;
+use bindery_engine::{LocalModel, adapters::AdapterRoots};
 use bindery_model::Machine;
 use bindery_server::{ModelSlot, ServerConfig};
 use serde_json::json;
@@ -46,9 +46,12 @@ async fn measure(args: BenchArgs) -> anyhow::Result<()> {
         None => Some(OwnServer::start(&args).await?),
     };
     let mut targets = vec![match &own {
-        Some(own) => Target { client: Client::new(&own.url, None)?, model: own.name.clone() },
+        Some(own) => Target { client: Client::new(&own.url, None)?, models: vec![own.name.clone()] },
         None => target(args.url.as_deref().unwrap_or_default(), args.model.as_deref(), &args).await?,
     }];
+    if !args.adapters.is_empty() {
+        targets[0].models.clone_from(&args.adapters);
+    }
     if let Some(url) = &args.compare {
         targets.push(target(url, args.compare_model.as_deref(), &args).await?);
     }
@@ -60,9 +63,11 @@ async fn measure(args: BenchArgs) -> anyhow::Result<()> {
         timeout: args.timeout,
         seed: args.seed,
     });
-    // The first answer pays for cold caches, and tells early whether the server understands us.
+    // The first answers pay for cold caches and for reading adapters, and tell early whether the server understands us.
     for target in &targets {
-        shape.send(target, u64::MAX).await.map_err(|error| explain(&error, target.client.url()))?;
+        for number in 0..target.models.len() as u64 {
+            shape.send(target, u64::MAX - number).await.map_err(|error| explain(&error, target.client.url()))?;
+        }
     }
     let loads: Vec<Arrivals> = if args.rate.is_empty() {
         args.concurrency.iter().map(|clients| Arrivals::Clients(*clients)).collect()
@@ -98,7 +103,7 @@ async fn measure(args: BenchArgs) -> anyhow::Result<()> {
         servers: ["A", "B"]
             .into_iter()
             .zip(&targets)
-            .map(|(label, t)| (label, t.client.url().to_owned(), t.model.clone()))
+            .map(|(label, t)| (label, t.client.url().to_owned(), t.models.join(", ")))
             .collect(),
         rows,
         profiles,
@@ -186,7 +191,7 @@ async fn target(url: &str, model: Option<&str>, args: &BenchArgs) -> anyhow::Res
         Some(model) => model.to_owned(),
         None => client.first_model().await.map_err(|error| explain(&error, url))?,
     };
-    Ok(Target { client, model })
+    Ok(Target { client, models: vec![model] })
 }
 
 fn explain(error: &ClientError, url: &str) -> Failure {
@@ -235,11 +240,13 @@ impl OwnServer {
         let config = ServerConfig {
             served_model_names: vec![files.name.clone()],
             api_keys: Vec::new(),
+            tenants: Vec::new(),
             admin_key: None,
             max_body_bytes: DEFAULT_MAX_BODY_BYTES,
             shutdown_timeout: Duration::from_secs(1),
             digest: files.digest.clone(),
             license: files.license.clone(),
+            adapter_roots: AdapterRoots::default(),
         };
         let (slot, stop) = (ModelSlot::default(), CancellationToken::new());
         slot.set(model.clone());

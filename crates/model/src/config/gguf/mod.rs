@@ -159,6 +159,12 @@ pub(super) fn known_architectures() -> String {
     ARCHITECTURES.iter().map(|architecture| architecture.name).collect::<Vec<_>>().join(", ")
 }
 
+/// How llama.cpp rotates an architecture's heads, and so the order that its converter puts the rows of queries and keys in.
+/// None for an architecture that is not known.
+pub(super) fn rope_style(name: &str) -> Option<RopeStyle> {
+    ARCHITECTURES.iter().find(|architecture| architecture.name == name).map(|architecture| architecture.style)
+}
+
 pub(super) fn decoder_config(file: &GgufFile) -> Outcome<DecoderConfig> {
     let Some(name) = (Keys { file, architecture: "" }).text("general.architecture")? else {
         return bad("general.architecture is missing, so nothing says what this model is");
@@ -213,6 +219,7 @@ pub(super) fn decoder_config(file: &GgufFile) -> Outcome<DecoderConfig> {
         tied_embeddings: file.tensor("output.weight").is_none(),
         head_bias: file.tensor("output.bias").is_some(),
         logit_scale: 1.0,
+        masked_tokens: Vec::new(),
         logit_soft_cap: cap(keys, "final_logit_softcapping", architecture.logit_cap)?,
         bos_token_id: token_id(keys, "tokenizer.ggml.bos_token_id", vocab_size)?,
         eos_token_ids: eos_token_ids(keys, vocab_size)?,
@@ -355,7 +362,7 @@ fn layers(
     num_layers: usize,
     full: Rotary,
 ) -> Outcome<(Vec<LayerConfig>, Vec<Rotary>)> {
-    let layer = |window, rotary| LayerConfig { window, rotary, feed_forward: FeedForward::Dense };
+    let layer = |window, rotary| LayerConfig { window, blocks: None, rotary, feed_forward: FeedForward::Dense };
     let window = keys.size_above_zero("attention.sliding_window", Limits::POSITIONS)?;
     match architecture.windows {
         Windows::All => Ok((vec![layer(window, Some(0)); num_layers], vec![full])),

@@ -39,6 +39,7 @@ fn scaling(keys: Keys<'_>, dim: usize, context: usize) -> Outcome<RopeScaling> {
                 long,
                 original_max_position_embeddings: original,
                 attention_factor: attention_factor as f32,
+                long_attention_factor: attention_factor as f32,
             });
         }
         (kind, None, None) => match (factors(keys, "rope_freqs.weight", dim)?, linear_factor(keys, kind)?) {

@@ -1,4 +1,5 @@
-//! What families do differently, and the defaults of their classes in transformers (5.23, `configuration_*.py`).
+//! What families do differently, and the defaults of their classes in transformers (5.23, `configuration_*.py`), or of the
+//! published class where transformers has none.
 //!
 //! A row a family: it holds facts, no code. Its invariant: a key that is not named here is the same in all families.
 
@@ -56,6 +57,8 @@ pub(super) enum FamilyRotary {
     Gemma3,
     /// One, or ALiBi in its place.
     Falcon,
+    /// One under names of its own, with longrope whose two regimes have factors of their own.
+    Phi3Small,
 }
 
 pub(super) enum FamilyBiases {
@@ -69,6 +72,8 @@ pub(super) enum FamilyBiases {
     ConfiguredQkv,
     /// `bias` says it for all.
     All,
+    /// Everywhere but in the head.
+    Always,
     None,
 }
 
@@ -81,6 +86,8 @@ pub(super) enum FamilyActivation {
     HiddenActivation,
     /// `activation`, gelu where absent, and no gate.
     Falcon,
+    /// gegelu and nothing else.
+    Phi3Small,
 }
 
 pub(super) enum FamilyLayers {
@@ -98,6 +105,8 @@ pub(super) enum FamilyLayers {
     Gemma2,
     /// In all but every `sliding_window_pattern`-th layer, or as `layer_types` says.
     Gemma3,
+    /// Patterns of blocks in all but every `dense_attention_every_n_layers`-th.
+    Phi3Small,
     /// `no_rope_layers`, else every `no_rope_layer_interval`-th layer goes without rotary embedding.
     SmolLm3,
 }
@@ -119,6 +128,8 @@ pub(super) enum FamilyExperts {
 pub(super) enum FamilyCaps {
     /// None, and 1 / sqrt(head_dim).
     None,
+    /// None, and a scale by muP.
+    Phi3Small,
     /// Both caps, with defaults, and `query_pre_attn_scalar`.
     Gemma2,
     /// A cap on logits only, without a default, and `query_pre_attn_scalar`. (The class reads a cap on scores, too, and its
@@ -254,6 +265,23 @@ pub(super) const FAMILIES: &[Family] = &[
         biases: FamilyBiases::None,
         layers: FamilyLayers::Windowed { absent: None },
         eos_token_id: Some(32_000),
+        ..LLAMA
+    },
+    // Not a class of transformers: the published `configuration_phi3_small.py`.
+    Family {
+        model_type: "phi3small",
+        class: "Phi3SmallForCausalLM",
+        num_kv_heads: Some(8),
+        max_position_embeddings: 8192,
+        norm: FamilyNorm { kind: NormKind::Layer, key: "layer_norm_epsilon", eps: 1e-5, weight_offset: 0.0 },
+        rotary: FamilyRotary::Phi3Small,
+        tied_embeddings: true,
+        biases: FamilyBiases::Always,
+        activation: FamilyActivation::Phi3Small,
+        layers: FamilyLayers::Phi3Small,
+        caps: FamilyCaps::Phi3Small,
+        bos_token_id: None,
+        eos_token_id: Some(100_257),
         ..LLAMA
     },
     QWEN2,

@@ -9,11 +9,12 @@ use super::{
     super::{Activation, Experts, FeedForward, LayerConfig, Limits, bad, unsupported},
     families::{Family, FamilyExperts, FamilyLayers},
     keys::{Keys, Outcome, short},
+    phi3_small,
 };
 
 /// All layers, with `FeedForward` still `Dense` and the rotary embedding by number as `rotary::rotaries` lists them.
 pub(super) fn layers(keys: Keys<'_>, family: &Family, num_layers: usize) -> Outcome<Vec<LayerConfig>> {
-    let plain = |window| LayerConfig { window, rotary: Some(0), feed_forward: FeedForward::Dense };
+    let plain = |window| LayerConfig { window, blocks: None, rotary: Some(0), feed_forward: FeedForward::Dense };
     let windowed = |sliding: Vec<bool>, window: Option<usize>| -> Outcome<Vec<LayerConfig>> {
         sliding.into_iter().map(|sliding| Ok(plain(window_where(sliding, window)?))).collect()
     };
@@ -47,6 +48,7 @@ pub(super) fn layers(keys: Keys<'_>, family: &Family, num_layers: usize) -> Outc
             Ok(layers)
         }
         FamilyLayers::SmolLm3 => smollm3(keys, num_layers),
+        FamilyLayers::Phi3Small => phi3_small::layers(keys, num_layers),
     }
 }
 
@@ -80,6 +82,7 @@ fn smollm3(keys: Keys<'_>, num_layers: usize) -> Outcome<Vec<LayerConfig>> {
         .map(|(rotary, sliding)| {
             Ok(LayerConfig {
                 window: window_where(sliding, window)?,
+                blocks: None,
                 rotary: rotary.then_some(0),
                 feed_forward: FeedForward::Dense,
             })

@@ -8,6 +8,7 @@ mod falcon;
 mod families;
 mod keys;
 mod layers;
+mod phi3_small;
 mod quantization;
 mod rotary;
 
@@ -20,7 +21,7 @@ use self::{
 use super::{Activation, Biases, DecoderConfig, Limits, Mlp, Norm, bad, context, known_tokens, unsupported};
 use crate::weights::WeightFormat;
 
-pub(crate) use self::quantization::StoredQuantization;
+pub(crate) use self::quantization::{GptqZeros, StoredQuantization};
 pub(super) use self::rotary::yarn_attention;
 
 /// Gemma 3 with its vision part: the language model's config is inside.
@@ -33,6 +34,11 @@ pub(crate) struct CheckpointConfig {
     pub(crate) dtype: Option<WeightFormat>,
     /// How the quantised ones are, if some are.
     pub(crate) quantization: Option<StoredQuantization>,
+}
+
+/// What `quantization_config` says, of any top level.
+pub(super) fn stored_quantization(value: &Value) -> Outcome<Option<StoredQuantization>> {
+    Keys::of(value).map_or(Ok(None), quantization::stored)
 }
 
 pub(super) fn decoder_config(value: &Value) -> Outcome<CheckpointConfig> {
@@ -51,6 +57,7 @@ pub(super) fn decoder_config(value: &Value) -> Outcome<CheckpointConfig> {
     let Dimensions { vocab_size, hidden_size, num_heads, num_kv_heads, head_dim, num_layers, intermediate_size } =
         dimensions;
     let is_falcon = matches!(family.rotary, FamilyRotary::Falcon);
+    let is_phi3_small = matches!(family.rotary, FamilyRotary::Phi3Small);
     let max_position_embeddings =
         keys.size("max_position_embeddings", Limits::POSITIONS)?.unwrap_or(family.max_position_embeddings);
     let activation = activation(keys, family)?;
@@ -94,11 +101,18 @@ pub(super) fn decoder_config(value: &Value) -> Outcome<CheckpointConfig> {
         experts,
         biases: biases(keys, family)?,
         layers,
-        embedding_scale: if family.scaled_embeddings { (hidden_size as f64).sqrt() as f32 } else { 1.0 },
+        embedding_scale: if is_phi3_small {
+            phi3_small::embedding_scale(keys)?
+        } else if family.scaled_embeddings {
+            (hidden_size as f64).sqrt() as f32
+        } else {
+            1.0
+        },
         tied_embeddings: outer("tie_word_embeddings").truth("tie_word_embeddings")?.unwrap_or(family.tied_embeddings),
         head_bias: false,
-        logit_scale: 1.0,
+        logit_scale: if is_phi3_small { phi3_small::logit_scale(keys)? } else { 1.0 },
         logit_soft_cap: caps.logit_soft_cap,
+        masked_tokens: if is_phi3_small { phi3_small::masked_tokens(keys, vocab_size)? } else { Vec::new() },
         bos_token_id: known_tokens("bos_token_id", bos_token_ids, vocab_size).first().copied(),
         eos_token_ids: known_tokens("eos_token_id", eos_token_ids, vocab_size),
     };
@@ -154,7 +168,10 @@ fn dimensions(keys: Keys<'_>, family: &Family) -> Outcome<Dimensions> {
         num_kv_heads,
         head_dim,
         num_layers: size("num_hidden_layers", Limits::LAYERS, sizes.map(|sizes| sizes.num_layers))?,
-        intermediate_size: size("intermediate_size", Limits::WIDTH, sizes.map(|sizes| sizes.intermediate_size))?,
+        intermediate_size: match family.rotary {
+            FamilyRotary::Phi3Small => phi3_small::intermediate_size(keys, hidden_size)?,
+            _ => size("intermediate_size", Limits::WIDTH, sizes.map(|sizes| sizes.intermediate_size))?,
+        },
     })
 }
 
@@ -194,6 +211,7 @@ fn refuse_what_changes_the_model(keys: Keys<'_>, family: &Family) -> Outcome<()>
 
 fn activation(keys: Keys<'_>, family: &Family) -> Outcome<Activation> {
     let (key, default) = match family.activation {
+        FamilyActivation::Phi3Small => return phi3_small::activation(keys),
         FamilyActivation::HiddenAct => ("hidden_act", "silu"),
         FamilyActivation::Gemma => ("hidden_act", "gelu_pytorch_tanh"),
         FamilyActivation::HiddenActivation => ("hidden_activation", "gelu_pytorch_tanh"),
@@ -234,6 +252,7 @@ fn biases(keys: Keys<'_>, family: &Family) -> Outcome<Biases> {
             let attention = is_true("attention_bias", false)?;
             Biases { qkv: attention, output: attention, mlp: is_true("mlp_bias", false)? }
         }
+        FamilyBiases::Always => Biases { qkv: true, output: true, mlp: true },
         FamilyBiases::All => {
             let all = is_true("bias", false)?;
             Biases { qkv: all, output: all, mlp: all }
@@ -259,6 +278,11 @@ impl Caps {
         Ok(match family.caps {
             FamilyCaps::None => Self {
                 attention_scale: (head_dim as f64).sqrt().recip() as f32,
+                attention_soft_cap: None,
+                logit_soft_cap: None,
+            },
+            FamilyCaps::Phi3Small => Self {
+                attention_scale: phi3_small::attention_scale(keys, head_dim)?,
                 attention_soft_cap: None,
                 logit_soft_cap: None,
             },

@@ -29,6 +29,7 @@ pub(super) fn rotaries(
         FamilyRotary::Falcon => Ok(vec![reader.one(10_000.0, Kinds::All)?]),
         FamilyRotary::Phi3 => Ok(vec![reader.one(10_000.0, Kinds::Phi3)?]),
         FamilyRotary::Gemma3 => reader.gemma3(),
+        FamilyRotary::Phi3Small => Ok(vec![reader.phi3_small()?]),
     }
 }
 
@@ -70,6 +71,47 @@ impl Reader<'_> {
         let base = self.theta(parameters, "rope_theta", default_theta)?;
         let scaling = parameters.map_or(Ok(RopeScaling::None), |keys| self.scaling(keys, kinds))?;
         Ok(Rotary { style: RopeStyle::Neox, dim, base: base as f32, scaling })
+    }
+
+    /// `rope_embedding_base`, positions divided by `rope_position_scale`, or longrope with `short_mscale` and `long_mscale`.
+    fn phi3_small(&self) -> Outcome<Rotary> {
+        const NO_SCALING: [&str; 2] = ["default", "linear"];
+        let scaling = self.keys.object("rope_scaling")?.filter(|keys| !keys.is_empty());
+        let parameters = match scaling {
+            Some(scaling) => Some(scaling),
+            None => self.keys.object("rope_parameters")?,
+        };
+        let kind = |keys: Keys<'_>| -> Outcome<String> {
+            let newer = keys.text("rope_type")?;
+            Ok(newer.or(keys.text("type")?).unwrap_or(NO_SCALING[0]).to_owned())
+        };
+        let kind = parameters.map_or(Ok(NO_SCALING[0].to_owned()), kind)?;
+        let scaling = match (kind.as_str(), parameters) {
+            ("longrope" | "su", Some(keys)) => {
+                let original = match keys.size("original_max_position_embeddings", Limits::POSITIONS)? {
+                    Some(original) => original,
+                    None => self.original_length(keys, Kinds::All)?,
+                };
+                RopeScaling::LongRope {
+                    short: numbers(keys, "short_factor")?,
+                    long: numbers(keys, "long_factor")?,
+                    original_max_position_embeddings: original,
+                    attention_factor: required(keys, "short_mscale")?,
+                    long_attention_factor: required(keys, "long_mscale")?,
+                }
+            }
+            (kind, _) if NO_SCALING.contains(&kind) => match self.keys.number("rope_position_scale")? {
+                None | Some(1.0) => RopeScaling::None,
+                Some(factor) => RopeScaling::Linear { factor: factor as f32 },
+            },
+            (other, _) => {
+                return unsupported(format!(
+                    "the rotary scaling {other:?} is not supported in this architecture; longrope is"
+                ));
+            }
+        };
+        let base = self.keys.number("rope_embedding_base")?.unwrap_or(1_000_000.0);
+        Ok(Rotary { style: RopeStyle::Neox, dim: self.head_dim, base: base as f32, scaling })
     }
 
     fn theta(&self, parameters: Option<Keys<'_>>, key: &str, default: f64) -> Outcome<f64> {
@@ -182,6 +224,7 @@ impl Reader<'_> {
             long: numbers(keys, "long_factor")?,
             original_max_position_embeddings: original,
             attention_factor: attention_factor as f32,
+            long_attention_factor: attention_factor as f32,
         })
     }
 

@@ -158,6 +158,11 @@ impl GgufFile {
         self.header.tensors.get(name)
     }
 
+    /// A tensor's entry under the name that the file has for it.
+    pub(crate) fn entry(&self, name: &str) -> Option<(&str, &GgufTensor)> {
+        self.header.tensors.get_key_value(name).map(|(name, tensor)| (name.as_str(), tensor))
+    }
+
     /// All entries by name, sorted.
     pub fn tensors(&self) -> impl Iterator<Item = (&str, &GgufTensor)> {
         self.header.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor))

@@ -60,6 +60,7 @@ pub const TYPES: &[GgmlType] = &[
     ty(39, "MXFP4", 32, 17),
     ty(40, "NVFP4", 64, 36),
     ty(41, "Q1_0", 128, 18),
+    ty(42, "Q2_0", 64, 18),
 ];
 
 const fn ty(id: u32, name: &'static str, block_elements: u64, block_bytes: u64) -> GgmlType {

@@ -1,0 +1,316 @@
+//! The pool as everything else sees it: asynchronous, shared, told to the model thread.
+//!
+//! The rules are [`super::state`]'s; here is who waits for what, and which thread reads files. Invariant: what the model
+//! thread is told is sent while the state is locked, so that it hears of an adapter before any request that uses it, and
+//! of its end after the last.
+
+use std::{
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
+    time::Instant,
+};
+
+use tokio::{sync::Notify, time::timeout_at};
+
+use super::{
+    AdapterError, AdapterPoolConfig, AdapterSource, AdapterSpec, AdapterStatus, AdapterUse, ReadAdapter, Unload,
+    check_name, read,
+    state::{Next, Order, State},
+};
+use crate::engine::Command;
+
+/// Cheap to clone.
+#[derive(Clone)]
+pub struct AdapterPool(Arc<Shared>);
+
+struct Shared {
+    config: AdapterPoolConfig,
+    reader: Box<dyn ReadAdapter>,
+    commands: mpsc::Sender<Command>,
+    state: Mutex<State>,
+    /// Something was read, let go or made idle.
+    changed: Notify,
+}
+
+/// A request's hold on one version of an adapter. Clones hold the same; the last one lets go.
+#[derive(Clone, Debug)]
+pub struct AdapterLease(Arc<Hold>);
+
+struct Hold {
+    pool: AdapterPool,
+    id: u32,
+    has_started: AtomicBool,
+}
+
+impl std::fmt::Debug for AdapterPool {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("AdapterPool").field("config", &self.0.config).finish_non_exhaustive()
+    }
+}
+
+impl std::fmt::Debug for Hold {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "adapter {}", self.id)
+    }
+}
+
+impl AdapterLease {
+    /// The version's number among all that were ever loaded: what batches name it by, and part of what keys and values
+    /// belong to.
+    pub fn id(&self) -> u32 {
+        self.0.id
+    }
+
+    /// The request is in a plan for the first time.
+    pub(crate) fn start(&self) {
+        if !self.0.has_started.swap(true, Ordering::AcqRel) {
+            self.0.pool.change(|state| state.started(self.0.id));
+        }
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        let had_started = self.has_started.load(Ordering::Acquire);
+        self.pool.change(|state| state.release(self.id, had_started));
+        self.pool.0.changed.notify_waiters();
+    }
+}
+
+/// Counts a request among those that wait, as long as it does.
+struct Waiting<'a> {
+    pool: &'a AdapterPool,
+    name: &'a str,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.pool.change(|state| state.end_wait(self.name));
+    }
+}
+
+impl AdapterPool {
+    pub(crate) fn new(
+        config: AdapterPoolConfig,
+        reader: Box<dyn ReadAdapter>,
+        commands: mpsc::Sender<Command>,
+    ) -> Self {
+        let state = Mutex::new(State::new(config.max_loras, config.max_cpu_loras));
+        Self(Arc::new(Shared { config, reader, commands, state, changed: Notify::new() }))
+    }
+
+    /// What it was made with.
+    pub fn config(&self) -> &AdapterPoolConfig {
+        &self.0.config
+    }
+
+    /// Makes a name known; it is read when a request first asks for it.
+    ///
+    /// # Errors
+    /// [`AdapterError::Exists`], [`AdapterError::BadName`]; [`AdapterError::NoRoom`] for one pinned too many.
+    pub fn register(&self, spec: AdapterSpec) -> Result<(), AdapterError> {
+        check_name(&spec.name)?;
+        self.change(|state| state.register(spec))
+    }
+
+    /// Reads a known adapter now (again, where it is in memory: a new version). Pinned ones become resident.
+    ///
+    /// # Errors
+    /// [`AdapterError::Unknown`], [`AdapterError::Unreadable`]: what was there before stays.
+    pub async fn refresh(&self, name: &str) -> Result<(), AdapterError> {
+        let attempt = loop {
+            let changed = self.0.changed.notified();
+            if let Some(attempt) = self.change(|state| state.begin_reading(name))? {
+                break attempt;
+            }
+            changed.await;
+        };
+        let Some(spec) = self.spec(name) else { return Err(AdapterError::Unknown { name: name.to_owned() }) };
+        self.read(spec, attempt).await
+    }
+
+    /// Loads an adapter under a name, at once and whole: who asks for the name before gets what was there, who asks after
+    /// gets the new one.
+    ///
+    /// # Errors
+    /// [`AdapterError::Exists`] where the name is taken and is not to be replaced. [`AdapterError::Unreadable`]: what was
+    /// there stays as it was.
+    pub async fn load(&self, spec: AdapterSpec, load_inplace: bool) -> Result<(), AdapterError> {
+        check_name(&spec.name)?;
+        // Read before the name is touched: a broken file changes nothing.
+        let name = spec.name.clone();
+        if !load_inplace && self.spec(&name).is_some() {
+            return Err(AdapterError::Exists { name });
+        }
+        let (reader, source, limits) = (Arc::clone(&self.0), spec.source.clone(), self.0.config.limits);
+        let work = tokio::task::spawn_blocking(move || read::read(&*reader.reader, &source, &limits));
+        let unreadable = |reason| AdapterError::Unreadable { name: spec.name.clone(), reason };
+        let loaded = work.await.unwrap_or_else(|_| Err("reading it failed".to_owned())).map_err(unreadable)?;
+        let (adapter, digest) = (Arc::new(loaded.adapter), loaded.digest);
+        loop {
+            let changed = self.0.changed.notified();
+            let spec = spec.clone();
+            let placed = self.change(|state| {
+                match (state.spec(&name).is_some(), load_inplace) {
+                    (true, false) => return Err(AdapterError::Exists { name: name.clone() }),
+                    (true, true) => state.check_pins(&spec)?,
+                    (false, _) => state.register(spec.clone())?,
+                }
+                let Some(attempt) = state.begin_reading(&name)? else { return Ok(false) };
+                state.replace_spec(spec);
+                state.end_reading(&name, attempt, Ok((Arc::clone(&adapter), digest.clone())), Instant::now());
+                state.pin(&name);
+                Ok(true)
+            })?;
+            self.0.changed.notify_waiters();
+            if placed {
+                return Ok(());
+            }
+            changed.await;
+        }
+    }
+
+    /// Takes a name away. Requests that use it finish on what they have; its memory is freed with the last.
+    ///
+    /// # Errors
+    /// [`AdapterError::Unknown`]; [`AdapterError::InUse`] or [`AdapterError::StillDraining`], as was asked for.
+    pub async fn unload(&self, name: &str, mode: Unload) -> Result<(), AdapterError> {
+        self.change(|state| {
+            let num_users = state.num_users(name);
+            if mode == Unload::RefuseIfUsed && num_users > 0 && state.spec(name).is_some() {
+                return Err(AdapterError::InUse { name: name.to_owned(), num_users });
+            }
+            state.forget(name)
+        })?;
+        self.0.changed.notify_waiters();
+        let deadline = match mode {
+            Unload::Wait(Some(time)) => Instant::now().checked_add(time),
+            Unload::Wait(None) | Unload::RefuseIfUsed => None,
+        };
+        loop {
+            let changed = self.0.changed.notified();
+            let num_users = self.lock().num_users(name);
+            if num_users == 0 || self.spec(name).is_some() {
+                return Ok(());
+            }
+            match deadline {
+                None => changed.await,
+                Some(deadline) => {
+                    if timeout_at(deadline.into(), changed).await.is_err() {
+                        return Err(AdapterError::StillDraining { name: name.to_owned(), num_users });
+                    }
+                }
+            }
+        }
+    }
+
+    /// Waits until the adapter is in memory and has a place in batches, reading it where it is not. `who` is whose share of
+    /// the places it counts to. Dropping the future ends the wait, not the reading.
+    ///
+    /// # Errors
+    /// [`AdapterError::Unknown`], [`AdapterError::Unreadable`], [`AdapterError::NoRoom`].
+    pub async fn acquire(&self, name: &str, who: Option<&Arc<str>>) -> Result<AdapterLease, AdapterError> {
+        let (mut since, mut waiting) = (None, None);
+        loop {
+            let changed = self.0.changed.notified();
+            match self.change(|state| state.acquire(name, who, since, Instant::now())) {
+                Next::Use(id) => {
+                    let has_started = AtomicBool::new(false);
+                    return Ok(AdapterLease(Arc::new(Hold { pool: self.clone(), id, has_started })));
+                }
+                Next::Fail(error) => return Err(error),
+                Next::Wait(attempt) => {
+                    since = attempt.or(since);
+                    waiting.get_or_insert_with(|| self.waiting(name));
+                    changed.await;
+                }
+                Next::Read { attempt } => {
+                    since = Some(attempt);
+                    waiting.get_or_insert_with(|| self.waiting(name));
+                    if let Some(spec) = self.spec(name) {
+                        // On a task of its own: who comes after waits for it, also when this request is gone.
+                        let pool = self.clone();
+                        let _detached = tokio::spawn(async move {
+                            let _told_to_those_who_wait = pool.read(spec, attempt).await;
+                        });
+                    }
+                    changed.await;
+                }
+            }
+        }
+    }
+
+    fn waiting<'a>(&'a self, name: &'a str) -> Waiting<'a> {
+        self.change(|state| state.wait(name));
+        Waiting { pool: self, name }
+    }
+
+    async fn read(&self, spec: AdapterSpec, attempt: u64) -> Result<(), AdapterError> {
+        let (shared, limits) = (Arc::clone(&self.0), self.0.config.limits);
+        let source: AdapterSource = spec.source.clone();
+        let work = tokio::task::spawn_blocking(move || read::read(&*shared.reader, &source, &limits));
+        let result = work.await.unwrap_or_else(|_| Err("reading it failed".to_owned()));
+        let failure = result.as_ref().err().cloned();
+        if let Some(reason) = &failure {
+            tracing::warn!(adapter = spec.name, reason, "an adapter cannot be loaded");
+        }
+        self.change(|state| {
+            let result = result.map(|loaded| (Arc::new(loaded.adapter), loaded.digest));
+            state.end_reading(&spec.name, attempt, result, Instant::now());
+            state.pin(&spec.name);
+        });
+        self.0.changed.notify_waiters();
+        failure.map_or(Ok(()), |reason| Err(AdapterError::Unreadable { name: spec.name, reason }))
+    }
+
+    /// What is known of a name.
+    pub fn spec(&self, name: &str) -> Option<AdapterSpec> {
+        self.lock().spec(name).cloned()
+    }
+
+    /// All that are known, in the order of their names.
+    pub fn specs(&self) -> Vec<AdapterSpec> {
+        self.lock().names().cloned().collect()
+    }
+
+    /// Of its newest version, where that is in memory.
+    pub fn digest(&self, name: &str) -> Option<String> {
+        self.lock().digest(name)
+    }
+
+    /// Whether its newest version is in memory.
+    pub fn is_in_memory(&self, name: &str) -> bool {
+        self.lock().is_in_memory(name)
+    }
+
+    /// Everything about everyone, in the order of the names.
+    pub fn list(&self) -> Vec<AdapterStatus> {
+        self.lock().list()
+    }
+
+    /// Which adapters requests are for.
+    pub fn in_use(&self) -> AdapterUse {
+        self.lock().in_use()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Its invariants are asserted, so a panic leaves it as good as it was.
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        let mut state = self.lock();
+        let result = change(&mut state);
+        for order in state.orders() {
+            let command = match order {
+                Order::Add(id, adapter) => Command::AddAdapter { id, adapter },
+                Order::Remove(id) => Command::RemoveAdapter { id },
+            };
+            let _engine_gone = self.0.commands.send(command);
+        }
+        result
+    }
+}

@@ -1,0 +1,731 @@
+//! The rules of the pool, without threads or files: who gets a place in memory and in batches, and who gives way.
+//!
+//! Everything here is a call on plain data; what has to be told to the model thread is collected in [`State::orders`] and
+//! sent by the pool while it still holds the lock. Invariants, asserted in debug builds after every call: no more than
+//! `max_cpu_loras` versions are in memory, those being read and those draining counted; no more than `max_loras` current
+//! ones are resident; a version that requests use is in memory and resident; every version is current or in use.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bindery_model::Adapter;
+
+use super::{AdapterError, AdapterSpec, AdapterState, AdapterStatus, AdapterUse};
+
+/// After an adapter could not be read, requests for it are told so for this long before it is tried again.
+const RETRY_AFTER: Duration = Duration::from_secs(2);
+
+/// What the model thread is to be told, in this order.
+#[derive(Debug)]
+pub(super) enum Order {
+    Add(u32, Arc<Adapter>),
+    Remove(u32),
+}
+
+/// What a request that wants an adapter does next.
+#[derive(Debug)]
+pub(super) enum Next {
+    /// It has it: the version's number among all, and its use is counted.
+    Use(u32),
+    /// Somebody has to read it; the caller does, then asks again.
+    Read {
+        attempt: u64,
+    },
+    /// Until something changes. Where it is being read: by which attempt.
+    Wait(Option<u64>),
+    Fail(AdapterError),
+}
+
+#[derive(Debug)]
+struct Entry {
+    spec: AdapterSpec,
+    /// In memory.
+    current: Option<u32>,
+    /// The attempt that is reading it.
+    reading: Option<u64>,
+    failure: Option<Failure>,
+    num_versions: u32,
+    /// Requests that wait for it.
+    num_waiting: usize,
+}
+
+#[derive(Clone, Debug)]
+struct Failure {
+    attempt: u64,
+    at: Instant,
+    reason: String,
+}
+
+#[derive(Debug)]
+struct Version {
+    name: String,
+    number: u32,
+    adapter: Arc<Adapter>,
+    digest: String,
+    source: String,
+    num_users: usize,
+    num_running: usize,
+    is_resident: bool,
+    is_current: bool,
+    is_pinned: bool,
+    last_used: u64,
+    /// Whose share it counts to: who made it resident.
+    owner: Option<Arc<str>>,
+}
+
+impl Version {
+    fn can_go(&self) -> bool {
+        self.num_users == 0 && !self.is_pinned
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct State {
+    max_loras: usize,
+    max_cpu_loras: usize,
+    entries: BTreeMap<String, Entry>,
+    versions: BTreeMap<u32, Version>,
+    next_id: u32,
+    next_attempt: u64,
+    /// Counts uses.
+    clock: u64,
+    num_reading: usize,
+    orders: Vec<Order>,
+}
+
+impl State {
+    pub(super) fn new(max_loras: usize, max_cpu_loras: usize) -> Self {
+        Self {
+            max_loras,
+            max_cpu_loras,
+            entries: BTreeMap::new(),
+            versions: BTreeMap::new(),
+            next_id: 0,
+            next_attempt: 0,
+            clock: 0,
+            num_reading: 0,
+            orders: Vec::new(),
+        }
+    }
+
+    /// What the model thread has to be told since the last call.
+    pub(super) fn orders(&mut self) -> Vec<Order> {
+        self.check();
+        std::mem::take(&mut self.orders)
+    }
+
+    // --- names ---
+
+    /// Makes a name known; nothing is read.
+    pub(super) fn register(&mut self, spec: AdapterSpec) -> Result<(), AdapterError> {
+        if self.entries.contains_key(&spec.name) {
+            return Err(AdapterError::Exists { name: spec.name });
+        }
+        self.check_pins(&spec)?;
+        let entry = Entry { current: None, reading: None, failure: None, num_versions: 0, num_waiting: 0, spec };
+        self.entries.insert(entry.spec.name.clone(), entry);
+        Ok(())
+    }
+
+    /// Where it lies and who may see it from now on.
+    pub(super) fn replace_spec(&mut self, spec: AdapterSpec) {
+        if let Some(entry) = self.entries.get_mut(&spec.name) {
+            entry.spec = spec;
+        }
+    }
+
+    /// Whether it may be pinned, if it wants to be: no more are than can be resident.
+    pub(super) fn check_pins(&self, spec: &AdapterSpec) -> Result<(), AdapterError> {
+        let others = self.entries.values().filter(|entry| entry.spec.pinned && entry.spec.name != spec.name).count();
+        if !spec.pinned || others < self.max_loras {
+            return Ok(());
+        }
+        let reason =
+            format!("{} adapters are pinned and --max-loras is {}: pin fewer, or raise it", others + 1, self.max_loras);
+        Err(AdapterError::NoRoom { reason })
+    }
+
+    pub(super) fn spec(&self, name: &str) -> Option<&AdapterSpec> {
+        self.entries.get(name).map(|entry| &entry.spec)
+    }
+
+    pub(super) fn names(&self) -> impl Iterator<Item = &AdapterSpec> {
+        self.entries.values().map(|entry| &entry.spec)
+    }
+
+    pub(super) fn is_in_memory(&self, name: &str) -> bool {
+        self.entries.get(name).is_some_and(|entry| entry.current.is_some())
+    }
+
+    pub(super) fn digest(&self, name: &str) -> Option<String> {
+        let current = self.entries.get(name)?.current?;
+        Some(self.versions[&current].digest.clone())
+    }
+
+    /// Takes the name away. What it named goes when its last request has ended; how many use it now.
+    pub(super) fn forget(&mut self, name: &str) -> Result<usize, AdapterError> {
+        let entry = self.entries.remove(name).ok_or_else(|| AdapterError::Unknown { name: name.to_owned() })?;
+        if let Some(id) = entry.current {
+            self.retire(id);
+        }
+        Ok(self.num_users(name))
+    }
+
+    /// Requests on any version under the name.
+    pub(super) fn num_users(&self, name: &str) -> usize {
+        self.versions.values().filter(|version| version.name == name).map(|version| version.num_users).sum()
+    }
+
+    // --- use ---
+
+    /// A request wants the adapter for `who`; `since` is the attempt at reading that it has been waiting for.
+    pub(super) fn acquire(&mut self, name: &str, who: Option<&Arc<str>>, since: Option<u64>, now: Instant) -> Next {
+        let Some(entry) = self.entries.get(name) else {
+            return Next::Fail(AdapterError::Unknown { name: name.to_owned() });
+        };
+        if let Some(id) = entry.current {
+            return self.make_use(id, who);
+        }
+        if let Some(attempt) = entry.reading {
+            return Next::Wait(Some(attempt));
+        }
+        if let Some(failure) = &entry.failure
+            && (since == Some(failure.attempt) || now < failure.at + RETRY_AFTER)
+        {
+            return Next::Fail(AdapterError::Unreadable { name: name.to_owned(), reason: failure.reason.clone() });
+        }
+        match self.begin_reading(name) {
+            Ok(Some(attempt)) => Next::Read { attempt },
+            Ok(None) => Next::Wait(None),
+            Err(error) => Next::Fail(error),
+        }
+    }
+
+    fn make_use(&mut self, id: u32, who: Option<&Arc<str>>) -> Next {
+        if !self.versions[&id].is_resident {
+            if !self.make_resident_room(who) {
+                return Next::Wait(None);
+            }
+            let version = self.versions.get_mut(&id).expect("an entry's version exists");
+            version.is_resident = true;
+            version.owner = who.cloned();
+            self.orders.push(Order::Add(id, Arc::clone(&version.adapter)));
+        }
+        self.clock += 1;
+        let version = self.versions.get_mut(&id).expect("an entry's version exists");
+        version.num_users += 1;
+        version.last_used = self.clock;
+        Next::Use(id)
+    }
+
+    /// The request was scheduled for the first time.
+    pub(super) fn started(&mut self, id: u32) {
+        if let Some(version) = self.versions.get_mut(&id) {
+            version.num_running += 1;
+        }
+    }
+
+    /// The request has ended.
+    pub(super) fn release(&mut self, id: u32, had_started: bool) {
+        let Some(version) = self.versions.get_mut(&id) else { return };
+        version.num_users -= 1;
+        version.num_running -= usize::from(had_started);
+        if version.num_users == 0 && !version.is_current {
+            self.drop_version(id);
+        }
+    }
+
+    pub(super) fn wait(&mut self, name: &str) {
+        if let Some(entry) = self.entries.get_mut(name) {
+            entry.num_waiting += 1;
+        }
+    }
+
+    pub(super) fn end_wait(&mut self, name: &str) {
+        if let Some(entry) = self.entries.get_mut(name) {
+            entry.num_waiting = entry.num_waiting.saturating_sub(1);
+        }
+    }
+
+    // --- reading ---
+
+    /// A place in memory for another version of a name. None: all are in use for now.
+    pub(super) fn begin_reading(&mut self, name: &str) -> Result<Option<u64>, AdapterError> {
+        if !self.make_memory_room()? {
+            return Ok(None);
+        }
+        let entry = self.entries.get_mut(name).ok_or_else(|| AdapterError::Unknown { name: name.to_owned() })?;
+        let attempt = self.next_attempt;
+        self.next_attempt += 1;
+        self.num_reading += 1;
+        entry.reading = Some(attempt);
+        Ok(Some(attempt))
+    }
+
+    /// What came of it. The new version takes the name over; the old one stays with those who use it.
+    pub(super) fn end_reading(
+        &mut self,
+        name: &str,
+        attempt: u64,
+        result: Result<(Arc<Adapter>, String), String>,
+        now: Instant,
+    ) {
+        self.num_reading -= 1;
+        // The name may have been taken away meanwhile, or be read again by somebody else.
+        let Some(entry) = self.entries.get_mut(name).filter(|entry| entry.reading == Some(attempt)) else { return };
+        entry.reading = None;
+        let (adapter, digest) = match result {
+            Ok(read) => read,
+            Err(reason) => {
+                entry.failure = Some(Failure { attempt, at: now, reason });
+                return;
+            }
+        };
+        entry.failure = None;
+        entry.num_versions += 1;
+        let id = self.next_id;
+        self.next_id += 1;
+        let version = Version {
+            name: name.to_owned(),
+            number: entry.num_versions,
+            adapter,
+            digest,
+            source: entry.spec.source.to_string(),
+            num_users: 0,
+            num_running: 0,
+            is_resident: false,
+            is_current: true,
+            is_pinned: entry.spec.pinned,
+            last_used: self.clock,
+            owner: None,
+        };
+        let old = entry.current.replace(id);
+        self.versions.insert(id, version);
+        if let Some(old) = old {
+            self.retire(old);
+        }
+    }
+
+    /// Makes it resident where it is to be so from the start.
+    pub(super) fn pin(&mut self, name: &str) {
+        let Some(id) = self.entries.get(name).filter(|entry| entry.spec.pinned).and_then(|entry| entry.current) else {
+            return;
+        };
+        if let Next::Use(id) = self.make_use(id, None) {
+            self.release(id, false);
+        }
+    }
+
+    // --- who gives way ---
+
+    fn retire(&mut self, id: u32) {
+        let Some(version) = self.versions.get_mut(&id) else { return };
+        (version.is_current, version.is_pinned) = (false, false);
+        if version.num_users == 0 {
+            self.drop_version(id);
+        }
+    }
+
+    fn drop_version(&mut self, id: u32) {
+        let Some(version) = self.versions.remove(&id) else { return };
+        if version.is_resident {
+            self.orders.push(Order::Remove(id));
+        }
+        if let Some(entry) = self.entries.get_mut(&version.name).filter(|entry| entry.current == Some(id)) {
+            entry.current = None;
+        }
+    }
+
+    /// A place among the residents: a free one, or that of the one unused for longest among those that `who` may push out.
+    /// With places scarce, each of those who hold some or want one has an equal share: within it nobody can be pushed out
+    /// by others, unless by one who has nothing at all and finds no other place.
+    fn make_resident_room(&mut self, who: Option<&Arc<str>>) -> bool {
+        let residents = || self.versions.iter().filter(|(_, version)| version.is_resident && version.is_current);
+        if residents().count() < self.max_loras {
+            return true;
+        }
+        let held =
+            |owner: Option<&Arc<str>>| residents().filter(|(_, version)| version.owner.as_ref() == owner).count();
+        let owners: BTreeSet<Option<&Arc<str>>> =
+            residents().map(|(_, version)| version.owner.as_ref()).chain([who]).collect();
+        let share = (self.max_loras / owners.len()).max(1);
+        let may_go = |version: &Version| {
+            let owner = version.owner.as_ref();
+            owner == who || held(owner) > share
+        };
+        let oldest = |of_all: bool| {
+            residents()
+                .filter(|(_, version)| version.can_go() && (of_all || may_go(version)))
+                .min_by_key(|(_, version)| version.last_used)
+                .map(|(&id, _)| id)
+        };
+        let Some(id) = oldest(false).or_else(|| if held(who) == 0 { oldest(true) } else { None }) else {
+            return false;
+        };
+        let version = self.versions.get_mut(&id).expect("it was found there");
+        version.is_resident = false;
+        self.orders.push(Order::Remove(id));
+        true
+    }
+
+    /// A place in memory: a free one, or that of the one unused for longest, residents last.
+    fn make_memory_room(&mut self) -> Result<bool, AdapterError> {
+        if self.versions.len() + self.num_reading < self.max_cpu_loras {
+            return Ok(true);
+        }
+        let candidates = self.versions.iter().filter(|(_, version)| version.can_go());
+        if let Some((&id, _)) = candidates.min_by_key(|(_, version)| (version.is_resident, version.last_used)) {
+            self.drop_version(id);
+            return Ok(true);
+        }
+        if self.num_reading == 0 && self.versions.values().all(|version| version.is_pinned) {
+            return Err(AdapterError::NoRoom {
+                reason: format!(
+                    "all {} places for adapters in memory are taken by pinned ones: raise --max-cpu-loras, or pin fewer",
+                    self.max_cpu_loras
+                ),
+            });
+        }
+        Ok(false)
+    }
+
+    // --- what there is ---
+
+    /// Names in order; of each its newest version, then older ones that are still in use.
+    pub(super) fn list(&self) -> Vec<AdapterStatus> {
+        let mut list: Vec<AdapterStatus> = self.entries.values().map(|entry| self.status(entry)).collect();
+        let draining = self.versions.values().filter(|version| !version.is_current);
+        list.extend(draining.map(|version| AdapterStatus {
+            name: version.name.clone(),
+            version: version.number,
+            state: AdapterState::Draining,
+            source: version.source.clone(),
+            digest: Some(version.digest.clone()),
+            tenants: self.entries.get(&version.name).and_then(|entry| entry.spec.tenants.clone()),
+            pinned: false,
+            num_users: version.num_users,
+            num_bytes: version.adapter.num_bytes(),
+            info: Some(version.adapter.info().clone()),
+            failure: None,
+        }));
+        list.sort_by(|a, b| (&a.name, b.version).cmp(&(&b.name, a.version)));
+        list
+    }
+
+    fn status(&self, entry: &Entry) -> AdapterStatus {
+        let version = entry.current.map(|id| &self.versions[&id]);
+        AdapterStatus {
+            name: entry.spec.name.clone(),
+            version: version.map_or(entry.num_versions, |version| version.number),
+            state: match version {
+                Some(version) if version.is_resident => AdapterState::Resident,
+                Some(_) => AdapterState::Host,
+                None if entry.reading.is_some() => AdapterState::Loading,
+                None => AdapterState::Disk,
+            },
+            source: entry.spec.source.to_string(),
+            digest: version.map(|version| version.digest.clone()),
+            tenants: entry.spec.tenants.clone(),
+            pinned: entry.spec.pinned,
+            num_users: version.map_or(0, |version| version.num_users),
+            num_bytes: version.map_or(0, |version| version.adapter.num_bytes()),
+            info: version.map(|version| version.adapter.info().clone()),
+            failure: entry.failure.as_ref().map(|failure| failure.reason.clone()),
+        }
+    }
+
+    pub(super) fn in_use(&self) -> AdapterUse {
+        let names = |of: &dyn Fn(&Version) -> bool| -> BTreeSet<String> {
+            self.versions.values().filter(|version| of(version)).map(|version| version.name.clone()).collect()
+        };
+        let mut waiting = names(&|version| version.num_users > version.num_running);
+        waiting
+            .extend(self.entries.values().filter(|entry| entry.num_waiting > 0).map(|entry| entry.spec.name.clone()));
+        AdapterUse {
+            running: names(&|version| version.num_running > 0).into_iter().collect(),
+            waiting: waiting.into_iter().collect(),
+        }
+    }
+
+    fn check(&self) {
+        if !cfg!(debug_assertions) {
+            return;
+        }
+        let num_resident = self.versions.values().filter(|version| version.is_resident && version.is_current).count();
+        assert!(num_resident <= self.max_loras, "{num_resident} residents of {}", self.max_loras);
+        let num_in_memory = self.versions.len() + self.num_reading;
+        assert!(num_in_memory <= self.max_cpu_loras, "{num_in_memory} in memory of {}", self.max_cpu_loras);
+        for (id, version) in &self.versions {
+            assert!(version.num_users == 0 || version.is_resident, "{id} is used and not resident");
+            assert!(version.is_current || version.num_users > 0, "{id} is kept for nobody");
+            assert!(version.num_running <= version.num_users, "{id} runs more than it is used");
+            let names_it = self.entries.get(&version.name).is_some_and(|entry| entry.current == Some(*id));
+            assert_eq!(version.is_current, names_it, "{id} and its name disagree");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::testing::fake_adapter_info;
+
+    const NAMES: [&str; 6] = ["a", "b", "c", "d", "e", "f"];
+
+    fn spec(name: &str, pinned: bool) -> AdapterSpec {
+        let source = crate::adapters::AdapterSource::Path(name.into());
+        AdapterSpec { name: name.to_owned(), source, tenants: None, pinned }
+    }
+
+    fn adapter() -> Arc<Adapter> {
+        Arc::new(Adapter::without_weights(fake_adapter_info(), 1))
+    }
+
+    fn who(name: &str) -> Arc<str> {
+        name.into()
+    }
+
+    /// Reads whatever has to be read and gives the version in use, or None where it has to wait.
+    fn acquire(state: &mut State, name: &str, owner: Option<&Arc<str>>) -> Option<u32> {
+        let now = Instant::now();
+        loop {
+            match state.acquire(name, owner, None, now) {
+                Next::Use(id) => return Some(id),
+                Next::Read { attempt } => state.end_reading(name, attempt, Ok((adapter(), String::new())), now),
+                Next::Wait(_) => return None,
+                Next::Fail(error) => panic!("{error}"),
+            }
+        }
+    }
+
+    fn with_names(max_loras: usize, max_cpu_loras: usize) -> State {
+        let mut state = State::new(max_loras, max_cpu_loras);
+        for name in NAMES {
+            state.register(spec(name, false)).unwrap();
+        }
+        state
+    }
+
+    fn residents(state: &State) -> Vec<&str> {
+        let residents = state.versions.values().filter(|version| version.is_resident);
+        let mut names: Vec<&str> = residents.map(|version| version.name.as_str()).collect();
+        names.sort_unstable();
+        names
+    }
+
+    #[test]
+    fn the_one_unused_for_longest_gives_way_and_a_used_one_never() {
+        let mut state = with_names(2, 4);
+        let a = acquire(&mut state, "a", None).unwrap();
+        let b = acquire(&mut state, "b", None).unwrap();
+        assert_eq!(acquire(&mut state, "c", None), None, "both places are in use");
+        state.release(a, false);
+        state.release(b, false);
+        let a = acquire(&mut state, "a", None).unwrap();
+        state.release(a, false);
+        acquire(&mut state, "c", None).unwrap();
+        assert_eq!(residents(&state), ["a", "c"]);
+        assert!(state.is_in_memory("b"), "it is still in memory");
+        acquire(&mut state, "d", None).unwrap();
+        acquire(&mut state, "d", None).unwrap();
+        assert_eq!(residents(&state), ["c", "d"]);
+        assert_eq!(acquire(&mut state, "e", None), None);
+        assert!(!state.is_in_memory("b"), "five in memory are one too many");
+        state.orders();
+    }
+
+    #[test]
+    fn a_tenant_pushes_nobody_out_of_its_share() {
+        let mut state = with_names(4, 6);
+        let (x, y) = (who("x"), who("y"));
+        for name in ["a", "b", "c", "d"] {
+            let id = acquire(&mut state, name, Some(&x)).unwrap();
+            state.release(id, false);
+        }
+        assert_eq!(residents(&state), ["a", "b", "c", "d"], "alone, all places are its own");
+        for name in ["e", "f"] {
+            let id = acquire(&mut state, name, Some(&y)).unwrap();
+            state.release(id, false);
+        }
+        assert_eq!(residents(&state), ["c", "d", "e", "f"], "two each");
+        let id = acquire(&mut state, "a", Some(&y)).unwrap();
+        assert_eq!(residents(&state), ["a", "c", "d", "f"], "a third one takes the place of its own oldest");
+        state.release(id, false);
+        let z = who("z");
+        let id = acquire(&mut state, "b", Some(&z)).unwrap();
+        assert_eq!(
+            residents(&state),
+            ["a", "b", "d", "f"],
+            "a third tenant: shares of one, the oldest of those above it goes"
+        );
+        state.release(id, false);
+        state.orders();
+    }
+
+    #[test]
+    fn who_has_nothing_finds_a_place_also_where_all_keep_to_their_shares() {
+        let mut state = with_names(2, 6);
+        for (name, owner) in [("a", "x"), ("b", "y"), ("c", "z")] {
+            let id = acquire(&mut state, name, Some(&who(owner))).unwrap();
+            state.release(id, false);
+        }
+        assert_eq!(residents(&state), ["b", "c"]);
+        state.orders();
+    }
+
+    #[test]
+    fn a_new_version_takes_the_name_and_the_old_one_stays_with_its_users() {
+        let mut state = with_names(1, 3);
+        let old = acquire(&mut state, "a", None).unwrap();
+        let attempt = state.begin_reading("a").unwrap().unwrap();
+        state.end_reading("a", attempt, Ok((adapter(), String::new())), Instant::now());
+        let new = acquire(&mut state, "a", None).unwrap();
+        assert_ne!(old, new);
+        let states: Vec<(u32, AdapterState)> = state
+            .list()
+            .iter()
+            .filter(|status| status.name == "a")
+            .map(|status| (status.version, status.state))
+            .collect();
+        assert_eq!(states, [(2, AdapterState::Resident), (1, AdapterState::Draining)]);
+        state.release(old, false);
+        let removed = state.orders().iter().any(|order| matches!(order, Order::Remove(id) if *id == old));
+        assert!(removed && state.versions.len() == 1);
+        state.release(new, false);
+    }
+
+    #[test]
+    fn a_failure_is_told_to_who_waited_and_tried_again_later() {
+        let mut state = with_names(1, 2);
+        let now = Instant::now();
+        let Next::Read { attempt } = state.acquire("a", None, None, now) else { panic!("it has to be read") };
+        assert!(matches!(state.acquire("a", None, None, now), Next::Wait(Some(waited)) if waited == attempt));
+        state.end_reading("a", attempt, Err("torn".to_owned()), now);
+        let told = |next| matches!(next, Next::Fail(AdapterError::Unreadable { reason, .. }) if reason == "torn");
+        assert!(told(state.acquire("a", None, Some(attempt), now + RETRY_AFTER)));
+        assert!(told(state.acquire("a", None, None, now)), "not at once again");
+        assert!(matches!(state.acquire("a", None, None, now + RETRY_AFTER), Next::Read { .. }));
+        assert!(matches!(state.acquire("nobody", None, None, now), Next::Fail(AdapterError::Unknown { .. })));
+        state.orders();
+    }
+
+    #[test]
+    fn pinned_ones_stay_and_are_no_more_than_fit() {
+        let mut state = State::new(1, 1);
+        state.register(spec("p", true)).unwrap();
+        let error = state.register(spec("q", true)).unwrap_err().to_string();
+        assert!(error.contains("--max-loras"), "{error}");
+        state.register(spec("a", false)).unwrap();
+        state.check_pins(&spec("p", true)).unwrap();
+        state.check_pins(&spec("a", true)).unwrap_err();
+        let attempt = state.begin_reading("p").unwrap().unwrap();
+        state.end_reading("p", attempt, Ok((adapter(), String::new())), Instant::now());
+        state.pin("p");
+        assert_eq!(residents(&state), ["p"]);
+        let Next::Fail(error) = state.acquire("a", None, None, Instant::now()) else { panic!("there is no room") };
+        assert!(error.to_string().contains("--max-cpu-loras"), "{error}");
+        state.orders();
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Acquire(usize, usize),
+        Release(usize),
+        EndReading(usize, bool),
+        Refresh(usize),
+        Forget(usize),
+        Register(usize, bool),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        let name = 0..NAMES.len();
+        prop_oneof![
+            6 => (name.clone(), 0..4_usize).prop_map(|(name, who)| Step::Acquire(name, who)),
+            4 => any::<prop::sample::Index>().prop_map(|at| Step::Release(at.index(1 << 16))),
+            4 => (any::<prop::sample::Index>(), prop::bool::weighted(0.8))
+                .prop_map(|(at, good)| Step::EndReading(at.index(1 << 16), good)),
+            1 => name.clone().prop_map(Step::Refresh),
+            1 => name.clone().prop_map(Step::Forget),
+            1 => (name, any::<bool>()).prop_map(|(name, pinned)| Step::Register(name, pinned)),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(256))]
+
+        /// Against what the model thread would see: it knows a version as long as somebody uses it, and no longer than it is
+        /// in memory. The rest is asserted by `check` after every step.
+        #[test]
+        fn the_model_thread_knows_what_is_used(
+            max_loras in 1..4_usize, more in 0..3_usize, steps in prop::collection::vec(step(), 1..120),
+        ) {
+            let mut state = State::new(max_loras, max_loras + more);
+            let owners: Vec<Option<Arc<str>>> = vec![None, Some(who("x")), Some(who("y")), Some(who("z"))];
+            let mut in_model: BTreeMap<u32, usize> = BTreeMap::new();
+            let (mut used, mut reading): (Vec<u32>, Vec<(String, u64)>) = (Vec::new(), Vec::new());
+            let mut now = Instant::now();
+            for step in steps {
+                now += Duration::from_secs(1);
+                match step {
+                    Step::Acquire(name, owner) => match state.acquire(NAMES[name], owners[owner].as_ref(), None, now) {
+                        Next::Use(id) => used.push(id),
+                        Next::Read { attempt } => reading.push((NAMES[name].to_owned(), attempt)),
+                        Next::Wait(_) | Next::Fail(_) => {}
+                    },
+                    Step::Release(at) if !used.is_empty() => {
+                        let id = used.swap_remove(at % used.len());
+                        state.release(id, false);
+                    }
+                    Step::EndReading(at, good) if !reading.is_empty() => {
+                        let (name, attempt) = reading.swap_remove(at % reading.len());
+                        let result = if good { Ok((adapter(), String::new())) } else { Err("bad".to_owned()) };
+                        state.end_reading(&name, attempt, result, now);
+                        state.pin(&name);
+                    }
+                    Step::Refresh(name) => {
+                        if let Ok(Some(attempt)) = state.begin_reading(NAMES[name]) {
+                            reading.push((NAMES[name].to_owned(), attempt));
+                        }
+                    }
+                    Step::Forget(name) => {
+                        let _unknown = state.forget(NAMES[name]);
+                    }
+                    Step::Register(name, pinned) => {
+                        let _exists = state.register(spec(NAMES[name], pinned));
+                    }
+                    Step::Release(_) | Step::EndReading(..) => {}
+                }
+                for order in state.orders() {
+                    match order {
+                        Order::Add(id, _) => prop_assert!(in_model.insert(id, 0).is_none(), "{id} is added twice"),
+                        Order::Remove(id) => {
+                            prop_assert!(in_model.remove(&id).is_some(), "{id} was not there");
+                            prop_assert!(!used.contains(&id), "{id} is in use");
+                        }
+                    }
+                }
+                for id in &used {
+                    prop_assert!(in_model.contains_key(id), "{id} is used and the model does not know it");
+                }
+            }
+            for id in used.drain(..) {
+                state.release(id, false);
+            }
+            for (name, attempt) in reading.drain(..) {
+                state.end_reading(&name, attempt, Err("late".to_owned()), now);
+            }
+            for name in NAMES {
+                let _unknown = state.forget(name);
+            }
+            state.orders();
+            prop_assert!(state.versions.is_empty() && state.num_reading == 0, "nothing is left");
+        }
+    }
+}

@@ -1,0 +1,105 @@
+//! Which names a caller may use, and what they stand for.
+//!
+//! Invariant: an adapter that a caller may not see is to it as if it did not exist: in listings, in errors, in what a name
+//! resolves to.
+
+use std::time::Duration;
+
+use bindery_engine::{AdapterError, AdapterLease, AdapterPool, EngineError, adapters::AdapterSpec};
+
+use crate::{auth::Caller, error::ApiError, router::Serving, state::AppState};
+
+/// Names listed in an error at most.
+const MAX_OFFERED: usize = 32;
+
+/// What `model` in a request stands for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Named {
+    /// The name a request is answered under.
+    pub(crate) name: String,
+    pub(crate) kind: NamedKind,
+}
+
+/// The base or something beside it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum NamedKind {
+    Base,
+    Adapter,
+}
+
+fn may_see(caller: &Caller, spec: &AdapterSpec) -> bool {
+    match (&spec.tenants, &caller.tenant) {
+        (None, _) => true,
+        (Some(tenants), Some(tenant)) => tenants.iter().any(|name| **name == **tenant),
+        (Some(_), None) => false,
+    }
+}
+
+impl Serving {
+    /// Adapters that the caller may name, in the order of their names.
+    pub(crate) fn adapters(&self) -> Vec<AdapterSpec> {
+        let mut specs = self.model.adapters.specs();
+        specs.retain(|spec| may_see(&self.caller, spec));
+        specs
+    }
+
+    /// What a request names: the first of the base's names where it names nothing. The base's own names come before
+    /// adapters'.
+    pub(crate) fn resolve(&self, state: &AppState, asked: Option<String>) -> Result<Named, ApiError> {
+        let Some(asked) = asked else {
+            return Ok(Named { name: state.config.primary_model_name().to_owned(), kind: NamedKind::Base });
+        };
+        if state.config.served_model_names.contains(&asked) {
+            return Ok(Named { name: asked, kind: NamedKind::Base });
+        }
+        if self.model.adapters.spec(&asked).is_some_and(|spec| may_see(&self.caller, &spec)) {
+            return Ok(Named { name: asked, kind: NamedKind::Adapter });
+        }
+        Err(self.unknown(state, asked))
+    }
+
+    fn unknown(&self, state: &AppState, asked: String) -> ApiError {
+        let adapters = self.adapters().into_iter().map(|spec| spec.name);
+        let offered = state.config.served_model_names.iter().cloned().chain(adapters).take(MAX_OFFERED).collect();
+        ApiError::UnknownModel { asked, offered }
+    }
+
+    /// A hold on the newest version of what was named, when it is there; None for the base.
+    pub(crate) async fn lease(
+        &self,
+        state: &AppState,
+        named: &Named,
+        timeout: Option<Duration>,
+    ) -> Result<Option<AdapterLease>, ApiError> {
+        if named.kind == NamedKind::Base {
+            return Ok(None);
+        }
+        let pool: &AdapterPool = &self.model.adapters;
+        let lease = pool.acquire(&named.name, self.caller.tenant.as_ref());
+        let lease = match timeout {
+            None => lease.await,
+            Some(timeout) => tokio::time::timeout(timeout, lease).await.map_err(|_| {
+                let timeout_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
+                ApiError::DeadlineExceeded { message: EngineError::DeadlineExceeded { timeout_ms }.to_string() }
+            })?,
+        };
+        match lease {
+            Ok(lease) => Ok(Some(lease)),
+            // Unloaded a moment ago.
+            Err(AdapterError::Unknown { name }) => Err(self.unknown(state, name)),
+            // Which file, and what is wrong with it, is for whoever runs the server: it is in the log, and in /v1/adapters.
+            Err(AdapterError::Unreadable { name, .. }) => {
+                let message = format!(
+                    "the adapter {name:?} cannot be loaded: its files are missing or broken; whoever runs this server finds \
+                     the reason in its log and at GET /v1/adapters"
+                );
+                Err(ApiError::AdapterUnreadable { message })
+            }
+            Err(AdapterError::NoRoom { .. }) => {
+                let message = format!("the adapter {:?} finds no room beside those that are pinned", named.name);
+                Err(ApiError::AdapterUnreadable { message })
+            }
+            Err(error) => Err(ApiError::from_adapter(&error, "model")),
+        }
+    }
+}
