@@ -91,8 +91,10 @@ fn explain(error: &ClientError, url: &str) -> Failure {
         }
         ClientError::Refused { status: 401, .. } => Failure::new(format!("{url} answered {error}"))
             .hint("give the server's admin key with --admin-key or BINDERY_ADMIN_KEY"),
-        ClientError::Refused { status: 403, .. } => Failure::new(format!("{url} answered {error}"))
-            .hint("the key must be the server's admin key: that of its --admin-key or BINDERY_ADMIN_KEY"),
+        ClientError::Refused { code: Some(code), .. } if code == "admin_key_required" => {
+            Failure::new(format!("{url} answered {error}"))
+                .hint("the key must be the server's admin key: that of its --admin-key or BINDERY_ADMIN_KEY")
+        }
         _ => Failure::new(format!("{url} answered {error}")),
     }
 }

@@ -56,6 +56,7 @@ fn a_running_servers_adapters_are_listed_loaded_and_unloaded() {
     let outside = manage(&serving, &["load", "x", TINY_LLAMA]);
     assert_eq!(outside.code, 1);
     assert!(outside.stderr.contains("403: there is no adapter at") && outside.stderr.contains(root.to_str().unwrap()));
+    assert!(!outside.stderr.contains("hint:"), "the key is right: {}", outside.stderr);
     // Made for another base.
     let wrong = manage(&serving, &["load", "x", "qwen3-tied-head"]);
     assert_eq!(wrong.code, 1);
