@@ -8,50 +8,8 @@ use serde_json::json;
 use crate::{
     builder::on_disk,
     folder::{Draft, LIMITS, adapter, base, written},
+    mutations::{mutate, mutation},
 };
-
-/// Some bytes set, a part put in, the rest cut away.
-#[derive(Clone, Debug)]
-enum Mutation {
-    Set(prop::sample::Index, u8),
-    Insert(prop::sample::Index, Vec<u8>),
-    Cut(prop::sample::Index),
-    Number(prop::sample::Index, u64),
-}
-
-fn mutation() -> impl Strategy<Value = Mutation> {
-    let special = prop_oneof![Just(0), Just(1), Just(u64::MAX), Just(1 << 32), Just(1 << 40), 0u64..4096];
-    prop_oneof![
-        4 => (any::<prop::sample::Index>(), any::<u8>()).prop_map(|(at, byte)| Mutation::Set(at, byte)),
-        1 => any::<prop::sample::Index>().prop_map(Mutation::Cut),
-        1 => (any::<prop::sample::Index>(), prop::collection::vec(any::<u8>(), 1..9))
-            .prop_map(|(at, bytes)| Mutation::Insert(at, bytes)),
-        3 => (any::<prop::sample::Index>(), special).prop_map(|(at, value)| Mutation::Number(at, value)),
-    ]
-}
-
-/// Most fall into the first `head` bytes.
-fn mutate(mut bytes: Vec<u8>, head: usize, mutations: &[Mutation]) -> Vec<u8> {
-    for (i, mutation) in mutations.iter().enumerate() {
-        if bytes.is_empty() {
-            break;
-        }
-        let reach = if i % 4 == 3 { bytes.len() } else { head.min(bytes.len()) };
-        match mutation {
-            Mutation::Set(at, byte) => bytes[at.index(reach)] = *byte,
-            Mutation::Cut(at) => bytes.truncate(at.index(bytes.len())),
-            Mutation::Insert(at, new) => {
-                let at = at.index(reach);
-                bytes.splice(at..at, new.iter().copied());
-            }
-            Mutation::Number(at, value) => {
-                let at = at.index(reach);
-                bytes[at..].iter_mut().zip(value.to_le_bytes()).for_each(|(byte, new)| *byte = new);
-            }
-        }
-    }
-    bytes
-}
 
 fn read_everything(adapter: &OpenedAdapter) {
     for (layer, target) in adapter.targets() {

@@ -12,4 +12,6 @@ mod folder;
 mod fuzz;
 mod gguf;
 mod goldens;
+#[path = "../weights/mutations.rs"]
+mod mutations;
 mod refusals;

@@ -9,6 +9,7 @@ mod config_goldens;
 mod fuzz;
 mod gguf;
 mod import;
+mod mutations;
 mod places;
 mod real_model;
 mod safetensors_files;
