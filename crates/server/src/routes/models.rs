@@ -43,7 +43,10 @@ pub(crate) async fn get(
 ) -> Result<Json<ModelCard>, ApiError> {
     let Path(id) = id.map_err(|_| ApiError::invalid("id", "the model's name in the path is not UTF-8"))?;
     let named = serving.resolve(&state, Some(id))?;
-    let spec = serving.adapters().into_iter().find(|spec| named.kind == NamedKind::Adapter && spec.name == named.name);
+    let spec = match named.kind {
+        NamedKind::Base => None,
+        NamedKind::Adapter => serving.model.adapters.spec(&named.name),
+    };
     Ok(Json(match spec {
         Some(spec) => adapter_card(&state, &serving, &spec),
         None => card(&state, &serving, &named.name),
