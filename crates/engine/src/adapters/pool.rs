@@ -13,6 +13,7 @@ use std::{
     time::Instant,
 };
 
+use bindery_model::Adapter;
 use tokio::{sync::Notify, time::timeout_at};
 
 use super::{
@@ -145,11 +146,8 @@ impl AdapterPool {
         if !load_inplace && self.spec(&name).is_some() {
             return Err(AdapterError::Exists { name });
         }
-        let (reader, source, limits) = (Arc::clone(&self.0), spec.source.clone(), self.0.config.limits);
-        let work = tokio::task::spawn_blocking(move || read::read(&*reader.reader, &source, &limits));
         let unreadable = |reason| AdapterError::Unreadable { name: spec.name.clone(), reason };
-        let loaded = work.await.unwrap_or_else(|_| Err("reading it failed".to_owned())).map_err(unreadable)?;
-        let (adapter, digest) = (Arc::new(loaded.adapter), loaded.digest);
+        let (adapter, digest) = self.read_files(&spec.source).await.map_err(unreadable)?;
         loop {
             let changed = self.0.changed.notified();
             let spec = spec.clone();
@@ -249,21 +247,25 @@ impl AdapterPool {
     }
 
     async fn read(&self, spec: AdapterSpec, attempt: u64) -> Result<(), AdapterError> {
-        let (shared, limits) = (Arc::clone(&self.0), self.0.config.limits);
-        let source: AdapterSource = spec.source.clone();
-        let work = tokio::task::spawn_blocking(move || read::read(&*shared.reader, &source, &limits));
-        let result = work.await.unwrap_or_else(|_| Err("reading it failed".to_owned()));
+        let result = self.read_files(&spec.source).await;
         let failure = result.as_ref().err().cloned();
         if let Some(reason) = &failure {
             tracing::warn!(adapter = spec.name, reason, "an adapter cannot be loaded");
         }
         self.change(|state| {
-            let result = result.map(|loaded| (Arc::new(loaded.adapter), loaded.digest));
             state.end_reading(&spec.name, attempt, result, Instant::now());
             state.pin(&spec.name);
         });
         self.0.changed.notify_waiters();
         failure.map_or(Ok(()), |reason| Err(AdapterError::Unreadable { name: spec.name, reason }))
+    }
+
+    /// An adapter and its digest, off the async threads.
+    async fn read_files(&self, source: &AdapterSource) -> Result<(Arc<Adapter>, String), String> {
+        let (shared, source) = (Arc::clone(&self.0), source.clone());
+        let work = tokio::task::spawn_blocking(move || read::read(&*shared.reader, &source, &shared.config.limits));
+        let loaded = work.await.unwrap_or_else(|_| Err("reading it failed".to_owned()))?;
+        Ok((Arc::new(loaded.adapter), loaded.digest))
     }
 
     /// What is known of a name.

@@ -1,0 +1,256 @@
+//! The pool's rules, one by one, and a random walk against what the model thread would see.
+
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::testing::fake_adapter_info;
+
+const NAMES: [&str; 6] = ["a", "b", "c", "d", "e", "f"];
+
+fn spec(name: &str, pinned: bool) -> AdapterSpec {
+    let source = crate::adapters::AdapterSource::Path(name.into());
+    AdapterSpec { name: name.to_owned(), source, tenants: None, pinned }
+}
+
+fn adapter() -> Arc<Adapter> {
+    Arc::new(Adapter::without_weights(fake_adapter_info(), 1))
+}
+
+fn who(name: &str) -> Arc<str> {
+    name.into()
+}
+
+/// Reads whatever has to be read and gives the version in use, or None where it has to wait.
+fn acquire(state: &mut State, name: &str, owner: Option<&Arc<str>>) -> Option<u32> {
+    let now = Instant::now();
+    loop {
+        match state.acquire(name, owner, None, now) {
+            Next::Use(id) => return Some(id),
+            Next::Read { attempt } => state.end_reading(name, attempt, Ok((adapter(), String::new())), now),
+            Next::Wait(_) => return None,
+            Next::Fail(error) => panic!("{error}"),
+        }
+    }
+}
+
+fn with_names(max_loras: usize, max_cpu_loras: usize) -> State {
+    let mut state = State::new(max_loras, max_cpu_loras);
+    for name in NAMES {
+        state.register(spec(name, false)).unwrap();
+    }
+    state
+}
+
+fn residents(state: &State) -> Vec<&str> {
+    let residents = state.versions.values().filter(|version| version.is_resident);
+    let mut names: Vec<&str> = residents.map(|version| version.name.as_str()).collect();
+    names.sort_unstable();
+    names
+}
+
+#[test]
+fn the_one_unused_for_longest_gives_way_and_a_used_one_never() {
+    let mut state = with_names(2, 4);
+    let a = acquire(&mut state, "a", None).unwrap();
+    let b = acquire(&mut state, "b", None).unwrap();
+    assert_eq!(acquire(&mut state, "c", None), None, "both places are in use");
+    state.release(a, false);
+    state.release(b, false);
+    let a = acquire(&mut state, "a", None).unwrap();
+    state.release(a, false);
+    acquire(&mut state, "c", None).unwrap();
+    assert_eq!(residents(&state), ["a", "c"]);
+    assert!(state.is_in_memory("b"), "it is still in memory");
+    acquire(&mut state, "d", None).unwrap();
+    acquire(&mut state, "d", None).unwrap();
+    assert_eq!(residents(&state), ["c", "d"]);
+    assert_eq!(acquire(&mut state, "e", None), None);
+    assert!(!state.is_in_memory("b"), "five in memory are one too many");
+    state.orders();
+}
+
+#[test]
+fn a_tenant_pushes_nobody_out_of_its_share() {
+    let mut state = with_names(4, 6);
+    let (x, y) = (who("x"), who("y"));
+    for name in ["a", "b", "c", "d"] {
+        let id = acquire(&mut state, name, Some(&x)).unwrap();
+        state.release(id, false);
+    }
+    assert_eq!(residents(&state), ["a", "b", "c", "d"], "alone, all places are its own");
+    for name in ["e", "f"] {
+        let id = acquire(&mut state, name, Some(&y)).unwrap();
+        state.release(id, false);
+    }
+    assert_eq!(residents(&state), ["c", "d", "e", "f"], "two each");
+    let id = acquire(&mut state, "a", Some(&y)).unwrap();
+    assert_eq!(residents(&state), ["a", "c", "d", "f"], "a third one takes the place of its own oldest");
+    state.release(id, false);
+    let z = who("z");
+    let id = acquire(&mut state, "b", Some(&z)).unwrap();
+    assert_eq!(
+        residents(&state),
+        ["a", "b", "d", "f"],
+        "a third tenant: shares of one, the oldest of those above it goes"
+    );
+    state.release(id, false);
+    state.orders();
+}
+
+#[test]
+fn who_has_nothing_finds_a_place_also_where_all_keep_to_their_shares() {
+    let mut state = with_names(2, 6);
+    for (name, owner) in [("a", "x"), ("b", "y"), ("c", "z")] {
+        let id = acquire(&mut state, name, Some(&who(owner))).unwrap();
+        state.release(id, false);
+    }
+    assert_eq!(residents(&state), ["b", "c"]);
+    state.orders();
+}
+
+#[test]
+fn a_new_version_takes_the_name_and_the_old_one_stays_with_its_users() {
+    let mut state = with_names(1, 3);
+    let old = acquire(&mut state, "a", None).unwrap();
+    let attempt = state.begin_reading("a").unwrap().unwrap();
+    state.end_reading("a", attempt, Ok((adapter(), String::new())), Instant::now());
+    let new = acquire(&mut state, "a", None).unwrap();
+    assert_ne!(old, new);
+    let states: Vec<(u32, AdapterState)> =
+        state.list().iter().filter(|status| status.name == "a").map(|status| (status.version, status.state)).collect();
+    assert_eq!(states, [(2, AdapterState::Resident), (1, AdapterState::Draining)]);
+    state.release(old, false);
+    let removed = state.orders().iter().any(|order| matches!(order, Order::Remove(id) if *id == old));
+    assert!(removed && state.versions.len() == 1);
+    state.release(new, false);
+}
+
+#[test]
+fn a_failure_is_told_to_who_waited_and_tried_again_later() {
+    let mut state = with_names(1, 2);
+    let now = Instant::now();
+    let Next::Read { attempt } = state.acquire("a", None, None, now) else { panic!("it has to be read") };
+    assert!(matches!(state.acquire("a", None, None, now), Next::Wait(Some(waited)) if waited == attempt));
+    state.end_reading("a", attempt, Err("torn".to_owned()), now);
+    let told = |next| matches!(next, Next::Fail(AdapterError::Unreadable { reason, .. }) if reason == "torn");
+    assert!(told(state.acquire("a", None, Some(attempt), now + RETRY_AFTER)));
+    assert!(told(state.acquire("a", None, None, now)), "not at once again");
+    assert!(matches!(state.acquire("a", None, None, now + RETRY_AFTER), Next::Read { .. }));
+    assert!(matches!(state.acquire("nobody", None, None, now), Next::Fail(AdapterError::Unknown { .. })));
+    state.orders();
+}
+
+#[test]
+fn pinned_ones_stay_and_are_no_more_than_fit() {
+    let mut state = State::new(1, 1);
+    state.register(spec("p", true)).unwrap();
+    let error = state.register(spec("q", true)).unwrap_err().to_string();
+    assert!(error.contains("--max-loras"), "{error}");
+    state.register(spec("a", false)).unwrap();
+    state.check_pins(&spec("p", true)).unwrap();
+    state.check_pins(&spec("a", true)).unwrap_err();
+    let attempt = state.begin_reading("p").unwrap().unwrap();
+    state.end_reading("p", attempt, Ok((adapter(), String::new())), Instant::now());
+    state.pin("p");
+    assert_eq!(residents(&state), ["p"]);
+    let Next::Fail(error) = state.acquire("a", None, None, Instant::now()) else { panic!("there is no room") };
+    assert!(error.to_string().contains("--max-cpu-loras"), "{error}");
+    state.orders();
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Acquire(usize, usize),
+    Release(usize),
+    EndReading(usize, bool),
+    Refresh(usize),
+    Forget(usize),
+    Register(usize, bool),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let name = 0..NAMES.len();
+    prop_oneof![
+        6 => (name.clone(), 0..4_usize).prop_map(|(name, who)| Step::Acquire(name, who)),
+        4 => any::<prop::sample::Index>().prop_map(|at| Step::Release(at.index(1 << 16))),
+        4 => (any::<prop::sample::Index>(), prop::bool::weighted(0.8))
+            .prop_map(|(at, good)| Step::EndReading(at.index(1 << 16), good)),
+        1 => name.clone().prop_map(Step::Refresh),
+        1 => name.clone().prop_map(Step::Forget),
+        1 => (name, any::<bool>()).prop_map(|(name, pinned)| Step::Register(name, pinned)),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+
+    /// Against what the model thread would see: it knows a version as long as somebody uses it, and no longer than it is
+    /// in memory. The rest is asserted by `check` after every step.
+    #[test]
+    fn the_model_thread_knows_what_is_used(
+        max_loras in 1..4_usize, more in 0..3_usize, steps in prop::collection::vec(step(), 1..120),
+    ) {
+        let mut state = State::new(max_loras, max_loras + more);
+        let owners: Vec<Option<Arc<str>>> = vec![None, Some(who("x")), Some(who("y")), Some(who("z"))];
+        let mut in_model: BTreeMap<u32, usize> = BTreeMap::new();
+        let (mut used, mut reading): (Vec<u32>, Vec<(String, u64)>) = (Vec::new(), Vec::new());
+        let mut now = Instant::now();
+        for step in steps {
+            now += Duration::from_secs(1);
+            match step {
+                Step::Acquire(name, owner) => match state.acquire(NAMES[name], owners[owner].as_ref(), None, now) {
+                    Next::Use(id) => used.push(id),
+                    Next::Read { attempt } => reading.push((NAMES[name].to_owned(), attempt)),
+                    Next::Wait(_) | Next::Fail(_) => {}
+                },
+                Step::Release(at) if !used.is_empty() => {
+                    let id = used.swap_remove(at % used.len());
+                    state.release(id, false);
+                }
+                Step::EndReading(at, good) if !reading.is_empty() => {
+                    let (name, attempt) = reading.swap_remove(at % reading.len());
+                    let result = if good { Ok((adapter(), String::new())) } else { Err("bad".to_owned()) };
+                    state.end_reading(&name, attempt, result, now);
+                    state.pin(&name);
+                }
+                Step::Refresh(name) => {
+                    if let Ok(Some(attempt)) = state.begin_reading(NAMES[name]) {
+                        reading.push((NAMES[name].to_owned(), attempt));
+                    }
+                }
+                Step::Forget(name) => {
+                    let _unknown = state.forget(NAMES[name]);
+                }
+                Step::Register(name, pinned) => {
+                    let _exists = state.register(spec(NAMES[name], pinned));
+                }
+                Step::Release(_) | Step::EndReading(..) => {}
+            }
+            for order in state.orders() {
+                match order {
+                    Order::Add(id, _) => prop_assert!(in_model.insert(id, 0).is_none(), "{id} is added twice"),
+                    Order::Remove(id) => {
+                        prop_assert!(in_model.remove(&id).is_some(), "{id} was not there");
+                        prop_assert!(!used.contains(&id), "{id} is in use");
+                    }
+                }
+            }
+            for id in &used {
+                prop_assert!(in_model.contains_key(id), "{id} is used and the model does not know it");
+            }
+        }
+        for id in used.drain(..) {
+            state.release(id, false);
+        }
+        for (name, attempt) in reading.drain(..) {
+            state.end_reading(&name, attempt, Err("late".to_owned()), now);
+        }
+        for name in NAMES {
+            let _unknown = state.forget(name);
+        }
+        state.orders();
+        prop_assert!(state.versions.is_empty() && state.num_reading == 0, "nothing is left");
+    }
+}
