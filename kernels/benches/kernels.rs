@@ -160,7 +160,7 @@ fn rows(c: &mut Criterion) {
             let product = GatedProduct { gate, up: Some(up), activation };
             group.throughput(Throughput::Elements(2 * 2 * (m * 1536 * 576) as u64));
             group.bench_function(BenchmarkId::new(format!("gate+up+{name}+quantize"), m), |b| {
-                b.iter(|| cpu.gated_matmul(&activations, &product, Form::Int8, black_box(&mut gated)));
+                b.iter(|| cpu.gated_matmul(&activations, &product, None, Form::Int8, black_box(&mut gated)));
             });
         }
     }

@@ -101,7 +101,7 @@ pub use cpu::dispatch::{ISA_VARIABLE, Isa};
 pub use cpu::experts::{ExpertWeights, Mixture, RoutingArgs, Shares};
 pub use cpu::gated::{Activation, GatedProduct, Projection};
 pub use cpu::logits::TopEntry;
-pub use cpu::low_rank::{LowRank, LowRankPair, LowRankSegment};
+pub use cpu::low_rank::{Addends, LowRank, LowRankPair, LowRankSegment};
 pub use cpu::matmul::Product;
 pub use cpu::peak::ReadTarget;
 pub use cpu::rope::{RopeArgs, RopeStyle};

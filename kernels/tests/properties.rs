@@ -10,8 +10,8 @@ use std::ops::Range;
 
 use bindery_kernels::{
     Activation, Activations, AttentionArgs, CodeBook, Cpu, ExpertWeights, Form, GatedProduct, Isa, KvDtype, KvShape,
-    LayerNorm, LowRank, LowRankPair, LowRankSegment, Matrix, Mixture, Norm, Projection, QuantFormat, Quantized,
-    RopeStyle, RoutingArgs, Scaling, Shares, SparseBlocks,
+    LayerNorm, LowRank, LowRankPair, LowRankSegment, Matrix, Mixture, Norm, Product, Projection, QuantFormat,
+    Quantized, RopeStyle, RoutingArgs, Scaling, Shares, SparseBlocks,
 };
 use common::{ACTIVATIONS, Family, Paged, Random, bits, gate_and_up, gated, product};
 use half::f16;
@@ -316,12 +316,17 @@ fn low_rank(cpu: &Cpu, case: &LowRankCase, range: Range<usize>, seed: u64, is_ch
     let pairs = segments.iter().flat_map(|segment| segment.pairs.iter().flatten().map(|pair| pair.down));
     let (mut activations, mut out, mut between) = <(Activations, Activations, LowRank)>::default();
     cpu.prepare(&x, m, cols, Form::of(pairs.chain(&base)), &mut activations);
-    let mut sums = base.each_ref().map(|base| product(cpu, &x, m, base, None));
+    // The first product replaces what is there, the second is added to it.
+    let mut sums = [vec![f32::NAN; m * outputs], vec![0.0; m * outputs]];
     let [first, second] = &mut sums;
-    cpu.low_rank_down(&activations, &segments, &mut between);
-    cpu.low_rank_up(&segments, &between, [&mut first[..], &mut second[..]]);
+    let addends = cpu.low_rank_down(&activations, &segments, &mut between);
+    let [gate, up] = &base;
+    let wanted = [(gate, first), (up, &mut vec![1.0; m * outputs])];
+    cpu.matmul_all(&activations, wanted.map(|(weights, out)| Product { weights, bias: None, out }), Some(addends));
+    let wanted = [(gate, &mut vec![1.0; m * outputs]), (up, second)];
+    cpu.matmul_add_all(&activations, wanted.map(|(weights, out)| Product { weights, bias: None, out }), Some(addends));
     let both = gate_and_up(&base[0], &base[1], Activation::Silu);
-    cpu.gated_matmul_low_rank(&activations, &both, (&segments, &between), Form::F32, &mut out);
+    cpu.gated_matmul(&activations, &both, Some(addends), Form::F32, &mut out);
     if is_checked {
         for (product_at, sums) in sums.iter().enumerate() {
             for segment in &segments {

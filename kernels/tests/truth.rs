@@ -85,7 +85,7 @@ fn products_together_are_those_of_each_alone() {
                 cpu.prepare(&x, m, 96, Form::Int8, &mut activations);
                 let [a, b, c] = &mut outs;
                 let wanted = |at: usize, out| Product { weights: weights[at], bias: biases[at], out };
-                cpu.matmul_all(&activations, [wanted(0, a), wanted(1, b), wanted(2, c)]);
+                cpu.matmul_all(&activations, [wanted(0, a), wanted(1, b), wanted(2, c)], None);
                 for at in 0..3 {
                     let alone = product(&cpu, &x, m, weights[at], biases[at]);
                     assert_eq!(outs[at], alone, "{isa} {m} {rows:?}");

@@ -278,7 +278,7 @@ impl EngineHandle {
 
     /// A pool of adapters for the model of this engine.
     pub(crate) fn adapter_pool(&self, config: AdapterPoolConfig, reader: Box<dyn ReadAdapter>) -> AdapterPool {
-        AdapterPool::new(config, reader, self.commands.clone())
+        AdapterPool::new(config, reader, self.commands.clone(), self.max_queued_requests())
     }
 
     /// Wakes the loop where it sleeps because all that it has is held for masks.

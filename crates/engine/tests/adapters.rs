@@ -189,6 +189,43 @@ async fn an_adapter_is_read_once_for_all_who_wait_and_nobody_else_waits() {
 }
 
 #[tokio::test]
+async fn no_more_requests_wait_for_adapters_than_may_be_queued() {
+    let temp = tempfile::tempdir().unwrap();
+    let (reading, keeper) = gate();
+    let limit = 3;
+    let options =
+        FakeModelOptions { adapters: pool(4, 4), reader: FakeReader { gate: Some(reading) }, ..Default::default() };
+    let mut limits = small_limits();
+    limits.max_queued_requests = limit;
+    let model = Arc::new(fake_local_model(limits, options).unwrap());
+    for name in ["slow", "other"] {
+        write(temp.path(), name, "1001");
+        model.adapters.register(spec(temp.path(), name)).unwrap();
+    }
+    let waiting: Vec<_> = (0..limit)
+        .map(|_| {
+            let model = Arc::clone(&model);
+            tokio::spawn(async move { model.adapters.acquire("slow", None).await })
+        })
+        .collect();
+    // Tasks of this thread's runtime: after so many turns all of them wait.
+    for _ in 0..=limit {
+        tokio::task::yield_now().await;
+    }
+    for name in ["slow", "other"] {
+        let refused = model.adapters.acquire(name, None).await.unwrap_err();
+        assert_eq!(refused, AdapterError::QueueFull { max_waiting: limit });
+    }
+    drop(keeper);
+    for waited in waiting {
+        waited.await.unwrap().unwrap();
+    }
+    // The refused request has had its adapter read all the same.
+    model.adapters.acquire("other", None).await.unwrap();
+    model.adapters.acquire("slow", None).await.unwrap();
+}
+
+#[tokio::test]
 async fn a_running_request_keeps_its_version_and_new_ones_get_the_new() {
     let temp = tempfile::tempdir().unwrap();
     let (steps, keeper) = gate();

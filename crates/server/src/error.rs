@@ -18,6 +18,9 @@ const RETRY_LOADING: Duration = Duration::from_secs(2);
 /// Seconds after which another replica, or this one started again, may answer.
 const RETRY_DRAINING: Duration = Duration::from_secs(5);
 
+/// Seconds after which fewer requests may wait for adapters: reading one takes less than that.
+const RETRY_ADAPTERS: Duration = Duration::from_secs(2);
+
 /// What a handler fails with.
 #[derive(Debug)]
 pub(crate) enum ApiError {
@@ -116,6 +119,7 @@ impl ApiError {
                 Self::Conflict { message }
             }
             AdapterError::Unreadable { .. } => Self::AdapterUnreadable { message },
+            AdapterError::QueueFull { .. } => Self::QueueFull { message, retry_after: RETRY_ADAPTERS },
         }
     }
 

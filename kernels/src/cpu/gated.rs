@@ -8,7 +8,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use super::activations::{Activations, Form, Inputs};
-use super::low_rank::{Addends, LowRank, LowRankSegment};
+use super::low_rank::Addends;
 use super::matmul::{MIN_PIECE_MACS, even_parts};
 use super::pool::SharedMut;
 use super::task::{ActivationsOut, GatedTask, Output};
@@ -84,28 +84,8 @@ impl GatedProduct<'_> {
 
 impl Cpu {
     /// The product as activations of `gate.rows()` columns in a form. int8 groups need `gate.rows()` to be a multiple of 32.
-    pub fn gated_matmul(&self, x: &Activations, product: &GatedProduct<'_>, form: Form, out: &mut Activations) {
-        self.gated(x, product, None, form, out);
-    }
-
-    /// [`Cpu::gated_matmul`] with what the segments' pairs, of the gate and of the up projection, add before the activation.
-    /// [`Cpu::low_rank_down`] was given the same segments.
-    pub fn gated_matmul_low_rank(
-        &self,
-        x: &Activations,
-        product: &GatedProduct<'_>,
-        (segments, low_rank): (&[LowRankSegment<'_, 2>], &LowRank),
-        form: Form,
-        out: &mut Activations,
-    ) {
-        let cols = product.gate.weights.rows();
-        for pair in segments.iter().flat_map(|segment| segment.pairs.iter().flatten()) {
-            assert_eq!(pair.up.rows(), cols, "a pair of {} outputs beside a gate of {cols}", pair.up.rows());
-        }
-        self.gated(x, product, Some(low_rank.addends(segments)), form, out);
-    }
-
-    fn gated(
+    /// Addends, of the gate and of the up projection, come before the activation.
+    pub fn gated_matmul(
         &self,
         x: &Activations,
         product: &GatedProduct<'_>,
@@ -116,6 +96,9 @@ impl Cpu {
         let m = x.num_rows();
         self.check_gated(&x.inputs(), product);
         let cols = product.gate.weights.rows();
+        if let Some(addends) = &addends {
+            (0..2).for_each(|product| addends.check(product, cols));
+        }
         let out = out.reshape(m, cols, form, self.kernels.columns);
         if m == 0 {
             return;
@@ -159,16 +142,11 @@ impl Cpu {
                     // What is left over in it is beyond the last output.
                     scratch.resize(scratch.len().max(2 * len), 0.0);
                     let (gate, up) = scratch[..2 * len].split_at_mut(len);
+                    let piece = Piece { panels: block.clone(), rows: rows.clone(), cols: cols.clone(), stride };
                     let GatedProduct { gate: gate_weights, up: up_weights, activation } = &call.product;
-                    self.columns(&call.x, gate_weights, block.clone(), cols.clone(), stride, gate);
-                    if let Some(addends) = &call.addends {
-                        addends.add(self, 0, &rows, &cols, stride, gate);
-                    }
+                    self.columns(call, (0, &call.x, gate_weights), &piece, gate);
                     let up = up_weights.as_ref().map(|weights| {
-                        self.columns(&call.up_x, weights, block.clone(), cols.clone(), stride, up);
-                        if let Some(addends) = &call.addends {
-                            addends.add(self, 1, &rows, &cols, stride, up);
-                        }
+                        self.columns(call, (1, &call.up_x, weights), &piece, up);
                         &*up
                     });
                     let (activation, out) = (*activation, &call.out);
@@ -180,22 +158,34 @@ impl Cpu {
         });
     }
 
-    /// Outputs `cols`, which begin a tile, of the rows of some panels.
+    /// A piece of a projection, which is the call's first or second and reads `x`.
     fn columns(
         &self,
-        x: &Inputs<'_>,
-        projection: &Projection<'_>,
-        panels: Range<usize>,
-        cols: Range<usize>,
-        stride: usize,
+        call: &Call<'_>,
+        (number, x, projection): (usize, &Inputs<'_>, &Projection<'_>),
+        piece: &Piece,
         out: &mut [f32],
     ) {
+        let Piece { panels, rows, cols, stride } = piece;
         let Projection { weights, bias } = *projection;
         let tile_rows = self.tile_rows(weights);
         let tiles = cols.start / tile_rows..cols.end.div_ceil(tile_rows);
-        let first_m = x.panels().rows_of_all(&panels).start;
         let elements = SharedMut::new(out);
-        let out = Output { elements, stride, first_m, rows: cols, bias, accumulate: false };
-        self.tiles(x, weights, tiles, panels, &out);
+        let (stride, first_m, accumulate) = (*stride, rows.start, false);
+        let out = Output { elements, stride, first_m, rows: cols.clone(), bias, accumulate };
+        self.tiles(x, weights, tiles, panels.clone(), &out);
+        if let Some(addends) = &call.addends {
+            addends.add(self, number, rows, cols, &out);
+        }
     }
+}
+
+/// What of both products lies in the scratch at a time.
+struct Piece {
+    panels: Range<usize>,
+    /// Theirs.
+    rows: Range<usize>,
+    /// Outputs, from a multiple of 32 on.
+    cols: Range<usize>,
+    stride: usize,
 }

@@ -1,8 +1,9 @@
 //! Products of low rank beside those of a base matrix: `out += up (down x)` for the rows of one adapter, `out += ...` of
 //! another's for the next rows, in one go (LoRA, arXiv:2106.09685; segments of rows as in Punica, arXiv:2310.18547).
 //!
-//! It knows rows, matrices and buffers, not adapters or layers. The first half of all segments is one parallel region, the
-//! second half another, or a part of the gated product's. Rows that no segment names are neither read nor written.
+//! It knows rows, matrices and buffers, not adapters or layers. The first half of all segments is one parallel region; the
+//! second half belongs to the base product's: a piece adds it to its own outputs while they are in the caches. Rows that no
+//! segment names are neither read nor written.
 //! Invariant: what a row gets depends on its own segment's matrices alone, not on where the row stands or on who else is
 //! there.
 
@@ -44,20 +45,14 @@ pub struct LowRank {
     places: Vec<usize>,
 }
 
-/// Second halves, to be added to products of as many rows as the activations had.
-#[derive(Clone, Copy)]
-pub(super) struct Addends<'a, const N: usize> {
+/// Second halves, which N products of as many rows as the activations had are to add: what [`Cpu::low_rank_down`] gives.
+#[derive(Clone, Copy, Debug)]
+pub struct Addends<'a, const N: usize> {
     segments: &'a [LowRankSegment<'a, N>],
     low_rank: &'a LowRank,
 }
 
 impl LowRank {
-    /// What [`Cpu::low_rank_down`] made for these segments, in the form the gated product takes.
-    pub(super) fn addends<'a, const N: usize>(&'a self, segments: &'a [LowRankSegment<'a, N>]) -> Addends<'a, N> {
-        assert_eq!(self.places.len(), segments.len() * N, "the first halves were made for other segments");
-        Addends { segments, low_rank: self }
-    }
-
     /// What a first half gave, as the second reads it.
     fn inputs(&self, place: usize, num_rows: usize, rank: usize) -> Inputs<'_> {
         Inputs::dense(num_rows, rank, &self.inner[place..place + num_rows * rank])
@@ -65,32 +60,33 @@ impl LowRank {
 }
 
 impl<const N: usize> Addends<'_, N> {
-    /// Adds to `out`, which has outputs `cols` (from a multiple of 16 on) of the rows `rows`, `stride` apart, what their
-    /// segments have for product number `product`.
-    pub(super) fn add(
-        &self,
-        cpu: &Cpu,
-        product: usize,
-        rows: &Range<usize>,
-        cols: &Range<usize>,
-        stride: usize,
-        out: &mut [f32],
-    ) {
+    /// Panics where a pair has more or fewer outputs than the product it is for.
+    pub(super) fn check(&self, product: usize, outputs: usize) {
+        for pair in self.segments.iter().filter_map(|segment| segment.pairs[product]) {
+            let met = pair.up.rows();
+            assert_eq!(met, outputs, "a pair of {met} outputs beside a matrix of {outputs}");
+        }
+    }
+
+    /// Adds to the outputs `cols` of the rows `rows`, which are the calling task's, what their segments have for product
+    /// number `product`.
+    pub(super) fn add(&self, cpu: &Cpu, product: usize, rows: &Range<usize>, cols: &Range<usize>, out: &Output<'_>) {
         for (index, segment) in self.segments.iter().enumerate() {
             let common = segment.rows.start.max(rows.start)..segment.rows.end.min(rows.end);
             let Some(pair) = segment.pairs[product].filter(|_| !common.is_empty()) else { continue };
             let rank = pair.up.cols();
             let first = self.low_rank.places[index * N + product] + (common.start - segment.rows.start) * rank;
             let x = self.low_rank.inputs(first, common.len(), rank);
-            let elements = SharedMut::new(&mut out[(common.start - rows.start) * stride..][..common.len() * stride]);
-            let out = Output { elements, stride, first_m: 0, rows: cols.clone(), bias: None, accumulate: true };
+            let start = out.index(common.start, cols.start);
+            let elements = out.elements.part(start..start + (common.len() - 1) * out.stride + cols.len());
+            let out = Output { elements, first_m: 0, rows: cols.clone(), bias: None, accumulate: true, ..*out };
             let tiles = cols.start / DENSE_TILE_ROWS..cols.end.div_ceil(DENSE_TILE_ROWS);
             cpu.tiles(&x, pair.up, tiles, 0..x.panels().num_panels(), &out);
         }
     }
 }
 
-/// A half of a pair for a segment's rows.
+/// The first half of a pair for a segment's rows.
 struct Job<'a> {
     x: Inputs<'a>,
     weights: &'a Matrix,
@@ -141,13 +137,14 @@ impl<'a, F: Fn(usize) -> Option<Job<'a>> + Sync> Jobs<'a, F> {
 
 impl Cpu {
     /// The first halves: `down x` of every segment and product, kept in `low_rank`. Segments ascend and do not overlap.
-    pub fn low_rank_down<const N: usize>(
+    /// What comes back is for the products of the same activations.
+    pub fn low_rank_down<'a, const N: usize>(
         &self,
         x: &Activations,
-        segments: &[LowRankSegment<'_, N>],
-        low_rank: &mut LowRank,
-    ) {
-        let LowRank { gathered, inner, places } = low_rank;
+        segments: &'a [LowRankSegment<'a, N>],
+        low_rank: &'a mut LowRank,
+    ) -> Addends<'a, N> {
+        let LowRank { gathered, inner, places } = &mut *low_rank;
         let len = self.place(x, segments, places);
         // What is left over from earlier is overwritten.
         inner.resize(inner.len().max(len), 0.0);
@@ -183,33 +180,7 @@ impl Cpu {
             },
         }
         .run();
-    }
-
-    /// The second halves: `out[row] += up (down x[row])` for the rows of the segments that [`Cpu::low_rank_down`] was given.
-    /// Each `out: [x.num_rows(), outputs]`.
-    pub fn low_rank_up<const N: usize>(
-        &self,
-        segments: &[LowRankSegment<'_, N>],
-        low_rank: &LowRank,
-        outs: [&mut [f32]; N],
-    ) {
-        let addends = low_rank.addends(segments);
-        let outs = outs.map(|out| (out.len(), SharedMut::new(out)));
-        Jobs {
-            cpu: self,
-            len: segments.len() * N,
-            job: |index: usize| {
-                let segment = &segments[index / N];
-                let pair = segment.pairs[index % N]?;
-                let (width, (len, elements)) = (pair.up.rows(), &outs[index % N]);
-                assert!(segment.rows.end * width <= *len, "rows {:?} of {width} in a buffer of {len}", segment.rows);
-                let elements = elements.part(segment.rows.start * width..segment.rows.end * width);
-                let out = Output { elements, stride: width, first_m: 0, rows: 0..width, bias: None, accumulate: true };
-                let x = addends.low_rank.inputs(low_rank.places[index], segment.rows.len(), pair.up.cols());
-                Some(Job { x, weights: pair.up, out })
-            },
-        }
-        .run();
+        Addends { segments, low_rank }
     }
 
     /// Checks the segments and says where their first halves go; how long all are.

@@ -7,6 +7,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use super::activations::{Activations, Inputs};
+use super::low_rank::Addends;
 use super::pool::SharedMut;
 use super::task::{DenseTask, Line, Output, QuantGroup, QuantTask};
 use super::{Cpu, PIECES_PER_THREAD};
@@ -29,42 +30,47 @@ impl Cpu {
     /// `out = x . w^T (+ bias)`, `out: [x.num_rows(), w.rows()]`. Each output's sum order depends on the inner
     /// dimension only.
     pub fn matmul(&self, x: &Activations, w: &Matrix, bias: Option<&[f32]>, out: &mut [f32]) {
-        self.product(x, w, bias, out, false);
+        self.matmul_all(x, [Product { weights: w, bias, out }], None);
     }
 
     /// `out += x . w^T (+ bias)`, `out: [x.num_rows(), w.rows()]`.
     pub fn matmul_add(&self, x: &Activations, w: &Matrix, bias: Option<&[f32]>, out: &mut [f32]) {
-        self.product(x, w, bias, out, true);
+        self.matmul_add_all(x, [Product { weights: w, bias, out }], None);
     }
 
-    /// Several products of the same activations in one parallel region: each `out = x . w^T (+ bias)`.
-    pub fn matmul_all<const N: usize>(&self, x: &Activations, products: [Product<'_>; N]) {
+    /// Several products of the same activations in one parallel region: each `out = x . w^T (+ bias) (+ addends)`.
+    pub fn matmul_all<const N: usize>(
+        &self,
+        x: &Activations,
+        products: [Product<'_>; N],
+        addends: Option<Addends<'_, N>>,
+    ) {
         let x = &x.inputs();
-        self.products(x, &products.map(|Product { weights, bias, out }| self.part(x, weights, bias, out, false)));
+        self.products(x, &products.map(|product| self.part(x, product, false)), addends);
     }
 
-    fn product(&self, x: &Activations, w: &Matrix, bias: Option<&[f32]>, out: &mut [f32], accumulate: bool) {
+    /// [`Cpu::matmul_all`], but added to what is there: each `out += x . w^T (+ bias) (+ addends)`.
+    pub fn matmul_add_all<const N: usize>(
+        &self,
+        x: &Activations,
+        products: [Product<'_>; N],
+        addends: Option<Addends<'_, N>>,
+    ) {
         let x = &x.inputs();
-        self.products(x, &[self.part(x, w, bias, out, accumulate)]);
+        self.products(x, &products.map(|product| self.part(x, product, true)), addends);
     }
 
     /// A product, checked.
-    fn part<'a>(
-        &self,
-        x: &Inputs<'_>,
-        w: &'a Matrix,
-        bias: Option<&'a [f32]>,
-        out: &'a mut [f32],
-        accumulate: bool,
-    ) -> Part<'a> {
-        let (m, rows) = (x.num_rows(), w.rows());
-        let (tiles, tile_rows) = self.check(x, w);
+    fn part<'a>(&self, x: &Inputs<'_>, product: Product<'a>, accumulate: bool) -> Part<'a> {
+        let Product { weights, bias, out } = product;
+        let (m, rows) = (x.num_rows(), weights.rows());
+        let (tiles, tile_rows) = self.check(x, weights);
         assert_eq!(out.len(), m * rows, "a product of {m} x {rows} into a buffer of {}", out.len());
         if let Some(bias) = bias {
             assert_eq!(bias.len(), rows, "a bias of {} for {rows} outputs", bias.len());
         }
         let out = Output { elements: SharedMut::new(out), stride: rows, first_m: 0, rows: 0..rows, bias, accumulate };
-        Part { weights: w, tiles, tile_macs: tile_rows * w.cols() * m, out }
+        Part { weights, tiles, tile_rows, out }
     }
 
     /// A matrix's tiles and their rows; panics where it does not fit the activations or the instruction set.
@@ -97,22 +103,40 @@ impl Cpu {
     }
 
     /// One region for all parts: pieces of tiles, shared out by the work in them.
-    fn products<const N: usize>(&self, x: &Inputs<'_>, parts: &[Part<'_>; N]) {
+    fn products<const N: usize>(&self, x: &Inputs<'_>, parts: &[Part<'_>; N], addends: Option<Addends<'_, N>>) {
         if x.num_rows() == 0 {
             return;
         }
-        self.with_inputs(x, parts.each_ref().map(|part| part.weights), |x| self.run_products(&x, parts));
+        if let Some(addends) = &addends {
+            for (product, part) in parts.iter().enumerate() {
+                addends.check(product, part.weights.rows());
+            }
+        }
+        let weights = parts.each_ref().map(|part| part.weights);
+        self.with_inputs(x, weights, |x| self.run_products(&x, parts, addends.as_ref()));
     }
 
     /// Of what each part reads.
-    fn run_products<const N: usize>(&self, x: &[Inputs<'_>; N], parts: &[Part<'_>; N]) {
-        let macs = |part: &Part<'_>| part.tiles * part.tile_macs;
+    fn run_products<const N: usize>(
+        &self,
+        x: &[Inputs<'_>; N],
+        parts: &[Part<'_>; N],
+        addends: Option<&Addends<'_, N>>,
+    ) {
+        let piece_of = |at: usize, piece: usize, num_pieces: usize| {
+            let (x, part) = (&x[at], &parts[at]);
+            let tiles = piece * part.tiles / num_pieces..(piece + 1) * part.tiles / num_pieces;
+            let cols = tiles.start * part.tile_rows..(tiles.end * part.tile_rows).min(part.weights.rows());
+            self.tiles(x, part.weights, tiles, 0..x.panels().num_panels(), &part.out);
+            if let Some(addends) = addends {
+                addends.add(self, at, &(0..x.num_rows()), &cols, &part.out);
+            }
+        };
+        let macs = |part: &Part<'_>| part.tiles * part.tile_rows * part.weights.cols() * x[0].num_rows();
         let total: usize = parts.iter().map(macs).sum();
         let num_wanted = (self.threads() * PIECES_PER_THREAD).min(total / MIN_PIECE_MACS);
         if num_wanted <= 1 || self.threads() == 1 {
-            for (x, part) in x.iter().zip(parts) {
-                self.tiles(x, part.weights, 0..part.tiles, 0..x.panels().num_panels(), &part.out);
-            }
+            (0..N).for_each(|at| piece_of(at, 0, 1));
             return;
         }
         let num_pieces: [usize; N] = std::array::from_fn(|at| {
@@ -120,10 +144,9 @@ impl Cpu {
             (num_wanted * macs(part) / total.max(1)).clamp(1, part.tiles.max(1))
         });
         self.pool.run(num_pieces.iter().sum(), |mut index| {
-            for ((x, part), &num_pieces) in x.iter().zip(parts).zip(&num_pieces) {
+            for (at, &num_pieces) in num_pieces.iter().enumerate() {
                 if index < num_pieces {
-                    let tiles = index * part.tiles / num_pieces..(index + 1) * part.tiles / num_pieces;
-                    return self.tiles(x, part.weights, tiles, 0..x.panels().num_panels(), &part.out);
+                    return piece_of(at, index, num_pieces);
                 }
                 index -= num_pieces;
             }
@@ -183,8 +206,7 @@ pub struct Product<'a> {
 struct Part<'a> {
     weights: &'a Matrix,
     tiles: usize,
-    /// Multiply-adds of a tile with all activation rows.
-    tile_macs: usize,
+    tile_rows: usize,
     out: Output<'a>,
 }
 

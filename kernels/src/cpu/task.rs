@@ -136,14 +136,18 @@ impl Output<'_> {
         (m - self.first_m) * self.stride + row - self.rows.start
     }
 
-    /// Finishes output elements `(m, first_row..)` with their sums; as many as there are rows left.
+    /// Finishes output elements `(m, first_row..)` with their sums: those that have an output.
     ///
     /// # Safety
     /// The elements belong to the calling task.
     #[inline(always)]
     pub(crate) unsafe fn store(&self, m: usize, first_row: usize, sums: &[f32]) {
-        let len = sums.len().min(self.rows.end - first_row);
-        let start = self.index(m, first_row);
+        let rows = first_row.max(self.rows.start)..(first_row + sums.len()).min(self.rows.end);
+        if rows.is_empty() {
+            return;
+        }
+        let sums = &sums[rows.start - first_row..rows.end - first_row];
+        let (start, first_row, len) = (self.index(m, rows.start), rows.start, rows.len());
         // SAFETY: passed on to the caller.
         let out = unsafe { self.elements.slice(start..start + len) };
         for (r, (out, &sum)) in out.iter_mut().zip(sums).enumerate() {

@@ -156,14 +156,14 @@ pub(crate) fn gated(cpu: &Cpu, x: &[f32], m: usize, wanted: &GatedProduct<'_>) -
     let gate = wanted.gate.weights;
     let matrices = [Some(gate), wanted.up.map(|up| up.weights)].into_iter().flatten();
     cpu.prepare(x, m, gate.cols(), Form::of(matrices), &mut activations);
-    cpu.gated_matmul(&activations, wanted, Form::F32, &mut out);
+    cpu.gated_matmul(&activations, wanted, None, Form::F32, &mut out);
     let rows = out.rows().to_vec();
     if gate.rows().is_multiple_of(32) {
         // What a quantised matrix makes of them tells the int8 groups apart.
         let probe = W8.matrix(cpu.isa(), 19, gate.rows(), 5);
         let expected = product(cpu, &rows, m, &probe, None);
         for form in [Form::Int8, Form::Both] {
-            cpu.gated_matmul(&activations, wanted, form, &mut other);
+            cpu.gated_matmul(&activations, wanted, None, form, &mut other);
             let mut product = vec![f32::NAN; expected.len()];
             cpu.matmul(&other, &probe, None, &mut product);
             assert_eq!(bits(&product), bits(&expected), "{form:?}");

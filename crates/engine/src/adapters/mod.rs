@@ -249,6 +249,15 @@ pub enum AdapterError {
         /// What is wrong with it.
         reason: String,
     },
+    /// As many requests as may wait at all wait for adapters.
+    #[error(
+        "{max_waiting} requests wait for adapters to be read, which is the limit: try again later, or raise \
+         --max-queued-requests"
+    )]
+    QueueFull {
+        /// The bound.
+        max_waiting: usize,
+    },
     /// Every place is taken for good.
     #[error("{reason}")]
     NoRoom {

@@ -31,6 +31,8 @@ struct Shared {
     config: AdapterPoolConfig,
     reader: Box<dyn ReadAdapter>,
     commands: mpsc::Sender<Command>,
+    /// Requests that may wait for adapters at one time.
+    max_waiting: usize,
     state: Mutex<State>,
     /// Something was read, let go or made idle.
     changed: Notify,
@@ -98,9 +100,10 @@ impl AdapterPool {
         config: AdapterPoolConfig,
         reader: Box<dyn ReadAdapter>,
         commands: mpsc::Sender<Command>,
+        max_waiting: usize,
     ) -> Self {
         let state = Mutex::new(State::new(config.max_loras, config.max_cpu_loras));
-        Self(Arc::new(Shared { config, reader, commands, state, changed: Notify::new() }))
+        Self(Arc::new(Shared { config, reader, commands, max_waiting, state, changed: Notify::new() }))
     }
 
     /// What it was made with.
@@ -209,7 +212,8 @@ impl AdapterPool {
     /// the places it counts to. Dropping the future ends the wait, not the reading.
     ///
     /// # Errors
-    /// [`AdapterError::Unknown`], [`AdapterError::Unreadable`], [`AdapterError::NoRoom`].
+    /// [`AdapterError::Unknown`], [`AdapterError::Unreadable`], [`AdapterError::NoRoom`]; [`AdapterError::QueueFull`] where it
+    /// would have to wait and too many do.
     pub async fn acquire(&self, name: &str, who: Option<&Arc<str>>) -> Result<AdapterLease, AdapterError> {
         let (mut since, mut waiting) = (None, None);
         loop {
@@ -222,12 +226,13 @@ impl AdapterPool {
                 Next::Fail(error) => return Err(error),
                 Next::Wait(attempt) => {
                     since = attempt.or(since);
-                    waiting.get_or_insert_with(|| self.waiting(name));
+                    if waiting.is_none() {
+                        waiting = Some(self.waiting(name)?);
+                    }
                     changed.await;
                 }
                 Next::Read { attempt } => {
                     since = Some(attempt);
-                    waiting.get_or_insert_with(|| self.waiting(name));
                     if let Some(spec) = self.spec(name) {
                         // On a task of its own: who comes after waits for it, also when this request is gone.
                         let pool = self.clone();
@@ -235,15 +240,21 @@ impl AdapterPool {
                             let _told_to_those_who_wait = pool.read(spec, attempt).await;
                         });
                     }
+                    if waiting.is_none() {
+                        waiting = Some(self.waiting(name)?);
+                    }
                     changed.await;
                 }
             }
         }
     }
 
-    fn waiting<'a>(&'a self, name: &'a str) -> Waiting<'a> {
-        self.change(|state| state.wait(name));
-        Waiting { pool: self, name }
+    fn waiting<'a>(&'a self, name: &'a str) -> Result<Waiting<'a>, AdapterError> {
+        let max_waiting = self.0.max_waiting;
+        if !self.change(|state| state.try_wait(name, max_waiting)) {
+            return Err(AdapterError::QueueFull { max_waiting });
+        }
+        Ok(Waiting { pool: self, name })
     }
 
     async fn read(&self, spec: AdapterSpec, attempt: u64) -> Result<(), AdapterError> {

@@ -238,10 +238,15 @@ impl State {
         }
     }
 
-    pub(super) fn wait(&mut self, name: &str) {
+    /// Counts a request in, unless `max_waiting` wait already, for whatever adapters.
+    pub(super) fn try_wait(&mut self, name: &str, max_waiting: usize) -> bool {
+        if self.entries.values().map(|entry| entry.num_waiting).sum::<usize>() >= max_waiting {
+            return false;
+        }
         if let Some(entry) = self.entries.get_mut(name) {
             entry.num_waiting += 1;
         }
+        true
     }
 
     pub(super) fn end_wait(&mut self, name: &str) {

@@ -7,9 +7,9 @@
 use std::{mem, ops::Range};
 
 use bindery_kernels::{
-    Activations, AttentionArgs, AttentionSequence, Cpu, ExpertWeights, Form, GatedProduct, Isa, KvCache, KvDtype,
-    KvShape, LayerNorm, LowRank, LowRankPair, LowRankSegment, Matrix, Mixture, Norm, Product, Projection, RoutingArgs,
-    Shares,
+    Activations, Addends, AttentionArgs, AttentionSequence, Cpu, ExpertWeights, Form, GatedProduct, Isa, KvCache,
+    KvDtype, KvShape, LayerNorm, LowRank, LowRankPair, LowRankSegment, Matrix, Mixture, Norm, Product, Projection,
+    RoutingArgs, Shares,
 };
 
 use crate::{
@@ -191,30 +191,26 @@ fn add_branch(
     branch: &mut Vec<f32>,
     hidden: &mut [f32],
 ) -> Result<(), ModelError> {
+    let addends = addends(cpu, x, segments, low_rank);
+    let product = |out| [Product { weights: &linear.weight, bias: linear.bias.as_deref(), out }];
     let Some(post_norm) = post_norm else {
-        cpu.matmul_add(x, &linear.weight, linear.bias.as_deref(), hidden);
-        add_low_rank(cpu, x, segments, low_rank, [hidden]);
+        cpu.matmul_add_all(x, product(hidden), addends);
         return Ok(());
     };
     let branch = sized(branch, hidden.len())?;
-    cpu.matmul(x, &linear.weight, linear.bias.as_deref(), branch);
-    add_low_rank(cpu, x, segments, low_rank, [branch]);
+    cpu.matmul_all(x, product(branch), addends);
     cpu.norm_add(branch, &post_norm, hidden);
     Ok(())
 }
 
-/// Adds the adapters' products to those of the base.
-fn add_low_rank<const N: usize>(
+/// What the adapters add to the next products of `x`.
+fn addends<'a, const N: usize>(
     cpu: &Cpu,
     x: &Activations,
-    segments: &[Segment<'_, N>],
-    low_rank: &mut LowRank,
-    outs: [&mut [f32]; N],
-) {
-    if !segments.is_empty() {
-        cpu.low_rank_down(x, segments, low_rank);
-        cpu.low_rank_up(segments, low_rank, outs);
-    }
+    segments: &'a [Segment<'a, N>],
+    low_rank: &'a mut LowRank,
+) -> Option<Addends<'a, N>> {
+    (!segments.is_empty()).then(|| cpu.low_rank_down(x, segments, low_rank))
 }
 
 /// The first half of an MLP.
@@ -266,12 +262,7 @@ impl CpuBackend {
         let product = gated_product(mlp, config.mlp.activation);
         let form = Form::of([&mlp.down.weight]);
         let both = segments(step.adapters, |weights| &weights.layers[layer.index].gated, &mut room.1);
-        if both.is_empty() {
-            cpu.gated_matmul(activations, &product, form, gated);
-        } else {
-            cpu.low_rank_down(activations, &both, low_rank);
-            cpu.gated_matmul_low_rank(activations, &product, (&both, low_rank), form, gated);
-        }
+        cpu.gated_matmul(activations, &product, addends(cpu, activations, &both, low_rank), form, gated);
         room.1 = recycled(both);
         let down = segments(step.adapters, |weights| &weights.layers[layer.index].down, &mut room.0);
         let post_norm = post_norm.map(|post_norm| norm(config, post_norm));
@@ -311,7 +302,7 @@ impl CpuBackend {
         };
         cpu.experts(activations, mixture, expert, out);
         if let Some(SharedExpert { mlp, gate }) = &weights.shared {
-            cpu.gated_matmul(activations, &gated_product(mlp, activation), Form::of([&mlp.down.weight]), gated);
+            cpu.gated_matmul(activations, &gated_product(mlp, activation), None, Form::of([&mlp.down.weight]), gated);
             let shared = sized(shared, out.len())?;
             cpu.matmul(gated, &mlp.down.weight, mlp.down.bias.as_deref(), shared);
             let gates = sized(shared_gates, rows)?;
@@ -435,12 +426,12 @@ impl Backend for CpuBackend {
         let projections = [&weights.q, &weights.k, &weights.v];
         let form = Form::of(projections.map(|projection| &projection.weight));
         cpu.norm(hidden, rows, &norm(&self.config, &weights.norm), form, activations);
+        let all = segments(step.adapters, |weights| &weights.layers[layer.index].qkv, &mut room.2);
         cpu.matmul_all(
             activations,
             [product(&weights.q, queries), product(&weights.k, keys), product(&weights.v, values)],
+            addends(cpu, activations, &all, low_rank),
         );
-        let all = segments(step.adapters, |weights| &weights.layers[layer.index].qkv, &mut room.2);
-        add_low_rank(cpu, activations, &all, low_rank, [&mut *queries, &mut *keys, &mut *values]);
         room.2 = recycled(all);
         if let Some([query_norm, key_norm]) = &weights.head_norms {
             cpu.norm_in_place(queries, &norm(&self.config, query_norm));
@@ -540,9 +531,9 @@ impl Backend for CpuBackend {
         let kept = &kept[rows.start * hidden_size..rows.end * hidden_size];
         let HeadWeights { norm, weight, bias } = *weights;
         self.cpu.norm(kept, rows.len(), &self::norm(&self.config, norm), Form::of([weight]), activations);
-        self.cpu.matmul(activations, weight, bias.map(Vec::as_slice), out);
         let head = segments(adapters, |weights| &weights.head, &mut room.0);
-        add_low_rank(&self.cpu, activations, &head, low_rank, [&mut *out]);
+        let product = Product { weights: weight, bias: bias.map(Vec::as_slice), out: &mut *out };
+        self.cpu.matmul_all(activations, [product], addends(&self.cpu, activations, &head, low_rank));
         room.0 = recycled(head);
         if logit_scale != 1.0 || logit_soft_cap.is_some() {
             self.cpu.scale_and_cap(out, logit_scale, logit_soft_cap);

@@ -53,6 +53,7 @@ impl QuantLanes for Rows8 {
     /// Sixteen 16-bit sums, two a row.
     type Narrow = __m256i;
     const BYTES_OFFSET: i32 = 0;
+    const PANEL_TILES: usize = 2;
 
     #[inline(always)]
     unsafe fn in_order(narrow: __m256i) -> __m256i {

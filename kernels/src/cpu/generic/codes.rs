@@ -33,14 +33,14 @@ pub(in crate::cpu) trait Codes {
         sums: &mut Sums<Q, N>,
     );
 
-    /// As `add_pair`, from codes that `unpack` wrote: a vector a quad.
+    /// As `add_pair`, for T tiles at once, from codes that `unpack` wrote: a vector a quad.
     ///
     /// # Safety
-    /// As `add_pair`; `codes` is a whole activation group's, unpacked.
-    unsafe fn add_unpacked<Q: QuantLanes, const N: usize, const J: usize>(
-        codes: *const u8,
+    /// As `add_pair`; each of `codes` is a whole activation group's, unpacked.
+    unsafe fn add_unpacked<Q: QuantLanes, const N: usize, const T: usize, const J: usize>(
+        codes: [*const u8; T],
         x: &[*const i8; N],
-        sums: &mut Sums<Q, N>,
+        sums: &mut [Sums<Q, N>; T],
     );
 
     /// Lays an activation group's codes out as a vector a quad.
@@ -54,6 +54,7 @@ pub(in crate::cpu) trait Codes {
 }
 
 /// A group's integer sums for N rows of activations: those being added to, and those in 32 bits.
+#[derive(Clone, Copy)]
 pub(in crate::cpu) struct Sums<Q: QuantLanes, const N: usize> {
     narrow: [Q::Narrow; N],
     pub(super) wide: [Q::Sums; N],
@@ -162,6 +163,43 @@ macro_rules! unpack_quads {
     };
 }
 
+/// Adds the dot products of quads `quad` and `quad + 1` of T unpacked tiles with the eight activations at each `x`. Of
+/// several tiles those of a row of activations follow each other, so that what was broadcast serves them all.
+///
+/// # Safety
+/// As [`QuantLanes`]; each of `codes` is a whole activation group's, unpacked.
+#[inline(always)]
+unsafe fn add_quads<Q: QuantLanes, const N: usize, const T: usize>(
+    codes: [*const u8; T],
+    quad: usize,
+    x: &[*const i8; N],
+    sums: &mut [Sums<Q, N>; T],
+) {
+    // SAFETY: the caller's duties are the same.
+    unsafe {
+        let mut first = [Q::load_codes(codes[0].add(quad * 4 * Q::ROWS)); T];
+        let mut second = [Q::load_codes(codes[0].add((quad + 1) * 4 * Q::ROWS)); T];
+        if T == 1 {
+            Q::dot_two(&mut sums[0].narrow, first[0], second[0], x);
+            return;
+        }
+        for t in 1..T {
+            first[t] = Q::load_codes(codes[t].add(quad * 4 * Q::ROWS));
+            second[t] = Q::load_codes(codes[t].add((quad + 1) * 4 * Q::ROWS));
+        }
+        for n in 0..N {
+            for t in 0..T {
+                sums[t].narrow[n] = Q::in_order(Q::dot(sums[t].narrow[n], first[t], x[n]));
+            }
+        }
+        for n in 0..N {
+            for t in 0..T {
+                sums[t].narrow[n] = Q::in_order(Q::dot(sums[t].narrow[n], second[t], x[n].add(4)));
+            }
+        }
+    }
+}
+
 /// Widths whose codes are cut out of vectors, as `CodeBits::pieces` says. `pairs` is how many steps of two quads 16 bits
 /// hold: a pair sum is at most 2 * (2^bits - 1) * 127, and a step adds two of them.
 macro_rules! short_codes {
@@ -201,18 +239,18 @@ macro_rules! short_codes {
                 }
 
                 #[inline(always)]
-                unsafe fn add_unpacked<Q: QuantLanes, const N: usize, const J: usize>(
-                    codes: *const u8,
+                unsafe fn add_unpacked<Q: QuantLanes, const N: usize, const T: usize, const J: usize>(
+                    codes: [*const u8; T],
                     x: &[*const i8; N],
-                    sums: &mut Sums<Q, N>,
+                    sums: &mut [Sums<Q, N>; T],
                 ) {
                     // SAFETY: the caller's duties; there are eight quads of codes and of activations.
                     unsafe {
-                        let first = Q::load_codes(codes.add(2 * J * 4 * Q::ROWS));
-                        let second = Q::load_codes(codes.add((2 * J + 1) * 4 * Q::ROWS));
-                        Q::dot_two(&mut sums.narrow, first, second, &x.map(|x| x.add(8 * J)));
+                        add_quads::<Q, N, T>(codes, 2 * J, &x.map(|x| x.add(8 * J)), sums);
                         if (J + 1).is_multiple_of($pairs) {
-                            sums.widen();
+                            for t in 0..T {
+                                sums[t].widen();
+                            }
                         }
                     }
                 }
@@ -293,16 +331,18 @@ macro_rules! book_codes {
                 }
 
                 #[inline(always)]
-                unsafe fn add_unpacked<Q: QuantLanes, const N: usize, const J: usize>(
-                    codes: *const u8,
+                unsafe fn add_unpacked<Q: QuantLanes, const N: usize, const T: usize, const J: usize>(
+                    codes: [*const u8; T],
                     x: &[*const i8; N],
-                    sums: &mut Sums<Q, N>,
+                    sums: &mut [Sums<Q, N>; T],
                 ) {
                     // SAFETY: the caller's duties; there are eight vectors of bytes and eight quads of activations.
                     unsafe {
-                        let first = Q::bytes(Q::load_codes(codes.add(2 * J * 4 * Q::ROWS)));
-                        let second = Q::bytes(Q::load_codes(codes.add((2 * J + 1) * 4 * Q::ROWS)));
-                        sums.add_bytes::<J, $group>(first, second, x);
+                        for t in 0..T {
+                            let first = Q::bytes(Q::load_codes(codes[t].add(2 * J * 4 * Q::ROWS)));
+                            let second = Q::bytes(Q::load_codes(codes[t].add((2 * J + 1) * 4 * Q::ROWS)));
+                            sums[t].add_bytes::<J, $group>(first, second, x);
+                        }
                     }
                 }
 
@@ -356,13 +396,15 @@ impl Codes for Eight {
 
     /// Bytes are unpacked as they lie.
     #[inline(always)]
-    unsafe fn add_unpacked<Q: QuantLanes, const N: usize, const J: usize>(
-        codes: *const u8,
+    unsafe fn add_unpacked<Q: QuantLanes, const N: usize, const T: usize, const J: usize>(
+        codes: [*const u8; T],
         x: &[*const i8; N],
-        sums: &mut Sums<Q, N>,
+        sums: &mut [Sums<Q, N>; T],
     ) {
-        // SAFETY: the caller's duties are the same.
-        unsafe { Self::add_pair::<Q, N, J>(codes, codes, x, sums) };
+        for t in 0..T {
+            // SAFETY: the caller's duties are the same.
+            unsafe { Self::add_pair::<Q, N, J>(codes[t], codes[t], x, &mut sums[t]) };
+        }
     }
 
     #[inline(always)]

@@ -5,7 +5,7 @@
 
 use super::block::multiply_add;
 use super::{Element, Lanes};
-use crate::cpu::task::DenseTask;
+use crate::cpu::task::{DenseTask, Output};
 use crate::matrix::{DENSE_TILE_ROWS, DenseElement};
 
 /// How far ahead of a load weights are asked for.
@@ -92,12 +92,37 @@ unsafe fn rows<L: Lanes, E: Element + DenseElement, const Q: usize, const V: usi
         }
         let mut acc = [[L::splat(0.0); V]; Q];
         multiply_add::<L, E, Q, V, AHEAD>(a, cols, b, DENSE_TILE_ROWS, &mut acc);
-        let mut sums = [0.0; DENSE_TILE_ROWS];
         for q in 0..Q {
             for v in 0..V {
-                acc[q][v].store(sums.as_mut_ptr());
-                task.out.store(m + q, (tile + v) * DENSE_TILE_ROWS, &sums);
+                store(task.out, m + q, (tile + v) * DENSE_TILE_ROWS, acc[q][v]);
             }
         }
+    }
+}
+
+/// A tile's sums of row `m`, finished. Element by element took as long as the product of a low-rank pair itself.
+///
+/// # Safety
+/// As [`Lanes`]; the elements belong to the task.
+#[inline(always)]
+unsafe fn store<L: Lanes>(out: &Output<'_>, m: usize, first_row: usize, sums: L) {
+    // SAFETY: the slices have a vector's elements where vectors touch them; else the caller's duty.
+    unsafe {
+        if first_row < out.rows.start || first_row + DENSE_TILE_ROWS > out.rows.end {
+            let mut tail = [0.0; DENSE_TILE_ROWS];
+            sums.store(tail.as_mut_ptr());
+            out.store(m, first_row, &tail);
+            return;
+        }
+        let start = out.index(m, first_row);
+        let to = out.elements.slice(start..start + DENSE_TILE_ROWS).as_mut_ptr();
+        let mut sums = sums;
+        if let Some(bias) = out.bias {
+            sums = sums.add(L::load(bias[first_row..first_row + DENSE_TILE_ROWS].as_ptr()));
+        }
+        if out.accumulate {
+            sums = L::load(to).add(sums);
+        }
+        sums.store(to);
     }
 }

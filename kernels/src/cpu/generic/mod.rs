@@ -82,6 +82,8 @@ pub(super) trait QuantLanes: Copy {
     type Narrow: Copy;
     /// What `bytes` adds to codes: sets that multiply unsigned by signed shift them into range.
     const BYTES_OFFSET: i32;
+    /// Unpacked tiles that meet many rows together: 1 or 2. Two share what is broadcast, and take twice the accumulators.
+    const PANEL_TILES: usize = 1;
 
     /// A vector of codes as it lies there.
     unsafe fn load_codes(from: *const u8) -> Self::Codes;

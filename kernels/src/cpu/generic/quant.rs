@@ -13,7 +13,7 @@
 //!
 //! For many rows (three panels of them and more) a tile's codes and scales are unpacked once, some groups at a time, into
 //! memory that stays in the first-level cache, and every panel passes over that; the sums are the same ones in the same
-//! order.
+//! order. Sets of few lanes take two tiles at once, so that an activation broadcast once meets both.
 //!
 //! What pays (figures in `benches/RESULTS.md`): weights are asked for some groups ahead; N rows' sums advance in turns,
 //! held in place by `in_order`, because the chain of a single row's eight dependent products is longer than a core looks
@@ -28,7 +28,9 @@
 //!
 //! Tried: codes of 5, 6 and 3 bits as nibbles (or pairs) and a plane of what is left. Every quad then needs two pieces,
 //! where now most need one; a lone row took 15 to 34 per cent longer. Five rows at a time on AVX2 spill. Unpacking once for
-//! two panels: 25 per cent slower than unpacking twice, as nothing is multiplied while the weights come.
+//! two panels: 25 per cent slower than unpacking twice, as nothing is multiplied while the weights come. Of two tiles, a
+//! group's sums taken in while the next group's are made, so that the floating-point part hides behind the products: nothing
+//! (Zen 2 is bound by its one unit for `maddubs` either way: 72 cycles for 16 rows, 32 inputs and 4 activations, and takes 85).
 
 use std::mem::discriminant;
 
@@ -41,20 +43,20 @@ use crate::quant_format::{CodeBook, GROUP, QuantFormat, Scaling};
 
 /// Calls `$body::<.., n>` for a count known only now.
 macro_rules! with_columns {
-    ($count:expr, $max:expr, $body:ident::<$q:ty, $codes:ty, $scales:ty>($($argument:expr),*)) => {
+    ($count:expr, $max:expr, $body:ident::<$($generic:ident),*>($($argument:expr),*)) => {
         match $count {
-            1 => $body::<$q, $codes, $scales, 1>($($argument),*),
-            2 => $body::<$q, $codes, $scales, 2>($($argument),*),
-            3 => $body::<$q, $codes, $scales, 3>($($argument),*),
-            4 => $body::<$q, $codes, $scales, 4>($($argument),*),
-            5 if $max >= 5 => $body::<$q, $codes, $scales, 5>($($argument),*),
-            6 if $max >= 6 => $body::<$q, $codes, $scales, 6>($($argument),*),
-            7 if $max >= 7 => $body::<$q, $codes, $scales, 7>($($argument),*),
-            8 if $max >= 8 => $body::<$q, $codes, $scales, 8>($($argument),*),
-            9 if $max >= 9 => $body::<$q, $codes, $scales, 9>($($argument),*),
-            10 if $max >= 10 => $body::<$q, $codes, $scales, 10>($($argument),*),
-            11 if $max >= 11 => $body::<$q, $codes, $scales, 11>($($argument),*),
-            12 if $max >= 12 => $body::<$q, $codes, $scales, 12>($($argument),*),
+            1 => $body::<$($generic),*, 1>($($argument),*),
+            2 => $body::<$($generic),*, 2>($($argument),*),
+            3 => $body::<$($generic),*, 3>($($argument),*),
+            4 => $body::<$($generic),*, 4>($($argument),*),
+            5 if $max >= 5 => $body::<$($generic),*, 5>($($argument),*),
+            6 if $max >= 6 => $body::<$($generic),*, 6>($($argument),*),
+            7 if $max >= 7 => $body::<$($generic),*, 7>($($argument),*),
+            8 if $max >= 8 => $body::<$($generic),*, 8>($($argument),*),
+            9 if $max >= 9 => $body::<$($generic),*, 9>($($argument),*),
+            10 if $max >= 10 => $body::<$($generic),*, 10>($($argument),*),
+            11 if $max >= 11 => $body::<$($generic),*, 11>($($argument),*),
+            12 if $max >= 12 => $body::<$($generic),*, 12>($($argument),*),
             _ => unreachable!("a panel of more rows than the table has columns"),
         }
     };
@@ -74,9 +76,16 @@ pub(in crate::cpu) unsafe fn multiply<Q: QuantLanes, C: Codes, S: Scales, const 
     let lens = TileLens::new(task.weights);
     // Without inputs there is nothing to unpack, and no last group to store the sums after.
     if task.panels.len() >= C::MIN_PANEL_PASSES && task.weights.groups() > 0 {
-        for tile in task.tiles.clone() {
+        let mut tile = task.tiles.start;
+        while Q::PANEL_TILES == 2 && tile + 2 <= task.tiles.end {
             // SAFETY: the caller's duties are the same.
-            unsafe { by_panels::<Q, C, S, N>(task, &lens, tile) };
+            unsafe { by_panels::<Q, C, S, N, 2>(task, &lens, tile) };
+            tile += 2;
+        }
+        while tile < task.tiles.end {
+            // SAFETY: the caller's duties are the same.
+            unsafe { by_panels::<Q, C, S, N, 1>(task, &lens, tile) };
+            tile += 1;
         }
         return;
     }
@@ -107,7 +116,7 @@ unsafe fn rows<Q: QuantLanes, C: Codes, S: Scales, const N: usize>(
         let mut acc = [Q::zero(); N];
         for group in 0..groups {
             prefetch_group::<Q, C, S>(&pointers, group + AHEAD_GROUPS);
-            add_group::<Q, C, S, _, N>(&pointers, group, first_x.add(group * N), &mut acc);
+            add_group::<Q, C, S, N>(&pointers, group, first_x.add(group * N), &mut acc);
         }
         let first_row = task.x.panels.rows_of(panel).start;
         // Through memory: a loop as long as this one would keep the accumulators there all the time.
@@ -124,44 +133,47 @@ unsafe fn rows<Q: QuantLanes, C: Codes, S: Scales, const N: usize>(
 /// Activation rows at a time at most.
 const MAX_COLUMNS: usize = 12;
 
-/// Activation groups of a tile that are unpacked together: with their scales they should stay in the first-level cache
-/// while the rows pass over them.
+/// Activation groups that are unpacked together, of T tiles a T-th of them: with their scales they should stay in the
+/// first-level cache while the rows pass over them.
 const PANEL_GROUPS: usize = 48;
 
-/// Some groups of a tile, unpacked.
+/// Some groups of T tiles, unpacked.
 struct Panel {
-    /// `[groups, 8, ROWS, 4]`
+    /// `[groups, T, 8, ROWS, 4]`
     codes: *mut u8,
-    /// `[groups of weights, ROWS]`
+    /// `[groups of weights, T, ROWS]`
     scales: *mut f32,
     /// Likewise; not touched where the format has no minimums.
     mins: *mut f32,
 }
 
-/// All of the task's rows by one tile, whose groups are unpacked some at a time; between panels a row's sums wait in
-/// memory.
+/// All of the task's rows by the tiles from `tile` on, whose groups are unpacked some at a time; between panels a row's sums
+/// wait in memory.
 ///
 /// # Safety
-/// As [`multiply`]; the tile is the task's.
+/// As [`multiply`]; the T tiles are the task's.
 #[inline(always)]
-unsafe fn by_panels<Q: QuantLanes, C: Codes, S: Scales, const N: usize>(
+unsafe fn by_panels<Q: QuantLanes, C: Codes, S: Scales, const N: usize, const T: usize>(
     task: &mut QuantTask<'_>,
     lens: &TileLens,
     tile: usize,
 ) {
     let groups = task.weights.groups();
     let per_group = GROUP / C::GROUP;
-    let panel_groups = PANEL_GROUPS.min(groups);
-    let scale_lines = panel_groups * per_group * Q::ROWS / 16;
-    let code_lines = panel_groups * 8 * Q::ROWS * 4 / 64;
+    let panel_groups = (PANEL_GROUPS / T).min(groups);
+    let scale_lines = panel_groups * per_group * T * Q::ROWS / 16;
+    let code_lines = panel_groups * T * 8 * Q::ROWS * 4 / 64;
     let all_rows = task.x.panels.rows_of_all(&task.panels);
-    let sum_lines = all_rows.len() * Q::ROWS / 16 + 1;
+    let sum_lines = all_rows.len() * T * Q::ROWS / 16 + 1;
     let num_lines = code_lines + 2 * scale_lines + 2 + sum_lines;
     if task.scratch.len() < num_lines {
         task.scratch.resize(num_lines, Line::default());
     }
-    let weights = Pointers::new(task, lens, tile);
-    // SAFETY: the scratch has room for all four parts, one after the other; groups are the tile's; rows are the task's.
+    let mut weights = [Pointers::new(task, lens, tile); T];
+    for t in 1..T {
+        weights[t] = Pointers::new(task, lens, tile + t);
+    }
+    // SAFETY: the scratch has room for all four parts, one after the other; groups are the tiles'; rows are the task's.
     unsafe {
         let lines = task.scratch.as_mut_ptr();
         let panel = Panel {
@@ -174,27 +186,48 @@ unsafe fn by_panels<Q: QuantLanes, C: Codes, S: Scales, const N: usize>(
         while first < groups {
             let count = panel_groups.min(groups - first);
             for group in 0..count {
-                let from = weights.codes.add((first + group) * C::BITS.count() * 4 * Q::ROWS);
-                C::unpack::<Q>(from, weights.book, panel.codes.add(group * 8 * 4 * Q::ROWS));
-                for part in 0..per_group {
-                    let (index, to) = ((first + group) * per_group + part, (group * per_group + part) * Q::ROWS);
-                    Q::store(S::scales::<Q, C>(&weights, index), panel.scales.add(to));
-                    if S::WITH_MINS {
-                        Q::store(S::mins::<Q, C>(&weights, index), panel.mins.add(to));
-                    }
+                for t in 0..T {
+                    unpack_group::<Q, C, S, T>(&weights[t], first + group, &panel, group, t);
                 }
             }
             let part = PanelPart { first, count, waiting };
             for rows in task.panels.clone() {
                 let num_rows = task.x.panels.rows_of(rows).len();
-                with_columns!(num_rows, N, panel_rows::<Q, C, S>(task, &weights, &panel, &part, tile, rows));
+                with_columns!(num_rows, N, panel_rows::<Q, C, S, T>(task, &weights, &panel, &part, tile, rows));
             }
             first += count;
         }
     }
 }
 
-/// Which groups a panel holds, and where sums wait for the next one, `[rows, ROWS]`.
+/// Unpacks group number `from` of a tile, the t-th of T, as the panel's group number `to`.
+///
+/// # Safety
+/// As [`QuantLanes`]; there are such groups.
+#[inline(always)]
+unsafe fn unpack_group<Q: QuantLanes, C: Codes, S: Scales, const T: usize>(
+    weights: &Pointers,
+    from: usize,
+    panel: &Panel,
+    to: usize,
+    t: usize,
+) {
+    let per_group = GROUP / C::GROUP;
+    // SAFETY: the caller's duties are the same.
+    unsafe {
+        let codes = weights.codes.add(from * C::BITS.count() * 4 * Q::ROWS);
+        C::unpack::<Q>(codes, weights.book, panel.codes.add((to * T + t) * 8 * 4 * Q::ROWS));
+        for part in 0..per_group {
+            let (index, at) = (from * per_group + part, ((to * per_group + part) * T + t) * Q::ROWS);
+            Q::store(S::scales::<Q, C>(weights, index), panel.scales.add(at));
+            if S::WITH_MINS {
+                Q::store(S::mins::<Q, C>(weights, index), panel.mins.add(at));
+            }
+        }
+    }
+}
+
+/// Which groups a panel holds, and where sums wait for the next one, `[rows, T, ROWS]`.
 struct PanelPart {
     first: usize,
     count: usize,
@@ -206,9 +239,9 @@ struct PanelPart {
 /// # Safety
 /// As [`rows`]; the panel holds the groups that `part` says, whose sums have room to wait.
 #[inline(always)]
-unsafe fn panel_rows<Q: QuantLanes, C: Codes, S: Scales, const N: usize>(
+unsafe fn panel_rows<Q: QuantLanes, C: Codes, S: Scales, const T: usize, const N: usize>(
     task: &QuantTask<'_>,
-    weights: &Pointers,
+    weights: &[Pointers; T],
     panel: &Panel,
     part: &PanelPart,
     tile: usize,
@@ -218,25 +251,33 @@ unsafe fn panel_rows<Q: QuantLanes, C: Codes, S: Scales, const N: usize>(
     let first_row = task.x.panels.rows_of(rows).start;
     // SAFETY: the pointer above has `count` groups of N rows, the panel too; the rest is the caller's duty.
     unsafe {
-        let waiting = part.waiting.add((first_row - task.x.panels.rows_of(task.panels.start).start) * Q::ROWS);
-        let mut acc = [Q::zero(); N];
+        let waiting = part.waiting.add((first_row - task.x.panels.rows_of(task.panels.start).start) * T * Q::ROWS);
+        let mut acc = [[Q::zero(); N]; T];
         if part.first > 0 {
             for n in 0..N {
-                acc[n] = Q::load(waiting.add(n * Q::ROWS));
+                for t in 0..T {
+                    acc[t][n] = Q::load(waiting.add((n * T + t) * Q::ROWS));
+                }
             }
         }
         for group in 0..part.count {
             if rows == task.panels.start {
-                prefetch_group::<Q, C, S>(weights, part.first + part.count + group);
+                for t in 0..T {
+                    prefetch_group::<Q, C, S>(&weights[t], part.first + part.count + group);
+                }
             }
-            add_group::<Q, C, S, _, N>(panel, group, first_x.add(group * N), &mut acc);
+            add_panel_group::<Q, C, S, T, N>(panel, group, first_x.add(group * N), &mut acc);
         }
         for n in 0..N {
-            Q::store(acc[n], waiting.add(n * Q::ROWS));
+            for t in 0..T {
+                Q::store(acc[t][n], waiting.add((n * T + t) * Q::ROWS));
+            }
         }
         if part.first + part.count == task.weights.groups() {
             for n in 0..N {
-                store::<Q>(task.out, first_row + n, tile, Q::load(waiting.add(n * Q::ROWS)));
+                for t in 0..T {
+                    store::<Q>(task.out, first_row + n, tile + t, Q::load(waiting.add((n * T + t) * Q::ROWS)));
+                }
             }
         }
     }
@@ -260,119 +301,157 @@ fn prefetch_group<Q: QuantLanes, C: Codes, S: Scales>(pointers: &Pointers, group
     }
 }
 
-/// Where groups of weights come from: a tile as it is packed, or some of it unpacked.
+/// An activation group of N rows as pointers: to the groups, and to their codes.
 ///
 /// # Safety
-/// Every function's duty: as [`QuantLanes`], and there is such a group.
-trait Source<Q: QuantLanes, C: Codes, S: Scales> {
-    /// As [`Codes::add_pair`], for activation group number `group`.
-    unsafe fn add_pair<const N: usize, const J: usize>(&self, group: usize, x: &[*const i8; N], sums: &mut Sums<Q, N>);
-    /// Scales of groups number `index` of the weights.
-    unsafe fn scales(&self, index: usize) -> Q::Floats;
-    /// Their minimums, where the format has them.
-    unsafe fn mins(&self, index: usize) -> Q::Floats;
-}
-
-impl<Q: QuantLanes, C: Codes, S: Scales> Source<Q, C, S> for Pointers {
-    #[inline(always)]
-    unsafe fn add_pair<const N: usize, const J: usize>(&self, group: usize, x: &[*const i8; N], sums: &mut Sums<Q, N>) {
-        // SAFETY: the caller's duties are the same.
-        unsafe { C::add_pair::<Q, N, J>(self.codes.add(group * C::BITS.count() * 4 * Q::ROWS), self.book, x, sums) };
+/// `x` is valid for N groups.
+#[inline(always)]
+unsafe fn pointers_to<const N: usize>(x: *const QuantGroup) -> ([*const QuantGroup; N], [*const i8; N]) {
+    let (mut rows, mut codes) = ([x; N], [x.cast::<i8>(); N]);
+    for n in 0..N {
+        // SAFETY: the caller's duty is the same.
+        rows[n] = unsafe { x.add(n) };
+        codes[n] = rows[n].cast();
     }
-
-    #[inline(always)]
-    unsafe fn scales(&self, index: usize) -> Q::Floats {
-        // SAFETY: the caller's duties are the same.
-        unsafe { S::scales::<Q, C>(self, index) }
-    }
-
-    #[inline(always)]
-    unsafe fn mins(&self, index: usize) -> Q::Floats {
-        // SAFETY: the caller's duties are the same.
-        unsafe { S::mins::<Q, C>(self, index) }
-    }
-}
-
-impl<Q: QuantLanes, C: Codes, S: Scales> Source<Q, C, S> for Panel {
-    #[inline(always)]
-    unsafe fn add_pair<const N: usize, const J: usize>(&self, group: usize, x: &[*const i8; N], sums: &mut Sums<Q, N>) {
-        // SAFETY: the caller's duties are the same.
-        unsafe { C::add_unpacked::<Q, N, J>(self.codes.add(group * 8 * 4 * Q::ROWS), x, sums) };
-    }
-
-    #[inline(always)]
-    unsafe fn scales(&self, index: usize) -> Q::Floats {
-        // SAFETY: the caller's duties are the same.
-        unsafe { Q::load(self.scales.add(index * Q::ROWS)) }
-    }
-
-    #[inline(always)]
-    unsafe fn mins(&self, index: usize) -> Q::Floats {
-        // SAFETY: the caller's duties are the same.
-        unsafe { Q::load(self.mins.add(index * Q::ROWS)) }
-    }
+    (rows, codes)
 }
 
 /// Takes an activation group of N rows, `x: [N]`, into their accumulators.
 ///
 /// # Safety
-/// As [`Source`]; `x` is valid for N groups.
+/// As [`QuantLanes`]; there is such a group; `x` is valid for N groups.
 #[inline(always)]
-unsafe fn add_group<Q: QuantLanes, C: Codes, S: Scales, W: Source<Q, C, S>, const N: usize>(
-    weights: &W,
+unsafe fn add_group<Q: QuantLanes, C: Codes, S: Scales, const N: usize>(
+    weights: &Pointers,
     group: usize,
     x: *const QuantGroup,
     acc: &mut [Q::Floats; N],
 ) {
     // SAFETY: the caller's duties are the same.
     unsafe {
-        let (mut rows, mut codes) = ([x; N], [x.cast::<i8>(); N]);
-        for n in 0..N {
-            rows[n] = x.add(n);
-            codes[n] = rows[n].cast();
-        }
+        let (rows, x) = pointers_to::<N>(x);
+        let (codes, book) = (weights.codes.add(group * C::BITS.count() * 4 * Q::ROWS), weights.book);
         if C::GROUP == GROUP {
             let mut sums = Sums::<Q, N>::start::<C, S>(&rows, Part::Whole);
-            weights.add_pair::<N, 0>(group, &codes, &mut sums);
-            weights.add_pair::<N, 1>(group, &codes, &mut sums);
-            weights.add_pair::<N, 2>(group, &codes, &mut sums);
-            weights.add_pair::<N, 3>(group, &codes, &mut sums);
-            finish::<Q, C, S, W, N>(weights, group, Part::Whole, &rows, &sums, acc);
+            C::add_pair::<Q, N, 0>(codes, book, &x, &mut sums);
+            C::add_pair::<Q, N, 1>(codes, book, &x, &mut sums);
+            C::add_pair::<Q, N, 2>(codes, book, &x, &mut sums);
+            C::add_pair::<Q, N, 3>(codes, book, &x, &mut sums);
+            Levels::<Q>::of_tile::<C, S>(weights, group).finish::<S, N>(Part::Whole, &rows, &sums, acc);
         } else {
             let mut sums = Sums::<Q, N>::start::<C, S>(&rows, Part::First);
-            weights.add_pair::<N, 0>(group, &codes, &mut sums);
-            weights.add_pair::<N, 1>(group, &codes, &mut sums);
-            finish::<Q, C, S, W, N>(weights, 2 * group, Part::First, &rows, &sums, acc);
+            C::add_pair::<Q, N, 0>(codes, book, &x, &mut sums);
+            C::add_pair::<Q, N, 1>(codes, book, &x, &mut sums);
+            Levels::<Q>::of_tile::<C, S>(weights, 2 * group).finish::<S, N>(Part::First, &rows, &sums, acc);
             let mut sums = Sums::<Q, N>::start::<C, S>(&rows, Part::Second);
-            weights.add_pair::<N, 2>(group, &codes, &mut sums);
-            weights.add_pair::<N, 3>(group, &codes, &mut sums);
-            finish::<Q, C, S, W, N>(weights, 2 * group + 1, Part::Second, &rows, &sums, acc);
+            C::add_pair::<Q, N, 2>(codes, book, &x, &mut sums);
+            C::add_pair::<Q, N, 3>(codes, book, &x, &mut sums);
+            Levels::<Q>::of_tile::<C, S>(weights, 2 * group + 1).finish::<S, N>(Part::Second, &rows, &sums, acc);
         }
     }
 }
 
-/// Takes group number `index` of the weights, whose sums are whole, into the accumulators.
+/// As [`add_group`], from T unpacked tiles.
 ///
 /// # Safety
-/// As [`Source`]; `x[n]` is the activations' group that it meets.
+/// As [`add_group`].
 #[inline(always)]
-unsafe fn finish<Q: QuantLanes, C: Codes, S: Scales, W: Source<Q, C, S>, const N: usize>(
-    weights: &W,
-    index: usize,
-    part: Part,
-    x: &[*const QuantGroup; N],
-    sums: &Sums<Q, N>,
-    acc: &mut [Q::Floats; N],
+unsafe fn add_panel_group<Q: QuantLanes, C: Codes, S: Scales, const T: usize, const N: usize>(
+    panel: &Panel,
+    group: usize,
+    x: *const QuantGroup,
+    acc: &mut [[Q::Floats; N]; T],
 ) {
     // SAFETY: the caller's duties are the same.
     unsafe {
-        let scales = weights.scales(index);
-        let mins = if S::WITH_MINS { weights.mins(index) } else { Q::zero() };
-        for n in 0..N {
-            let scale = Q::mul(scales, Q::splat((*x[n]).scale));
-            acc[n] = Q::mul_add(Q::to_floats(sums.wide[n]), scale, acc[n]);
-            if S::WITH_MINS {
-                acc[n] = Q::mul_add(mins, Q::splat(part.scaled_sum(&*x[n])), acc[n]);
+        let (rows, x) = pointers_to::<N>(x);
+        let mut codes = [panel.codes.cast_const(); T];
+        for t in 0..T {
+            codes[t] = panel.codes.add((group * T + t) * 8 * 4 * Q::ROWS);
+        }
+        if C::GROUP == GROUP {
+            let mut sums = [Sums::<Q, N>::start::<C, S>(&rows, Part::Whole); T];
+            C::add_unpacked::<Q, N, T, 0>(codes, &x, &mut sums);
+            C::add_unpacked::<Q, N, T, 1>(codes, &x, &mut sums);
+            C::add_unpacked::<Q, N, T, 2>(codes, &x, &mut sums);
+            C::add_unpacked::<Q, N, T, 3>(codes, &x, &mut sums);
+            for t in 0..T {
+                let levels = Levels::<Q>::of_panel::<S>(panel, group * T + t);
+                levels.finish::<S, N>(Part::Whole, &rows, &sums[t], &mut acc[t]);
+            }
+        } else {
+            let mut sums = [Sums::<Q, N>::start::<C, S>(&rows, Part::First); T];
+            C::add_unpacked::<Q, N, T, 0>(codes, &x, &mut sums);
+            C::add_unpacked::<Q, N, T, 1>(codes, &x, &mut sums);
+            for t in 0..T {
+                let levels = Levels::<Q>::of_panel::<S>(panel, 2 * group * T + t);
+                levels.finish::<S, N>(Part::First, &rows, &sums[t], &mut acc[t]);
+            }
+            let mut sums = [Sums::<Q, N>::start::<C, S>(&rows, Part::Second); T];
+            C::add_unpacked::<Q, N, T, 2>(codes, &x, &mut sums);
+            C::add_unpacked::<Q, N, T, 3>(codes, &x, &mut sums);
+            for t in 0..T {
+                let levels = Levels::<Q>::of_panel::<S>(panel, (2 * group + 1) * T + t);
+                levels.finish::<S, N>(Part::Second, &rows, &sums[t], &mut acc[t]);
+            }
+        }
+    }
+}
+
+/// What a group of weights is multiplied with, for ROWS rows.
+struct Levels<Q: QuantLanes> {
+    scales: Q::Floats,
+    /// Zero where the format has none.
+    mins: Q::Floats,
+}
+
+impl<Q: QuantLanes> Levels<Q> {
+    /// Of group number `index` of a tile's weights.
+    ///
+    /// # Safety
+    /// As [`QuantLanes`]; there is such a group.
+    #[inline(always)]
+    unsafe fn of_tile<C: Codes, S: Scales>(weights: &Pointers, index: usize) -> Self {
+        // SAFETY: the caller's duties are the same.
+        unsafe {
+            let mins = if S::WITH_MINS { S::mins::<Q, C>(weights, index) } else { Q::zero() };
+            Self { scales: S::scales::<Q, C>(weights, index), mins }
+        }
+    }
+
+    /// Number `at` of a panel's.
+    ///
+    /// # Safety
+    /// As above.
+    #[inline(always)]
+    unsafe fn of_panel<S: Scales>(panel: &Panel, at: usize) -> Self {
+        // SAFETY: the caller's duties are the same.
+        unsafe {
+            let mins = if S::WITH_MINS { Q::load(panel.mins.add(at * Q::ROWS)) } else { Q::zero() };
+            Self { scales: Q::load(panel.scales.add(at * Q::ROWS)), mins }
+        }
+    }
+
+    /// Takes the group, whose sums are whole, into the accumulators.
+    ///
+    /// # Safety
+    /// As above; `x[n]` is the activations' group that it meets.
+    #[inline(always)]
+    unsafe fn finish<S: Scales, const N: usize>(
+        self,
+        part: Part,
+        x: &[*const QuantGroup; N],
+        sums: &Sums<Q, N>,
+        acc: &mut [Q::Floats; N],
+    ) {
+        // SAFETY: the caller's duties are the same.
+        unsafe {
+            for n in 0..N {
+                let scale = Q::mul(self.scales, Q::splat((*x[n]).scale));
+                acc[n] = Q::mul_add(Q::to_floats(sums.wide[n]), scale, acc[n]);
+                if S::WITH_MINS {
+                    acc[n] = Q::mul_add(self.mins, Q::splat(part.scaled_sum(&*x[n])), acc[n]);
+                }
             }
         }
     }

@@ -45,6 +45,7 @@ impl TileLens {
 const SPAN_SHIFT: u32 = 40;
 
 /// Where a tile's codes and scales begin.
+#[derive(Clone, Copy)]
 pub(in crate::cpu) struct Pointers {
     pub(super) codes: *const u8,
     pub(super) scales: *const f16,
