@@ -9,8 +9,10 @@ use serde_json::Value;
 
 use crate::failure::Failure;
 
-/// Kept of a server's error text.
-const MAX_ERROR_CHARS: usize = 300;
+/// Kept of a server's error object: a reason names files, tensors and shapes, and what to do comes last.
+const MAX_ERROR_CHARS: usize = 4000;
+/// Kept of an answer that is no such object, a page of a proxy's for one.
+const MAX_BODY_CHARS: usize = 300;
 
 /// One server. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -185,8 +187,11 @@ impl Client {
 fn error_message(text: &str) -> String {
     let object: Option<Value> = serde_json::from_str(text).ok();
     let message = object.as_ref().and_then(|object| object["error"]["message"].as_str());
-    let message = message.unwrap_or(text).trim();
-    if message.is_empty() { "no reason given".to_owned() } else { message.chars().take(MAX_ERROR_CHARS).collect() }
+    let (message, max_chars) = message.map_or((text, MAX_BODY_CHARS), |message| (message, MAX_ERROR_CHARS));
+    match message.trim() {
+        "" => "no reason given".to_owned(),
+        message => message.chars().take(max_chars).collect(),
+    }
 }
 
 fn error_code(text: &str) -> Option<String> {

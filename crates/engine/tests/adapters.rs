@@ -327,6 +327,36 @@ async fn a_request_waits_for_a_place_until_another_has_ended() {
     assert!(model.adapters.list()[0].failure.as_ref().unwrap().contains("broken"));
 }
 
+#[tokio::test]
+async fn a_load_that_waits_for_memory_is_known_when_it_is_placed_and_not_before() {
+    let temp = tempfile::tempdir().unwrap();
+    let model = model(FakeModelOptions { adapters: pool(1, 1), ..FakeModelOptions::default() });
+    for (name, tag) in [("a", "1"), ("b", "2")] {
+        write(temp.path(), name, tag);
+    }
+    model.adapters.load(spec(temp.path(), "a"), false).await.unwrap();
+    let lease = model.adapters.acquire("a", None).await.unwrap();
+    let load = tokio::spawn({
+        let (pool, spec) = (model.adapters.clone(), spec(temp.path(), "b"));
+        async move { pool.load(spec, false).await }
+    });
+    // However far the load has come: to the end of the running request there is one adapter.
+    for _ in 0..1000 {
+        tokio::task::yield_now().await;
+        assert_eq!(model.adapters.specs().len(), 1, "requests cannot name it yet");
+    }
+    drop(lease);
+    load.await.unwrap().unwrap();
+    assert_eq!(model.adapters.list()[1].version, 1);
+    // A load for which there never is a place leaves no name behind either.
+    let pinned = AdapterSpec { pinned: true, ..spec(temp.path(), "b") };
+    model.adapters.load(pinned, true).await.unwrap();
+    write(temp.path(), "c", "3");
+    let refused = model.adapters.load(spec(temp.path(), "c"), false).await.unwrap_err();
+    assert!(matches!(refused, AdapterError::NoRoom { .. }), "{refused}");
+    assert!(model.adapters.spec("c").is_none());
+}
+
 /// Loads, replacements, unloadings, requests and disconnects at random: every answer is of a version that the name had
 /// while its request asked for it, and nothing is left behind.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

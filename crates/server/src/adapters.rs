@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use bindery_engine::{AdapterError, AdapterLease, AdapterPool, EngineError, adapters::AdapterSpec};
 
-use crate::{auth::Caller, error::ApiError, router::Serving, state::AppState};
+use crate::{error::ApiError, router::Serving, state::AppState};
 
 /// Names listed in an error at most.
 const MAX_OFFERED: usize = 32;
@@ -27,19 +27,11 @@ pub(crate) enum NamedKind {
     Adapter,
 }
 
-fn may_see(caller: &Caller, spec: &AdapterSpec) -> bool {
-    match (&spec.tenants, &caller.tenant) {
-        (None, _) => true,
-        (Some(tenants), Some(tenant)) => tenants.iter().any(|name| **name == **tenant),
-        (Some(_), None) => false,
-    }
-}
-
 impl Serving {
     /// Adapters that the caller may name, in the order of their names.
     pub(crate) fn adapters(&self) -> Vec<AdapterSpec> {
         let mut specs = self.model.adapters.specs();
-        specs.retain(|spec| may_see(&self.caller, spec));
+        specs.retain(|spec| spec.is_for(self.caller.tenant.as_ref()));
         specs
     }
 
@@ -52,7 +44,7 @@ impl Serving {
         if state.config.served_model_names.contains(&asked) {
             return Ok(Named { name: asked, kind: NamedKind::Base });
         }
-        if self.model.adapters.spec(&asked).is_some_and(|spec| may_see(&self.caller, &spec)) {
+        if self.model.adapters.spec(&asked).is_some_and(|spec| spec.is_for(self.caller.tenant.as_ref())) {
             return Ok(Named { name: asked, kind: NamedKind::Adapter });
         }
         Err(self.unknown(state, asked))

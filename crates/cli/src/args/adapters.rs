@@ -98,7 +98,7 @@ pub(crate) struct AdapterUnloadArgs {
     #[arg(long, value_enum, default_value_t = UnloadMode::Wait)]
     pub(crate) mode: UnloadMode,
     /// How long to wait at most, in seconds [default: as long as it takes]
-    #[arg(long, value_name = "N", value_parser = parse_seconds)]
+    #[arg(long, value_name = "N", value_parser = parse_seconds, allow_hyphen_values = true)]
     pub(crate) timeout_s: Option<f64>,
 }
 

@@ -61,6 +61,9 @@ fn a_running_servers_adapters_are_listed_loaded_and_unloaded() {
     let wrong = manage(&serving, &["load", "x", "qwen3-tied-head"]);
     assert_eq!(wrong.code, 1);
     assert!(wrong.stderr.contains("400: the adapter \"x\" cannot be loaded: "), "{}", wrong.stderr);
+    // However long a reason is, it comes whole.
+    let wrong = manage(&serving, &["load", "x", "mistral-layers"]);
+    assert!(wrong.stderr.trim_end().ends_with("this adapter was made for another model"), "{}", wrong.stderr);
 
     let unloaded = manage(&serving, &["unload", "patterns", "--mode", "refuse"]);
     assert_eq!(unloaded.stdout, "Success: LoRA adapter 'patterns' removed successfully.\n", "{}", unloaded.stderr);
@@ -88,6 +91,9 @@ fn what_cannot_be_asked_is_said_before_anything_is_sent() {
     let both = run(&["adapters", "unload", "x", "--mode", "refuse", "--timeout-s", "3", "--admin-key", "k"]);
     assert_eq!(both.code, 2);
     assert!(both.stderr.contains("--mode refuse does not wait"), "{}", both.stderr);
+    let negative = run(&["adapters", "unload", "x", "--timeout-s", "-3", "--admin-key", "k"]);
+    assert_eq!(negative.code, 2);
+    assert!(negative.stderr.contains("expected a number of seconds, 0 or more"), "{}", negative.stderr);
 }
 
 /// `serve` and `check` with a config for the tiny model.

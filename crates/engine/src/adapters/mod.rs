@@ -122,6 +122,17 @@ pub struct AdapterSpec {
     pub pinned: bool,
 }
 
+impl AdapterSpec {
+    /// Whether `tenant` (None: who belongs to none) may know of it.
+    pub fn is_for(&self, tenant: Option<&Arc<str>>) -> bool {
+        match (&self.tenants, tenant) {
+            (None, _) => true,
+            (Some(tenants), Some(tenant)) => tenants.iter().any(|name| **name == **tenant),
+            (Some(_), None) => false,
+        }
+    }
+}
+
 /// Where an adapter's newest version is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AdapterState {

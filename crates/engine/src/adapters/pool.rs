@@ -19,7 +19,7 @@ use tokio::{sync::Notify, time::timeout_at};
 use super::{
     AdapterError, AdapterPoolConfig, AdapterSource, AdapterSpec, AdapterStatus, AdapterUse, ReadAdapter, Unload,
     check_name, read,
-    state::{Next, Order, State},
+    state::{Asking, Next, Order, State},
 };
 use crate::engine::Command;
 
@@ -87,11 +87,14 @@ impl Drop for Hold {
 struct Waiting<'a> {
     pool: &'a AdapterPool,
     name: &'a str,
+    ticket: u64,
 }
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        self.pool.change(|state| state.end_wait(self.name));
+        self.pool.change(|state| state.end_wait(self.name, self.ticket));
+        // What was promised to it is there for others.
+        self.pool.0.changed.notify_waiters();
     }
 }
 
@@ -153,21 +156,9 @@ impl AdapterPool {
         let (adapter, digest) = self.read_files(&spec.source).await.map_err(unreadable)?;
         loop {
             let changed = self.0.changed.notified();
-            let spec = spec.clone();
-            let placed = self.change(|state| {
-                match (state.spec(&name).is_some(), load_inplace) {
-                    (true, false) => return Err(AdapterError::Exists { name: name.clone() }),
-                    (true, true) => state.check_pins(&spec)?,
-                    (false, _) => state.register(spec.clone())?,
-                }
-                let Some(attempt) = state.begin_reading(&name)? else { return Ok(false) };
-                state.replace_spec(spec);
-                state.end_reading(&name, attempt, Ok((Arc::clone(&adapter), digest.clone())), Instant::now());
-                state.pin(&name);
-                Ok(true)
-            })?;
-            self.0.changed.notify_waiters();
-            if placed {
+            let read = (Arc::clone(&adapter), digest.clone());
+            if self.change(|state| state.place(&spec, load_inplace, read))? {
+                self.0.changed.notify_waiters();
                 return Ok(());
             }
             changed.await;
@@ -216,9 +207,10 @@ impl AdapterPool {
     /// would have to wait and too many do.
     pub async fn acquire(&self, name: &str, who: Option<&Arc<str>>) -> Result<AdapterLease, AdapterError> {
         let (mut since, mut waiting) = (None, None);
+        let ticket = self.change(State::ticket);
         loop {
             let changed = self.0.changed.notified();
-            match self.change(|state| state.acquire(name, who, since, Instant::now())) {
+            match self.change(|state| state.acquire(&Asking { name, who, ticket, since, now: Instant::now() })) {
                 Next::Use(id) => {
                     let has_started = AtomicBool::new(false);
                     return Ok(AdapterLease(Arc::new(Hold { pool: self.clone(), id, has_started })));
@@ -227,7 +219,7 @@ impl AdapterPool {
                 Next::Wait(attempt) => {
                     since = attempt.or(since);
                     if waiting.is_none() {
-                        waiting = Some(self.waiting(name)?);
+                        waiting = Some(self.waiting(name, ticket)?);
                     }
                     changed.await;
                 }
@@ -241,7 +233,7 @@ impl AdapterPool {
                         });
                     }
                     if waiting.is_none() {
-                        waiting = Some(self.waiting(name)?);
+                        waiting = Some(self.waiting(name, ticket)?);
                     }
                     changed.await;
                 }
@@ -249,12 +241,13 @@ impl AdapterPool {
         }
     }
 
-    fn waiting<'a>(&'a self, name: &'a str) -> Result<Waiting<'a>, AdapterError> {
+    fn waiting<'a>(&'a self, name: &'a str, ticket: u64) -> Result<Waiting<'a>, AdapterError> {
         let max_waiting = self.0.max_waiting;
-        if !self.change(|state| state.try_wait(name, max_waiting)) {
+        if !self.change(|state| state.try_wait(name, ticket, max_waiting)) {
+            self.change(|state| state.break_promise(ticket));
             return Err(AdapterError::QueueFull { max_waiting });
         }
-        Ok(Waiting { pool: self, name })
+        Ok(Waiting { pool: self, name, ticket })
     }
 
     async fn read(&self, spec: AdapterSpec, attempt: u64) -> Result<(), AdapterError> {

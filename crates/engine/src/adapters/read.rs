@@ -1,12 +1,14 @@
 //! From files to an adapter in memory. Blocking, on threads that may.
 //!
-//! It knows paths and digests, not what becomes of an adapter.
+//! It knows paths and digests, not what becomes of an adapter. Its invariant: an adapter and its digest are of one state of
+//! the files; where those change meanwhile (a folder renamed over), all is read again.
 
 use std::{
     fmt::Write as _,
-    fs::File,
+    fs::{self, File},
     io::{self, Read},
     path::{Path, PathBuf},
+    time::SystemTime,
 };
 
 use bindery_model::{Adapter, AdapterLimits, AdapterLoader, ModelError};
@@ -41,9 +43,44 @@ pub(super) fn read(reader: &dyn ReadAdapter, source: &AdapterSource, limits: &Ad
         AdapterSource::Path(path) => path.clone(),
         AdapterSource::Remote { fetch, .. } => fetch()?,
     };
-    let adapter = reader.read(&path, limits).map_err(|error| error.to_string())?;
-    let digest = digest(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+    let mut before = fingerprint(&path).ok();
+    for _ in 0..MAX_READINGS {
+        let loaded = read_once(reader, &path, limits);
+        let after = fingerprint(&path).ok();
+        if before == after {
+            return loaded;
+        }
+        before = after;
+    }
+    Err(format!(
+        "{}: its files changed while they were read, {MAX_READINGS} times in a row; put a new version there whole, by renaming \
+         its folder or file, and load it again",
+        path.display()
+    ))
+}
+
+/// Somebody who writes an adapter anew does not do it all the time.
+const MAX_READINGS: usize = 3;
+
+fn read_once(reader: &dyn ReadAdapter, path: &Path, limits: &AdapterLimits) -> Result<Loaded, String> {
+    let adapter = reader.read(path, limits).map_err(|error| error.to_string())?;
+    let digest = digest(path).map_err(|error| format!("{}: {error}", path.display()))?;
     Ok(Loaded { adapter, digest })
+}
+
+/// What tells one state of an adapter's files from another: name, length, time of change, and which file it is.
+pub(super) type Fingerprint = Vec<(PathBuf, u64, Option<SystemTime>, u64)>;
+
+pub(super) fn fingerprint(path: &Path) -> io::Result<Fingerprint> {
+    let one = |file: PathBuf| {
+        let metadata = fs::metadata(&file)?;
+        #[cfg(unix)]
+        let which = std::os::unix::fs::MetadataExt::ino(&metadata);
+        #[cfg(not(unix))]
+        let which = 0;
+        Ok((file, metadata.len(), metadata.modified().ok(), which))
+    };
+    files(path).into_iter().map(one).collect()
 }
 
 /// Files of an adapter, in the order of their names.
@@ -74,4 +111,55 @@ fn digest(path: &Path) -> io::Result<String> {
         let _never_fails = write!(text, "{byte:02x}");
     }
     Ok(text)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+    use crate::testing::fake_adapter_info;
+
+    fn write(folder: &Path, tag: u64) {
+        fs::create_dir_all(folder).unwrap();
+        fs::write(folder.join("adapter_config.json"), tag.to_string()).unwrap();
+        fs::write(folder.join("adapter_model.safetensors"), tag.to_string()).unwrap();
+    }
+
+    /// Reads a number from either file; between the two, another version is renamed over the folder, as often as is said.
+    struct Overtaken {
+        left: AtomicUsize,
+    }
+
+    impl ReadAdapter for Overtaken {
+        fn read(&self, path: &Path, _limits: &AdapterLimits) -> Result<Adapter, ModelError> {
+            let number = |name: &str| fs::read_to_string(path.join(name)).unwrap().parse::<u64>().unwrap();
+            let config = number("adapter_config.json");
+            let left = self.left.load(Ordering::SeqCst);
+            if left > 0 {
+                self.left.store(left - 1, Ordering::SeqCst);
+                let new = path.with_extension("new");
+                write(&new, config + 1);
+                fs::rename(path, path.with_extension(config.to_string())).unwrap();
+                fs::rename(&new, path).unwrap();
+            }
+            Ok(Adapter::without_weights(fake_adapter_info(), config * 1000 + number("adapter_model.safetensors")))
+        }
+    }
+
+    #[test]
+    fn a_version_renamed_over_what_is_being_read_is_never_mixed_with_it() {
+        let temp = tempfile::tempdir().unwrap();
+        let path = temp.path().join("a");
+        write(&path, 1);
+        let source = AdapterSource::Path(path.clone());
+        let overtaken = |times| read(&Overtaken { left: AtomicUsize::new(times) }, &source, &AdapterLimits::default());
+        let loaded = overtaken(2).unwrap();
+        assert_eq!(loaded.adapter.num_bytes(), 3003, "config and weights are of the third version");
+        assert_eq!(loaded.digest, digest(&path).unwrap());
+        let Err(refused) = overtaken(MAX_READINGS) else { panic!("it never was the same twice") };
+        assert!(refused.contains("changed while they were read"), "{refused}");
+        assert_eq!(overtaken(0).unwrap().adapter.num_bytes(), 6006);
+    }
 }

@@ -13,6 +13,7 @@ use std::{
 
 use bindery_model::Adapter;
 
+use self::room::Promise;
 use super::{AdapterError, AdapterSpec, AdapterState, AdapterStatus, AdapterUse};
 
 /// After an adapter could not be read, requests for it are told so for this long before it is tried again.
@@ -39,6 +40,19 @@ pub(super) enum Next {
     Fail(AdapterError),
 }
 
+/// A request that asks for an adapter.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Asking<'a> {
+    pub(super) name: &'a str,
+    /// Whose share of the places it counts to.
+    pub(super) who: Option<&'a Arc<str>>,
+    /// Of [`State::ticket`]: who came first has the smaller one.
+    pub(super) ticket: u64,
+    /// The attempt at reading that it has been waiting for.
+    pub(super) since: Option<u64>,
+    pub(super) now: Instant,
+}
+
 #[derive(Debug)]
 struct Entry {
     spec: AdapterSpec,
@@ -46,10 +60,12 @@ struct Entry {
     current: Option<u32>,
     /// The attempt that is reading it.
     reading: Option<u64>,
+    /// Whose request had it read last.
+    reader: Option<Arc<str>>,
     failure: Option<Failure>,
     num_versions: u32,
-    /// Requests that wait for it.
-    num_waiting: usize,
+    /// Tickets of the requests that wait for it.
+    waiting: BTreeSet<u64>,
 }
 
 #[derive(Clone, Debug)]
@@ -72,8 +88,9 @@ struct Version {
     is_current: bool,
     is_pinned: bool,
     last_used: u64,
-    /// Whose share it counts to: who made it resident.
+    /// Whose share it counts to: who had it read, then who made it resident.
     owner: Option<Arc<str>>,
+    promise: Option<Promise>,
 }
 
 impl Version {
@@ -90,6 +107,7 @@ pub(super) struct State {
     versions: BTreeMap<u32, Version>,
     next_id: u32,
     next_attempt: u64,
+    next_ticket: u64,
     /// Counts uses.
     clock: u64,
     num_reading: usize,
@@ -105,6 +123,7 @@ impl State {
             versions: BTreeMap::new(),
             next_id: 0,
             next_attempt: 0,
+            next_ticket: 0,
             clock: 0,
             num_reading: 0,
             orders: Vec::new(),
@@ -125,16 +144,17 @@ impl State {
             return Err(AdapterError::Exists { name: spec.name });
         }
         self.check_pins(&spec)?;
-        let entry = Entry { current: None, reading: None, failure: None, num_versions: 0, num_waiting: 0, spec };
+        let entry = Entry {
+            current: None,
+            reading: None,
+            reader: None,
+            failure: None,
+            num_versions: 0,
+            waiting: BTreeSet::new(),
+            spec,
+        };
         self.entries.insert(entry.spec.name.clone(), entry);
         Ok(())
-    }
-
-    /// Where it lies and who may see it from now on.
-    pub(super) fn replace_spec(&mut self, spec: AdapterSpec) {
-        if let Some(entry) = self.entries.get_mut(&spec.name) {
-            entry.spec = spec;
-        }
     }
 
     /// Whether it may be pinned, if it wants to be: no more are than can be resident.
@@ -181,13 +201,21 @@ impl State {
 
     // --- use ---
 
-    /// A request wants the adapter for `who`; `since` is the attempt at reading that it has been waiting for.
-    pub(super) fn acquire(&mut self, name: &str, who: Option<&Arc<str>>, since: Option<u64>, now: Instant) -> Next {
-        let Some(entry) = self.entries.get(name) else {
+    /// For a request that is about to ask, and keeps it as long as it does.
+    pub(super) fn ticket(&mut self) -> u64 {
+        self.next_ticket += 1;
+        self.next_ticket
+    }
+
+    /// A request wants an adapter.
+    pub(super) fn acquire(&mut self, asking: &Asking<'_>) -> Next {
+        let Asking { name, who, since, now, .. } = *asking;
+        // Also of a name that was taken away and given to others while the request waited for it.
+        let Some(entry) = self.entries.get(name).filter(|entry| entry.spec.is_for(who)) else {
             return Next::Fail(AdapterError::Unknown { name: name.to_owned() });
         };
         if let Some(id) = entry.current {
-            return self.make_use(id, who);
+            return self.make_use(id, asking);
         }
         if let Some(attempt) = entry.reading {
             return Next::Wait(Some(attempt));
@@ -197,25 +225,37 @@ impl State {
         {
             return Next::Fail(AdapterError::Unreadable { name: name.to_owned(), reason: failure.reason.clone() });
         }
-        match self.begin_reading(name) {
+        match self.make_memory_room(Some(asking)).and_then(|has_room| self.begin_if(has_room, name, who)) {
             Ok(Some(attempt)) => Next::Read { attempt },
-            Ok(None) => Next::Wait(None),
+            Ok(None) => {
+                self.promise(asking);
+                Next::Wait(None)
+            }
             Err(error) => Next::Fail(error),
         }
     }
 
-    fn make_use(&mut self, id: u32, who: Option<&Arc<str>>) -> Next {
-        if !self.versions[&id].is_resident {
-            if !self.make_resident_room(who) {
-                return Next::Wait(None);
-            }
-            let version = self.versions.get_mut(&id).expect("an entry's version exists");
+    fn make_use(&mut self, id: u32, asking: &Asking<'_>) -> Next {
+        let version = &self.versions[&id];
+        if version.is_resident && version.is_promised_before(asking) {
+            return Next::Wait(None);
+        }
+        if !version.is_resident && !self.make_resident_room(asking) {
+            return self.no_place(asking);
+        }
+        self.break_promise(asking.ticket);
+        self.use_now(id, asking.who)
+    }
+
+    /// There is a place for it.
+    fn use_now(&mut self, id: u32, who: Option<&Arc<str>>) -> Next {
+        let version = self.versions.get_mut(&id).expect("an entry's version exists");
+        if !version.is_resident {
             version.is_resident = true;
             version.owner = who.cloned();
             self.orders.push(Order::Add(id, Arc::clone(&version.adapter)));
         }
         self.clock += 1;
-        let version = self.versions.get_mut(&id).expect("an entry's version exists");
         version.num_users += 1;
         version.last_used = self.clock;
         Next::Use(id)
@@ -239,19 +279,21 @@ impl State {
     }
 
     /// Counts a request in, unless `max_waiting` wait already, for whatever adapters.
-    pub(super) fn try_wait(&mut self, name: &str, max_waiting: usize) -> bool {
-        if self.entries.values().map(|entry| entry.num_waiting).sum::<usize>() >= max_waiting {
+    pub(super) fn try_wait(&mut self, name: &str, ticket: u64, max_waiting: usize) -> bool {
+        if self.entries.values().map(|entry| entry.waiting.len()).sum::<usize>() >= max_waiting {
             return false;
         }
         if let Some(entry) = self.entries.get_mut(name) {
-            entry.num_waiting += 1;
+            entry.waiting.insert(ticket);
         }
         true
     }
 
-    pub(super) fn end_wait(&mut self, name: &str) {
+    /// The request waits no more, whatever came of it.
+    pub(super) fn end_wait(&mut self, name: &str, ticket: u64) {
+        self.break_promise(ticket);
         if let Some(entry) = self.entries.get_mut(name) {
-            entry.num_waiting = entry.num_waiting.saturating_sub(1);
+            entry.waiting.remove(&ticket);
         }
     }
 
@@ -259,7 +301,12 @@ impl State {
 
     /// A place in memory for another version of a name. None: all are in use for now.
     pub(super) fn begin_reading(&mut self, name: &str) -> Result<Option<u64>, AdapterError> {
-        if !self.make_memory_room()? {
+        let has_room = self.make_memory_room(None)?;
+        self.begin_if(has_room, name, None)
+    }
+
+    fn begin_if(&mut self, has_room: bool, name: &str, who: Option<&Arc<str>>) -> Result<Option<u64>, AdapterError> {
+        if !has_room {
             return Ok(None);
         }
         let entry = self.entries.get_mut(name).ok_or_else(|| AdapterError::Unknown { name: name.to_owned() })?;
@@ -267,7 +314,35 @@ impl State {
         self.next_attempt += 1;
         self.num_reading += 1;
         entry.reading = Some(attempt);
+        entry.reader = who.cloned();
         Ok(Some(attempt))
+    }
+
+    /// Puts what has been read under a name, which is made known with it; false where all places in memory are in use for now.
+    /// Unless it is placed nothing changes.
+    pub(super) fn place(
+        &mut self,
+        spec: &AdapterSpec,
+        load_inplace: bool,
+        read: (Arc<Adapter>, String),
+    ) -> Result<bool, AdapterError> {
+        let name = &spec.name;
+        if self.entries.contains_key(name) && !load_inplace {
+            return Err(AdapterError::Exists { name: name.clone() });
+        }
+        self.check_pins(spec)?;
+        if !self.make_memory_room(None)? {
+            return Ok(false);
+        }
+        match self.entries.get_mut(name) {
+            Some(entry) => entry.spec = spec.clone(),
+            None => self.register(spec.clone())?,
+        }
+        if let Some(attempt) = self.begin_reading(name)? {
+            self.end_reading(name, attempt, Ok(read), Instant::now());
+        }
+        self.pin(name);
+        Ok(true)
     }
 
     /// What came of it. The new version takes the name over; the old one stays with those who use it.
@@ -305,7 +380,8 @@ impl State {
             is_current: true,
             is_pinned: entry.spec.pinned,
             last_used: self.clock,
-            owner: None,
+            owner: entry.reader.clone(),
+            promise: None,
         };
         let old = entry.current.replace(id);
         self.versions.insert(id, version);
@@ -319,7 +395,10 @@ impl State {
         let Some(id) = self.entries.get(name).filter(|entry| entry.spec.pinned).and_then(|entry| entry.current) else {
             return;
         };
-        if let Next::Use(id) = self.make_use(id, None) {
+        let ticket = self.ticket();
+        let asking = Asking { name, who: None, ticket, since: None, now: Instant::now() };
+        if self.versions[&id].is_resident || self.make_resident_room(&asking) {
+            self.use_now(id, None);
             self.release(id, false);
         }
     }
@@ -342,59 +421,6 @@ impl State {
         if let Some(entry) = self.entries.get_mut(&version.name).filter(|entry| entry.current == Some(id)) {
             entry.current = None;
         }
-    }
-
-    /// A place among the residents: a free one, or that of the one unused for longest among those that `who` may push out.
-    /// With places scarce, each of those who hold some or want one has an equal share: within it nobody can be pushed out
-    /// by others, unless by one who has nothing at all and finds no other place.
-    fn make_resident_room(&mut self, who: Option<&Arc<str>>) -> bool {
-        let residents = || self.versions.iter().filter(|(_, version)| version.is_resident && version.is_current);
-        if residents().count() < self.max_loras {
-            return true;
-        }
-        let held =
-            |owner: Option<&Arc<str>>| residents().filter(|(_, version)| version.owner.as_ref() == owner).count();
-        let owners: BTreeSet<Option<&Arc<str>>> =
-            residents().map(|(_, version)| version.owner.as_ref()).chain([who]).collect();
-        let share = (self.max_loras / owners.len()).max(1);
-        let may_go = |version: &Version| {
-            let owner = version.owner.as_ref();
-            owner == who || held(owner) > share
-        };
-        let oldest = |of_all: bool| {
-            residents()
-                .filter(|(_, version)| version.can_go() && (of_all || may_go(version)))
-                .min_by_key(|(_, version)| version.last_used)
-                .map(|(&id, _)| id)
-        };
-        let Some(id) = oldest(false).or_else(|| if held(who) == 0 { oldest(true) } else { None }) else {
-            return false;
-        };
-        let version = self.versions.get_mut(&id).expect("it was found there");
-        version.is_resident = false;
-        self.orders.push(Order::Remove(id));
-        true
-    }
-
-    /// A place in memory: a free one, or that of the one unused for longest, residents last.
-    fn make_memory_room(&mut self) -> Result<bool, AdapterError> {
-        if self.versions.len() + self.num_reading < self.max_cpu_loras {
-            return Ok(true);
-        }
-        let candidates = self.versions.iter().filter(|(_, version)| version.can_go());
-        if let Some((&id, _)) = candidates.min_by_key(|(_, version)| (version.is_resident, version.last_used)) {
-            self.drop_version(id);
-            return Ok(true);
-        }
-        if self.num_reading == 0 && self.versions.values().all(|version| version.is_pinned) {
-            return Err(AdapterError::NoRoom {
-                reason: format!(
-                    "all {} places for adapters in memory are taken by pinned ones: raise --max-cpu-loras, or pin fewer",
-                    self.max_cpu_loras
-                ),
-            });
-        }
-        Ok(false)
     }
 
     // --- what there is ---
@@ -447,8 +473,9 @@ impl State {
             self.versions.values().filter(|version| of(version)).map(|version| version.name.clone()).collect()
         };
         let mut waiting = names(&|version| version.num_users > version.num_running);
-        waiting
-            .extend(self.entries.values().filter(|entry| entry.num_waiting > 0).map(|entry| entry.spec.name.clone()));
+        waiting.extend(
+            self.entries.values().filter(|entry| !entry.waiting.is_empty()).map(|entry| entry.spec.name.clone()),
+        );
         AdapterUse {
             running: names(&|version| version.num_running > 0).into_iter().collect(),
             waiting: waiting.into_iter().collect(),
@@ -473,5 +500,6 @@ impl State {
     }
 }
 
+mod room;
 #[cfg(test)]
 mod tests;

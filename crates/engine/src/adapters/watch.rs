@@ -8,15 +8,15 @@ use std::{
     collections::BTreeMap,
     fs, io,
     path::{Path, PathBuf},
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
-use super::{AdapterError, AdapterPool, AdapterSource, AdapterSpec, Unload, read};
+use super::{
+    AdapterError, AdapterPool, AdapterSource, AdapterSpec, Unload,
+    read::{Fingerprint, fingerprint},
+};
 
-/// What tells one state of an adapter's files from another: name, length, time of change, and which file it is.
-type Fingerprint = Vec<(PathBuf, u64, Option<SystemTime>, u64)>;
-
-/// Looks at a folder until the future is dropped. Every folder in it with an adapter_config.json, and every `.gguf` file,
+/// Looks at a folder until the future is dropped. Every folder in it with an adapter_config.json and weights, and every `.gguf` file,
 /// is known by its name without the ending; a dot in front hides it.
 pub async fn watch_folder(pool: AdapterPool, folder: PathBuf, interval: Duration) {
     let mut watched = Watched::default();
@@ -54,25 +54,17 @@ pub fn adapters_in(folder: &Path) -> io::Result<Vec<(String, PathBuf)>> {
 
 async fn carry_out(pool: &AdapterPool, change: Change) {
     match change {
-        Change::Appeared(name, path) => {
-            let source = AdapterSource::Path(path);
-            let spec = AdapterSpec { name: name.clone(), source, tenants: None, pinned: false };
-            match pool.register(spec) {
-                Ok(()) => tracing::info!(adapter = name, "an adapter appeared"),
-                // Given by name elsewhere: that one counts, with its tenants.
-                Err(AdapterError::Exists { .. }) => {}
-                Err(error) => tracing::warn!(adapter = name, %error, "an adapter appeared and cannot be used"),
-            }
-        }
-        Change::Changed(name) if pool.is_in_memory(&name) => match pool.refresh(&name).await {
+        // What was unloaded by hand comes back with its next version.
+        Change::Changed(name, path) if pool.spec(&name).is_none() => appeared(pool, &name, path),
+        Change::Appeared(name, path) => appeared(pool, &name, path),
+        // Read when it is asked for; or given by another path under this name, and that one counts.
+        Change::Changed(name, path) if !is_known_from(pool, &name, &path) || !pool.is_in_memory(&name) => {}
+        Change::Changed(name, _) => match pool.refresh(&name).await {
             Ok(()) => tracing::info!(adapter = name, "an adapter has a new version"),
             Err(error) => tracing::warn!(adapter = name, %error, "a new version is not used, the old one stays"),
         },
-        // Read when it is asked for.
-        Change::Changed(_) => {}
         Change::Vanished(name, path) => {
-            let is_this = |spec: AdapterSpec| matches!(spec.source, AdapterSource::Path(known) if known == path);
-            if pool.spec(&name).is_some_and(is_this) {
+            if is_known_from(pool, &name, &path) {
                 let _gone_already = pool.unload(&name, Unload::Wait(Some(Duration::ZERO))).await;
                 tracing::info!(adapter = name, "an adapter vanished");
             }
@@ -80,11 +72,25 @@ async fn carry_out(pool: &AdapterPool, change: Change) {
     }
 }
 
+fn is_known_from(pool: &AdapterPool, name: &str, path: &Path) -> bool {
+    pool.spec(name).is_some_and(|spec| matches!(spec.source, AdapterSource::Path(known) if known == path))
+}
+
+fn appeared(pool: &AdapterPool, name: &str, path: PathBuf) {
+    let spec = AdapterSpec { name: name.to_owned(), source: AdapterSource::Path(path), tenants: None, pinned: false };
+    match pool.register(spec) {
+        Ok(()) => tracing::info!(adapter = name, "an adapter appeared"),
+        // Given by name elsewhere: that one counts, with its tenants.
+        Err(AdapterError::Exists { .. }) => {}
+        Err(error) => tracing::warn!(adapter = name, %error, "an adapter appeared and cannot be used"),
+    }
+}
+
 /// What a look found.
 #[derive(Debug, PartialEq, Eq)]
 enum Change {
     Appeared(String, PathBuf),
-    Changed(String),
+    Changed(String, PathBuf),
     Vanished(String, PathBuf),
 }
 
@@ -113,13 +119,19 @@ impl Watched {
             }
             match self.known.insert(name.clone(), state.clone()) {
                 None => changes.push(Change::Appeared(name.clone(), state.0.clone())),
-                Some(before) if before != *state => changes.push(Change::Changed(name.clone())),
+                Some(before) if before != *state => changes.push(Change::Changed(name.clone(), state.0.clone())),
                 Some(_) => {}
             }
         }
         self.last = seen;
         changes
     }
+}
+
+/// A config alone is one whose weights are still being copied.
+fn is_whole_folder(path: &Path) -> bool {
+    let has = |name: &str| path.join(name).is_file();
+    has("adapter_config.json") && (has("adapter_model.safetensors") || has("adapter_model.bin"))
 }
 
 fn scan(folder: &Path) -> io::Result<BTreeMap<String, (PathBuf, Fingerprint)>> {
@@ -129,7 +141,7 @@ fn scan(folder: &Path) -> io::Result<BTreeMap<String, (PathBuf, Fingerprint)>> {
         let is_gguf = path.extension().is_some_and(|extension| extension == "gguf");
         let name = if path.is_dir() { path.file_name() } else { path.file_stem() };
         let Some(name) = name.and_then(|name| name.to_str()).filter(|name| !name.starts_with('.')) else { continue };
-        if !(path.join("adapter_config.json").is_file() || is_gguf && path.is_file()) {
+        if !(is_whole_folder(&path) || is_gguf && path.is_file()) {
             continue;
         }
         // What vanishes between two calls is seen at the next look.
@@ -138,18 +150,6 @@ fn scan(folder: &Path) -> io::Result<BTreeMap<String, (PathBuf, Fingerprint)>> {
         }
     }
     Ok(found)
-}
-
-fn fingerprint(path: &Path) -> io::Result<Fingerprint> {
-    let one = |file: PathBuf| {
-        let metadata = fs::metadata(&file)?;
-        #[cfg(unix)]
-        let which = std::os::unix::fs::MetadataExt::ino(&metadata);
-        #[cfg(not(unix))]
-        let which = 0;
-        Ok((file, metadata.len(), metadata.modified().ok(), which))
-    };
-    read::files(path).into_iter().map(one).collect()
 }
 
 #[cfg(test)]
@@ -173,6 +173,8 @@ mod tests {
         write(&root.join(".hidden"), "one");
         fs::write(root.join("notes.txt"), "no adapter").unwrap();
         fs::create_dir(root.join("empty")).unwrap();
+        fs::create_dir(root.join("half")).unwrap();
+        fs::write(root.join("half/adapter_config.json"), "{}").unwrap();
         fs::write(root.join("b.gguf"), "x").unwrap();
         assert_eq!(look(), [], "it may still be growing");
         fs::write(root.join("b.gguf"), "xx").unwrap();
@@ -184,9 +186,11 @@ mod tests {
         fs::rename(root.join("a"), root.join(".a-old")).unwrap();
         fs::rename(root.join(".a-new"), root.join("a")).unwrap();
         assert_eq!(look(), []);
-        assert_eq!(look(), [Change::Changed("a".into())]);
+        assert_eq!(look(), [Change::Changed("a".into(), root.join("a"))]);
         fs::remove_dir_all(root.join("a")).unwrap();
         assert_eq!(look(), [Change::Vanished("a".into(), root.join("a"))]);
+        fs::write(root.join("half/adapter_model.safetensors"), "one").unwrap();
         assert_eq!(look(), []);
+        assert_eq!(look(), [Change::Appeared("half".into(), root.join("half"))], "its weights had not come before");
     }
 }

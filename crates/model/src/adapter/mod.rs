@@ -36,6 +36,8 @@ use crate::{
 const CONFIG_FILE: &str = "adapter_config.json";
 const TENSOR_FILE: &str = "adapter_model.safetensors";
 const PICKLE_FILE: &str = "adapter_model.bin";
+/// Beside pairs, whose size has a limit of its own, peft may save the head's and the embeddings' weights once more.
+const MAX_FILE_BYTES: u64 = 8 << 30;
 
 /// Where an adapter's product is added. MLPs without a gate have `Up` and `Down`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -201,7 +203,8 @@ impl OpenedAdapter {
 
     /// A matrix's pair; None where the adapter does not change it. `order` is that of the rotated elements in the rows of
     /// queries and keys: `Neox` for a backend that rotates halves, the base's own style for one that rotates as the base does.
-    /// Other targets have no order. An error where a number is not finite, or the file has changed since it was opened.
+    /// Other targets have no order. An error where a number is not finite. The file may have changed since it was opened: what
+    /// it held then is read.
     pub fn read(
         &self,
         layer: Option<usize>,
@@ -239,7 +242,7 @@ fn open_folder(path: &Path) -> Result<(LooseTensors, Described), ModelError> {
         };
         return Err(ModelError::bad_file(path, what));
     }
-    Ok((LooseTensors::open_safetensors(&tensors)?, Described::Peft(Box::new(config))))
+    Ok((LooseTensors::read_safetensors(&tensors, MAX_FILE_BYTES)?, Described::Peft(Box::new(config))))
 }
 
 fn open_file(path: &Path, base: &DecoderConfig) -> Result<(LooseTensors, Described), ModelError> {
@@ -247,7 +250,7 @@ fn open_file(path: &Path, base: &DecoderConfig) -> Result<(LooseTensors, Describ
         let what = format!("this is a file of weights alone; name the folder that holds it and {CONFIG_FILE}");
         return Err(ModelError::bad_file(path, what));
     }
-    let file = GgufFile::open(path)?;
+    let file = GgufFile::read_whole(path, MAX_FILE_BYTES)?;
     let described = GgufAdapter::read(&file, base)?;
     Ok((LooseTensors::Gguf(file), Described::Gguf(described)))
 }

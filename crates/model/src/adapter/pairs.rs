@@ -356,6 +356,6 @@ impl<'a> Collector<'a> {
         if (scaling as f32).is_finite() {
             return Ok(scaling);
         }
-        Err(self.bad(format!("{module:?} is scaled by {scaling}, which f32 does not hold; lower lora_alpha")))
+        Err(self.bad(format!("{module:?} is scaled by {scaling:e}, which f32 does not hold; lower lora_alpha")))
     }
 }

@@ -25,8 +25,10 @@ pub(crate) enum LooseTensors {
 pub(crate) struct OneFile(Checkpoint);
 
 impl LooseTensors {
-    pub(crate) fn open_safetensors(path: &Path) -> Result<Self, ModelError> {
-        Checkpoint::open_file(path).map(|file| Self::Safetensors(Box::new(OneFile(file))))
+    /// The file's bytes are copied, see [`MappedFile::read_whole`].
+    pub(crate) fn read_safetensors(path: &Path, max_bytes: u64) -> Result<Self, ModelError> {
+        Checkpoint::of_file(MappedFile::read_whole(path, max_bytes)?)
+            .map(|file| Self::Safetensors(Box::new(OneFile(file))))
     }
 
     pub(crate) fn path(&self) -> &Path {

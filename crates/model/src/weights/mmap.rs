@@ -4,7 +4,8 @@
 //! file's length at the time of opening. A file that another process truncates while it is mapped makes reads past the
 //! new end fail with SIGBUS, as for every program that maps files; [`MappedFile::check_unchanged`] narrows that window to
 //! the import of one tensor and turns the usual case (a download that replaces the file in place) into an error. Replace
-//! weight files by renaming a new one over them: a mapping keeps the old content.
+//! weight files by renaming a new one over them: a mapping keeps the old content. What is opened while requests run (an
+//! adapter's file) is not mapped but copied by [`MappedFile::read_whole`]: who writes over it must not end the server.
 
 #![allow(unsafe_code, reason = "mapping a file and dropping its pages are system calls without a safe form")]
 
@@ -19,12 +20,17 @@ use memmap2::Mmap;
 
 use crate::ModelError;
 
-/// A file mapped for reading.
+/// A file's bytes, mapped for reading or copied.
 #[derive(Debug)]
 pub(crate) struct MappedFile {
     path: PathBuf,
-    file: File,
-    map: Mmap,
+    bytes: Bytes,
+}
+
+#[derive(Debug)]
+enum Bytes {
+    Mapped { file: File, map: Mmap },
+    Copied(Vec<u8>),
 }
 
 impl MappedFile {
@@ -39,7 +45,33 @@ impl MappedFile {
         // parsing is done once, on checked copies of offsets; weights would be garbage numbers, never bad memory), or
         // the file shrinks (SIGBUS, see the head of this file). That is the accepted price of mapping files.
         let map = unsafe { Mmap::map(&file) }.map_err(|source| io_error(path, source))?;
-        Ok(Self { path: path.to_owned(), file, map })
+        Ok(Self { path: path.to_owned(), bytes: Bytes::Mapped { file, map } })
+    }
+
+    /// Copies a regular, non-empty file of at most `max_bytes` into memory. Whatever becomes of it afterwards, this stays.
+    pub(crate) fn read_whole(path: &Path, max_bytes: u64) -> Result<Self, ModelError> {
+        let file = open_regular(path)?;
+        let len = file_len(&file, path)?;
+        if len == 0 {
+            return Err(ModelError::bad_file(path, "the file is empty"));
+        }
+        if len > max_bytes {
+            return Err(ModelError::bad_file(
+                path,
+                format!("the file has {len} bytes, the limit for it is {max_bytes}"),
+            ));
+        }
+        let mut bytes = Vec::new();
+        usize::try_from(len)
+            .ok()
+            .and_then(|len| bytes.try_reserve_exact(len).ok())
+            .ok_or_else(|| ModelError::OutOfMemory(format!("no memory for the {len} bytes of {}", path.display())))?;
+        // One byte more, so that a file that grows meanwhile is seen too.
+        let now = file.take(len + 1).read_to_end(&mut bytes).map_err(|source| io_error(path, source))?;
+        if now as u64 != len {
+            return Err(changed(path, len, now as u64));
+        }
+        Ok(Self { path: path.to_owned(), bytes: Bytes::Copied(bytes) })
     }
 
     pub(crate) fn path(&self) -> &PathBuf {
@@ -47,28 +79,25 @@ impl MappedFile {
     }
 
     pub(crate) fn bytes(&self) -> &[u8] {
-        &self.map
+        match &self.bytes {
+            Bytes::Mapped { map, .. } => map,
+            Bytes::Copied(bytes) => bytes,
+        }
     }
 
-    /// An error where the file is no longer as long as it was when it was mapped.
+    /// An error where a mapped file is no longer as long as it was when it was mapped.
     pub(crate) fn check_unchanged(&self) -> Result<(), ModelError> {
-        let now = file_len(&self.file, &self.path)?;
-        if now == self.map.len() as u64 {
-            return Ok(());
-        }
-        let what = format!(
-            "the file changed while it was read ({} bytes at first, {now} now); replace weights by renaming a whole \
-             file over the old one, then start again",
-            self.map.len()
-        );
-        Err(ModelError::bad_file(&self.path, what))
+        let Bytes::Mapped { file, map } = &self.bytes else { return Ok(()) };
+        let now = file_len(file, &self.path)?;
+        if now == map.len() as u64 { Ok(()) } else { Err(changed(&self.path, map.len() as u64, now)) }
     }
 
     /// Asks the system to read `range` ahead. A hint: failure only costs time.
     pub(crate) fn prefetch(&self, range: &Range<usize>) {
         #[cfg(unix)]
-        if !range.is_empty()
-            && let Err(error) = self.map.advise_range(memmap2::Advice::WillNeed, range.start, range.len())
+        if let Bytes::Mapped { map, .. } = &self.bytes
+            && !range.is_empty()
+            && let Err(error) = map.advise_range(memmap2::Advice::WillNeed, range.start, range.len())
         {
             tracing::debug!(%error, "reading ahead was refused");
         }
@@ -80,12 +109,13 @@ impl MappedFile {
     /// is allowed and reads the file again. A hint: failure only costs memory.
     pub(crate) fn release(&self, range: &Range<usize>) {
         #[cfg(unix)]
-        if !range.is_empty() {
+        if let Bytes::Mapped { map, .. } = &self.bytes
+            && !range.is_empty()
+        {
             // SAFETY: DONTNEED is unsafe because it discards changes of private pages. This map is read-only, so there
             // are none: a page that is read again comes back from the file with the same content.
-            let outcome = unsafe {
-                self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len())
-            };
+            let outcome =
+                unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len()) };
             if let Err(error) = outcome {
                 tracing::debug!(%error, "releasing pages was refused");
             }
@@ -120,6 +150,14 @@ fn open_regular(path: &Path) -> Result<File, ModelError> {
         return Err(ModelError::bad_file(path, "this is not a regular file"));
     }
     File::open(path).map_err(|source| io_error(path, source))
+}
+
+fn changed(path: &Path, before: u64, now: u64) -> ModelError {
+    let what = format!(
+        "the file changed while it was read ({before} bytes at first, {now} now); replace weights by renaming a whole file \
+         over the old one, then load them again"
+    );
+    ModelError::bad_file(path, what)
 }
 
 fn file_len(file: &File, path: &Path) -> Result<u64, ModelError> {

@@ -66,7 +66,7 @@ impl Checkpoint {
         let index = directory.join(INDEX_FILE);
         let mut checkpoint = Self { files: Vec::new(), entries: BTreeMap::new(), missing: BTreeMap::new() };
         if single.exists() {
-            checkpoint.add_file(&single, |_| true)?;
+            checkpoint.add_file(MappedFile::open(&single)?, |_| true)?;
         } else if index.exists() {
             checkpoint.add_shards(directory, &index)?;
         } else {
@@ -81,10 +81,10 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
-    /// Opens one file, whatever its name.
-    pub(super) fn open_file(path: &Path) -> Result<Self, ModelError> {
+    /// One file, whatever its name.
+    pub(super) fn of_file(file: MappedFile) -> Result<Self, ModelError> {
         let mut checkpoint = Self { files: Vec::new(), entries: BTreeMap::new(), missing: BTreeMap::new() };
-        checkpoint.add_file(path, |_| true)?;
+        checkpoint.add_file(file, |_| true)?;
         Ok(checkpoint)
     }
 
@@ -130,14 +130,14 @@ impl Checkpoint {
                 return Err(ModelError::bad_file(index, what));
             }
             // A name that stands in two shards belongs to the one the index names.
-            self.add_file(&path, |name| weight_map.get(name).is_none_or(|place| place == shard))?;
+            self.add_file(MappedFile::open(&path)?, |name| weight_map.get(name).is_none_or(|place| place == shard))?;
         }
         self.missing = weight_map.into_iter().filter(|(name, _)| !self.entries.contains_key(name)).collect();
         Ok(())
     }
 
-    fn add_file(&mut self, path: &Path, wanted: impl Fn(&str) -> bool) -> Result<(), ModelError> {
-        let map = MappedFile::open(path)?;
+    fn add_file(&mut self, map: MappedFile, wanted: impl Fn(&str) -> bool) -> Result<(), ModelError> {
+        let path = map.path();
         let (header_bytes, header) = SafeTensors::read_metadata(map.bytes())
             .map_err(|error| ModelError::bad_file(path, format!("not a sound safetensors file: {error}")))?;
         let data_start = LENGTH_BYTES + header_bytes;

@@ -27,6 +27,27 @@ fn b(module: &str) -> String {
     format!("{module}.lora_B.weight")
 }
 
+/// Mapped, such a file would end the process with a bus error, and every request in it.
+#[test]
+fn a_file_that_is_written_over_in_place_is_read_as_it_was_opened() {
+    let base = base("tiny-llama");
+    let temp = tempfile::tempdir().unwrap();
+    for (name, weights) in [(".", "adapter_model.safetensors"), ("adapter.gguf", "adapter.gguf")] {
+        for file in ["adapter_config.json", weights] {
+            std::fs::copy(adapter("llama-qv").join(file), temp.path().join(file)).unwrap();
+        }
+        let opened = OpenedAdapter::open(&temp.path().join(name), &base, &LIMITS).unwrap();
+        let query = |opened: &OpenedAdapter| opened.read(Some(0), AdapterTarget::Query, RopeStyle::Neox).unwrap();
+        let before = query(&opened);
+        assert!(before.is_some());
+        // As a copy over it begins.
+        std::fs::OpenOptions::new().write(true).open(temp.path().join(weights)).unwrap().set_len(0).unwrap();
+        assert_eq!(query(&opened), before, "{weights}");
+        let error = OpenedAdapter::open(&temp.path().join(name), &base, &LIMITS).unwrap_err().to_string();
+        assert!(error.contains("the file is empty"), "{error}");
+    }
+}
+
 /// A pair of zeros, rank 8.
 fn pair(copy: Draft, module: &str, outputs: usize, inputs: usize) -> Draft {
     copy.with(&a(module), Stored::zeros(&[8, inputs])).with(&b(module), Stored::zeros(&[outputs, 8]))

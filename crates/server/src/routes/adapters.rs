@@ -43,6 +43,10 @@ pub(crate) async fn load(
     {
         return Err(ApiError::invalid("tenants", format!("there is no tenant {stranger:?}: the config file has them")));
     }
+    if tenants.as_ref().is_some_and(Vec::is_empty) {
+        let what = "an empty list of tenants would leave an adapter that nobody could use: name some, or leave it out";
+        return Err(ApiError::invalid("tenants", what));
+    }
     let path =
         state.config.adapter_roots.resolve(&lora_path).map_err(|error| ApiError::from_adapter(&error, "lora_path"))?;
     let spec =

@@ -541,6 +541,7 @@ async fn what_no_adapter_could_be_is_refused_by_its_field() {
         (json!({"lora_name": "x".repeat(257), "lora_path": "good"}), 400, Some("lora_name")),
         (json!({"lora_name": MODEL, "lora_path": "good"}), 400, Some("lora_name")),
         (json!({"lora_name": "x", "lora_path": "good", "tenants": ["c"]}), 400, Some("tenants")),
+        (json!({"lora_name": "x", "lora_path": "good", "tenants": []}), 400, Some("tenants")),
         (json!({"lora_name": "x"}), 400, Some("lora_path")),
         (json!({"lora_name": 3, "lora_path": "good"}), 400, Some("lora_name")),
     ] {

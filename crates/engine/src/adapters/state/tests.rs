@@ -22,11 +22,17 @@ fn who(name: &str) -> Arc<str> {
     name.into()
 }
 
+/// Of a request that came just now.
+fn ask(state: &mut State, name: &str, who: Option<&Arc<str>>, since: Option<u64>, now: Instant) -> Next {
+    let ticket = state.ticket();
+    state.acquire(&Asking { name, who, ticket, since, now })
+}
+
 /// Reads whatever has to be read and gives the version in use, or None where it has to wait.
 fn acquire(state: &mut State, name: &str, owner: Option<&Arc<str>>) -> Option<u32> {
     let now = Instant::now();
     loop {
-        match state.acquire(name, owner, None, now) {
+        match ask(state, name, owner, None, now) {
             Next::Use(id) => return Some(id),
             Next::Read { attempt } => state.end_reading(name, attempt, Ok((adapter(), String::new())), now),
             Next::Wait(_) => return None,
@@ -56,6 +62,8 @@ fn the_one_unused_for_longest_gives_way_and_a_used_one_never() {
     let a = acquire(&mut state, "a", None).unwrap();
     let b = acquire(&mut state, "b", None).unwrap();
     assert_eq!(acquire(&mut state, "c", None), None, "both places are in use");
+    // It goes away, and what was promised to it with it.
+    state.break_promise(state.next_ticket);
     state.release(a, false);
     state.release(b, false);
     let a = acquire(&mut state, "a", None).unwrap();
@@ -131,14 +139,14 @@ fn a_new_version_takes_the_name_and_the_old_one_stays_with_its_users() {
 fn a_failure_is_told_to_who_waited_and_tried_again_later() {
     let mut state = with_names(1, 2);
     let now = Instant::now();
-    let Next::Read { attempt } = state.acquire("a", None, None, now) else { panic!("it has to be read") };
-    assert!(matches!(state.acquire("a", None, None, now), Next::Wait(Some(waited)) if waited == attempt));
+    let Next::Read { attempt } = ask(&mut state, "a", None, None, now) else { panic!("it has to be read") };
+    assert!(matches!(ask(&mut state, "a", None, None, now), Next::Wait(Some(waited)) if waited == attempt));
     state.end_reading("a", attempt, Err("torn".to_owned()), now);
     let told = |next| matches!(next, Next::Fail(AdapterError::Unreadable { reason, .. }) if reason == "torn");
-    assert!(told(state.acquire("a", None, Some(attempt), now + RETRY_AFTER)));
-    assert!(told(state.acquire("a", None, None, now)), "not at once again");
-    assert!(matches!(state.acquire("a", None, None, now + RETRY_AFTER), Next::Read { .. }));
-    assert!(matches!(state.acquire("nobody", None, None, now), Next::Fail(AdapterError::Unknown { .. })));
+    assert!(told(ask(&mut state, "a", None, Some(attempt), now + RETRY_AFTER)));
+    assert!(told(ask(&mut state, "a", None, None, now)), "not at once again");
+    assert!(matches!(ask(&mut state, "a", None, None, now + RETRY_AFTER), Next::Read { .. }));
+    assert!(matches!(ask(&mut state, "nobody", None, None, now), Next::Fail(AdapterError::Unknown { .. })));
     state.orders();
 }
 
@@ -155,8 +163,198 @@ fn pinned_ones_stay_and_are_no_more_than_fit() {
     state.end_reading("p", attempt, Ok((adapter(), String::new())), Instant::now());
     state.pin("p");
     assert_eq!(residents(&state), ["p"]);
-    let Next::Fail(error) = state.acquire("a", None, None, Instant::now()) else { panic!("there is no room") };
+    let Next::Fail(error) = ask(&mut state, "a", None, None, Instant::now()) else { panic!("there is no room") };
     assert!(error.to_string().contains("--max-cpu-loras"), "{error}");
+    state.orders();
+}
+
+#[test]
+fn where_all_places_are_pinned_nobody_waits_for_one() {
+    let mut state = State::new(1, 2);
+    state.register(spec("p", true)).unwrap();
+    state.register(spec("a", false)).unwrap();
+    let attempt = state.begin_reading("p").unwrap().unwrap();
+    state.end_reading("p", attempt, Ok((adapter(), String::new())), Instant::now());
+    state.pin("p");
+    let now = Instant::now();
+    let Next::Read { attempt } = ask(&mut state, "a", None, None, now) else { panic!("there is room in memory") };
+    state.end_reading("a", attempt, Ok((adapter(), String::new())), now);
+    let Next::Fail(error) = ask(&mut state, "a", None, None, now) else { panic!("no place will ever be free") };
+    assert!(matches!(error, AdapterError::NoRoom { .. }) && error.to_string().contains("--max-loras"), "{error}");
+    state.orders();
+}
+
+#[test]
+fn a_name_that_now_belongs_to_others_is_unknown_to_who_waited_for_it() {
+    let mut state = State::new(1, 1);
+    let (x, y) = (who("x"), who("y"));
+    state.register(spec("a", false)).unwrap();
+    let now = Instant::now();
+    let Next::Read { attempt } = ask(&mut state, "a", Some(&x), None, now) else { panic!("it has to be read") };
+    // Taken away and given to another tenant before who waited has looked again.
+    state.forget("a").unwrap();
+    state.end_reading("a", attempt, Ok((adapter(), String::new())), now);
+    state.register(AdapterSpec { tenants: Some(vec!["y".to_owned()]), ..spec("a", false) }).unwrap();
+    for stranger in [Some(&x), None] {
+        let next = ask(&mut state, "a", stranger, Some(attempt), now);
+        assert!(matches!(next, Next::Fail(AdapterError::Unknown { .. })), "{next:?}");
+    }
+    assert!(acquire(&mut state, "a", Some(&y)).is_some());
+    state.orders();
+}
+
+/// One adapter is never out of use, and a request for another comes all the same to its turn; so do those after it.
+#[test]
+fn who_waits_for_a_place_gets_it_though_others_keep_all_places_busy() {
+    for max_cpu_loras in [1, 2] {
+        let mut state = with_names(1, max_cpu_loras);
+        let now = Instant::now();
+        let first = acquire(&mut state, "a", None).unwrap();
+        let second = acquire(&mut state, "a", None).unwrap();
+        // What "b" asks as often as something changes.
+        let (early, late) = (state.ticket(), state.ticket());
+        let again = |state: &mut State, ticket: u64| loop {
+            match state.acquire(&Asking { name: "b", who: None, ticket, since: None, now }) {
+                Next::Read { attempt } => state.end_reading("b", attempt, Ok((adapter(), String::new())), now),
+                next => return next,
+            }
+        };
+        for ticket in [early, late] {
+            assert!(matches!(again(&mut state, ticket), Next::Wait(_)));
+            assert!(state.try_wait("b", ticket, 9));
+        }
+        state.release(first, false);
+        assert_eq!(acquire(&mut state, "a", None), None, "its place is promised now");
+        state.release(second, false);
+        let newcomer = state.ticket();
+        let steal = state.acquire(&Asking { name: "c", who: None, ticket: newcomer, since: None, now });
+        if let Next::Read { attempt } = steal {
+            state.end_reading("c", attempt, Ok((adapter(), String::new())), now);
+        }
+        let stolen = state.acquire(&Asking { name: "c", who: None, ticket: newcomer, since: None, now });
+        assert!(matches!(stolen, Next::Wait(_)), "nor does a third one get it: {stolen:?}");
+        state.break_promise(newcomer);
+        let Next::Use(b) = again(&mut state, early) else { panic!("{max_cpu_loras}: it was promised") };
+        state.end_wait("b", early);
+        assert!(matches!(again(&mut state, late), Next::Use(_)), "those who wait for the same go in together");
+        state.end_wait("b", late);
+        // The one that waits goes away: the place is for everybody again.
+        let gone = state.ticket();
+        assert!(matches!(
+            state.acquire(&Asking { name: "a", who: None, ticket: gone, since: None, now }),
+            Next::Wait(_)
+        ));
+        assert_eq!(acquire(&mut state, "b", None), None);
+        state.break_promise(gone);
+        assert_eq!(acquire(&mut state, "b", None), Some(b));
+        state.orders();
+    }
+}
+
+/// Whoever is quicker to ask again, the one that came first has the place first: in batches and in memory.
+#[test]
+fn places_are_had_in_the_order_in_which_requests_came() {
+    for max_cpu_loras in [1, 2, 3] {
+        let mut state = with_names(1, max_cpu_loras);
+        let now = Instant::now();
+        let mut in_use = acquire(&mut state, "a", None).unwrap();
+        let mut waiting: Vec<(&str, u64)> =
+            ["b", "c", "a", "d", "b", "c"].into_iter().map(|name| (name, state.ticket())).collect();
+        let mut had = Vec::new();
+        for &(name, ticket) in &waiting {
+            assert!(state.try_wait(name, ticket, 9));
+        }
+        while !waiting.is_empty() {
+            // Those who came last ask first, until nothing moves; what is in use ends only then.
+            let mut moves = true;
+            while std::mem::take(&mut moves) {
+                for &(name, ticket) in waiting.clone().iter().rev() {
+                    match state.acquire(&Asking { name, who: None, ticket, since: None, now }) {
+                        Next::Read { attempt } => {
+                            state.end_reading(name, attempt, Ok((adapter(), String::new())), now);
+                            moves = true;
+                        }
+                        Next::Use(id) => {
+                            state.end_wait(name, ticket);
+                            waiting.retain(|&(_, other)| other != ticket);
+                            had.push(name);
+                            state.release(std::mem::replace(&mut in_use, id), false);
+                            moves = true;
+                        }
+                        Next::Wait(_) => {}
+                        Next::Fail(error) => panic!("{error}"),
+                    }
+                }
+            }
+            state.orders();
+            if !waiting.is_empty() {
+                state.release(in_use, false);
+                in_use = loop {
+                    let &(name, ticket) = waiting.first().unwrap();
+                    match state.acquire(&Asking { name, who: None, ticket, since: None, now }) {
+                        Next::Use(id) => {
+                            state.end_wait(name, ticket);
+                            waiting.remove(0);
+                            had.push(name);
+                            break id;
+                        }
+                        Next::Read { attempt } => {
+                            state.end_reading(name, attempt, Ok((adapter(), String::new())), now);
+                        }
+                        next => panic!("{max_cpu_loras}: {name} came first, and after {had:?} it is to {next:?}"),
+                    }
+                };
+            }
+        }
+    }
+}
+
+#[test]
+fn a_place_within_its_share_is_promised_to_nobody_else() {
+    let mut state = with_names(2, 6);
+    let (x, y) = (who("x"), who("y"));
+    let a = acquire(&mut state, "a", Some(&x)).unwrap();
+    acquire(&mut state, "b", Some(&y)).unwrap();
+    assert_eq!(acquire(&mut state, "c", Some(&y)), None, "it waits for its own");
+    assert_eq!(acquire(&mut state, "a", Some(&x)), Some(a), "the other goes on");
+    assert_eq!(acquire(&mut state, "b", Some(&y)), None);
+    state.orders();
+}
+
+#[test]
+fn nobody_is_pushed_out_of_memory_below_its_share_either() {
+    let (x, y) = (who("x"), who("y"));
+    let use_once = |state: &mut State, name: &str, owner: &Arc<str>| {
+        let id = acquire(state, name, Some(owner)).unwrap();
+        state.release(id, false);
+    };
+    // As many places in memory as in batches, and more.
+    for (max_loras, max_cpu_loras) in [(2, 2), (1, 4), (2, 4)] {
+        let mut state = with_names(max_loras, max_cpu_loras);
+        use_once(&mut state, "a", &x);
+        for name in ["b", "c", "d", "e", "f"] {
+            use_once(&mut state, name, &y);
+            assert!(state.is_in_memory("a"), "{max_loras} of {max_cpu_loras}: {name} pushed it out");
+        }
+        state.orders();
+    }
+}
+
+#[test]
+fn pinned_ones_count_to_nobodys_share() {
+    let mut state = State::new(2, 4);
+    state.register(spec("p", true)).unwrap();
+    for name in ["a", "b"] {
+        state.register(spec(name, false)).unwrap();
+    }
+    let attempt = state.begin_reading("p").unwrap().unwrap();
+    state.end_reading("p", attempt, Ok((adapter(), String::new())), Instant::now());
+    state.pin("p");
+    let id = acquire(&mut state, "a", Some(&who("x"))).unwrap();
+    state.release(id, false);
+    // One who belongs to no tenant, as whoever pinned: it has nothing, so it may have the only place there is.
+    assert!(acquire(&mut state, "b", None).is_some());
+    assert_eq!(residents(&state), ["b", "p"]);
     state.orders();
 }
 
@@ -200,9 +398,11 @@ proptest! {
         for step in steps {
             now += Duration::from_secs(1);
             match step {
-                Step::Acquire(name, owner) => match state.acquire(NAMES[name], owners[owner].as_ref(), None, now) {
+                Step::Acquire(name, owner) => match ask(&mut state, NAMES[name], owners[owner].as_ref(), None, now) {
                     Next::Use(id) => used.push(id),
                     Next::Read { attempt } => reading.push((NAMES[name].to_owned(), attempt)),
+                    // It goes away, unless it keeps a place promised.
+                    Next::Wait(_) if owner > 0 => state.break_promise(state.next_ticket),
                     Next::Wait(_) | Next::Fail(_) => {}
                 },
                 Step::Release(at) if !used.is_empty() => {

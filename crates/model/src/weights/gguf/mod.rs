@@ -69,8 +69,16 @@ pub struct GgufTensor {
 impl GgufFile {
     /// Maps and checks a file. Refused by name: version 1, big endian, files that are one part of several.
     pub fn open(path: &Path) -> Result<Self, ModelError> {
-        let map = MappedFile::open(path)?;
-        let header = Header::parse(map.bytes()).map_err(|what| ModelError::bad_file(path, what))?;
+        Self::of_file(MappedFile::open(path)?)
+    }
+
+    /// The same, copied into memory instead of mapped.
+    pub(crate) fn read_whole(path: &Path, max_bytes: u64) -> Result<Self, ModelError> {
+        Self::of_file(MappedFile::read_whole(path, max_bytes)?)
+    }
+
+    fn of_file(map: MappedFile) -> Result<Self, ModelError> {
+        let header = Header::parse(map.bytes()).map_err(|what| ModelError::bad_file(map.path(), what))?;
         Ok(Self { map, header })
     }
 
