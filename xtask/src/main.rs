@@ -204,10 +204,12 @@ fn python_tests(steps: &mut Steps, model: &Path, full: bool, extra: &[String]) -
     let Some(venv_python) = python_environment(steps)? else { return Ok(()) };
     let mut pytest = Command::new(&venv_python);
     pytest
-        .args(["-m", "pytest", "-p", "no:cacheprovider", "-q", "tests/system"])
+        .args(["-m", "pytest", "-p", "no:cacheprovider", "-q", "tests/system", "tests/gateway"])
         .args(extra)
         .env("BINDERY_BIN", binary())
         .env("BINDERY_TEST_MODEL", model)
+        // `cargo test` has built it with the other examples.
+        .env("BINDERY_TRANSLATE", target_dir().join("debug").join("examples").join("translate"))
         .env("PYTHONDONTWRITEBYTECODE", "1");
     if full {
         pytest.env("BINDERY_TEST_FULL", "1");

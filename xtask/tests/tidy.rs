@@ -89,10 +89,21 @@ fn arrows_between_crates_are_those_of_the_architecture() {
         ("bindery-scheduler", &[]),
         ("bindery-kernels", &[]),
         ("bindery-hub", &[]),
+        ("bindery-gateway", &["bindery-protocol"]),
         ("bindery-model", &["bindery-kernels"]),
         ("bindery-engine", &["bindery-scheduler", "bindery-model"]),
-        ("bindery-server", &["bindery-protocol", "bindery-engine"]),
-        ("bindery", &["bindery-protocol", "bindery-hub", "bindery-model", "bindery-engine", "bindery-server"]),
+        ("bindery-server", &["bindery-protocol", "bindery-engine", "bindery-gateway"]),
+        (
+            "bindery",
+            &[
+                "bindery-protocol",
+                "bindery-hub",
+                "bindery-model",
+                "bindery-engine",
+                "bindery-gateway",
+                "bindery-server",
+            ],
+        ),
     ]);
     for (name, ours) in arrows() {
         let allowed = allowed

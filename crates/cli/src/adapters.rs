@@ -14,12 +14,13 @@ use bindery_engine::{
     AdapterError, AdapterPool, AdapterPoolConfig,
     adapters::{AdapterRoots, AdapterSource, AdapterSpec, Fetch, adapters_in, check_name, watch_folder},
 };
+use bindery_gateway::config::TenantConfig;
 use bindery_hub::{AdapterRef, FetchOptions, HubError, NoProgress, SharedProgress, resolve_adapter};
 use bindery_server::Tenant;
 
 use crate::{
     args::AdapterArgs,
-    config::tables::{AdapterTable, FileTables, FolderTable, TenantTable},
+    config::tables::{AdapterTable, FileTables, FolderTable},
     failure::Failure,
 };
 
@@ -101,7 +102,11 @@ impl AdapterSettings {
         }
         let folder = tables.folder.map(|table| folder_of(table, at)).transpose()?;
         let roots = roots(&flags.adapter_root, &adapters, folder.as_ref())?;
-        let tenants = tables.tenants.into_iter().map(|table| tenant_of(table, at)).collect::<Result<_, _>>()?;
+        let line =
+            |name: &str| tables.tenants.iter().find(|tenant| tenant.name == name).map_or(1, |tenant| tenant.line);
+        let configured = tables.gateway.iter().flat_map(|gateway| &gateway.tenants);
+        let tenants =
+            configured.map(|tenant| tenant_of(tenant, &at(line(tenant.id.as_str())))).collect::<Result<_, _>>()?;
         Ok(Self { adapters, folder, roots, tenants })
     }
 
@@ -213,21 +218,24 @@ fn roots(
     }
 }
 
-fn tenant_of(table: TenantTable, at: impl Fn(usize) -> String) -> Result<Tenant, Failure> {
-    let TenantTable { line, name, api_key_env: variable } = table;
+/// Whose keys are in the environment; one that has none there may have some in the store.
+fn tenant_of(tenant: &TenantConfig, place: &str) -> Result<Tenant, Failure> {
+    let name = tenant.id.as_str();
+    let Some(variable) = &tenant.api_key_env else {
+        return Ok(Tenant { name: name.to_owned(), api_keys: Vec::new() });
+    };
     let refuse = |what: &str| {
         Err(Failure::usage(format!(
-            "{}: the tenant {name:?} has no key: the environment variable {variable} {what}",
-            at(line)
+            "{place}: the tenant {name:?} has no key: the environment variable {variable} {what}"
         ))
         .hint(format!("put the tenant's key into {variable}, or several with commas between")))
     };
-    let Ok(held) = std::env::var(&variable) else { return refuse("is not set, or no text") };
+    let Ok(held) = std::env::var(variable) else { return refuse("is not set, or no text") };
     let api_keys: Vec<String> = held.split(',').map(|key| key.trim().to_owned()).collect();
     if api_keys.iter().any(String::is_empty) {
         return refuse("is empty, or has an empty key among its keys");
     }
-    Ok(Tenant { name, api_keys })
+    Ok(Tenant { name: name.to_owned(), api_keys })
 }
 
 /// Adapters of the hub are fetched on the blocking thread that reads them, when they are asked for.

@@ -2,6 +2,7 @@
 //! [`crate::settings`] alone decides.
 
 mod adapters;
+mod gateway;
 
 use std::{ffi::OsString, path::PathBuf, time::Duration};
 
@@ -15,6 +16,10 @@ use clap::{
 use self::adapters::{AdapterArg, parse_adapter};
 pub(crate) use self::adapters::{
     AdapterArgs, AdapterLoadArgs, AdapterUnloadArgs, AdaptersAction, AdaptersArgs, UnloadMode,
+};
+pub(crate) use self::gateway::{
+    AuditAction, AuditArgs, AuditExportArgs, ConfigArg, CostColumnArg, CostsArgs, KeyCreateArgs, KeyRotateArgs,
+    KeysAction, KeysArgs, PrivacyArg, RouteAction, RouteArgs, RouteExplainArgs,
 };
 use crate::config::tables::FileTables;
 
@@ -53,6 +58,14 @@ pub(crate) enum Command {
     Models(ModelsArgs),
     /// List, load and unload the adapters of a running server
     Adapters(AdaptersArgs),
+    /// Make, list, replace and end tenants' keys
+    Keys(KeysArgs),
+    /// Say what requests cost, and what running them here has saved
+    Costs(CostsArgs),
+    /// Explain where requests run
+    Route(RouteArgs),
+    /// Check and export the audit log
+    Audit(AuditArgs),
     /// Validate a config file, by the checks that `serve` starts with, and say what it means
     Check(CheckArgs),
     /// Print the completion script of a shell
@@ -501,17 +514,9 @@ pub(crate) enum Device {
     Cpu,
 }
 
-/// Flags and verbs of the contract that come with a later version: asking for one is answered by its name.
-const LATER: [&str; 8] = [
-    "--enable-prefix-caching",
-    "--no-enable-prefix-caching",
-    "--tensor-parallel-size",
-    "--gpu-memory-utilization",
-    "keys",
-    "costs",
-    "audit",
-    "route",
-];
+/// Flags of the contract that come with a later version: asking for one is answered by its name.
+const LATER: [&str; 4] =
+    ["--enable-prefix-caching", "--no-enable-prefix-caching", "--tensor-parallel-size", "--gpu-memory-utilization"];
 
 fn said(error: &clap::Error, kind: ContextKind) -> Option<&str> {
     match error.get(kind)? {

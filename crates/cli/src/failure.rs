@@ -6,7 +6,7 @@ use bindery_engine::EngineError;
 use bindery_hub::HubError;
 use bindery_model::ModelError;
 
-use crate::terminal::Style;
+use crate::{config::Problems, terminal::Style};
 
 /// An error with a next step, and whether the usage was wrong.
 #[derive(Debug)]
@@ -65,6 +65,12 @@ pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let style = Style::for_stderr();
+    if let Some(problems) = error.chain().find_map(|cause| cause.downcast_ref::<Problems>()) {
+        for (message, hint) in problems.each() {
+            eprintln!("{} {message}\n{} {hint}", style.error("error:"), style.bold("hint:"));
+        }
+        return ExitCode::from(2);
+    }
     eprintln!("{} {}", style.error("error:"), in_one_sentence(error));
     let hint = error.chain().find_map(|cause| {
         cause

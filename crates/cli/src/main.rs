@@ -12,6 +12,7 @@ mod client;
 mod commands;
 mod config;
 mod failure;
+mod gateway;
 mod local;
 mod logging;
 mod settings;

@@ -1,9 +1,10 @@
 //! The one place where flags, environment, config file and defaults meet: flags > environment > file > defaults.
 //! (clap has already put the environment behind the flags.)
 
-use std::{net::IpAddr, time::Duration};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use bindery_engine::{AdapterPoolConfig, local_model::LocalModelConfig};
+use bindery_gateway::config::GatewayConfig;
 use bindery_model::{AdapterLimits, BackendKind, Dtype, KvCacheDtype, LoadOptions, Quantize};
 
 use crate::{
@@ -38,6 +39,8 @@ pub(crate) struct Settings {
     pub(crate) shutdown_timeout: Duration,
     pub(crate) model: ModelSettings,
     pub(crate) adapters: AdapterSettings,
+    /// None where the file says nothing of it.
+    pub(crate) gateway: Option<Arc<GatewayConfig>>,
 }
 
 /// What a model is loaded with, also by `chat` and `bench` in their own process.
@@ -96,6 +99,7 @@ impl Settings {
         } = server;
         refuse_empty_keys(&api_key, admin_key.as_deref())?;
         let model = ModelSettings::new(model, &engine)?;
+        let gateway = tables.gateway.clone().filter(|gateway| !gateway.is_empty());
         let adapters = AdapterSettings::resolve(&adapters, tables, config.as_deref(), &model.local.adapters)?;
         refuse_shared_keys(&api_key, &adapters)?;
         Ok(Self {
@@ -111,6 +115,7 @@ impl Settings {
             shutdown_timeout: shutdown_timeout.unwrap_or(Duration::from_secs(30)),
             model,
             adapters,
+            gateway,
         })
     }
 
@@ -125,7 +130,12 @@ impl Settings {
 
     /// Reachable from other machines, without a key.
     pub(crate) fn is_open_to_others(&self, address: IpAddr) -> bool {
-        self.num_keys() == 0 && !address.is_loopback()
+        self.num_keys() == 0 && !self.has_tenants() && !address.is_loopback()
+    }
+
+    /// Whether there is someone whose key is asked for, be it in the store or nowhere yet.
+    pub(crate) fn has_tenants(&self) -> bool {
+        self.gateway.as_ref().is_some_and(|gateway| !gateway.tenants.is_empty() || !gateway.issuers.is_empty())
     }
 
     /// Keys that open the model routes, those of tenants among them.

@@ -50,9 +50,12 @@ impl Serving {
         Err(self.unknown(state, asked))
     }
 
-    fn unknown(&self, state: &AppState, asked: String) -> ApiError {
+    pub(crate) fn unknown(&self, state: &AppState, asked: String) -> ApiError {
         let adapters = self.adapters().into_iter().map(|spec| spec.name);
-        let offered = state.config.served_model_names.iter().cloned().chain(adapters).take(MAX_OFFERED).collect();
+        let elsewhere = state.config.gateway.as_ref().map(|gateway| gateway.models(self.caller.tenant.as_deref()));
+        let elsewhere = elsewhere.into_iter().flatten().map(|(name, _)| name);
+        let names = state.config.served_model_names.iter().cloned().chain(adapters).chain(elsewhere);
+        let offered = names.take(MAX_OFFERED).collect();
         ApiError::UnknownModel { asked, offered }
     }
 

@@ -4,16 +4,29 @@
 use std::sync::Arc;
 
 use axum::http::{HeaderMap, header};
+use bindery_gateway::{
+    clock::UnixMillis,
+    gateway::{Gateway, configured_credential},
+    keys::{AuthError, Credential, KeyError},
+};
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
 use crate::{config::Tenant, error::ApiError};
 
 /// Who asks.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Caller {
     /// None: nobody in particular, who sees what is everybody's.
     pub(crate) tenant: Option<Arc<str>>,
+    /// What it showed, for the books.
+    pub(crate) credential: Credential,
+}
+
+impl Default for Caller {
+    fn default() -> Self {
+        Self { tenant: None, credential: configured_credential() }
+    }
 }
 
 /// The keys that open the model routes, and the one that opens the routes that change the server.
@@ -26,10 +39,38 @@ impl ApiKeys {
     pub(crate) fn new(keys: &[String], tenants: &[Tenant], admin: Option<&String>) -> Self {
         let mut all: Vec<_> = keys.iter().map(|key| (digest(key.as_bytes()), Caller::default())).collect();
         for Tenant { name, api_keys } in tenants {
-            let caller = Caller { tenant: Some(name.as_str().into()) };
+            let caller = Caller { tenant: Some(name.as_str().into()), ..Caller::default() };
             all.extend(api_keys.iter().map(|key| (digest(key.as_bytes()), caller.clone())));
         }
         Self { keys: all, admin: admin.map(|key| digest(key.as_bytes())) }
+    }
+
+    /// Whose key it is, whether configured or known to the gateway; anybody's where neither has any.
+    pub(crate) async fn check_all(&self, gateway: Option<&Gateway>, headers: &HeaderMap) -> Result<Caller, ApiError> {
+        let Some(gateway) = gateway else { return self.check(headers) };
+        let is_open = self.keys.is_empty() && !gateway.needs_key();
+        if is_open {
+            return Ok(Caller::default());
+        }
+        let token = bearer_token(headers).ok_or(ApiError::MissingKey)?;
+        if !self.keys.is_empty()
+            && let Ok(caller) = self.check(headers)
+        {
+            return Ok(caller);
+        }
+        let presented = std::str::from_utf8(token).map_err(|_| ApiError::WrongKey)?;
+        match gateway.authenticate(presented, UnixMillis::now()).await {
+            Some(Ok(identity)) => {
+                let tenant = Some(identity.tenant.as_str().into());
+                Ok(Caller { tenant, credential: identity.credential })
+            }
+            Some(Err(error)) if error.is_ours() => Err(ApiError::KeysUnavailable { message: error.to_string() }),
+            // Only who holds a key that was one is told more.
+            Some(Err(error @ AuthError::Key(KeyError::Revoked { .. } | KeyError::Expired { .. }))) => {
+                Err(ApiError::KeyEnded { message: error.to_string() })
+            }
+            Some(Err(_)) | None => Err(ApiError::WrongKey),
+        }
     }
 
     /// Whose key it is; anybody's where no key is configured.

@@ -112,7 +112,7 @@ fn request_timeout(headers: &HeaderMap, limits: &Limits) -> Result<Option<Durati
 }
 
 /// Reads the whole body, or refuses it once it is over the limit.
-async fn read_body(headers: &HeaderMap, body: Body, limits: &Limits) -> Result<Bytes, ApiError> {
+pub(crate) async fn read_body(headers: &HeaderMap, body: Body, limits: &Limits) -> Result<Bytes, ApiError> {
     tokio::time::timeout(limits.body_read_timeout, read_within_limit(headers, body, limits))
         .await
         .unwrap_or(Err(ApiError::BodyTimeout { timeout: limits.body_read_timeout }))
@@ -503,6 +503,7 @@ mod tests {
             digest: None,
             license: None,
             adapter_roots: bindery_engine::adapters::AdapterRoots::default(),
+            gateway: None,
         });
         let parse = |text: &str| {
             let mut headers = HeaderMap::new();

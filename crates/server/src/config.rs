@@ -5,6 +5,7 @@
 use std::{fmt, time::Duration};
 
 use bindery_engine::adapters::AdapterRoots;
+use bindery_gateway::gateway::Gateway;
 
 /// What the server is told at start.
 #[derive(Clone)]
@@ -27,6 +28,8 @@ pub struct ServerConfig {
     pub license: Option<String>,
     /// Where adapters may be loaded from at run time.
     pub adapter_roots: AdapterRoots,
+    /// Who may ask for what, where else it may run, what it costs; None: everything is local and nobody is counted.
+    pub gateway: Option<Gateway>,
 }
 
 /// A tenant, as far as this version knows one.
@@ -50,6 +53,7 @@ impl fmt::Debug for ServerConfig {
             .field("digest", &self.digest)
             .field("license", &self.license)
             .field("adapter_roots", &self.adapter_roots)
+            .field("gateway", &self.gateway)
             .finish()
     }
 }

@@ -7,10 +7,11 @@ use std::time::Duration;
 
 use axum::{
     body::Body,
-    http::{HeaderValue, Method, StatusCode, header},
+    http::{HeaderName, HeaderValue, Method, StatusCode, header},
     response::{IntoResponse, Response},
 };
 use bindery_engine::{AdapterError, EngineError};
+use bindery_gateway::{clock::UnixMillis, gateway::GatewayError};
 use bindery_protocol::openai::{ErrorBody, ErrorResponse};
 
 /// Seconds after which a probe or a client may ask again while the weights load.
@@ -34,6 +35,10 @@ pub(crate) enum ApiError {
     MissingKey,
     /// The key is none of ours.
     WrongKey,
+    /// It was one: it was revoked, or its time is over.
+    KeyEnded { message: String },
+    /// Keys cannot be checked now.
+    KeysUnavailable { message: String },
     /// A route that changes the server, and no admin key is configured.
     NoAdminKey,
     /// Another key than the admin's.
@@ -64,6 +69,8 @@ pub(crate) enum ApiError {
     SlowReader { message: String },
     /// Too much waits already.
     QueueFull { message: String, retry_after: Duration },
+    /// What the gateway says, in its own words: a limit, a budget, a guardrail, an upstream.
+    Gateway(Box<GatewayRefusal>),
     /// The weights are loading.
     Loading,
     /// The weights did not load.
@@ -76,7 +83,33 @@ pub(crate) enum ApiError {
     Internal { request_id: String },
 }
 
+/// See [`ApiError::Gateway`].
+#[derive(Debug)]
+pub(crate) struct GatewayRefusal {
+    status: StatusCode,
+    kind: &'static str,
+    code: String,
+    param: Option<String>,
+    message: String,
+    retry_after: Option<Duration>,
+    headers: Vec<(&'static str, String)>,
+}
+
 impl ApiError {
+    /// What the gateway says about a request.
+    pub(crate) fn from_gateway(error: &GatewayError, now: UnixMillis) -> Self {
+        let (status, kind, code) = error.shown();
+        Self::Gateway(Box::new(GatewayRefusal {
+            status: StatusCode::from_u16(status).unwrap_or(StatusCode::BAD_GATEWAY),
+            kind,
+            code,
+            param: error.param(),
+            message: error.to_string(),
+            retry_after: error.retry_after(now),
+            headers: error.rate_headers(),
+        }))
+    }
+
     /// A field out of range.
     pub(crate) fn invalid(param: impl Into<String>, message: impl Into<String>) -> Self {
         Self::Invalid { param: Some(param.into()), message: message.into() }
@@ -126,7 +159,7 @@ impl ApiError {
     pub(crate) fn status(&self) -> StatusCode {
         match self {
             Self::Invalid { .. } | Self::Unsupported { .. } | Self::ContextLength { .. } => StatusCode::BAD_REQUEST,
-            Self::MissingKey | Self::WrongKey => StatusCode::UNAUTHORIZED,
+            Self::MissingKey | Self::WrongKey | Self::KeyEnded { .. } => StatusCode::UNAUTHORIZED,
             Self::NoAdminKey | Self::NotAdmin | Self::Forbidden { .. } => StatusCode::FORBIDDEN,
             Self::Conflict { .. } => StatusCode::CONFLICT,
             Self::UnknownModel { .. } | Self::UnknownAdapter { .. } | Self::UnknownRoute { .. } => {
@@ -142,8 +175,10 @@ impl ApiError {
             | Self::Loading
             | Self::LoadFailed { .. }
             | Self::AdapterUnreadable { .. }
+            | Self::KeysUnavailable { .. }
             | Self::Draining
             | Self::CutByShutdown => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Gateway(refusal) => refusal.status,
             Self::Internal { .. } => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
@@ -151,19 +186,22 @@ impl ApiError {
     fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::QueueFull { retry_after, .. } => Some(*retry_after),
-            Self::Loading => Some(RETRY_LOADING),
+            Self::Gateway(refusal) => refusal.retry_after,
+            Self::Loading | Self::KeysUnavailable { .. } => Some(RETRY_LOADING),
             Self::Draining | Self::CutByShutdown => Some(RETRY_DRAINING),
             _ => None,
         }
     }
 
     /// OpenAI's `code`.
-    fn code(&self) -> Option<&'static str> {
+    fn code(&self) -> Option<&str> {
         match self {
             Self::Invalid { .. } => None,
+            Self::Gateway(refusal) => Some(&refusal.code),
             Self::Unsupported { .. } => Some("unsupported_parameter"),
             Self::ContextLength { .. } => Some("context_length_exceeded"),
-            Self::MissingKey | Self::WrongKey => Some("invalid_api_key"),
+            Self::MissingKey | Self::WrongKey | Self::KeyEnded { .. } => Some("invalid_api_key"),
+            Self::KeysUnavailable { .. } => Some("keys_unavailable"),
             Self::NoAdminKey | Self::NotAdmin => Some("admin_key_required"),
             Self::Forbidden { .. } => Some("forbidden"),
             Self::Conflict { .. } => Some("conflict"),
@@ -186,16 +224,18 @@ impl ApiError {
     /// OpenAI's `type`.
     fn kind(&self) -> &'static str {
         match self {
-            Self::MissingKey | Self::WrongKey => "authentication_error",
+            Self::MissingKey | Self::WrongKey | Self::KeyEnded { .. } => "authentication_error",
             Self::NoAdminKey | Self::NotAdmin | Self::Forbidden { .. } => "permission_error",
             Self::BodyTimeout { .. } | Self::DeadlineExceeded { .. } | Self::SlowReader { .. } => "timeout_error",
             Self::QueueFull { .. }
             | Self::Loading
             | Self::LoadFailed { .. }
             | Self::AdapterUnreadable { .. }
+            | Self::KeysUnavailable { .. }
             | Self::Draining
             | Self::CutByShutdown => "service_unavailable_error",
             Self::Internal { .. } => "server_error",
+            Self::Gateway(refusal) => refusal.kind,
             _ => "invalid_request_error",
         }
     }
@@ -207,6 +247,7 @@ impl ApiError {
                 Some(param)
             }
             Self::UnknownModel { .. } => Some("model"),
+            Self::Gateway(refusal) => refusal.param.as_deref(),
             Self::ContentEncoding { .. } => Some("content-encoding"),
             _ => None,
         }
@@ -222,8 +263,11 @@ impl ApiError {
             | Self::Conflict { message }
             | Self::UnknownAdapter { message }
             | Self::AdapterUnreadable { message }
+            | Self::KeyEnded { message }
+            | Self::KeysUnavailable { message }
             | Self::SlowReader { message }
             | Self::QueueFull { message, .. } => message.clone(),
+            Self::Gateway(refusal) => refusal.message.clone(),
             Self::MissingKey => "no API key: send one in the header `Authorization: Bearer KEY`".into(),
             Self::WrongKey => "the API key is not known to this server: check the key after `Bearer`".into(),
             Self::NoAdminKey => {
@@ -296,11 +340,18 @@ impl IntoResponse for ApiError {
             // Whole seconds, and at least one: 0 would mean "at once".
             headers.insert(header::RETRY_AFTER, HeaderValue::from(retry_after.as_secs_f64().ceil().max(1.0) as u64));
         }
+        if let Self::Gateway(refusal) = &self {
+            for (name, value) in &refusal.headers {
+                if let Ok(value) = HeaderValue::from_str(value) {
+                    headers.insert(HeaderName::from_static(name), value);
+                }
+            }
+        }
         if matches!(self, Self::ContentEncoding { .. }) {
             // RFC 9110, 15.5.16: what would have been accepted.
             headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
         }
-        if matches!(self, Self::MissingKey | Self::WrongKey) {
+        if matches!(self, Self::MissingKey | Self::WrongKey | Self::KeyEnded { .. }) {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
         response

@@ -15,6 +15,7 @@
 
 mod config;
 mod error;
+mod exchange;
 mod lifecycle;
 mod slot;
 

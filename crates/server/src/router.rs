@@ -16,12 +16,13 @@ use crate::{
     auth::Caller,
     context::{GuardedBody, observe},
     error::ApiError,
+    exchange::through_gateway,
     routes::{adapters, chat, completions, models, operations, tokenize},
     slot::SlotState,
     state::SharedState,
 };
 
-const X_BINDERY_ROUTE: HeaderName = HeaderName::from_static("x-bindery-route");
+pub(crate) const X_BINDERY_ROUTE: HeaderName = HeaderName::from_static("x-bindery-route");
 
 /// What a model route works with: present in its request once the gate let it through.
 #[derive(Clone)]
@@ -31,9 +32,11 @@ pub(crate) struct Serving {
 }
 
 pub(crate) fn router(state: &SharedState) -> Router {
-    let model_routes = Router::new()
+    let generation_routes = Router::new()
         .route("/v1/completions", post(completions::create))
         .route("/v1/chat/completions", post(chat::create))
+        .route_layer(middleware::from_fn_with_state(Arc::clone(state), through_gateway));
+    let model_routes = generation_routes
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::get))
         .route("/tokenize", post(tokenize::tokenize))
@@ -61,7 +64,8 @@ pub(crate) fn router(state: &SharedState) -> Router {
 /// Lets a model request through: who may ask, then whether the server takes requests. The request counts as in flight
 /// until its response body has ended; where the server cuts what runs, a handler that has not answered yet is dropped.
 async fn gate(State(state): State<SharedState>, mut request: Request, next: Next) -> Response {
-    let admitted = state.keys.check(request.headers()).and_then(|caller| {
+    let caller = state.keys.check_all(state.config.gateway.as_ref(), request.headers()).await;
+    let admitted = caller.and_then(|caller| {
         let in_flight = state.lifecycle.admit().ok_or(ApiError::Draining)?;
         match state.slot.state() {
             SlotState::Ready(model) => Ok((in_flight, Serving { model: Arc::clone(model), caller })),
@@ -79,7 +83,7 @@ async fn gate(State(state): State<SharedState>, mut request: Request, next: Next
         response = next.run(request) => response,
         () = state.lifecycle.cut_token().cancelled() => ApiError::CutByShutdown.into_response(),
     };
-    response.headers_mut().insert(X_BINDERY_ROUTE, HeaderValue::from_static("local"));
+    response.headers_mut().entry(X_BINDERY_ROUTE).or_insert(HeaderValue::from_static("local"));
     response.map(|body| axum::body::Body::new(GuardedBody { body, span: None, guard: in_flight }))
 }
 

@@ -1,15 +1,19 @@
 //! One file a verb.
 
 mod adapters;
+mod audit;
 mod bench;
 mod chat;
 mod check;
 mod completions;
+mod costs;
 mod inspect;
+mod keys;
 mod models;
 mod perplexity;
 mod pull;
 mod quantize;
+mod route;
 mod serve;
 
 use std::future::Future;
@@ -27,6 +31,10 @@ pub(crate) fn run(command: Command) -> anyhow::Result<()> {
         Command::Pull(args) => block_on(pull::run(args)),
         Command::Models(args) => block_on(models::run(args)),
         Command::Adapters(args) => block_on(adapters::run(args)),
+        Command::Keys(args) => block_on(keys::run(args)),
+        Command::Costs(args) => block_on(costs::run(args)),
+        Command::Route(args) => block_on(route::run(args)),
+        Command::Audit(args) => block_on(audit::run(args)),
         Command::Check(args) => block_on(check::run(args)),
         Command::Completions { shell } => completions::run(shell),
     }

@@ -13,6 +13,12 @@ use std::{
 
 use anyhow::Context as _;
 use bindery_engine::{LocalModel, local_model::LoadReport};
+use bindery_gateway::{
+    clock::UnixMillis,
+    config::GatewayConfig,
+    gateway::{Gateway, Surroundings},
+    names::NodeId,
+};
 use bindery_hub::{LocalFiles, ModelRef, SharedProgress};
 use bindery_server::{ModelSlot, ServerConfig};
 use tokio::net::TcpSocket;
@@ -46,6 +52,8 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
     };
     warn_if_open(&settings, address.ip());
     settings.adapters.check_names(&served_names(&settings)?)?;
+    // Before anything is fetched: what is wrong with it is told at once.
+    let gateway = start_gateway(&settings, address).await?;
     let files = signals.unless_stopped(fetch(&settings)).await.ok_or(Interrupted)??;
 
     let names = served_names(&settings)?;
@@ -59,6 +67,7 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
         digest: files.digest.clone(),
         license: files.license.clone(),
         adapter_roots: settings.adapters.roots.clone(),
+        gateway: gateway.clone(),
     };
     let listener = socket.listen(BACKLOG).with_context(|| format!("cannot listen on {address}"))?;
     let (slot, stop) = (ModelSlot::default(), CancellationToken::new());
@@ -103,11 +112,29 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
             Err(Failure::new(format!("stopped at once by a second signal ({name})")).into())
         }
     };
+    if let Some(gateway) = &gateway {
+        gateway.close().await;
+    }
     if outcome.is_ok() {
         tokio::task::spawn_blocking(move || model.stop()).await?;
         tracing::info!("stopped");
     }
     outcome
+}
+
+/// Opens the store, the upstreams and all else that the config file says of the gateway.
+async fn start_gateway(settings: &Settings, address: SocketAddr) -> anyhow::Result<Option<Gateway>> {
+    let Some(config) = &settings.gateway else { return Ok(None) };
+    let env = |name: &str| std::env::var(name).ok().filter(|value| !value.trim().is_empty());
+    // An address is one process's at a time, and the same one's after a restart.
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let node = NodeId::new(&format!("{} {address}", host.trim()).trim().replace(' ', "/"))?;
+    let started =
+        Gateway::start(GatewayConfig::clone(config), &Surroundings { env: &env, node }, UnixMillis::now()).await;
+    Ok(Some(
+        started
+            .map_err(|error| Failure::new(error.to_string()).hint("`bindery check` says what the config file means"))?,
+    ))
 }
 
 /// What clients call the base, the first name first.
@@ -308,6 +335,9 @@ impl Start<'_> {
 
     fn keys(&self) -> String {
         match (self.settings.num_keys(), self.address.ip().is_loopback()) {
+            (0, _) if self.settings.has_tenants() => {
+                "clients must send a tenant's key (`bindery keys create --tenant NAME` makes one)".to_owned()
+            }
             (0, true) => "none asked for (only this machine can connect)".to_owned(),
             (0, false) => "none asked for, and other machines can connect".to_owned(),
             (1, _) => "clients must send the configured key".to_owned(),
@@ -325,7 +355,11 @@ impl Start<'_> {
             IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
             ip => ip,
         };
-        let key = if self.settings.num_keys() == 0 { "" } else { " -H \"authorization: Bearer $BINDERY_API_KEY\"" };
+        let key = if self.settings.num_keys() == 0 && !self.settings.has_tenants() {
+            ""
+        } else {
+            " -H \"authorization: Bearer $BINDERY_API_KEY\""
+        };
         // A base model has no chat template, and would refuse what this page tells people to try.
         let (route, body) = if self.model.template.is_some() {
             let messages = serde_json::json!([{"role": "user", "content": "What does a bookbinder do?"}]);

@@ -146,22 +146,6 @@ pub(crate) const TABLE_KEYS: &[TableKey] = &[
         default: "true",
         explain: "adapters that are put there later, new versions and removals count too; else it is looked at once",
     },
-    TableKey {
-        header: "[[tenants]]",
-        name: "name",
-        kind: Kind::Text,
-        example: "\"acme\"",
-        default: "none, it must be given",
-        explain: "of the tenant, as adapters name it",
-    },
-    TableKey {
-        header: "[[tenants]]",
-        name: "api_key_env",
-        kind: Kind::Text,
-        example: "\"ACME_API_KEY\"",
-        default: "none, it must be given",
-        explain: "environment variable that holds the tenant's key, or several with commas between",
-    },
 ];
 
 /// Rows are in the order of `check`'s output; those of a section stand together.

@@ -1,11 +1,16 @@
-//! The config file: TOML in, the same settings that flags give out. Every key is a row of [`keys::KEYS`]; what is not
-//! there is an error that names the line and the nearest known key. Tables that have no flags are [`tables`].
+//! The config file: TOML in, the same settings that flags give out, or every mistake in it.
+//!
+//! Keys that have flags are rows of [`keys::KEYS`], tables of adapters are [`tables`]; the sections of the gateway are
+//! read by the gateway itself, and [`gateway_keys`] documents them. Invariant: what nobody reads is an error that names
+//! the line and the nearest known key.
 
+pub(crate) mod gateway_keys;
 pub(crate) mod keys;
 pub(crate) mod tables;
 
-use std::path::Path;
+use std::{fmt, path::Path, sync::Arc};
 
+use bindery_gateway::config::{GatewayConfig, Problem, SECTIONS};
 use bindery_hub::card::nearest;
 use toml::de::{DeTable, DeValue};
 
@@ -15,8 +20,31 @@ use keys::{KEYS, Kind, TABLE_KEYS};
 /// Bytes of a config file.
 const MAX_CONFIG_BYTES: u64 = 1 << 20;
 
-/// Sections that belong to the config file and come with later versions.
-const LATER_SECTIONS: [&str; 6] = ["store", "local", "upstreams", "audit", "routes", "guardrails"];
+/// All that is wrong with a file, in the order of its lines.
+#[derive(Debug)]
+pub(crate) struct Problems {
+    file: String,
+    problems: Vec<Problem>,
+}
+
+impl Problems {
+    /// What is wrong, with its place, and the next step.
+    pub(crate) fn each(&self) -> impl Iterator<Item = (String, &str)> {
+        self.problems.iter().map(|problem| {
+            let Problem { line, message, hint } = problem;
+            let place = line.map_or_else(|| self.file.clone(), |line| format!("{}:{line}", self.file));
+            (format!("{place}: {message}"), hint.as_deref().unwrap_or("`bindery check --explain` documents every key"))
+        })
+    }
+}
+
+impl fmt::Display for Problems {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.each().map(|(message, _)| message).collect::<Vec<_>>().join("; "))
+    }
+}
+
+impl std::error::Error for Problems {}
 
 /// Reads a config file into the form of flags.
 pub(crate) fn read(path: &Path) -> anyhow::Result<ServeArgs> {
@@ -40,78 +68,126 @@ pub(crate) fn read(path: &Path) -> anyhow::Result<ServeArgs> {
         ))
         .hint("save it as UTF-8, the encoding of TOML")
     })?;
-    parse(&text).map_err(|problem| {
-        let place = problem.line.map_or_else(|| format!("{shown}"), |line| format!("{shown}:{line}"));
-        let failure = Failure::usage(format!("{place}: {}", problem.message));
-        let hint = problem.hint.unwrap_or_else(|| "`bindery check --explain` documents every key".to_owned());
-        failure.hint(hint).into()
-    })
+    parse(&text).map_err(|problems| Problems { file: shown.to_string(), problems }.into())
 }
 
-/// What is wrong with a file, and where.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Problem {
-    line: Option<usize>,
-    message: String,
-    hint: Option<String>,
+/// Where in the text a place is, from line 1.
+fn line_of(text: &str, offset: usize) -> usize {
+    text.get(..offset).unwrap_or(text).matches('\n').count() + 1
 }
 
 /// The text of a config file in the form of flags.
-pub(crate) fn parse(text: &str) -> Result<ServeArgs, Problem> {
-    let line_of = |offset: usize| text.get(..offset).unwrap_or(text).matches('\n').count() + 1;
-    let problem = |offset: usize, message: String| Problem { line: Some(line_of(offset)), message, hint: None };
-    let document = DeTable::parse(text).map_err(|error| Problem {
-        line: error.span().map(|span| line_of(span.start)),
-        message: error.message().to_owned(),
-        hint: Some("the file is not valid TOML there".to_owned()),
+pub(crate) fn parse(text: &str) -> Result<ServeArgs, Vec<Problem>> {
+    let line_of = |offset: usize| line_of(text, offset);
+    let document = DeTable::parse(text).map_err(|error| {
+        vec![Problem {
+            line: error.span().map(|span| line_of(span.start)),
+            message: error.message().to_owned(),
+            hint: Some("the file is not valid TOML there".to_owned()),
+        }]
     })?;
-    let mut settings = ServeArgs::default();
+    let (settings, problems) = (ServeArgs::default(), Vec::new());
+    let mut reader = Reader { line_of: &line_of, settings, problems, num_wrong_headers: 0 };
     for (section, value) in document.get_ref() {
-        let name: &str = section.get_ref();
-        let at = section.span().start;
-        if LATER_SECTIONS.contains(&name) {
-            return Err(Problem {
-                hint: Some(format!("remove the section; this version knows {}", sections().join(", "))),
-                ..problem(at, format!("[{name}] is not in this version yet"))
-            });
-        }
-        refuse_secret(name).map_err(|failure| Problem { line: Some(line_of(at)), ..failure })?;
-        if tables::is_table(name) {
-            settings.tables.read(name, at, value.get_ref(), &line_of)?;
-            continue;
-        }
-        if !KEYS.iter().any(|key| key.section == name) {
-            return Err(problem(at, unknown("section", name, &sections())));
-        }
-        let DeValue::Table(table) = value.get_ref() else {
-            return Err(problem(
-                at,
-                format!("`{name}` is a section: write [{name}] on a line of its own and its keys below"),
-            ));
-        };
-        for (key, value) in table {
-            let at = key.span().start;
-            let name_of_key: &str = key.get_ref();
-            refuse_secret(name_of_key).map_err(|failure| Problem { line: Some(line_of(at)), ..failure })?;
-            let Some(known) = KEYS.iter().find(|known| known.section == name && known.name == name_of_key) else {
-                let names: Vec<&str> =
-                    KEYS.iter().filter(|known| known.section == name).map(|known| known.name).collect();
-                let mut message = format!("in [{name}]: {}", unknown("key", name_of_key, &names));
-                if let Some(other) = KEYS.iter().find(|known| known.name == name_of_key) {
-                    message = format!("`{name_of_key}` belongs to [{}], not to [{name}]", other.section);
-                }
-                return Err(problem(at, message));
-            };
-            for text in texts_of(value.get_ref(), known.kind)
-                .ok_or_else(|| problem(at, format!("{name}.{name_of_key} must be {}", known.kind.describe())))?
-            {
-                (known.set)(&mut settings, &text)
-                    .map_err(|why| problem(at, format!("{name}.{name_of_key} = {text:?} cannot be used: {why}")))?;
-            }
+        let read = reader.section(section.get_ref(), section.span().start, value.get_ref());
+        reader.note(read);
+    }
+    let Reader { mut settings, mut problems, num_wrong_headers, .. } = reader;
+    settings.tables.tenants = tables::tenant_lines(document.get_ref(), &line_of);
+    problems.extend(settings.tables.strangers());
+    // Its reader would get no further than to such a header, and say less of it.
+    if num_wrong_headers == 0 {
+        match GatewayConfig::parse(text) {
+            Ok(gateway) => settings.tables.gateway = Some(Arc::new(gateway)),
+            Err(more) => problems.extend(more),
         }
     }
-    settings.tables.check()?;
-    Ok(settings)
+    // Stable: what is in one line stays in the order in which it was found.
+    problems.sort_by_key(|problem| problem.line);
+    if problems.is_empty() { Ok(settings) } else { Err(problems) }
+}
+
+/// Goes through a document and keeps what it finds, right or wrong.
+struct Reader<'a> {
+    line_of: &'a dyn Fn(usize) -> usize,
+    settings: ServeArgs,
+    problems: Vec<Problem>,
+    /// Of the gateway's sections.
+    num_wrong_headers: usize,
+}
+
+impl Reader<'_> {
+    fn note(&mut self, read: Result<(), Problem>) {
+        self.problems.extend(read.err());
+    }
+
+    fn problem(&self, offset: usize, message: String) -> Problem {
+        Problem { line: Some((self.line_of)(offset)), message, hint: None }
+    }
+
+    fn refuse_secret(&self, name: &str, at: usize) -> Result<(), Problem> {
+        refuse_secret(name).map_err(|problem| Problem { line: Some((self.line_of)(at)), ..problem })
+    }
+
+    fn section(&mut self, name: &str, at: usize, value: &DeValue<'_>) -> Result<(), Problem> {
+        self.refuse_secret(name, at)?;
+        if SECTIONS.contains(&name) {
+            return self.gateway_header(name, at, value);
+        }
+        if tables::is_table(name) {
+            let problems = self.settings.tables.read(name, at, value, self.line_of);
+            self.problems.extend(problems);
+            return Ok(());
+        }
+        if !KEYS.iter().any(|key| key.section == name) {
+            return Err(self.problem(at, unknown("section", name, &sections())));
+        }
+        let DeValue::Table(table) = value else {
+            let message = format!("`{name}` is a section: write [{name}] on a line of its own and its keys below");
+            return Err(self.problem(at, message));
+        };
+        for (key, value) in table {
+            let read = self.key(name, (key.get_ref(), key.span().start), value.get_ref());
+            self.note(read);
+        }
+        Ok(())
+    }
+
+    /// The gateway reads its sections itself; of a header in the wrong form its reader knows types alone.
+    fn gateway_header(&mut self, name: &str, at: usize, value: &DeValue<'_>) -> Result<(), Problem> {
+        let header = gateway_keys::header_of(name);
+        let is_right = match value {
+            DeValue::Table(_) => !header.starts_with("[["),
+            DeValue::Array(_) => header.starts_with("[["),
+            _ => false,
+        };
+        if is_right {
+            return Ok(());
+        }
+        self.num_wrong_headers += 1;
+        Err(self.problem(at, format!("write the header of `{name}` as {header}, and its keys below")))
+    }
+
+    fn key(&mut self, section: &str, (name, at): (&str, usize), value: &DeValue<'_>) -> Result<(), Problem> {
+        self.refuse_secret(name, at)?;
+        let Some(known) = KEYS.iter().find(|known| known.section == section && known.name == name) else {
+            let names: Vec<&str> =
+                KEYS.iter().filter(|known| known.section == section).map(|known| known.name).collect();
+            let mut message = format!("in [{section}]: {}", unknown("key", name, &names));
+            if let Some(other) = KEYS.iter().find(|known| known.name == name) {
+                message = format!("`{name}` belongs to [{}], not to [{section}]", other.section);
+            }
+            return Err(self.problem(at, message));
+        };
+        let Some(texts) = texts_of(value, known.kind) else {
+            return Err(self.problem(at, format!("{section}.{name} must be {}", known.kind.describe())));
+        };
+        for text in texts {
+            (known.set)(&mut self.settings, &text)
+                .map_err(|why| self.problem(at, format!("{section}.{name} = {text:?} cannot be used: {why}")))?;
+        }
+        Ok(())
+    }
 }
 
 /// Keys in a file end up in backups and repositories.
@@ -129,7 +205,7 @@ fn refuse_secret(key: &str) -> Result<(), Problem> {
 
 fn sections() -> Vec<&'static str> {
     let tables = TABLE_KEYS.iter().map(|key| key.header.trim_matches(['[', ']']));
-    let mut sections: Vec<&str> = KEYS.iter().map(|key| key.section).chain(tables).collect();
+    let mut sections: Vec<&str> = KEYS.iter().map(|key| key.section).chain(tables).chain(SECTIONS).collect();
     sections.dedup();
     sections
 }
@@ -163,8 +239,8 @@ mod tests {
     use super::*;
 
     fn message(text: &str) -> String {
-        let problem = parse(text).unwrap_err();
-        format!("{}: {}", problem.line.unwrap(), problem.message)
+        let problems = parse(text).unwrap_err();
+        format!("{}: {}", problems[0].line.unwrap(), problems[0].message)
     }
 
     #[test]
@@ -210,14 +286,26 @@ mod tests {
     }
 
     #[test]
-    fn keys_are_refused_and_later_sections_say_so() {
-        let problem = parse("[server]\napi_key = \"s3cret\"").unwrap_err();
-        assert!(!format!("{problem:?}").contains("s3cret"));
-        assert_eq!(problem.hint.as_deref(), Some("put it into the environment as BINDERY_API_KEY"));
-        for section in LATER_SECTIONS {
-            for text in [format!("[{section}]\nx = 1"), format!("[[{section}]]\nx = 1")] {
-                assert!(message(&text).contains("not in this version yet"), "{text}");
-            }
+    fn keys_are_refused_and_not_repeated() {
+        let problems = parse("[server]\napi_key = \"s3cret\"").unwrap_err();
+        assert!(!format!("{problems:?}").contains("s3cret"));
+        assert_eq!(problems[0].hint.as_deref(), Some("put it into the environment as BINDERY_API_KEY"));
+    }
+
+    #[test]
+    fn every_mistake_is_told_in_the_order_of_lines_whoever_reads_the_section() {
+        let text = "[server]\nprot = 1\nport = \"x\"\n[[tenants]]\nname = \"a\"\nprivacy = \"open\"\n\
+                    [[adapters]]\nname = \"b\"\nsource = \"x/y\"\ntenants = [\"z\"]\n[sever]\nx = 1\n";
+        let lines: Vec<Option<usize>> = parse(text).unwrap_err().iter().map(|problem| problem.line).collect();
+        assert_eq!(lines, [2, 3, 6, 7, 11].map(Some));
+    }
+
+    #[test]
+    fn headers_of_the_gateways_sections_are_told_in_the_words_of_the_file() {
+        assert_eq!(message("[[store]]\nurl = \"x\""), "1: write the header of `store` as [store], and its keys below");
+        assert_eq!(message("tenants = 3"), "1: write the header of `tenants` as [[tenants]], and its keys below");
+        for section in SECTIONS {
+            assert!(gateway_keys::header_of(section).contains(section), "{section} is documented");
         }
     }
 

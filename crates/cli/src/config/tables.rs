@@ -1,9 +1,12 @@
-//! The tables of the config file that have no flags: adapters, their folder, and the tenants they belong to.
+//! The tables of the config file that have no flags: adapters, their folder, and what the gateway has read.
 //!
 //! What can be said by the file alone is said here, with its line; what takes the environment or the disk is
 //! [`crate::adapters`]'. Invariant: names in here are valid and unique, and every tenant that is named is there.
 
+use std::sync::Arc;
+
 use bindery_engine::adapters::check_name;
+use bindery_gateway::config::{GatewayConfig, Problem};
 use bindery_hub::card::nearest;
 use toml::{
     Spanned,
@@ -11,20 +14,19 @@ use toml::{
 };
 
 use super::{
-    Problem,
     keys::{Kind, TABLE_KEYS},
     texts_of, unknown,
 };
-
-/// Keys of the contract's `[[tenants]]` that come with later versions.
-const LATER_TENANT_KEYS: [&str; 7] = ["privacy", "models", "weight", "limits", "budget", "guardrails", "overflow"];
 
 /// What the file says in tables.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct FileTables {
     pub(crate) adapters: Vec<AdapterTable>,
     pub(crate) folder: Option<FolderTable>,
-    pub(crate) tenants: Vec<TenantTable>,
+    /// Names of tenants, right or wrong, and where they stand.
+    pub(crate) tenants: Vec<TenantLine>,
+    /// None where no file was read.
+    pub(crate) gateway: Option<Arc<GatewayConfig>>,
 }
 
 /// `[[adapters]]`
@@ -45,12 +47,24 @@ pub(crate) struct FolderTable {
     pub(crate) watch: bool,
 }
 
-/// `[[tenants]]`
+/// Where a `[[tenants]]` stands.
 #[derive(Clone, Debug)]
-pub(crate) struct TenantTable {
+pub(crate) struct TenantLine {
     pub(crate) line: usize,
     pub(crate) name: String,
-    pub(crate) api_key_env: String,
+}
+
+/// The tenants' names, whatever else is wrong with their tables.
+pub(super) fn tenant_lines(document: &DeTable<'_>, line_of: &dyn Fn(usize) -> usize) -> Vec<TenantLine> {
+    let tables = match document.get("tenants").map(Spanned::get_ref) {
+        Some(DeValue::Array(tables)) => tables.iter().collect(),
+        _ => Vec::new(),
+    };
+    let named = |table: &Spanned<DeValue<'_>>| {
+        let name = table.get_ref().as_table()?.get("name")?.get_ref().as_str()?.to_owned();
+        Some(TenantLine { line: line_of(table.span().start), name })
+    };
+    tables.into_iter().filter_map(named).collect()
 }
 
 /// Whether a section is one of these tables.
@@ -63,45 +77,45 @@ fn header_of(name: &str) -> Option<&'static str> {
 }
 
 impl FileTables {
-    /// Takes in one section of the file.
+    /// Takes in one section of the file, and says what is wrong with it: the first mistake of each table.
     pub(super) fn read(
         &mut self,
         name: &str,
         at: usize,
         value: &DeValue<'_>,
         line_of: &dyn Fn(usize) -> usize,
-    ) -> Result<(), Problem> {
+    ) -> Vec<Problem> {
         let header = header_of(name).unwrap_or_default();
         let problem = |at: usize, message: String| Problem { line: Some(line_of(at)), message, hint: None };
+        let mut problems = Vec::new();
         let tables: Vec<(usize, &DeTable<'_>)> = match (value, header.starts_with("[[")) {
             (DeValue::Table(table), false) => vec![(at, table)],
-            (DeValue::Array(items), true) => {
-                let table_of = |item: &Spanned<DeValue<'_>>| item.span().start;
-                items
-                    .iter()
-                    .map(|item| match item.get_ref() {
-                        DeValue::Table(table) => Ok((table_of(item), table)),
-                        _ => Err(problem(
-                            table_of(item),
-                            format!("{header} is a table: write its header, and its keys below"),
-                        )),
-                    })
-                    .collect::<Result<_, _>>()?
-            }
-            _ => return Err(problem(at, format!("write the header of `{name}` as {header}, and its keys below"))),
+            (DeValue::Array(items), true) => items
+                .iter()
+                .filter_map(|item| {
+                    let at = item.span().start;
+                    if item.get_ref().as_table().is_none() {
+                        let message = format!("{header} is a table: write its header, and its keys below");
+                        problems.push(problem(at, message));
+                    }
+                    Some((at, item.get_ref().as_table()?))
+                })
+                .collect(),
+            _ => return vec![problem(at, format!("write the header of `{name}` as {header}, and its keys below"))],
         };
         for (at, table) in tables {
-            let fields = Fields { header, table, at, line_of };
-            fields.check_keys()?;
-            match name {
-                "adapters" => self.add_adapter(&fields)?,
-                "adapter_dir" => {
-                    let watch = fields.flag("watch").unwrap_or(true);
-                    self.folder = Some(FolderTable { line: fields.line(), path: fields.required("path")?, watch });
-                }
-                _ => self.add_tenant(&fields)?,
-            }
+            problems.extend(self.add(name, &Fields { header, table, at, line_of }).err());
         }
+        problems
+    }
+
+    fn add(&mut self, name: &str, fields: &Fields<'_>) -> Result<(), Problem> {
+        fields.check_keys()?;
+        if name == "adapters" {
+            return self.add_adapter(fields);
+        }
+        let watch = fields.flag("watch").unwrap_or(true);
+        self.folder = Some(FolderTable { line: fields.line(), path: fields.required("path")?, watch });
         Ok(())
     }
 
@@ -127,38 +141,14 @@ impl FileTables {
         Ok(())
     }
 
-    fn add_tenant(&mut self, fields: &Fields<'_>) -> Result<(), Problem> {
-        let name = fields.required("name")?;
-        if let Some(other) = self.tenants.iter().find(|other| other.name == name) {
-            let message = format!("the tenant {name:?} is in line {} already: give each a name of its own", other.line);
-            return Err(fields.problem("name", message));
-        }
-        let api_key_env = fields.required("api_key_env")?;
-        let is_variable = |text: &str| {
-            text.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
-                && !text.starts_with(|first: char| first.is_ascii_digit())
-        };
-        if !is_variable(&api_key_env) {
-            // What stands there may be the key itself, so it is not repeated.
-            return Err(Problem {
-                hint: Some(
-                    "put the key into the environment, and the variable's name here, like ACME_API_KEY".to_owned(),
-                ),
-                ..fields.problem("api_key_env", "api_key_env is no name of an environment variable".to_owned())
-            });
-        }
-        self.tenants.push(TenantTable { line: fields.line(), name, api_key_env });
-        Ok(())
-    }
-
-    /// After the whole file is read: tenants may stand below the adapters that name them.
-    pub(super) fn check(&self) -> Result<(), Problem> {
+    /// Adapters for tenants that are not there. After the whole file is read: tenants may stand below the adapters that
+    /// name them.
+    pub(super) fn strangers(&self) -> Vec<Problem> {
         let known: Vec<&str> = self.tenants.iter().map(|tenant| tenant.name.as_str()).collect();
-        for adapter in &self.adapters {
-            let stranger = adapter.tenants.iter().flatten().find(|tenant| !known.contains(&tenant.as_str()));
-            let Some(stranger) = stranger else { continue };
+        let problem = |adapter: &AdapterTable| {
+            let stranger = adapter.tenants.iter().flatten().find(|tenant| !known.contains(&tenant.as_str()))?;
             let near = nearest(stranger, known.iter().copied()).first().map(|near| format!("; did you mean {near:?}?"));
-            return Err(Problem {
+            Some(Problem {
                 line: Some(adapter.line),
                 message: format!(
                     "the adapter {:?} is for the tenant {stranger:?}, which is not there{}",
@@ -166,9 +156,9 @@ impl FileTables {
                     near.unwrap_or_default()
                 ),
                 hint: Some(format!("add a [[tenants]] with name = {stranger:?}, or correct the name")),
-            });
-        }
-        Ok(())
+            })
+        };
+        self.adapters.iter().filter_map(problem).collect()
     }
 }
 
@@ -196,18 +186,6 @@ impl Fields<'_> {
         let known = || TABLE_KEYS.iter().filter(|key| key.header == self.header);
         for (key, value) in self.table {
             let name: &str = key.get_ref();
-            if self.header == "[[tenants]]" && LATER_TENANT_KEYS.contains(&name) {
-                return Err(Problem {
-                    hint: Some("remove the key; this version knows name and api_key_env of a tenant".to_owned()),
-                    ..self.problem(name, format!("in [[tenants]]: `{name}` is not in this version yet"))
-                });
-            }
-            if matches!(name, "api_key" | "api_keys" | "key" | "keys") {
-                return Err(Problem {
-                    hint: Some("put it into the environment, and the variable's name here as api_key_env".to_owned()),
-                    ..self.problem(name, format!("`{name}`: a key itself is refused in a config file"))
-                });
-            }
             let Some(known) = known().find(|known| known.name == name) else {
                 let names: Vec<&str> = known().map(|known| known.name).collect();
                 return Err(self.problem(name, format!("in {}: {}", self.header, unknown("key", name, &names))));
@@ -241,7 +219,7 @@ mod tests {
     use super::super::parse;
 
     fn message(text: &str) -> String {
-        let problem = parse(text).unwrap_err();
+        let problem = parse(text).unwrap_err().remove(0);
         format!("{}: {} ({})", problem.line.unwrap(), problem.message, problem.hint.unwrap_or_default())
     }
 
@@ -261,7 +239,8 @@ mod tests {
         assert_eq!((b.line, b.tenants.as_deref(), b.pinned), (6, None, false));
         let folder = tables.folder.unwrap();
         assert_eq!((folder.line, folder.path.as_str(), folder.watch), (9, "/srv", false));
-        assert_eq!((tables.tenants[0].line, tables.tenants[0].api_key_env.as_str()), (12, "ACME_KEY"));
+        assert_eq!((tables.tenants[0].line, tables.tenants[0].name.as_str()), (12, "acme"));
+        assert_eq!(tables.gateway.unwrap().tenants[0].api_key_env.as_deref(), Some("ACME_KEY"));
         assert!(parse("[adapter_dir]\npath = \"/srv\"").unwrap().tables.folder.unwrap().watch, "unless told otherwise");
     }
 
@@ -271,7 +250,7 @@ mod tests {
         let tenant = "[[tenants]]\nname = \"acme\"\napi_key_env = \"ACME\"\n";
         for (text, expected) in [
             (format!("{adapter}{adapter}"), "5: the adapter \"a\" is in line 1 already"),
-            (format!("{tenant}{tenant}"), "5: the tenant \"acme\" is in line 1 already"),
+            (format!("{tenant}{tenant}"), "5: the tenant \"acme\" is in line 2 already"),
             (
                 format!("{tenant}{adapter}tenants = [\"acne\"]"),
                 "4: the adapter \"a\" is for the tenant \"acne\", which is not there; did you mean \"acme\"?",
@@ -290,8 +269,7 @@ mod tests {
             ("[adapters]\nname = \"a\"".to_owned(), "1: write the header of `adapters` as [[adapters]]"),
             ("[[adapter_dir]]\npath = \"a\"".to_owned(), "1: write the header of `adapter_dir` as [adapter_dir]"),
             ("adapters = [1]".to_owned(), "1: [[adapters]] is a table"),
-            (format!("{tenant}weight = 2"), "4: in [[tenants]]: `weight` is not in this version yet (remove the key"),
-            ("[[tenants]]\nname = \"a\"".to_owned(), "1: in [[tenants]]: api_key_env is missing"),
+            (format!("{tenant}wight = 2"), "4: unknown field `wight`, expected one of `name`, `api_key_env`"),
         ] {
             assert!(message(&text).starts_with(expected), "{text}: {}", message(&text));
         }

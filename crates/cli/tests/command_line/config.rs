@@ -145,7 +145,7 @@ fn broken_configs_name_file_line_and_way_out() {
         ("[server]\nprot = 1\n", "bindery.toml:2: in [server]: unknown key `prot`; did you mean `port`?"),
         ("[server]\nport = \"x\"\n", "bindery.toml:2: server.port must be a whole number"),
         ("[server\n", "bindery.toml:1: "),
-        ("[[routes]]\nmodel = \"a\"\n", "bindery.toml:1: [routes] is not in this version yet"),
+        ("[[routes]]\nmodel = \"a\"\n", "bindery.toml:1: missing field `rules`"),
         ("[server]\napi_key = \"s3cret\"\n", "bindery.toml:2: `api_key`: a key itself is refused in a config file"),
     ] {
         for arguments in [&["check", "bindery.toml"][..], &["serve", "--config", "bindery.toml", "--port", "0"]] {

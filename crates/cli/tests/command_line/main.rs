@@ -2,13 +2,19 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod adapters;
+mod audit;
 mod bench;
 mod chat;
 mod config;
+mod costs;
 mod fidelity;
+mod gateway;
+mod gateway_config;
 mod inspect;
+mod keys;
 mod perplexity;
 mod quantize;
+mod route;
 mod serving;
 mod support;
 mod usage;

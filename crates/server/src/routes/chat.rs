@@ -412,6 +412,7 @@ mod tests {
             digest: None,
             license: None,
             adapter_roots: bindery_engine::adapters::AdapterRoots::default(),
+            gateway: None,
         })
     }
 

@@ -25,7 +25,10 @@ pub(crate) async fn list(State(state): State<SharedState>, Extension(serving): E
     let mut adapters = serving.adapters();
     // The base's own names win.
     adapters.retain(|spec| !state.config.served_model_names.contains(&spec.name));
-    let data = bases.chain(adapters.iter().map(|spec| adapter_card(&state, &serving, spec))).collect();
+    let adapters = adapters.iter().map(|spec| adapter_card(&state, &serving, spec));
+    let elsewhere = state.config.gateway.as_ref().map(|gateway| gateway.models(serving.caller.tenant.as_deref()));
+    let elsewhere = elsewhere.into_iter().flatten().map(|(name, what)| elsewhere_card(&state, &serving, name, what));
+    let data = bases.chain(adapters).chain(elsewhere).collect();
     Json(ModelList { object: "list".into(), data })
 }
 
@@ -64,6 +67,18 @@ fn card(state: &AppState, serving: &Serving, name: &str) -> ModelCard {
         max_model_len: serving.model.max_model_len,
         digest: state.config.digest.clone(),
         license: state.config.license.clone(),
+    }
+}
+
+/// A model that does not run here, or not always: `owned_by` says `upstream` or `virtual`.
+fn elsewhere_card(state: &AppState, serving: &Serving, name: String, what: &str) -> ModelCard {
+    ModelCard {
+        id: name,
+        owned_by: what.to_owned(),
+        root: None,
+        digest: None,
+        license: None,
+        ..card(state, serving, "")
     }
 }
 

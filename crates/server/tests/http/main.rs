@@ -8,6 +8,7 @@ mod access;
 mod adapters;
 mod answers;
 mod disconnects;
+mod gateway;
 mod hostile;
 mod lifecycle;
 mod operations;

@@ -51,6 +51,7 @@ impl Setup {
             digest: Some("abc".into()),
             license: Some("Apache-2.0".into()),
             adapter_roots: AdapterRoots::default(),
+            gateway: None,
         };
         Self {
             model: FakeModelOptions { eos_bias: -1000.0, ..FakeModelOptions::default() },

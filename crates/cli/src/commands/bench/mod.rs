@@ -247,6 +247,7 @@ impl OwnServer {
             digest: files.digest.clone(),
             license: files.license.clone(),
             adapter_roots: AdapterRoots::default(),
+            gateway: None,
         };
         let (slot, stop) = (ModelSlot::default(), CancellationToken::new());
         slot.set(model.clone());

@@ -3,6 +3,9 @@
 //! It goes the way of `serve`, by the same functions, until something would be fetched, read in bulk or listened on. What
 //! `serve` would refuse on this machine is refused here with the same words; what could not be looked at is named.
 
+mod explain;
+mod gateway;
+
 use std::{fmt::Write as _, net::SocketAddr, path::PathBuf};
 
 use bindery_engine::local_model::CheckReport;
@@ -15,10 +18,7 @@ use crate::{
         models::{plain_table, show},
         serve::{Address, bind, served_names},
     },
-    config::{
-        self,
-        keys::{KEYS, Kind, TABLE_KEYS},
-    },
+    config::{self, keys::KEYS},
     failure::Failure,
     local,
     settings::{Settings, merge, model_from_environment},
@@ -27,7 +27,7 @@ use crate::{
 
 pub(crate) async fn run(args: CheckArgs) -> anyhow::Result<()> {
     if args.explain {
-        terminal::print(&explain())?;
+        terminal::print(&explain::explain())?;
     } else if args.config.is_none() {
         return Err(Failure::usage("no config file was named: `bindery check FILE` says what a file means")
             .hint("`bindery check --explain` documents every key of one")
@@ -35,11 +35,7 @@ pub(crate) async fn run(args: CheckArgs) -> anyhow::Result<()> {
     }
     let Some(path) = &args.config else { return Ok(()) };
     let file = config::read(path)?;
-    let mut environment = ServeArgs::from_environment().map_err(|error| {
-        let variable = variable_behind(&error).map_or_else(String::new, |variable| format!(" variable {variable}"));
-        Failure::usage(first_line(&error.to_string())).hint(format!("the value comes from the environment{variable}"))
-    })?;
-    environment.model = model_from_environment();
+    let environment = environment()?;
     let flags = ServeArgs { config: Some(path.clone()), ..environment.clone() };
     let settings = Settings::resolve(flags)?;
     settings.adapters.check_names(&served_names(&settings)?)?;
@@ -61,13 +57,25 @@ pub(crate) async fn run(args: CheckArgs) -> anyhow::Result<()> {
         table.add_row([format!("{}.{}", key.section, key.name), value, origin]);
     }
     let mut text = format!("{}\n\n", show(&mut table));
-    for line in listening(&settings, &address).into_iter().chain(model.meaning(&settings)).chain(adapters(&settings)?) {
+    let gateway = file.tables.gateway.as_deref().map(gateway::meaning).unwrap_or_default();
+    let lines = listening(&settings, &address).into_iter().chain(model.meaning(&settings));
+    for line in lines.chain(adapters(&settings)?).chain(gateway) {
         let _ = writeln!(text, "{line}");
     }
     let so_far = if model.report.is_some() { "" } else { ", as far as could be seen without the model's files" };
     let _ = writeln!(text, "{}", style.good(&format!("{} is valid{so_far}", path.display())));
     terminal::print(&text)?;
     Ok(())
+}
+
+/// What the environment alone says.
+pub(super) fn environment() -> Result<ServeArgs, Failure> {
+    let mut environment = ServeArgs::from_environment().map_err(|error| {
+        let variable = variable_behind(&error).map_or_else(String::new, |variable| format!(" variable {variable}"));
+        Failure::usage(first_line(&error.to_string())).hint(format!("the value comes from the environment{variable}"))
+    })?;
+    environment.model = model_from_environment();
+    Ok(environment)
 }
 
 /// Where it would listen and who could connect, in sentences.
@@ -87,6 +95,9 @@ fn who_could_connect(settings: &Settings, address: SocketAddr) -> String {
         0 if num_of_tenants > 0 => format!("Clients would have to send one of {num_of_tenants} keys of tenants."),
         count if num_of_tenants > 0 => {
             format!("Clients would have to send one of {count} keys of BINDERY_API_KEY or {num_of_tenants} keys of tenants.")
+        }
+        0 if !settings.adapters.tenants.is_empty() => {
+            "Clients would have to send a tenant's key, which `bindery keys create` makes.".to_owned()
         }
         0 if settings.is_open_to_others(address.ip()) => {
             "Warning: no key would be asked for, and other machines could connect. Set BINDERY_API_KEY before you start it."
@@ -195,8 +206,9 @@ fn adapters(settings: &Settings) -> anyhow::Result<Vec<String>> {
     if !lines.is_empty() {
         lines.push("Not checked, as that takes the weights: whether the adapters fit the model.".to_owned());
     }
-    if !tenants.is_empty() {
-        let names: Vec<String> = tenants.iter().map(|tenant| tenant.name.clone()).collect();
+    let have_keys = tenants.iter().filter(|tenant| !tenant.api_keys.is_empty());
+    let names: Vec<String> = have_keys.map(|tenant| tenant.name.clone()).collect();
+    if !names.is_empty() {
         lines.push(format!("Tenants with keys of their own: {}.", shortened(&names)));
     }
     if settings.admin_key.is_some() && roots.is_empty() {
@@ -210,44 +222,6 @@ fn shortened(names: &[String]) -> String {
     let more = names.len().saturating_sub(SHOWN);
     let shown = names.iter().take(SHOWN).cloned().collect::<Vec<_>>().join(", ");
     if more > 0 { format!("{shown} and {more} more") } else { shown }
-}
-
-fn explain() -> String {
-    let mut text = String::from(
-        "# Every key of the config file, with its default. Flags win over the environment, the environment over the file.\n\
-         # Keys for clients never stand here: BINDERY_API_KEY (several: comma-separated) and BINDERY_ADMIN_KEY hold them,\n\
-         # and variables of your choice those of tenants.\n",
-    );
-    let mut section = "";
-    for key in KEYS {
-        if key.section != section {
-            section = key.section;
-            let _ = writeln!(text, "\n[{section}]");
-        }
-        let example = match key.kind {
-            Kind::Text | Kind::Texts => format!("{:?}", key.example),
-            Kind::Integer | Kind::Boolean => key.example.to_owned(),
-        };
-        let _ = writeln!(text, "# {}: {}; for example {} = {example}", key.name, key.explain, key.name);
-        let _ = writeln!(
-            text,
-            "#   {}; default: {}; flag: {}; environment: {}",
-            key.kind.describe(),
-            key.default,
-            key.flag(),
-            key.variable()
-        );
-    }
-    let mut header = "";
-    for key in TABLE_KEYS {
-        if key.header != header {
-            header = key.header;
-            let _ = writeln!(text, "\n{header}");
-        }
-        let _ = writeln!(text, "# {}: {}; for example {} = {}", key.name, key.explain, key.name, key.example);
-        let _ = writeln!(text, "#   {}; default: {}", key.kind.describe(), key.default);
-    }
-    text
 }
 
 fn first_line(text: &str) -> String {

@@ -1,0 +1,339 @@
+//! What the gateway's sections mean, in sentences: who may ask, where it may run, what it may cost, what is checked and
+//! kept.
+//!
+//! It reads what was parsed, and of the environment only whether a variable is set. Invariant: no secret is shown, and no
+//! value of a variable.
+
+use std::path::Path;
+
+use bindery_gateway::{
+    audit::config::{AuditConfig, FailureMeans, KeepContents},
+    config::{CredentialSource, GatewayConfig, StoreConfig, TenantConfig, UpstreamConfig},
+    guardrails::{Action, Side, config::GuardrailConfig},
+    keys::{IssuerOptions, TenantFrom},
+    ledger::{Budget, Period},
+    limits::RateLimits,
+    policy::{Choice, Condition, PrivacyClass, Rule, VirtualModel, route::Otherwise},
+    providers::{ModelEntry, Provider},
+    store::Durability,
+};
+use chrono::Utc;
+
+use crate::terminal::thousands;
+
+/// The variable of the audit log's key, unless another is named.
+const AUDIT_KEY_ENV: &str = "BINDERY_AUDIT_KEY";
+
+/// One sentence a thing, in the order of the file's contract; nothing where there is nothing.
+pub(super) fn meaning(config: &GatewayConfig) -> Vec<String> {
+    let mut lines = Vec::new();
+    lines.extend(config.store.as_ref().map(store));
+    lines.extend(local(config));
+    lines.extend(config.upstreams.iter().map(upstream));
+    for tenant in &config.tenants {
+        lines.push(self::tenant(tenant, config));
+        if tenant.api_key_env.is_none() && config.store.is_none() && config.issuers.is_empty() {
+            lines.push(format!(
+                "Warning: the tenant {} can have no key: name a variable in api_key_env, or add a [store] for `bindery keys create`.",
+                tenant.id
+            ));
+        }
+    }
+    for model in config.router.virtual_models.values() {
+        lines.extend(virtual_model(model));
+    }
+    lines.extend(config.guardrails.iter().map(|guardrail| self::guardrail(guardrail, &config.tenants)));
+    lines.extend(config.audit.as_ref().map(audit));
+    lines.extend(config.issuers.iter().map(issuer));
+    lines
+}
+
+fn store(store: &StoreConfig) -> String {
+    let survives = match store.durability {
+        Durability::ProcessKill => "the end of the process",
+        Durability::PowerLoss => "the loss of power",
+    };
+    let max = store.max_bytes.map_or_else(String::new, |bytes| format!("; it grows to {} bytes", thousands(bytes)));
+    let keep = store
+        .keep
+        .map_or_else(String::new, |keep| format!("; requests are kept for {} days", keep.as_secs() / (24 * 3600)));
+    format!("Keys, budgets and costs are kept in {}: what was answered survives {survives}{max}{keep}.", store.url)
+}
+
+fn local(config: &GatewayConfig) -> Option<String> {
+    let cost = config.local_cost_per_hour.map(|cost| format!("An hour of this node costs {cost}"));
+    let reference = config.reference.as_ref().map(|entry| format!("local answers are compared with {}", entry.id));
+    match (cost, reference) {
+        (Some(cost), Some(reference)) => Some(format!("{cost}; {reference}.")),
+        (Some(cost), None) => Some(format!("{cost}; it is compared with no upstream model (compare_with).")),
+        (None, Some(reference)) => Some(format!("Local answers cost nothing (cost_per_hour); {reference}.")),
+        (None, None) => None,
+    }
+}
+
+fn upstream(upstream: &UpstreamConfig) -> String {
+    let kind = match &upstream.provider {
+        Provider::OpenAi => "OpenAI",
+        Provider::Anthropic => "Anthropic",
+        Provider::Gemini => "Gemini",
+        Provider::Azure(_) => "Azure",
+        Provider::Compatible => "speaks OpenAI's API",
+    };
+    let at = upstream.base_url.as_ref().map_or_else(String::new, |url| format!(" at {}", without_secrets(url)));
+    let models: Vec<String> = upstream.models.iter().map(priced).collect();
+    let credential = match &upstream.credential {
+        CredentialSource::None => "no key".to_owned(),
+        CredentialSource::KeyEnv(name) => format!("its key from {}", variable(name)),
+        CredentialSource::TokenEnv(name) => format!("its token from {}", variable(name)),
+        CredentialSource::KeyFile(path) => format!("its key from {}", file(path)),
+        CredentialSource::TokenFile(path) => format!("its token from {}", file(path)),
+    };
+    let budgets = budgets(&upstream.budgets).map_or_else(String::new, |budgets| format!("; at most {budgets}"));
+    format!("Upstream {} ({kind}{at}): {}; {credential}{budgets}.", upstream.name, models.join(", "))
+}
+
+/// A URL may hold a user and a password.
+fn without_secrets(url: &str) -> String {
+    let Some((scheme, rest)) = url.split_once("://") else { return url.to_owned() };
+    let host = rest.split('/').next().unwrap_or(rest);
+    let shown = host.rsplit('@').next().unwrap_or(host);
+    let path = rest[host.len()..].split('?').next().unwrap_or_default();
+    format!("{scheme}://{shown}{path}")
+}
+
+fn priced(entry: &ModelEntry) -> String {
+    let today = Utc::now();
+    let price = match entry.price_list(today) {
+        Ok(price) => format!("${} in, ${} out for a million tokens", price.rates.input, price.rates.output),
+        Err(_) => "no price known".to_owned(),
+    };
+    match entry.retires {
+        Some(on) if on <= today.date_naive() => format!("{} (Warning: retired by its provider on {on})", entry.id),
+        _ => format!("{} ({price})", entry.id),
+    }
+}
+
+fn variable(name: &str) -> String {
+    let is_set = std::env::var_os(name).is_some_and(|value| !value.is_empty());
+    format!("{name}, which is {}", if is_set { "set" } else { "not set now" })
+}
+
+fn file(path: &Path) -> String {
+    let is_there = if path.is_file() { "there" } else { "not there now" };
+    format!("{}, which is {is_there}", path.display())
+}
+
+fn budgets(budgets: &[Budget]) -> Option<String> {
+    let shown: Vec<String> = budgets
+        .iter()
+        .map(|budget| {
+            let per = match budget.per {
+                Period::Day => "day",
+                Period::Month => "month",
+            };
+            format!("{} a {per}", budget.ceiling)
+        })
+        .collect();
+    (!shown.is_empty()).then(|| shown.join(" and "))
+}
+
+fn tenant(tenant: &TenantConfig, config: &GatewayConfig) -> String {
+    let mut parts = vec![match tenant.routing.privacy {
+        PrivacyClass::LocalOnly => "local-only, nothing of it ever leaves this machine".to_owned(),
+        PrivacyClass::LocalFirst => "local-first, an upstream is asked where this machine cannot answer".to_owned(),
+        PrivacyClass::Any => "any, rules and names alone decide where it runs".to_owned(),
+    }];
+    let models = tenant.routing.models.join(", ");
+    parts.push(if models == "*" { "all models".to_owned() } else { format!("the models {models}") });
+    parts.extend(limits(&tenant.limits));
+    parts.push(match budgets(&tenant.budgets) {
+        Some(budgets) => format!("at most {budgets} upstream"),
+        None if tenant.routing.privacy == PrivacyClass::LocalOnly || config.upstreams.is_empty() => {
+            "no costs upstream".to_owned()
+        }
+        None => "no budget".to_owned(),
+    });
+    parts.extend(overflow(tenant));
+    if !tenant.guardrails.is_empty() {
+        parts.push(format!("checked by {}", tenant.guardrails.join(", ")));
+    }
+    if tenant.weight != 1 {
+        parts.push(format!("weight {}", tenant.weight));
+    }
+    parts.extend(tenant.max_output_tokens.map(|tokens| format!("answers of up to {} tokens", thousands(tokens))));
+    parts.push(match (&tenant.api_key_env, config.store.is_some()) {
+        (Some(name), true) => format!("keys from {name} and from the store"),
+        (Some(name), false) => format!("keys from {name}"),
+        (None, true) => "keys from the store".to_owned(),
+        (None, false) => "no keys of its own".to_owned(),
+    });
+    format!("Tenant {}: {}.", tenant.id, parts.join("; "))
+}
+
+fn limits(limits: &RateLimits) -> Option<String> {
+    let RateLimits { requests_per_minute, tokens_per_minute, concurrent } = *limits;
+    let shown: Vec<String> = [
+        requests_per_minute.map(|count| format!("{} requests a minute", thousands(count))),
+        tokens_per_minute.map(|count| format!("{} tokens a minute", thousands(count))),
+        concurrent.map(|count| format!("{} requests at once", thousands(count.into()))),
+    ]
+    .into_iter()
+    .flatten()
+    .collect();
+    (!shown.is_empty()).then(|| shown.join(", "))
+}
+
+fn overflow(tenant: &TenantConfig) -> Option<String> {
+    let overflow = tenant.routing.overflow.as_ref()?;
+    let budgets =
+        budgets(&tenant.overflow_budgets).map_or_else(String::new, |budgets| format!(", for at most {budgets}"));
+    let adapters = match &overflow.adapters[..] {
+        [] => ", not for adapters".to_owned(),
+        names => format!(", for the adapters {}, too", names.join(", ")),
+    };
+    let otherwise = match overflow.otherwise {
+        Otherwise::Wait => "it waits",
+        Otherwise::Refuse => "it is refused",
+    };
+    Some(format!(
+        "overflows to {} where the first token would take over {}{budgets}{adapters}; where that is closed, {otherwise}",
+        overflow.to,
+        humantime::format_duration(overflow.when_ttft_over)
+    ))
+}
+
+fn virtual_model(model: &VirtualModel) -> Vec<String> {
+    let rule = |(at, rule): (usize, &Rule)| {
+        let chain: Vec<String> = rule.to.iter().map(choice).collect();
+        format!("  {}. {}: {}.", at + 1, condition(&rule.when), chain.join(", then "))
+    };
+    let mut lines = vec![format!("Virtual model {}, the first rule that holds:", model.name)];
+    lines.extend(model.rules.iter().enumerate().map(rule));
+    if !model.rules.last().is_some_and(|rule| rule.when.is_always()) {
+        lines.push("  Otherwise the request is refused.".to_owned());
+    }
+    lines
+}
+
+fn choice(choice: &Choice) -> String {
+    match choice {
+        Choice::One(target) => target.to_string(),
+        Choice::Weighted(targets) => {
+            let total: u64 = targets.iter().map(|(_, weight)| u64::from(*weight)).sum();
+            let shares = targets.iter().map(|(target, weight)| format!("{target} ({weight} of {total})"));
+            shares.collect::<Vec<_>>().join(" or ")
+        }
+    }
+}
+
+fn condition(when: &Condition) -> String {
+    if when.is_always() {
+        return "always".to_owned();
+    }
+    let words =
+        |what: &str, words: &Option<Vec<String>>| words.as_ref().map(|words| format!("{what} {}", words.join(" or ")));
+    let with = |what: &str, is: Option<bool>| is.map(|is| format!("{} {what}", if is { "with" } else { "without" }));
+    let privacy = when.privacy.as_ref().map(|classes| {
+        let classes: Vec<&str> = classes.iter().map(|class| class.as_str()).collect();
+        format!("privacy {}", classes.join(" or "))
+    });
+    let context = when.over_local_context.map(|is_over| {
+        let than = if is_over { "longer than" } else { "no longer than" };
+        format!("a prompt {than} the local context")
+    });
+    let time = when.time.map(|minutes| {
+        let shown = |minute: u16| format!("{:02}:{:02}", minute / 60, minute % 60);
+        format!("from {} to {} UTC", shown(minutes.from), shown(minutes.to))
+    });
+    let days = when.weekdays.as_ref().map(|days| {
+        const DAYS: [&str; 7] = ["mon", "tue", "wed", "thu", "fri", "sat", "sun"];
+        let days: Vec<&str> = days.iter().map(|day| DAYS[usize::from(*day) % 7]).collect();
+        format!("on {}", days.join(" or "))
+    });
+    let all = [
+        words("tenant", &when.tenants),
+        privacy,
+        words("task", &when.tasks),
+        words("reasoning effort", &when.reasoning_effort),
+        with("tools", when.tools),
+        with("images", when.images),
+        context,
+        when.prompt_tokens_over.map(|tokens| format!("a prompt of over {} tokens", thousands(tokens as u64))),
+        with("personal data", when.personal_data),
+        words("language", &when.languages),
+        when.ttft_over.map(|time| format!("a first token here after over {}", humantime::format_duration(time))),
+        when.budget_left_under.map(|money| format!("less than {money} left of the budget")),
+        time,
+        days,
+    ];
+    all.into_iter().flatten().collect::<Vec<_>>().join(" and ")
+}
+
+fn guardrail(guardrail: &GuardrailConfig, tenants: &[TenantConfig]) -> String {
+    let action = match guardrail.action {
+        Action::Block => "blocks",
+        Action::Redact if guardrail.restore == Some(true) => "redacts, and restores in answers",
+        Action::Redact => "redacts",
+        Action::RouteLocal => "keeps the request on this machine",
+        Action::Flag => "counts",
+    };
+    let on = guardrail.on.as_ref().map_or_else(String::new, |sides| {
+        let sides: Vec<&str> = sides
+            .iter()
+            .map(|side| match side {
+                Side::Prompt => "prompts",
+                Side::Answer => "answers",
+            })
+            .collect();
+        format!(", in {}", sides.join(" and "))
+    });
+    let users: Vec<&str> = tenants
+        .iter()
+        .filter(|tenant| tenant.guardrails.contains(&guardrail.name))
+        .map(|tenant| tenant.id.as_str())
+        .collect();
+    let users = if users.is_empty() { "no tenant".to_owned() } else { users.join(", ") };
+    format!("Guardrail {} ({}): {action}{on}; for {users}.", guardrail.name, guardrail.kind.name())
+}
+
+fn audit(audit: &AuditConfig) -> String {
+    let key = match (&audit.key_file, &audit.key_env) {
+        (Some(path), _) => file(path),
+        (None, name) => variable(name.as_deref().unwrap_or(AUDIT_KEY_ENV)),
+    };
+    let contents = match (audit.contents, &audit.contents_key_env) {
+        (KeepContents::None, _) => "no prompts or answers".to_owned(),
+        (KeepContents::Encrypted, Some(name)) => format!("prompts and answers encrypted with {}", variable(name)),
+        (KeepContents::Encrypted, None) => "Warning: prompts and answers, and no contents_key_env".to_owned(),
+    };
+    let failure = match audit.on_failure {
+        FailureMeans::Closed => "a request whose record cannot be kept fails",
+        FailureMeans::Open => "a request whose record cannot be kept goes on, and is counted",
+    };
+    format!("Audit log in {}: signed with the key from {key}; {contents}; {failure}.", audit.path.display())
+}
+
+fn issuer(issuer: &IssuerOptions) -> String {
+    let whose = match &issuer.tenant {
+        TenantFrom::Fixed(tenant) => format!("the tenant {tenant}"),
+        TenantFrom::Claim(claim) => format!("the tenant that their claim {claim} names"),
+        TenantFrom::Map { claim, tenants } => format!("one of {} tenants, by their claim {claim}", tenants.len()),
+    };
+    format!("Tokens of {} for {} count as {whose}.", issuer.issuer, issuer.audiences.join(" or "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_url_is_shown_without_what_may_be_secret() {
+        for (url, shown) in [
+            ("https://u:p@host:1/v1?key=s", "https://host:1/v1"),
+            ("http://host", "http://host"),
+            ("http://host/a@b", "http://host/a@b"),
+        ] {
+            assert_eq!(without_secrets(url), shown);
+        }
+    }
+}

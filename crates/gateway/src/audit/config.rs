@@ -1,0 +1,175 @@
+//! `[audit]` of the config file.
+//!
+//! **Invariant**: keys are named here, never given.
+
+use std::{path::PathBuf, time::Duration};
+
+use serde::Deserialize;
+
+use super::{AuditError, AuditKey, ContentsKey, Fsync, JournalConfig, OnFailure, Retention};
+
+/// The variable of the key that signs records, unless the config names another.
+const KEY_ENV: &str = "BINDERY_AUDIT_KEY";
+const MAX_QUEUED: usize = 4096;
+const HOUR: Duration = Duration::from_hours(1);
+
+/// What is kept of prompts and answers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum KeepContents {
+    /// Nothing.
+    #[default]
+    None,
+    /// Their texts, encrypted.
+    Encrypted,
+}
+
+/// When records are made to last.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FsyncWhen {
+    /// Before they are acknowledged.
+    #[default]
+    Always,
+    /// Every `fsync_ms`.
+    Interval,
+    /// When the system does it.
+    Never,
+}
+
+/// What happens to requests whose record cannot be kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FailureMeans {
+    /// They fail.
+    #[default]
+    Closed,
+    /// They go on.
+    Open,
+}
+
+/// The table.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AuditConfig {
+    /// The log's folder.
+    pub path: PathBuf,
+    /// The environment variable that holds the signing key; absent: `BINDERY_AUDIT_KEY`.
+    pub key_env: Option<String>,
+    /// A file that holds it, outside the folder.
+    pub key_file: Option<PathBuf>,
+    /// What is kept of prompts and answers.
+    #[serde(default)]
+    pub contents: KeepContents,
+    /// The environment variable that holds the key of contents.
+    pub contents_key_env: Option<String>,
+    /// The longest prompt and the longest answer that are kept.
+    pub max_contents_bytes: Option<usize>,
+    /// When records are made to last.
+    #[serde(default)]
+    pub fsync: FsyncWhen,
+    /// `interval`: how often.
+    pub fsync_ms: Option<u64>,
+    /// What happens when the log cannot be written.
+    #[serde(default)]
+    pub on_failure: FailureMeans,
+    /// The most records that wait.
+    pub max_queued: Option<usize>,
+    /// A segment ends when it is so long.
+    pub max_segment_bytes: Option<u64>,
+    /// A segment ends when it is so old.
+    pub max_segment_hours: Option<u64>,
+    /// Segments older than this go.
+    pub keep_days: Option<u64>,
+    /// The most segments.
+    pub keep_segments: Option<u64>,
+}
+
+/// How the writer's thread is started.
+#[derive(Clone, Copy, Debug)]
+pub struct WriterConfig {
+    /// What happens to requests whose record cannot be kept.
+    pub on_failure: OnFailure,
+    /// The most records that wait.
+    pub max_queued: usize,
+}
+
+impl AuditConfig {
+    /// The key that signs records.
+    pub fn key(&self) -> Result<AuditKey, AuditError> {
+        match (&self.key_file, &self.key_env) {
+            (Some(_), Some(_)) => {
+                Err(AuditError::Config("it has both `key_env` and `key_file`; keep one of them".to_owned()))
+            }
+            (Some(path), None) => AuditKey::from_file(path, &self.path),
+            (None, name) => AuditKey::from_env(name.as_deref().unwrap_or(KEY_ENV)),
+        }
+    }
+
+    /// The key that encrypts contents; none where they are not kept.
+    pub fn contents_key(&self) -> Result<Option<ContentsKey>, AuditError> {
+        match (self.contents, &self.contents_key_env) {
+            (KeepContents::None, None) => Ok(None),
+            (KeepContents::None, Some(_)) => Err(AuditError::Config(
+                "`contents_key_env` means nothing with `contents = \"none\"`; remove one of them".to_owned(),
+            )),
+            (KeepContents::Encrypted, Some(name)) => ContentsKey::from_env(name).map(Some),
+            (KeepContents::Encrypted, None) => Err(AuditError::Config(
+                "`contents = \"encrypted\"` needs `contents_key_env`, the variable that holds 32 random bytes"
+                    .to_owned(),
+            )),
+        }
+    }
+
+    /// Reads the keys and checks the limits.
+    pub fn journal(&self) -> Result<JournalConfig, AuditError> {
+        let fsync = match (self.fsync, self.fsync_ms) {
+            (FsyncWhen::Interval, Some(ms)) if (1..=60_000).contains(&ms) => Fsync::Every(Duration::from_millis(ms)),
+            (FsyncWhen::Interval, _) => {
+                return Err(AuditError::Config("`fsync = \"interval\"` needs `fsync_ms`, 1 to 60000".to_owned()));
+            }
+            (_, Some(_)) => {
+                return Err(AuditError::Config("`fsync_ms` means nothing without `fsync = \"interval\"`".to_owned()));
+            }
+            (FsyncWhen::Always, None) => Fsync::EveryBatch,
+            (FsyncWhen::Never, None) => Fsync::Never,
+        };
+        let max_contents_bytes = self.max_contents_bytes.unwrap_or(256 * 1024);
+        // Escapes may make a text six times longer, and base64 by a third: two texts must fit into a line.
+        if max_contents_bytes > 400 * 1024 {
+            return Err(AuditError::Config(format!(
+                "`max_contents_bytes` is {max_contents_bytes} and the limit is {}",
+                400 * 1024
+            )));
+        }
+        if self.keep_segments == Some(0) || self.max_segment_bytes == Some(0) || self.max_segment_hours == Some(0) {
+            return Err(AuditError::Config(
+                "`keep_segments`, `max_segment_bytes` and `max_segment_hours` must be 1 or more".to_owned(),
+            ));
+        }
+        Ok(JournalConfig {
+            path: self.path.clone(),
+            key: self.key()?,
+            contents_key: self.contents_key()?,
+            max_contents_bytes,
+            fsync,
+            max_segment_bytes: self.max_segment_bytes.unwrap_or(64 << 20),
+            max_segment_age: HOUR.saturating_mul(self.max_segment_hours.unwrap_or(24).try_into().unwrap_or(u32::MAX)),
+            retention: Retention {
+                max_segments: self.keep_segments,
+                max_age: self
+                    .keep_days
+                    .map(|days| HOUR.saturating_mul(days.saturating_mul(24).try_into().unwrap_or(u32::MAX))),
+            },
+        })
+    }
+
+    /// How the thread is started.
+    pub fn writer(&self) -> WriterConfig {
+        let on_failure = match self.on_failure {
+            FailureMeans::Closed => OnFailure::Closed,
+            FailureMeans::Open => OnFailure::Open,
+        };
+        WriterConfig { on_failure, max_queued: self.max_queued.unwrap_or(MAX_QUEUED) }
+    }
+}

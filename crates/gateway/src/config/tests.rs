@@ -1,0 +1,216 @@
+//! Files that are right, and every mistake with its line and its way out.
+
+use std::time::Duration;
+
+use super::*;
+use crate::{
+    ledger::{BudgetScope, Period},
+    policy::{Choice, PrivacyClass, Target, TimeOfDay},
+};
+
+const WHOLE: &str = r#"
+[server]
+port = 1
+[store]
+url = "sqlite://bindery.db"
+durability = "power-loss"
+[local]
+cost_per_hour = 2.10
+compare_with = "openai/gpt-4.1"
+[[upstreams]]
+name = "openai"
+kind = "openai"
+api_key_env = "OPENAI_API_KEY"
+models = ["gpt-4.1", "own-model"]
+prices = { "own-model" = { input = 2.0, cached = 0.5, output = 8.0 } }
+budget = { usd_per_month = 900.0 }
+[[upstreams]]
+name = "house"
+kind = "openai-compatible"
+base_url = "http://127.0.0.1:9/v1"
+models = ["big"]
+[[tenants]]
+name = "acme"
+api_key_env = "ACME_KEY"
+privacy = "any"
+models = ["*"]
+weight = 2
+limits = { requests_per_minute = 600, concurrent = 32 }
+budget = { usd_per_day = 50.0 }
+guardrails = ["pii-redact"]
+overflow = { when_ttft_over = "2s", to = "openai/gpt-4.1", usd_per_day = 20.0 }
+[[tenants]]
+name = "vault"
+privacy = "local-only"
+[[routes]]
+model = "auto"
+rules = [
+  { when = { pii = true }, to = "local" },
+  { when = { reasoning_effort = ["medium", "high"], time = "22:00-06:00", weekdays = "sat" }, to = ["house/big", "openai/gpt-4.1"] },
+  { to = [{ "local" = 9, "house/big" = 1 }, "local"] },
+]
+[[guardrails]]
+name = "pii-redact"
+kind = "pii"
+action = "redact"
+"#;
+
+fn problems(text: &str) -> Vec<String> {
+    let problems = GatewayConfig::parse(text).unwrap_err();
+    let show = |problem: Problem| {
+        format!("{}: {} ({})", problem.line.unwrap_or(0), problem.message, problem.hint.unwrap_or_default())
+    };
+    problems.into_iter().map(show).collect()
+}
+
+#[test]
+fn a_whole_file_is_read() {
+    let config = GatewayConfig::parse(WHOLE).unwrap();
+    assert_eq!(config.local_cost_per_hour, Money::from_dollars(2.1));
+    assert_eq!(config.reference.unwrap().id, "gpt-4.1");
+    assert_eq!(config.store.unwrap().durability, Durability::PowerLoss);
+    let [openai, house] = &config.upstreams[..] else { panic!("{:?}", config.upstreams) };
+    assert_eq!((&*openai.name, &openai.provider), ("openai", &Provider::OpenAi));
+    assert_eq!(openai.credential, CredentialSource::KeyEnv("OPENAI_API_KEY".to_owned()));
+    assert_eq!(openai.models.iter().map(|model| model.id.as_str()).collect::<Vec<_>>(), ["gpt-4.1", "own-model"]);
+    assert_eq!(openai.models[1].prices.len(), 1, "the operator's price");
+    assert_eq!(
+        (openai.budgets[0].per, &openai.budgets[0].scope),
+        (Period::Month, &BudgetScope::Upstream("openai".to_owned()))
+    );
+    assert_eq!(
+        (house.base_url.as_deref(), &house.credential),
+        (Some("http://127.0.0.1:9/v1"), &CredentialSource::None)
+    );
+    let [acme, vault] = &config.tenants[..] else { panic!("{:?}", config.tenants) };
+    assert_eq!((acme.routing.privacy, acme.weight, acme.limits.concurrent), (PrivacyClass::Any, 2, Some(32)));
+    assert_eq!(acme.budgets[0].ceiling, Money::from_dollars(50.0).unwrap());
+    let overflow = acme.routing.overflow.as_ref().unwrap();
+    assert_eq!(
+        (overflow.when_ttft_over, overflow.to.to_string()),
+        (Duration::from_secs(2), "openai/gpt-4.1".to_owned())
+    );
+    assert_eq!(acme.overflow_budgets.len(), 1);
+    assert_eq!((vault.routing.privacy, &vault.routing.models[..]), (PrivacyClass::LocalOnly, &["*".to_owned()][..]));
+    let rules = &config.router.virtual_models["auto"].rules;
+    assert_eq!(rules[0].to, [Choice::One(Target::Local)]);
+    assert_eq!(rules[1].when.time, Some(TimeOfDay { from: 22 * 60, to: 6 * 60 }));
+    assert_eq!(rules[1].when.weekdays, Some(vec![5]));
+    assert!(matches!(&rules[2].to[..], [Choice::Weighted(both), Choice::One(Target::Local)] if both.len() == 2));
+}
+
+#[test]
+fn an_empty_file_says_nothing_and_is_right() {
+    let config = GatewayConfig::parse("[server]\nport = 1").unwrap();
+    assert!(
+        config.upstreams.is_empty() && config.tenants.is_empty() && config.store.is_none() && config.audit.is_none()
+    );
+}
+
+#[test]
+fn every_mistake_is_found_with_its_line_and_a_way_out() {
+    let upstream = "[[upstreams]]\nname = \"up\"\nkind = \"openai\"\nmodels = [\"gpt-4.1\"]\n";
+    for (text, expected) in [
+        (
+            "[[upstreams]]\nname = \"up\"\nkind = \"opnai\"\nmodels = [\"a\"]".to_owned(),
+            "3: \"opnai\" is no kind of upstream (it must be openai, anthropic",
+        ),
+        (
+            "[[upstreams]]\nname = \"local\"\nkind = \"openai\"\nmodels = [\"a\"]".to_owned(),
+            "2: \"local\" cannot name an upstream",
+        ),
+        (
+            "[[upstreams]]\nname = \"up\"\nkind = \"openai\"\nmodels = []".to_owned(),
+            "4: the upstream \"up\" offers no model",
+        ),
+        (
+            "[[upstreams]]\nname = \"up\"\nkind = \"azure\"\nmodels = [\"a\"]".to_owned(),
+            "1: the upstream \"up\" of kind \"azure\" has no base_url",
+        ),
+        (format!("{upstream}colour = 1"), "5: unknown field `colour`, expected one of"),
+        (format!("{upstream}{upstream}"), "6: the upstream \"up\" is in line 2 already"),
+        (
+            format!("{upstream}prices = {{ \"gpt-9\" = {{ input = 1.0, output = 1.0 }} }}"),
+            "4: \"gpt-9\" has a price or a deployment, and is not among",
+        ),
+        (
+            "[[tenants]]\nname = \"a\"\nprivacy = \"open\"".to_owned(),
+            "3: \"open\" is no privacy class (it must be local-only",
+        ),
+        ("[[tenants]]\nname = \"a\"\n[[tenants]]\nname = \"a\"".to_owned(), "4: the tenant \"a\" is in line 2 already"),
+        (
+            "[[tenants]]\nname = \"a\"\nguardrails = [\"pi\"]".to_owned(),
+            "3: the guardrail \"pi\" is not there (add a [[guardrails]] with name = \"pi\"",
+        ),
+        ("[[tenants]]\nname = \"a\"\nweight = 0".to_owned(), "3: a weight of 0"),
+        ("[[tenants]]\nname = \"a\"\nbudget = { usd_per_day = 1.0 }".to_owned(), "1: a budget needs a store"),
+        (
+            format!(
+                "{upstream}[[tenants]]\nname = \"a\"\nprivacy = \"local-only\"\noverflow = {{ when_ttft_over = \"2s\", to = \"up/gpt-4.1\" }}"
+            ),
+            "8: a local-only tenant sends nothing out, and has an overflow (remove overflow",
+        ),
+        (
+            format!(
+                "{upstream}[[tenants]]\nname = \"a\"\noverflow = {{ when_ttft_over = \"soon\", to = \"up/gpt-4.1\" }}"
+            ),
+            "7: \"soon\" is no length of time (write it as 500ms",
+        ),
+        (
+            format!("{upstream}[[tenants]]\nname = \"a\"\noverflow = {{ when_ttft_over = \"1s\", to = \"local\" }}"),
+            "7: an overflow leads to an upstream, and \"local\" is none",
+        ),
+        (
+            format!("{upstream}[[routes]]\nmodel = \"auto\"\nrules = [{{ to = \"up/gpt-5\" }}]"),
+            "7: no upstream offers \"up/gpt-5\" (known: up/gpt-4.1",
+        ),
+        (
+            "[[routes]]\nmodel = \"auto\"\nrules = [{ to = \"auto\" }]".to_owned(),
+            "3: \"auto\" is a virtual model itself",
+        ),
+        (
+            "[[routes]]\nmodel = \"auto\"\nrules = [{ to = \"local\" }, { when = { tools = true }, to = \"local\" }]"
+                .to_owned(),
+            "3: rule 2 is never asked",
+        ),
+        (
+            "[[routes]]\nmodel = \"auto\"\nrules = [{ when = { tenant = \"b\" }, to = \"local\" }]".to_owned(),
+            "3: the tenant \"b\" is not there",
+        ),
+        (
+            "[[routes]]\nmodel = \"auto\"\nrules = [{ when = { time = \"night\" }, to = \"local\" }]".to_owned(),
+            "3: \"night\" is no time of day",
+        ),
+        (
+            "[[guardrails]]\nname = \"g\"\nkind = \"webhook\"\naction = \"block\"\nurl = \"https://a\"".to_owned(),
+            "1: the guardrail \"g\" asks somebody else, which is not in this version yet",
+        ),
+        ("[store]\nurl = \"mysql://x\"".to_owned(), "2: "),
+        ("[local]\ncost_per_hour = -1.0".to_owned(), "2: -1 is no amount of dollars"),
+        ("[[identity]]\nissuer = \"https://a\"\naudience = \"b\"".to_owned(), "1: an issuer's tokens need a tenant"),
+    ] {
+        let found = problems(&text);
+        assert!(
+            found.iter().any(|problem| problem.starts_with(expected)),
+            "{text}\nexpected {expected}\nfound {found:#?}"
+        );
+    }
+}
+
+#[test]
+fn several_mistakes_are_told_at_once_in_the_order_of_their_lines() {
+    let found = problems(
+        "[[tenants]]\nname = \"a\"\nprivacy = \"x\"\n[[upstreams]]\nname = \"up\"\nkind = \"y\"\nmodels = [\"m\"]",
+    );
+    assert_eq!(found.iter().map(|problem| &problem[..2]).collect::<Vec<_>>(), ["3:", "6:"]);
+}
+
+#[test]
+fn a_key_in_the_file_is_refused_and_not_repeated() {
+    for table in ["[[tenants]]\nname = \"a\"\n", "[[upstreams]]\nname = \"a\"\nkind = \"openai\"\nmodels = [\"m\"]\n"] {
+        for line in ["api_key = \"sk-s3cret\"", "api_key_env = \"sk-s3cret\""] {
+            let found = problems(&format!("{table}{line}")).join("\n");
+            assert!(!found.contains("s3cret") && found.contains("environment"), "{found}");
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! Budgets: how much money may be spent, by whom, in which day or month (UTC).
+//!
+//! A budget is a ceiling over `spent + reserved` of one scope in one period. Raising or lowering it acts at the next
+//! reservation; what is spent stays spent. Local requests draw from no budget: the machine costs the same whether it is
+//! used or not, and a budget limits what leaves the house.
+//!
+//! **Invariant**: the words that name a budget's row are made here alone, and no two budgets share them.
+
+use std::fmt;
+
+use crate::{clock::UnixMillis, money::Money, names::TenantId};
+
+/// The largest amount of one reservation, one price and one ceiling: far above any, and no sum of a few overflows.
+pub const MAX_AMOUNT: Money = Money::from_nanos(1_000_000_000_000_000_000);
+
+/// Whose money.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum BudgetScope {
+    /// All upstream calls of a tenant.
+    Tenant(TenantId),
+    /// All calls of an upstream, whoever asks.
+    Upstream(String),
+    /// A tenant's calls that would have run locally had there been room.
+    Overflow(TenantId),
+}
+
+impl fmt::Display for BudgetScope {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tenant(tenant) => write!(f, "tenant:{tenant}"),
+            Self::Upstream(name) => write!(f, "upstream:{name}"),
+            Self::Overflow(tenant) => write!(f, "overflow:{tenant}"),
+        }
+    }
+}
+
+/// When it renews.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Period {
+    /// At midnight.
+    Day,
+    /// At midnight before the first.
+    Month,
+}
+
+impl Period {
+    /// `2026-11-28` or `2026-11`.
+    pub(super) fn name(self, now: UnixMillis) -> String {
+        match self {
+            Self::Day => now.day(),
+            Self::Month => now.month(),
+        }
+    }
+
+    pub(super) fn renews_at(self, now: UnixMillis) -> UnixMillis {
+        match self {
+            Self::Day => now.next_day(),
+            Self::Month => now.next_month(),
+        }
+    }
+}
+
+/// A ceiling.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Budget {
+    /// Whose.
+    pub scope: BudgetScope,
+    /// Of which time.
+    pub per: Period,
+    /// How much.
+    pub ceiling: Money,
+}
+
+impl Budget {
+    pub(super) fn key(&self, now: UnixMillis) -> BudgetKey {
+        BudgetKey { scope: self.scope.to_string(), period: self.per.name(now) }
+    }
+}
+
+/// The name of a budget's row.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct BudgetKey {
+    pub(super) scope: String,
+    pub(super) period: String,
+}
+
+impl BudgetKey {
+    /// What several nodes lock before they change the row.
+    pub(super) fn lock(&self) -> String {
+        format!("budget {} {}", self.period, self.scope)
+    }
+
+    /// As the store keeps the list.
+    pub(super) fn write_all(keys: &[Self]) -> String {
+        let pairs: Vec<_> = keys.iter().map(|key| (&key.scope, &key.period)).collect();
+        serde_json::to_string(&pairs).unwrap_or_else(|_| "[]".to_owned())
+    }
+
+    pub(super) fn read_all(text: &str) -> Option<Vec<Self>> {
+        let pairs: Vec<(String, String)> = serde_json::from_str(text).ok()?;
+        Some(pairs.into_iter().map(|(scope, period)| Self { scope, period }).collect())
+    }
+}
+
+/// How a budget stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Standing {
+    /// Settled.
+    pub spent: Money,
+    /// For calls under way.
+    pub reserved: Money,
+}
+
+/// Why a reservation is refused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the budget of {scope} for {period} (UTC) is {ceiling}: {} is spent, {} is reserved for calls under way, and this request may \
+     cost up to {asked}; ask for fewer tokens, wait until {renews_at}, or have the budget raised", .standing.spent, .standing.reserved
+)]
+pub struct OverBudget {
+    /// Whose.
+    pub scope: String,
+    /// Which day or month.
+    pub period: String,
+    /// The limit.
+    pub ceiling: Money,
+    /// How it stood.
+    pub standing: Standing,
+    /// The upper bound of the request.
+    pub asked: Money,
+    /// When all of it is there again.
+    pub renews_at: UnixMillis,
+}

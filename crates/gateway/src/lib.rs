@@ -1,0 +1,24 @@
+//! Who may ask, where it runs, what it costs.
+//!
+//! Everything between a request that was understood and the place that answers it: keys and tenants, privacy, rules,
+//! upstream providers, budgets and the ledger. Knows no tensors, no block tables and no HTTP server; the server asks it
+//! questions and hands it bytes.
+//!
+//! **Invariant**: no byte of a request leaves this process but through [`providers`]' one door, which asks the
+//! request's privacy class first.
+#![forbid(unsafe_code)]
+
+pub mod audit;
+pub mod clock;
+pub mod config;
+pub mod gateway;
+pub mod guardrails;
+pub mod keys;
+pub mod ledger;
+pub mod limits;
+pub mod money;
+pub mod names;
+pub mod policy;
+pub mod providers;
+pub mod store;
+pub mod upstream;

@@ -1,0 +1,372 @@
+//! The decision: which places to try, in order, and why.
+//!
+//! **Invariant**: the same facts give the same route; every target of a route may be used by the tenant and allowed by the
+//! privacy class, and a route has at least one.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use super::{PrivacyClass, Target, VirtualModel, target::fits};
+use crate::money::Money;
+
+/// What decides about a tenant's requests.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TenantRouting {
+    /// As it is configured.
+    pub name: Arc<str>,
+    /// The loosest class a request of it can have.
+    pub privacy: PrivacyClass,
+    /// Models it may name or be sent to: names, or beginnings with `*`.
+    pub models: Vec<String>,
+    /// Where requests go that would wait too long here.
+    pub overflow: Option<Overflow>,
+}
+
+/// Where requests go that would wait too long here.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Overflow {
+    /// The longest predicted time to first token that is waited for.
+    pub when_ttft_over: Duration,
+    /// Where to instead.
+    pub to: Target,
+    /// Adapters whose requests the upstream answers as well: names, or beginnings with `*`. None by default, since an
+    /// adapter is there because its base (or another model) answers otherwise.
+    pub adapters: Vec<String>,
+    /// What happens where the overflow is closed.
+    pub otherwise: Otherwise,
+}
+
+/// What happens to a request that should overflow and cannot.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Otherwise {
+    /// It waits here.
+    #[default]
+    Wait,
+    /// 429, with the time after which it would have been answered in time.
+    Refuse,
+}
+
+/// A moment, as rules ask for it; UTC.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Moment {
+    /// 0..1440
+    pub minute_of_day: u16,
+    /// Monday is 0.
+    pub weekday: u8,
+}
+
+/// What this process could do with the request.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LocalState {
+    /// Tokens a prompt may have and still be answered.
+    pub max_prompt_tokens: usize,
+    /// None: not known yet.
+    pub predicted_ttft: Option<Duration>,
+    /// No block of the cache is free and others wait already.
+    pub is_exhausted: bool,
+    /// Why it cannot be answered here at all ("the local model takes no images").
+    pub cannot: Option<String>,
+}
+
+/// What is known of a request.
+#[derive(Clone, Debug, PartialEq)]
+#[allow(clippy::struct_excessive_bools, reason = "each is a fact of its own, and rules ask for any of them")]
+pub struct Facts<'a> {
+    /// Whose it is.
+    pub tenant: &'a TenantRouting,
+    /// The tenant's class, tightened by the request.
+    pub privacy: PrivacyClass,
+    /// `x-bindery-task`.
+    pub task: Option<&'a str>,
+    /// As the request says.
+    pub reasoning_effort: Option<&'a str>,
+    /// Tools are offered.
+    pub has_tools: bool,
+    /// Images are among the parts.
+    pub has_images: bool,
+    /// As the local tokenizer counts, or an upper bound.
+    pub prompt_tokens: usize,
+    /// Personal data was found in it.
+    pub has_personal_data: bool,
+    /// A guardrail says that it must stay here.
+    pub must_stay: bool,
+    /// ISO 639-3, where it was recognised.
+    pub language: Option<&'a str>,
+    /// Of the tenant's budget; None where it has none.
+    pub budget_left: Option<Money>,
+    /// What would happen here.
+    pub local: LocalState,
+    /// Now.
+    pub now: Moment,
+    /// Evenly spread over 0..1 and fixed for the request: decides draws by weight.
+    pub draw: f64,
+}
+
+/// Places to try in order, the next where one fails before its first byte.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Route {
+    /// At least one.
+    pub targets: Vec<Target>,
+    /// What led there, a sentence each, without anything of the request's text.
+    pub why: Vec<String>,
+}
+
+/// Why there is no route.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum Refused {
+    /// 404: nothing of this name, or not for this tenant to know.
+    #[error("the model {asked:?} is not offered here")]
+    UnknownModel {
+        /// As it was asked for.
+        asked: String,
+    },
+    /// 403: it exists, and something forbids it.
+    #[error("{why}")]
+    NotAllowed {
+        /// What forbids it, and the next step.
+        why: String,
+    },
+    /// 400: no place that is allowed can answer it.
+    #[error("{why}")]
+    NoPlace {
+        /// What it needs, and the next step.
+        why: String,
+    },
+    /// 429: it would wait too long.
+    #[error(
+        "the first token would take about {predicted:?} here, the limit is {limit:?}, and the overflow is closed: {why}"
+    )]
+    TooSlow {
+        /// Predicted here.
+        predicted: Duration,
+        /// The tenant's.
+        limit: Duration,
+        /// Why it does not go up.
+        why: String,
+        /// When it would be answered in time, as far as can be said now.
+        retry_after: Duration,
+    },
+}
+
+/// The configured part of the decision.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Router {
+    /// By name.
+    pub virtual_models: BTreeMap<Arc<str>, VirtualModel>,
+    /// Models that upstreams offer, as `UPSTREAM/MODEL`.
+    pub upstream_models: Vec<Target>,
+}
+
+/// What a name stands for in this process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LocalName {
+    /// The base, by any of its names.
+    Base,
+    /// An adapter that the caller may see.
+    Adapter,
+    /// Nothing.
+    Unknown,
+}
+
+impl Router {
+    /// Where a request for `asked` goes. `local_name` says what a name stands for here, for this caller.
+    ///
+    /// # Errors
+    /// [`Refused`], by what the caller can do about it.
+    pub fn route(
+        &self,
+        asked: &str,
+        facts: &Facts<'_>,
+        local_name: &dyn Fn(&str) -> LocalName,
+    ) -> Result<Route, Refused> {
+        let draft = if let Some(model) = self.virtual_models.get(asked) {
+            Self::by_rules(model, facts, local_name)?
+        } else {
+            self.by_name(asked, facts, local_name)?
+        };
+        with_overflow(local_able(draft, facts)?, asked, facts, local_name)
+    }
+
+    fn by_name(
+        &self,
+        asked: &str,
+        facts: &Facts<'_>,
+        local_name: &dyn Fn(&str) -> LocalName,
+    ) -> Result<Route, Refused> {
+        let unknown = || Refused::UnknownModel { asked: asked.to_owned() };
+        let upstream = self.upstream_models.iter().find(|target| target.to_string() == asked);
+        let target = match (local_name(asked), upstream) {
+            // What is served here comes before what is only named alike.
+            (LocalName::Base | LocalName::Adapter, _) => Target::LocalModel(asked.into()),
+            (LocalName::Unknown, Some(target)) => target.clone(),
+            (LocalName::Unknown, None) => return Err(unknown()),
+        };
+        match forbidden(&target, facts) {
+            // To a tenant that may not use it a model is as good as not there.
+            Some(Forbidden::NotOffered) => Err(unknown()),
+            Some(Forbidden::Leaves(why)) => Err(Refused::NotAllowed { why }),
+            None => Ok(Route { why: vec![format!("the request names {target}")], targets: vec![target] }),
+        }
+    }
+
+    fn by_rules(
+        model: &VirtualModel,
+        facts: &Facts<'_>,
+        local_name: &dyn Fn(&str) -> LocalName,
+    ) -> Result<Route, Refused> {
+        if !is_allowed(&model.name, facts.tenant) {
+            return Err(Refused::UnknownModel { asked: model.name.to_string() });
+        }
+        let mut why = Vec::new();
+        for (at, rule) in model.rules.iter().enumerate() {
+            let number = at + 1;
+            if !rule.when.holds(facts) {
+                why.push(format!("rule {number} of {} does not apply", model.name));
+                continue;
+            }
+            let may = |target: &Target| {
+                let is_there = match target {
+                    Target::LocalModel(name) => local_name(name) != LocalName::Unknown,
+                    Target::Local | Target::Upstream { .. } => true,
+                };
+                is_there && forbidden(target, facts).is_none()
+            };
+            let mut targets: Vec<Target> = Vec::new();
+            for choice in &rule.to {
+                match choice.draw(facts.draw, may) {
+                    Some(target) if !targets.contains(target) => targets.push(target.clone()),
+                    _ => {}
+                }
+            }
+            if targets.is_empty() {
+                why.push(format!(
+                    "rule {number} of {} applies, but the tenant may use none of its targets",
+                    model.name
+                ));
+                continue;
+            }
+            if facts.privacy == PrivacyClass::LocalFirst
+                && !targets[0].is_local()
+                && targets.iter().any(Target::is_local)
+            {
+                // A stable sort: false (local) before true.
+                targets.sort_by_key(|target| !target.is_local());
+                why.push("the privacy class local-first puts what runs here in front".to_owned());
+            }
+            why.push(format!("rule {number} of {} applies", model.name));
+            return Ok(Route { targets, why });
+        }
+        let reasons = why.join("; ");
+        Err(Refused::NotAllowed {
+            why: format!("no rule of the model {:?} leads anywhere for this request: {reasons}", &*model.name),
+        })
+    }
+}
+
+/// Why a target may not be used.
+enum Forbidden {
+    /// The tenant's list of models does not hold it.
+    NotOffered,
+    /// It is an upstream's, and the request must stay here.
+    Leaves(String),
+}
+
+fn forbidden(target: &Target, facts: &Facts<'_>) -> Option<Forbidden> {
+    let Target::Upstream { .. } = target else {
+        let Target::LocalModel(name) = target else { return None };
+        return (!is_allowed(name, facts.tenant)).then_some(Forbidden::NotOffered);
+    };
+    if !is_allowed(&target.to_string(), facts.tenant) {
+        return Some(Forbidden::NotOffered);
+    }
+    if facts.privacy.leave().is_none() {
+        let why = format!(
+            "{target} is not on these premises, and the privacy class of this request is {}: name a local model",
+            facts.privacy.as_str()
+        );
+        return Some(Forbidden::Leaves(why));
+    }
+    facts.must_stay.then(|| {
+        let why =
+            format!("a guardrail keeps this request on the premises, and {target} is not there: name a local model");
+        Forbidden::Leaves(why)
+    })
+}
+
+fn is_allowed(name: &str, tenant: &TenantRouting) -> bool {
+    tenant.models.iter().any(|pattern| fits(pattern, name))
+}
+
+/// Takes out local targets that cannot answer the request, where others can.
+fn local_able(mut route: Route, facts: &Facts<'_>) -> Result<Route, Refused> {
+    let local = &facts.local;
+    let too_long = (facts.prompt_tokens > local.max_prompt_tokens).then(|| {
+        format!(
+            "the prompt has up to {} tokens, the local model takes {}",
+            facts.prompt_tokens, local.max_prompt_tokens
+        )
+    });
+    let Some(cannot) = local.cannot.clone().or(too_long) else { return Ok(route) };
+    if route.targets.iter().all(Target::is_local) {
+        // The local route itself says what is wrong, in its own words and with the field's name.
+        return Ok(route);
+    }
+    let before = route.targets.len();
+    route.targets.retain(|target| !target.is_local());
+    if route.targets.len() < before {
+        route.why.push(format!("it cannot run here: {cannot}"));
+    }
+    if route.targets.is_empty() {
+        return Err(Refused::NoPlace { why: cannot });
+    }
+    Ok(route)
+}
+
+/// Sends what would wait too long here to the tenant's overflow, where that is open to it.
+fn with_overflow(
+    mut route: Route,
+    asked: &str,
+    facts: &Facts<'_>,
+    local_name: &dyn Fn(&str) -> LocalName,
+) -> Result<Route, Refused> {
+    let Some(overflow) = &facts.tenant.overflow else { return Ok(route) };
+    let Some(Target::Local | Target::LocalModel(_)) = route.targets.first() else { return Ok(route) };
+    let limit = overflow.when_ttft_over;
+    let predicted = facts.local.predicted_ttft;
+    let is_slow = predicted.is_some_and(|time| time > limit);
+    if !is_slow && !facts.local.is_exhausted {
+        return Ok(route);
+    }
+    let pressed = match predicted {
+        Some(time) if is_slow => format!("the first token would take about {time:.1?} here, the limit is {limit:.1?}"),
+        _ => "the cache has no free block here".to_owned(),
+    };
+    let name = match &route.targets[0] {
+        Target::LocalModel(name) => name.as_ref(),
+        _ => asked,
+    };
+    let is_equal =
+        local_name(name) != LocalName::Adapter || overflow.adapters.iter().any(|pattern| fits(pattern, name));
+    let closed = match forbidden(&overflow.to, facts) {
+        Some(Forbidden::NotOffered) => Some(format!("the tenant may not use {}", overflow.to)),
+        Some(Forbidden::Leaves(why)) => Some(why),
+        None if !is_equal => Some(format!("{} is not declared to answer like the adapter {name:?}", overflow.to)),
+        None => None,
+    };
+    match (closed, overflow.otherwise) {
+        (None, _) => {
+            route.why.push(format!("{pressed}: it overflows to {}", overflow.to));
+            route.targets.retain(|target| *target != overflow.to);
+            route.targets.insert(0, overflow.to.clone());
+            Ok(route)
+        }
+        (Some(why), Otherwise::Wait) => {
+            route.why.push(format!("{pressed}, and it waits: {why}"));
+            Ok(route)
+        }
+        (Some(why), Otherwise::Refuse) => {
+            let predicted = predicted.unwrap_or(limit);
+            let retry_after = predicted.saturating_sub(limit).max(Duration::from_secs(1));
+            Err(Refused::TooSlow { predicted, limit, why, retry_after })
+        }
+    }
+}

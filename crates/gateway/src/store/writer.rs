@@ -1,0 +1,254 @@
+//! The one thread that writes, and the group commit.
+//!
+//! ```text
+//! callers -> bounded channel -> [take all that wait] -> BEGIN, run each, COMMIT -> answer each
+//! ```
+//! While one commit is under way the next group gathers, so a commit's cost is shared by as many as are waiting and
+//! nobody waits for more than the commit under way and his own. Nothing is delayed on purpose.
+//!
+//! Failures: a lost connection is made anew and the group runs once more, which is why an [`Operation`] must be
+//! *idempotent* (a commit whose answer was lost may have happened); where one operation fails, the group is rolled back
+//! and each runs by itself, so that nobody pays for his neighbour. Knows no table.
+//!
+//! **Invariant**: an operation is answered with its output only after the commit that holds it has returned.
+
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
+
+use futures::future::BoxFuture;
+use sqlx::{AnyConnection, Connection as _};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::{Instant, timeout},
+};
+
+use super::{
+    StoreKind, connect,
+    error::{Remedy, StoreError},
+};
+
+/// At most so many operations share a commit; at it, the rest wait for the next. Bounds how long row locks are held.
+pub(super) const MAX_GROUP: usize = 128;
+
+/// How often a group is run anew because of others' transactions.
+const MAX_TRIES: usize = 5;
+
+/// While a store cannot be reached, operations are refused at once between two attempts.
+const RECONNECT_AFTER: Duration = Duration::from_millis(250);
+
+/// A step of work inside a transaction.
+pub(crate) trait Operation: Send + 'static {
+    /// What the caller learns. A refusal belongs in here: an `Err` of [`run`](Self::run) is a failure of the store.
+    type Output: Send + 'static;
+
+    /// Names of what several nodes change. They are locked in one order before the group runs (PostgreSQL; SQLite has
+    /// one writer), so that two groups never wait for each other in a circle.
+    fn locks(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// Runs in a transaction that may be rolled back and run again. Must be idempotent, and must leave nothing behind
+    /// where it refuses.
+    fn run<'a>(&'a self, connection: &'a mut AnyConnection) -> BoxFuture<'a, Result<Self::Output, sqlx::Error>>;
+}
+
+/// An operation of any kind, and who waits for it.
+pub(super) trait Job: Send {
+    fn locks(&self) -> Vec<String>;
+    fn run<'a>(&'a mut self, connection: &'a mut AnyConnection) -> BoxFuture<'a, Result<(), sqlx::Error>>;
+    fn succeed(self: Box<Self>);
+    fn fail(self: Box<Self>, error: StoreError);
+}
+
+/// The job of one kind of operation.
+pub(super) struct Waiting<O: Operation> {
+    operation: O,
+    output: Option<O::Output>,
+    answer: oneshot::Sender<Result<O::Output, StoreError>>,
+}
+
+impl<O: Operation> Waiting<O> {
+    pub(super) fn new(operation: O) -> (Box<Self>, oneshot::Receiver<Result<O::Output, StoreError>>) {
+        let (answer, receiver) = oneshot::channel();
+        (Box::new(Self { operation, output: None, answer }), receiver)
+    }
+}
+
+impl<O: Operation> Job for Waiting<O> {
+    fn locks(&self) -> Vec<String> {
+        self.operation.locks()
+    }
+
+    fn run<'a>(&'a mut self, connection: &'a mut AnyConnection) -> BoxFuture<'a, Result<(), sqlx::Error>> {
+        Box::pin(async move {
+            self.output = Some(self.operation.run(connection).await?);
+            Ok(())
+        })
+    }
+
+    fn succeed(self: Box<Self>) {
+        let output = self.output.expect("a group succeeds after each of its operations has run");
+        // Whoever asked may have left; the operation is done all the same.
+        let _ = self.answer.send(Ok(output));
+    }
+
+    fn fail(self: Box<Self>, error: StoreError) {
+        let _ = self.answer.send(Err(error));
+    }
+}
+
+/// What the writer needs to make a connection.
+#[derive(Clone)]
+pub(super) struct Writer {
+    pub(super) settings: Arc<connect::Settings>,
+}
+
+type Group = Vec<Box<dyn Job>>;
+
+impl Writer {
+    /// Until every sender is gone; what was sent before is still done.
+    pub(super) async fn work(self, connection: AnyConnection, mut jobs: mpsc::Receiver<Box<dyn Job>>) {
+        let mut connection = Some(connection);
+        let mut down: Option<(Instant, StoreError)> = None;
+        loop {
+            let mut group = Group::new();
+            if jobs.recv_many(&mut group, MAX_GROUP).await == 0 {
+                break;
+            }
+            if let Some((until, error)) = &down
+                && Instant::now() < *until
+            {
+                fail_all(group, error);
+                continue;
+            }
+            down = match self.serve(&mut connection, group).await {
+                Ok(()) => None,
+                Err(error) => Some((Instant::now() + RECONNECT_AFTER, error)),
+            };
+        }
+        if let Some(connection) = connection {
+            // SQLite folds its log into the file; nothing depends on it.
+            let _ = timeout(self.settings.timeout, connection.close()).await;
+        }
+    }
+
+    /// Answers everybody in the group; an error says that the store serves nobody now.
+    async fn serve(&self, connection: &mut Option<AnyConnection>, mut group: Group) -> Result<(), StoreError> {
+        match self.run_group(connection, &mut group).await {
+            Ok(()) => {
+                succeed_all(group);
+                Ok(())
+            }
+            Err(Failure::Unreachable(error)) => {
+                fail_all(group, &error);
+                Err(error)
+            }
+            Err(Failure::Operation(error)) if group.len() == 1 => {
+                fail_all(group, &error);
+                Ok(())
+            }
+            Err(Failure::Operation(_)) => {
+                for job in group {
+                    let mut alone = vec![job];
+                    match self.run_group(connection, &mut alone).await {
+                        Ok(()) => succeed_all(alone),
+                        Err(Failure::Operation(error) | Failure::Unreachable(error)) => fail_all(alone, &error),
+                    }
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Runs the group in one transaction, again where that may help.
+    async fn run_group(&self, slot: &mut Option<AnyConnection>, group: &mut Group) -> Result<(), Failure> {
+        let mut reconnected = false;
+        let mut tries = 1;
+        loop {
+            let mut connection = match slot.take() {
+                Some(connection) => connection,
+                None => connect::open(&self.settings).await.map_err(Failure::Unreachable)?,
+            };
+            // Put back only after a commit. After a failure nobody knows whether the database has rolled back by itself
+            // (SQLite does on a full disk) or is still at it; closing the connection ends either.
+            let ran = timeout(self.settings.timeout, transact(&mut connection, self.settings.kind(), group)).await;
+            let error = match ran {
+                Ok(Ok(())) => {
+                    *slot = Some(connection);
+                    return Ok(());
+                }
+                Ok(Err(error)) => error,
+                Err(_) => {
+                    let why = format!("a commit took longer than {:?}", self.settings.timeout);
+                    return Err(Failure::Unreachable(StoreError::Busy { store: self.settings.shown(), why }));
+                }
+            };
+            let told = self.settings.error(&error);
+            match Remedy::of(&error) {
+                Remedy::Reconnect if reconnected => return Err(Failure::Unreachable(told)),
+                Remedy::Reconnect => {
+                    tracing::warn!(error = %told, "the store's connection was lost; making a new one");
+                    reconnected = true;
+                }
+                Remedy::Again if tries < MAX_TRIES => tries += 1,
+                Remedy::GiveUp => return Err(Failure::Unreachable(told)),
+                Remedy::Again | Remedy::Apart => return Err(Failure::Operation(told)),
+            }
+        }
+    }
+}
+
+enum Failure {
+    /// No operation can be run.
+    Unreachable(StoreError),
+    /// One of the operations cannot.
+    Operation(StoreError),
+}
+
+async fn transact(connection: &mut AnyConnection, kind: StoreKind, group: &mut Group) -> Result<(), sqlx::Error> {
+    // IMMEDIATE: the write lock is taken where waiting for it is safe, not in the middle.
+    let begin = if kind == StoreKind::Sqlite { "BEGIN IMMEDIATE" } else { "BEGIN" };
+    let mut transaction = connection.begin_with(begin).await?;
+    if kind == StoreKind::Postgres {
+        let names: BTreeSet<String> = group.iter().flat_map(|job| job.locks()).collect();
+        lock(&mut transaction, names).await?;
+    }
+    for job in group.iter_mut() {
+        job.run(&mut transaction).await?;
+    }
+    transaction.commit().await
+}
+
+/// Locks all names, in the order of their numbers, until the transaction ends.
+async fn lock(connection: &mut AnyConnection, names: BTreeSet<String>) -> Result<(), sqlx::Error> {
+    let numbers: BTreeSet<i64> = names.iter().map(|name| lock_number(name)).collect();
+    if numbers.is_empty() {
+        return Ok(());
+    }
+    // One statement; numbers of ours, no words of anybody's.
+    let list: Vec<String> = numbers.iter().map(|number| format!("({number}::bigint)")).collect();
+    let text = format!(
+        "SELECT pg_advisory_xact_lock(n) FROM (SELECT n FROM (VALUES {}) AS v(n) ORDER BY n) AS o",
+        list.join(", ")
+    );
+    sqlx::raw_sql(sqlx::AssertSqlSafe(text)).execute(connection).await?;
+    Ok(())
+}
+
+/// A number for a name; two names with one number only wait for each other without need.
+fn lock_number(name: &str) -> i64 {
+    use sha2::{Digest as _, Sha256};
+    let digest = Sha256::digest(name.as_bytes());
+    i64::from_be_bytes(std::array::from_fn(|index| digest[index]))
+}
+
+fn succeed_all(group: Group) {
+    for job in group {
+        job.succeed();
+    }
+}
+
+fn fail_all(group: Group, error: &StoreError) {
+    for job in group {
+        job.fail(error.clone());
+    }
+}

@@ -1,0 +1,301 @@
+//! Sends one request, as often as that can help, and reads the head of its reply.
+//!
+//! Knows HTTP and time, no provider. Invariant: redirects are not followed (a key would follow them), an answer's size is
+//! bounded while it is read, and every attempt leaves its verdict with the upstream's breaker, a dropped one included.
+
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use chrono::Utc;
+use http::{HeaderMap, header};
+use reqwest::{Client, Response, redirect};
+
+use super::{
+    AnswerStream, LeavesPremises, Limits,
+    breaker::{Breaker, BreakerLimits, BreakerState, Pass, Verdict},
+    retry::Failed,
+};
+use crate::providers::{
+    Answer, AnswerReader, Outgoing, OutgoingRequest, Reply, UpstreamError,
+    error::{Cause, Fault},
+};
+
+/// The way out. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Door {
+    client: Client,
+    limits: Arc<Limits>,
+}
+
+/// The HTTP client cannot be made.
+#[derive(Debug, thiserror::Error)]
+#[error("the HTTP client for upstreams cannot be made ({0}); check the system's certificates")]
+pub struct DoorError(#[from] reqwest::Error);
+
+/// One upstream's health, shared by all requests to it.
+#[derive(Clone, Debug)]
+pub struct Upstream {
+    name: Arc<str>,
+    breaker: Arc<Mutex<Breaker>>,
+}
+
+/// What came back.
+#[derive(Debug)]
+pub enum Received {
+    /// Everything.
+    Whole(Box<Answer>),
+    /// The beginning; the rest is to be asked for.
+    Stream(Box<AnswerStream>),
+}
+
+impl Upstream {
+    /// A healthy one.
+    pub fn new(name: &str, limits: BreakerLimits) -> Self {
+        Self { name: name.into(), breaker: Arc::new(Mutex::new(Breaker::new(limits))) }
+    }
+
+    /// As the config calls it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Whether requests pass.
+    pub fn state(&self) -> BreakerState {
+        self.lock().state()
+    }
+
+    /// A breaker is whole after every call: a panic elsewhere cannot have left it half changed.
+    fn lock(&self) -> MutexGuard<'_, Breaker> {
+        self.breaker.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn pass(&self) -> Result<Attempt, UpstreamError> {
+        match self.lock().try_pass(Instant::now()) {
+            Ok(pass) => Ok(Attempt { upstream: self.clone(), pass: Some(pass) }),
+            Err(wait) => {
+                let message = format!("the upstream `{}` failed repeatedly and is left alone for a while", self.name);
+                let mut error = UpstreamError::new(Cause::Unreachable, message);
+                error.retry_after = Some(wait);
+                Err(error)
+            }
+        }
+    }
+}
+
+/// An attempt that was let through: it leaves its verdict, at the latest when it is dropped.
+#[derive(Debug)]
+pub(super) struct Attempt {
+    upstream: Upstream,
+    pass: Option<Pass>,
+}
+
+impl Attempt {
+    pub(super) fn begun(&self) {
+        if let Some(pass) = &self.pass {
+            self.upstream.lock().begun(pass);
+        }
+    }
+
+    pub(super) fn succeeded(&mut self) {
+        self.record(Verdict::Healthy);
+    }
+
+    pub(super) fn failed(&mut self, error: &UpstreamError) {
+        self.record(match (error.cause, error.fault()) {
+            (_, Fault::Caller) | (Cause::RateLimited | Cause::ModelUnavailable, _) => Verdict::Healthy,
+            (_, Fault::Operator) => Verdict::Fatal,
+            (_, Fault::Upstream) => Verdict::Failing,
+        });
+    }
+
+    fn record(&mut self, verdict: Verdict) {
+        if let Some(pass) = self.pass.take() {
+            self.upstream.lock().record(pass, verdict, Instant::now());
+        }
+    }
+}
+
+impl Drop for Attempt {
+    fn drop(&mut self) {
+        self.record(Verdict::Unknown);
+    }
+}
+
+impl Door {
+    /// With bounds.
+    pub fn new(limits: Limits) -> Result<Self, DoorError> {
+        let client = Client::builder()
+            .connect_timeout(limits.connect)
+            .redirect(redirect::Policy::none())
+            .user_agent(concat!("bindery/", env!("CARGO_PKG_VERSION")))
+            .build()?;
+        Ok(Self { client, limits: Arc::new(limits) })
+    }
+
+    /// Sends a request and waits for its answer, or for the first piece of it. Dropping the future, or the stream it gives,
+    /// ends the call upstream.
+    pub async fn send(
+        &self,
+        permit: LeavesPremises,
+        upstream: &Upstream,
+        outgoing: Outgoing,
+        time_left: Duration,
+    ) -> Result<Received, UpstreamError> {
+        let deadline = tokio::time::Instant::now() + time_left;
+        let body = serde_json::to_vec(&outgoing.request.body)
+            .map(Bytes::from)
+            .map_err(|error| UpstreamError::new(Cause::Invalid, format!("the request cannot be written: {error}")))?;
+        let call = CallOut { request: &outgoing.request, body, reader: &outgoing.reader, permit };
+        let mut attempt = 1;
+        loop {
+            let late =
+                || UpstreamError::new(Cause::Timeout, "the upstream did not answer before the request's deadline");
+            let tried = tokio::time::timeout_at(deadline, self.attempt(upstream, &call)).await;
+            let error = match tried.unwrap_or_else(|_| Err(Tried::Failed(late()))) {
+                Ok(received) => return Ok(received),
+                // Waiting for a breaker would be waiting for someone else's probe.
+                Err(Tried::NotLetThrough(error)) => return Err(error),
+                Err(Tried::Failed(error)) => error,
+            };
+            let time_left = deadline.saturating_duration_since(tokio::time::Instant::now());
+            let failed = Failed { error: &error, attempt, time_left, random: fastrand::f64() };
+            let Some(wait) = self.limits.retry.wait(&failed) else { return Err(error) };
+            tracing::debug!(
+                upstream = upstream.name(),
+                attempt,
+                ?wait,
+                code = error.code(),
+                "an upstream call is tried again"
+            );
+            tokio::time::sleep(wait).await;
+            attempt += 1;
+        }
+    }
+
+    async fn attempt(&self, upstream: &Upstream, call: &CallOut<'_>) -> Result<Received, Tried> {
+        let mut attempt = upstream.pass().map_err(Tried::NotLetThrough)?;
+        match self.call(call).await {
+            Ok(Begun::Whole(answer)) => {
+                attempt.succeeded();
+                Ok(Received::Whole(answer))
+            }
+            Ok(Begun::Stream(mut stream)) => {
+                // Until the first piece is there, all of this may be done again.
+                match stream.begin().await {
+                    Ok(()) => {
+                        stream.keep(attempt);
+                        Ok(Received::Stream(stream))
+                    }
+                    Err(error) => {
+                        attempt.failed(&error);
+                        Err(Tried::Failed(error))
+                    }
+                }
+            }
+            Err(error) => {
+                attempt.failed(&error);
+                Err(Tried::Failed(error))
+            }
+        }
+    }
+
+    async fn call(&self, call: &CallOut<'_>) -> Result<Begun, UpstreamError> {
+        let response = self.head(call).await?;
+        let status = response.status().as_u16();
+        let is_stream = response
+            .headers()
+            .get(header::CONTENT_TYPE)
+            .and_then(|value| value.to_str().ok())
+            .is_some_and(|kind| kind.trim_start().to_ascii_lowercase().starts_with("text/event-stream"));
+        if response.status().is_success() && is_stream && call.reader.is_streamed() {
+            let stream = AnswerStream::new(response, call.reader.clone(), Arc::clone(&self.limits));
+            return Ok(Begun::Stream(Box::new(stream)));
+        }
+        let headers = response.headers().clone();
+        let max_bytes =
+            if response.status().is_success() { self.limits.max_answer_bytes } else { self.limits.max_error_bytes };
+        let body = match self.body(response, max_bytes).await {
+            Ok(body) => body,
+            Err(error) if (200..300).contains(&status) => return Err(error),
+            // The status says enough.
+            Err(_) => Vec::new(),
+        };
+        let answer = call.reader.whole(&Reply { status, headers: &headers, body: &body, at: Utc::now() })?;
+        if call.reader.is_streamed() {
+            let message = "the upstream was asked for a stream and sent something else";
+            return Err(UpstreamError::new(Cause::Malformed, message));
+        }
+        Ok(Begun::Whole(Box::new(answer)))
+    }
+
+    /// Holding a [`CallOut`], and so its permit, is what allows this.
+    async fn head(&self, call: &CallOut<'_>) -> Result<Response, UpstreamError> {
+        let CallOut { request, body, permit: LeavesPremises { .. }, .. } = call;
+        let headers: HeaderMap = request.headers.clone();
+        let sending = self.client.post(request.url.clone()).headers(headers).body(body.clone()).send();
+        match tokio::time::timeout(self.limits.first_byte, sending).await {
+            Ok(Ok(response)) => Ok(response),
+            Ok(Err(error)) => Err(transport(&error)),
+            Err(_) => {
+                let message = format!("the upstream did not begin to answer within {:?}", self.limits.first_byte);
+                Err(UpstreamError::new(Cause::Timeout, message))
+            }
+        }
+    }
+
+    async fn body(&self, mut response: Response, max_bytes: usize) -> Result<Vec<u8>, UpstreamError> {
+        let mut body = Vec::new();
+        loop {
+            let piece = match tokio::time::timeout(self.limits.idle, response.chunk()).await {
+                Ok(Ok(Some(piece))) => piece,
+                Ok(Ok(None)) => return Ok(body),
+                Ok(Err(error)) => return Err(transport(&error)),
+                Err(_) => return Err(idle(self.limits.idle)),
+            };
+            if body.len() + piece.len() > max_bytes {
+                let message = format!("the upstream's answer is longer than {max_bytes} bytes");
+                return Err(UpstreamError::new(Cause::Malformed, message));
+            }
+            body.extend_from_slice(&piece);
+        }
+    }
+}
+
+/// What an attempt needs.
+struct CallOut<'a> {
+    request: &'a OutgoingRequest,
+    body: Bytes,
+    reader: &'a AnswerReader,
+    permit: LeavesPremises,
+}
+
+enum Begun {
+    Whole(Box<Answer>),
+    Stream(Box<AnswerStream>),
+}
+
+enum Tried {
+    NotLetThrough(UpstreamError),
+    Failed(UpstreamError),
+}
+
+/// Silence in the middle of a body.
+pub(super) fn idle(limit: Duration) -> UpstreamError {
+    UpstreamError::new(Cause::Timeout, format!("the upstream fell silent for {limit:?} in the middle of its answer"))
+}
+
+/// What the HTTP client says; its text names URLs, so it is not repeated.
+pub(super) fn transport(error: &reqwest::Error) -> UpstreamError {
+    if error.is_connect() {
+        UpstreamError::new(Cause::Unreachable, "the upstream cannot be reached")
+    } else if error.is_timeout() {
+        UpstreamError::new(Cause::Timeout, "the upstream did not answer in time")
+    } else if error.is_body() || error.is_decode() {
+        UpstreamError::new(Cause::Cut, "the upstream's answer was cut before its end")
+    } else {
+        UpstreamError::new(Cause::Failed, "the connection to the upstream failed")
+    }
+}

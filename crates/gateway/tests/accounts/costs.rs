@@ -1,0 +1,100 @@
+//! The sums of the ledger, against sums that were made by hand.
+
+use std::time::Duration;
+
+use bindery_gateway::{
+    ledger::{Call, CostColumn, CostQuery, CostReport, LedgerError, LedgerRoute, Outcome, costs},
+    money::Money,
+    store::Store,
+};
+
+use crate::{on_every_store, support::*};
+
+async fn fill(store: &Store) {
+    let ledger = ledger(store, "one").await;
+    let tomorrow = NOON.after(Duration::from_hours(24));
+    for (who, model, at, price) in
+        [("acme", "gpt-4.1", NOON, 100), ("acme", "gpt-4.1", tomorrow, 20), ("globex", "claude", NOON, 7)]
+    {
+        let call = Call { tenant: tenant(who), ..call(model) };
+        let mut request = request(200, &[]);
+        request.call = call;
+        ledger.reserve(request, at).await.unwrap().settle(outcome(price)).await.unwrap();
+    }
+    let local = Call { route: LedgerRoute::Local, ..call("smollm2") };
+    for reference in [Some(50), None] {
+        let outcome = Outcome { reference_price: reference.map(Money::from_nanos), ..outcome(3) };
+        ledger.record_local(&local, outcome, NOON).await.unwrap();
+    }
+}
+
+/// `[groups..., requests, cost, saved]`.
+fn short(report: &CostReport) -> Vec<Vec<String>> {
+    let line = |row| {
+        let cells = report.cells(row);
+        let groups = report.by.len();
+        let nanos = [row.cost.nanos().to_string(), row.saved.nanos().to_string()];
+        cells[..=groups].iter().cloned().chain(nanos).collect()
+    };
+    report.rows.iter().map(line).collect()
+}
+
+on_every_store! {
+    async fn sums_by_any_subset_agree(place) {
+        let (store, _thread) = place.open().await;
+        fill(&store).await;
+        let by = |columns: &[CostColumn]| {
+            let query = CostQuery { by: columns.to_vec(), ..CostQuery::default() };
+            let store = store.clone();
+            async move { costs(&store, query).await.unwrap() }
+        };
+        let all = by(&[]).await;
+        assert_eq!(short(&all), [["5", "133", "47"]]);
+        let row = &all.rows[0];
+        assert_eq!((row.local_requests, row.upstream_cost.nanos(), row.local_cost.nanos()), (2, 127, 6));
+        assert_eq!((row.prompt_tokens, row.cached_tokens, row.completion_tokens, row.reasoning_tokens), (50, 20, 25, 10));
+        assert_eq!(short(&by(&[CostColumn::Tenant]).await), [["acme", "4", "126", "47"], ["globex", "1", "7", "0"]]);
+        let days = short(&by(&[CostColumn::Day]).await);
+        assert_eq!(days, [["2026-11-28", "4", "113", "47"], ["2026-11-29", "1", "20", "0"]]);
+        // Asked for in any order, shown in one.
+        let fine = by(&[CostColumn::Model, CostColumn::Tenant, CostColumn::Day]).await;
+        assert_eq!(fine.by, CostColumn::ALL);
+        assert_eq!(fine.rows.len(), 4);
+        assert_eq!(fine.rows.iter().map(|row| row.cost.nanos()).sum::<i64>(), 133);
+        assert_eq!(fine.rows.iter().map(|row| row.requests).sum::<u64>(), 5);
+    }
+
+    async fn days_and_tenant_narrow_the_sums(place) {
+        let (store, _thread) = place.open().await;
+        let day = |text: &str| Some(text.to_owned());
+        let none = costs(&store, CostQuery::default()).await.unwrap();
+        assert_eq!(short(&none), [["0", "0", "0"]], "an empty ledger sums to nothing");
+        fill(&store).await;
+        let ask = |query: CostQuery| {
+            let store = store.clone();
+            async move { short(&costs(&store, query).await.unwrap()) }
+        };
+        assert_eq!(ask(CostQuery { from: day("2026-11-29"), ..CostQuery::default() }).await, [["1", "20", "0"]]);
+        assert_eq!(ask(CostQuery { to: day("2026-11-28"), ..CostQuery::default() }).await, [["4", "113", "47"]]);
+        assert_eq!(ask(CostQuery { tenant: Some("globex".to_owned()), ..CostQuery::default() }).await, [["1", "7", "0"]]);
+        let injected = Some("' OR '1' = '1".to_owned());
+        assert_eq!(ask(CostQuery { tenant: injected, ..CostQuery::default() }).await, [["0", "0", "0"]]);
+        for bad in ["2026-13-01", "yesterday", "2026-1-1", "'"] {
+            let query = CostQuery { from: day(bad), ..CostQuery::default() };
+            assert!(matches!(costs(&store, query).await, Err(LedgerError::BadDay(day)) if day == bad));
+        }
+    }
+}
+
+#[tokio::test]
+async fn json_has_the_columns_that_were_asked_for() {
+    let place = Place::sqlite();
+    let (store, _thread) = place.open().await;
+    fill(&store).await;
+    let query = CostQuery { by: vec![CostColumn::Tenant], ..CostQuery::default() };
+    let json = serde_json::to_value(costs(&store, query).await.unwrap()).unwrap();
+    assert_eq!(json["by"], serde_json::json!(["tenant"]));
+    assert_eq!(json["rows"][1]["tenant"], "globex");
+    assert_eq!(json["rows"][1]["cost"], serde_json::json!(7e-9));
+    assert!(json["rows"][1].get("day").is_none());
+}
