@@ -10,7 +10,7 @@ use super::{parse_duration, parse_name};
 /// The config file, which names the store, the tenants and the log.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct ConfigArg {
-    /// Config file (TOML) whose [store], tenants and rules count
+    /// Config file (TOML) whose `[store]`, tenants and rules count
     #[arg(long, global = true, value_name = "FILE", env = "BINDERY_CONFIG")]
     pub(crate) config: Option<PathBuf>,
 }
