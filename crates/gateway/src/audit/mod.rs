@@ -3,10 +3,10 @@
 //! The log is a folder of JSONL segments. Every record is one line, written by one call, and ends in an HMAC-SHA256 over all its
 //! other bytes, among them its number and the HMAC of the record before. The key lies outside the folder, and the newest
 //! record's number and HMAC (the [`Head`]) in a store outside it, so that neither an edit nor a log cut short or written anew passes
-//! [`verify`]. Prompts and answers are kept where a policy says so, encrypted.
+//! [`mod@verify`]. Prompts and answers are kept where a policy says so, encrypted.
 //!
-//! Reading order: [`record`] what is said, [`line`] its bytes, [`key`] and [`head`] what lies outside, [`folder`] files, [`journal`]
-//! appending, rotation, retention and repair, [`writer`] the thread that does it, [`scan`], [`verify`] and [`export`] reading. Knows no HTTP, no
+//! Reading order: [`record`] what is said, [`mod@line`] its bytes, [`key`] and [`head`] what lies outside, [`folder`] files, [`journal`]
+//! appending, rotation, retention and repair, [`writer`] the thread that does it, [`scan`], [`mod@verify`] and [`mod@export`] reading. Knows no HTTP, no
 //! engine and no database.
 //!
 //! **Invariant**: bytes that were acknowledged are never written again; segments go only after a record that says so.
