@@ -236,7 +236,7 @@ def test_shutdown_timeout_cuts_what_is_left(start):
     (["serve", MODEL, "--device", "cuda"], 2, ["cuda", "cpu"]),
     (["serve", MODEL, "--adapter", "a=b"], 2, ["--adapter a=b", "there is no adapter"]),
     (["serve", MODEL, "--enable-prefix-caching"], 2, ["not in this version yet"]),
-    (["keys", "create"], 2, ["keys", "not in this version yet"]),
+    (["keys", "create"], 2, ["keys create", "--tenant <NAME>"]),
 ])
 def test_bad_command_lines_say_what_to_do(arguments, code, words):
     done = subprocess.run([BINARY, *arguments], capture_output=True, text=True, timeout=60, check=False)
