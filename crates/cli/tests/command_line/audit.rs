@@ -3,7 +3,10 @@
 use std::{fs, path::PathBuf, time::Duration};
 
 use bindery_gateway::{
-    audit::{AuditKey, Contents, ContentsKey, Fsync, Journal, JournalConfig, ModelUsed, RequestRecord, Retention},
+    audit::{
+        AuditKey, Contents, ContentsKey, Fsync, HeadStore as _, Journal, JournalConfig, ModelUsed, RequestRecord,
+        Retention,
+    },
     store::StoreHeads,
 };
 use serde_json::Value;
@@ -32,16 +35,15 @@ fn written() -> Home {
             retention: Retention::default(),
         };
         let write = move || {
-            let mut journal = Journal::open(config.clone(), Box::new(heads.clone())).unwrap();
+            let mut journal = Journal::open(config, Box::new(heads.clone())).unwrap();
             for tenant in ["acme", "globex"] {
                 let model = ModelUsed { name: "smollm2".to_owned(), ..ModelUsed::default() };
                 let record = RequestRecord { tenant: tenant.to_owned(), model, ..RequestRecord::default() };
                 let contents = Contents { prompt: "what is secret?".to_owned(), answer: "this".to_owned() };
                 journal.append_request(&record, Some(contents)).unwrap();
             }
-            drop(journal);
-            // The next start saves the head.
-            drop(Journal::open(config, Box::new(heads)).unwrap());
+            // As the log's writer does when it acknowledges.
+            heads.save(&journal.head()).unwrap();
         };
         tokio::task::spawn_blocking(write).await.unwrap();
     });
