@@ -4,8 +4,8 @@
 //! upstream providers, budgets and the ledger. Knows no tensors, no block tables and no HTTP server; the server asks it
 //! questions and hands it bytes.
 //!
-//! **Invariant**: no byte of a request leaves this process but through [`providers`]' one door, which asks the
-//! request's privacy class first.
+//! **Invariant**: no byte of a request leaves this process but through [`upstream::Door`], which
+//! takes what only the request's privacy class can make.
 #![forbid(unsafe_code)]
 
 pub mod audit;

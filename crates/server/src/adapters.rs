@@ -41,13 +41,19 @@ impl Serving {
         let Some(asked) = asked else {
             return Ok(Named { name: state.config.primary_model_name().to_owned(), kind: NamedKind::Base });
         };
-        if state.config.served_model_names.contains(&asked) {
-            return Ok(Named { name: asked, kind: NamedKind::Base });
+        match self.kind_of(state, &asked) {
+            Some(kind) => Ok(Named { name: asked, kind }),
+            None => Err(self.unknown(state, asked)),
         }
-        if self.model.adapters.spec(&asked).is_some_and(|spec| spec.is_for(self.caller.tenant.as_ref())) {
-            return Ok(Named { name: asked, kind: NamedKind::Adapter });
+    }
+
+    /// What a name stands for to the caller; None: nothing.
+    pub(crate) fn kind_of(&self, state: &AppState, name: &str) -> Option<NamedKind> {
+        if state.config.served_model_names.iter().any(|base| base == name) {
+            return Some(NamedKind::Base);
         }
-        Err(self.unknown(state, asked))
+        let is_seen = self.model.adapters.spec(name).is_some_and(|spec| spec.is_for(self.caller.tenant.as_ref()));
+        is_seen.then_some(NamedKind::Adapter)
     }
 
     pub(crate) fn unknown(&self, state: &AppState, asked: String) -> ApiError {

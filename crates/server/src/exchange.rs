@@ -18,10 +18,7 @@ use axum::{
     extract::{Request, State},
     http::{HeaderName, HeaderValue, StatusCode, header, request::Parts},
     middleware::Next,
-    response::{
-        IntoResponse, Response,
-        sse::{Event, KeepAlive, Sse},
-    },
+    response::{IntoResponse, Response},
 };
 use bindery_gateway::{
     clock::UnixMillis,
@@ -31,24 +28,23 @@ use bindery_gateway::{
     ledger::RequestStatus,
     policy::{LocalState, Target, route::LocalName},
 };
-use futures::{Stream, StreamExt, stream};
+use futures::{Stream, stream};
 use http_body_util::BodyExt;
 use serde_json::{Map, Value};
 
 use crate::{
-    adapters::{Named, NamedKind},
+    adapters::NamedKind,
     body::read_body,
     context::RequestContext,
     error::ApiError,
     router::{Serving, X_BINDERY_ROUTE},
+    sse,
     state::{AppState, Job, SharedState},
 };
 
 const X_BINDERY_WARNING: HeaderName = HeaderName::from_static("x-bindery-warning");
 const X_BINDERY_PRIVACY: &str = "x-bindery-privacy";
 const X_BINDERY_TASK: &str = "x-bindery-task";
-/// As in `sse`: a dead client is noticed by it, and proxies do not take a thinking model for a dead one.
-const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(15);
 /// The largest answer of a local model that is held whole to be filtered.
 const MAX_LOCAL_ANSWER_BYTES: usize = 256 << 20;
 
@@ -100,10 +96,10 @@ async fn answer(
     };
     let mut exchange = begin(state, gateway, &parts, (&serving, &context), object).await?;
     let local = local_state(state, &serving);
-    let local_name = |name: &str| match serving.resolve(state, Some(name.to_owned())) {
-        Ok(Named { kind: NamedKind::Base, .. }) => LocalName::Base,
-        Ok(Named { kind: NamedKind::Adapter, .. }) => LocalName::Adapter,
-        Err(_) => LocalName::Unknown,
+    let local_name = |name: &str| match serving.kind_of(state, name) {
+        Some(NamedKind::Base) => LocalName::Base,
+        Some(NamedKind::Adapter) => LocalName::Adapter,
+        None => LocalName::Unknown,
     };
     let route = exchange.route(local, UnixMillis::now(), &local_name).await;
     let route = route.map_err(|error| match error {
@@ -121,8 +117,9 @@ async fn answer(
         let is_last = at + 1 == num_targets;
         let mut response = match target {
             Target::Local | Target::LocalModel(_) => {
-                let request = local_request(&mut parts, is_last, exchange.local_body(target))
-                    .ok_or_else(|| ApiError::internal(&context.id, &"a request was used up"))?;
+                let request =
+                    local_request(&mut parts, is_last, exchange.local_body(target).unwrap_or_else(|| bytes.clone()))
+                        .ok_or_else(|| ApiError::internal(&context.id, &"a request was used up"))?;
                 let response = next.clone().run(request).await;
                 let may_help =
                     matches!(response.status(), StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE);
@@ -229,10 +226,8 @@ async fn begin(
 /// What would happen here now.
 fn local_state(state: &AppState, serving: &Serving) -> LocalState {
     let stats = serving.model.engine.stats();
-    let busy: f64 = stats.phase_seconds.iter().map(|(_, seconds)| seconds).sum();
     // Nothing measured yet: nothing is predicted.
-    let predicted_ttft = (busy > 0.0 && stats.iteration_tokens_sum > 0).then(|| {
-        let seconds_per_token = busy / stats.iteration_tokens_sum as f64;
+    let predicted_ttft = stats.seconds_per_token().map(|seconds_per_token| {
         let num_tokens = (stats.num_requests_waiting + 1) as f64 * state.prompts.mean();
         Duration::from_secs_f64((num_tokens * seconds_per_token).min(86_400.0))
     });
@@ -350,11 +345,9 @@ impl Account {
 /// A request's share of the time that this machine has computed for all.
 fn machine_time(state: &AppState, used: &LocalUse) -> Duration {
     let Some(model) = state.slot.model() else { return Duration::ZERO };
-    let stats = model.engine.stats();
-    let busy: f64 = stats.phase_seconds.iter().map(|(_, seconds)| seconds).sum();
     let num_tokens = (used.num_prompt_tokens + used.num_completion_tokens) as f64;
-    let all = stats.iteration_tokens_sum.max(1) as f64;
-    Duration::try_from_secs_f64(busy * num_tokens / all).unwrap_or_default()
+    let seconds_per_token = model.engine.stats().seconds_per_token().unwrap_or_default();
+    Duration::try_from_secs_f64(seconds_per_token * num_tokens).unwrap_or_default()
 }
 
 /// Our own events, one by one.
@@ -490,10 +483,5 @@ fn upstream_stream(
             }
         }
     });
-    let events = texts.map(|text| Ok::<_, std::convert::Infallible>(Event::default().data(text)));
-    let mut response = Sse::new(events).keep_alive(KeepAlive::new().interval(KEEP_ALIVE_INTERVAL)).into_response();
-    let headers = response.headers_mut();
-    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
-    headers.insert(HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
-    response
+    sse::events(texts)
 }

@@ -41,6 +41,11 @@ pub(crate) fn respond(generation: Generation, encoder: impl ChunkEncoder, contex
             error.to_json()
         })
     });
+    events(texts)
+}
+
+/// Texts as a response, an event each.
+pub(crate) fn events(texts: impl Stream<Item = String> + Send + 'static) -> Response {
     let events = texts.map(|text| Ok::<_, Infallible>(SseEvent::default().data(text)));
     let mut response = Sse::new(events).keep_alive(KeepAlive::new().interval(KEEP_ALIVE_INTERVAL)).into_response();
     let headers = response.headers_mut();

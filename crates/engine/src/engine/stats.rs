@@ -50,6 +50,14 @@ pub struct EngineStats {
     pub prefix_cache_hits: u64,
 }
 
+impl EngineStats {
+    /// Of all steps so far; None before the first.
+    pub fn seconds_per_token(&self) -> Option<f64> {
+        let busy: f64 = self.phase_seconds.iter().map(|(_, seconds)| seconds).sum();
+        (busy > 0.0 && self.iteration_tokens_sum > 0).then(|| busy / self.iteration_tokens_sum as f64)
+    }
+}
+
 /// A phase of the step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Phase {

@@ -25,7 +25,7 @@ use crate::{
     names::TenantId,
     policy::{
         Choice, Condition, PrivacyClass, Router, Target, TenantRouting, TimeOfDay, VirtualModel,
-        route::{Otherwise, Overflow as OverflowRule},
+        route::{Otherwise, Overflow as OverflowRule, WEEKDAYS},
     },
     providers::{AzureForm, Catalogue, ModelEntry, Provider, UnmappedFields, catalogue::ModelOverride},
     store::Durability,
@@ -610,12 +610,11 @@ impl Builder<'_> {
     }
 
     fn weekdays(&mut self, words: &Spanned<Words>) -> Option<Vec<u8>> {
-        const DAYS: [&str; 7] = ["mon", "tue", "wed", "thu", "fri", "sat", "sun"];
         let mut days = Vec::new();
         for word in words.get_ref().list() {
-            let Some(day) = DAYS.iter().position(|day| *day == word) else {
+            let Some(day) = WEEKDAYS.iter().position(|day| *day == word) else {
                 let message = format!("{word:?} is no day of the week");
-                self.problem(&words.span(), message, format!("it must be one of {}", DAYS.join(", ")));
+                self.problem(&words.span(), message, format!("it must be one of {}", WEEKDAYS.join(", ")));
                 return None;
             };
             days.push(day as u8);

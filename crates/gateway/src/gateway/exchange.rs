@@ -9,7 +9,7 @@ use bytes::Bytes;
 use chrono::{DateTime, Utc};
 use serde_json::{Map, Value};
 
-use super::{AnswerFilters, Gateway, GatewayError, LiveUpstream, MAX_CALL, Tenant, class_of, moment};
+use super::{AnswerFilters, Gateway, GatewayError, LiveUpstream, MAX_CALL, Tenant, class_of, facts, moment};
 use crate::{
     audit::{
         self,
@@ -151,7 +151,7 @@ impl Gateway {
         let privacy = class_of(tenant.config.routing.privacy, asked.privacy)?;
         let model = asked.body.get("model").and_then(Value::as_str).unwrap_or(asked.default_model).to_owned();
         let mut body = Value::Object(asked.body);
-        let size = size_of(&body);
+        let size = facts::size_of(&body);
         let max_tokens = ledger::max_prompt_tokens(size, 0) + asked_output(&body).unwrap_or(ASSUMED_OUTPUT_TOKENS);
         let limits = tenant.config.limits;
         let under = [(Limited::Tenant(tenant.config.id.clone()), limits)];
@@ -233,10 +233,9 @@ impl Exchange {
             privacy: self.privacy,
             task: self.task.as_deref(),
             reasoning_effort: text("reasoning_effort"),
-            has_tools: self.body.get("tools").and_then(Value::as_array).is_some_and(|tools| !tools.is_empty()),
+            has_tools: facts::has_tools(&self.body),
             has_images: self.size.num_images > 0,
-            // An estimate for people's languages, not a bound: it decides where to, not what may be spent.
-            prompt_tokens: (self.size.num_bytes / 4) as usize,
+            prompt_tokens: facts::estimated_tokens(self.size),
             has_personal_data: personal,
             must_stay: self.must_stay,
             language,
@@ -271,13 +270,7 @@ impl Exchange {
     /// The least of what is left of the tenant's budgets; None: it has none.
     async fn budget_left(&self, now: UnixMillis) -> Result<Option<Money>, GatewayError> {
         let Some(ledger) = &self.gateway.0.ledger else { return Ok(None) };
-        let mut least = None;
-        for budget in &self.tenant.config.budgets {
-            let standing = ledger.standing(budget, now).await?;
-            let left = budget.ceiling.saturating_sub(standing.spent).saturating_sub(standing.reserved);
-            least = Some(least.map_or(left, |least: Money| least.min(left)));
-        }
-        Ok(least)
+        Ok(ledger.least_left(&self.tenant.config.budgets, now).await?)
     }
 
     /// Headers that tell the tenant how its limits stand.
@@ -296,20 +289,24 @@ impl Exchange {
         (!policy.is_empty()).then(|| AnswerFilters::new(policy.clone(), Arc::clone(&self.vault)))
     }
 
-    /// The body for the local model, as guardrails left it.
-    pub fn local_body(&self, target: &Target) -> Bytes {
-        let mut body = self.body.clone();
-        match (target, body.as_object_mut()) {
-            (Target::LocalModel(name), Some(map)) => {
-                map.insert("model".to_owned(), Value::String(name.to_string()));
-            }
-            // The base, by whatever name it has.
-            (Target::Local, Some(map)) => {
-                map.remove("model");
-            }
-            (Target::Upstream { .. }, _) | (_, None) => {}
+    /// The body for the local model, as guardrails left it; None: as it came.
+    pub fn local_body(&mut self, target: &Target) -> Option<Bytes> {
+        if self.tenant.policy.is_empty() && matches!(target, Target::LocalModel(name) if **name == *self.model) {
+            return None;
         }
-        serde_json::to_vec(&body).map_or_else(|_| Bytes::new(), Bytes::from)
+        if let Some(map) = self.body.as_object_mut() {
+            match target {
+                Target::LocalModel(name) => {
+                    map.insert("model".to_owned(), Value::String(name.to_string()));
+                }
+                // The base, by whatever name it has.
+                Target::Local => {
+                    map.remove("model");
+                }
+                Target::Upstream { .. } => {}
+            }
+        }
+        Some(serde_json::to_vec(&self.body).map_or_else(|_| Bytes::new(), Bytes::from))
     }
 
     /// Accounts for what ran here: committed when this returns, or done later where the store does not answer.
@@ -565,30 +562,4 @@ pub(super) fn draw_of(request_id: &str) -> f64 {
 fn asked_output(body: &Value) -> Option<u64> {
     let limit = ["max_completion_tokens", "max_tokens"].iter().find_map(|name| body.get(name)?.as_u64())?;
     Some(limit.saturating_mul(body.get("n").and_then(Value::as_u64).unwrap_or(1)))
-}
-
-/// Everything that is text, names and schemas included; images are counted, not measured.
-fn size_of(body: &Value) -> PromptSize {
-    let num_messages = body.get("messages").and_then(Value::as_array).map_or(1, |messages| messages.len() as u64);
-    let mut size = PromptSize { num_messages, ..PromptSize::default() };
-    measure(body, &mut size);
-    size
-}
-
-fn measure(value: &Value, size: &mut PromptSize) {
-    match value {
-        Value::String(text) => size.num_bytes += text.len() as u64,
-        Value::Array(items) => items.iter().for_each(|item| measure(item, size)),
-        Value::Object(map) => {
-            for (name, value) in map {
-                size.num_bytes += name.len() as u64;
-                if name == "image_url" {
-                    size.num_images += 1;
-                } else {
-                    measure(value, size);
-                }
-            }
-        }
-        Value::Null | Value::Bool(_) | Value::Number(_) => size.num_bytes += 8,
-    }
 }

@@ -6,6 +6,7 @@
 //! there is a store, and what was sent is settled, if not in time then later.
 
 mod exchange;
+pub mod facts;
 mod filters;
 mod start;
 #[cfg(test)]
@@ -34,7 +35,6 @@ use crate::{
     names::TenantId,
     policy::{Moment, PrivacyClass, Refused, Router},
     providers::{Endpoint, ModelEntry, Refusal, UpstreamError},
-    store::Store,
     upstream::{BreakerState, Door, Upstream},
 };
 
@@ -57,7 +57,6 @@ struct Inner {
     door: Door,
     ledger: Option<Ledger>,
     audit: Option<Audit>,
-    store: Option<Store>,
     local: LocalCosts,
     /// Looks for personal data where rules ask and no guardrail of the tenant does.
     personal_data: Policy,
@@ -231,14 +230,13 @@ impl Gateway {
         self.0.ledger.as_ref().map(Ledger::counts)
     }
 
-    /// Settles what is open and ends the store's writer. For the very end.
+    /// Settles what is open. For the very end.
     pub async fn close(&self) {
         if let Some(ledger) = &self.0.ledger
             && let Err(error) = ledger.close().await
         {
             tracing::warn!(%error, "the ledger could not be closed: what is open is charged at the next start");
         }
-        drop(self.0.store.clone());
     }
 
     fn tenant(&self, name: Option<&str>) -> &Arc<Tenant> {

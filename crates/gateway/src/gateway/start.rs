@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Gateway, Inner, LiveUpstream, LocalCosts, Tenant};
+use super::{Gateway, Inner, LiveUpstream, LocalCosts, Tenant, facts};
 use tokio::runtime::Handle;
 
 use crate::{
@@ -20,12 +20,11 @@ use crate::{
     },
     clock::UnixMillis,
     config::{CredentialSource, GatewayConfig, StoreConfig, TenantConfig, UpstreamConfig},
-    guardrails::{GuardrailConfig, GuardrailError, Policy},
+    guardrails::{GuardrailError, Policy},
     keys::{Authenticator, JwtError, JwtVerifier, KeyError, KeyRing, RingOptions},
     ledger::{Ledger, LedgerError, LedgerOptions},
     limits::{Limiter, RateLimits},
     names::{NodeId, TenantId},
-    policy::{PrivacyClass, TenantRouting},
     providers::{Credential, Endpoint, Secret, UnmappedFields, endpoint::EndpointError},
     store::{Store, StoreError, StoreHeads, StoreOptions},
     upstream::{BreakerLimits, Door, DoorError, Limits, RetryLimits, Upstream},
@@ -174,12 +173,11 @@ impl Gateway {
             door: Door::new(limits())?,
             ledger,
             audit: match audit {
-                Some(config) => Some(open_log(config, opened.clone()).await?),
+                Some(config) => Some(open_log(config, opened).await?),
                 None => None,
             },
-            store: opened,
             local: LocalCosts { per_hour: local_cost_per_hour, reference },
-            personal_data: personal_data()?,
+            personal_data: facts::personal_data()?,
         })))
     }
 }
@@ -200,13 +198,6 @@ async fn open_log(config: AuditConfig, store: Option<Store>) -> Result<Audit, St
     let opened =
         tokio::task::spawn_blocking(move || Audit::start(Journal::open(journal, heads)?, on_failure, max_queued));
     Ok(opened.await.map_err(|error| AuditError::Config(format!("opening it failed: {error}")))??)
-}
-
-/// Everything that is personal data, looked for and left as it is.
-fn personal_data() -> Result<Policy, GuardrailError> {
-    let table = "name = \"personal data\"\nkind = \"pii\"\naction = \"flag\"";
-    let config: GuardrailConfig = toml::from_str(table).expect("a table of this very program");
-    Policy::named(&Policy::compile(std::slice::from_ref(&config))?, &[config.name])
 }
 
 /// Bounds of every call.
@@ -230,13 +221,8 @@ fn limits() -> Limits {
 
 /// Whose requests belong to no tenant: nothing is limited, and nothing overflows.
 fn anonymous() -> Tenant {
-    let id = TenantId::new("default").expect("a plain word is a name");
-    let routing = TenantRouting {
-        name: "default".into(),
-        privacy: PrivacyClass::LocalFirst,
-        models: vec!["*".to_owned()],
-        overflow: None,
-    };
+    let routing = facts::nobodys_routing();
+    let id = TenantId::new(&routing.name).expect("a plain word is a name");
     let config = TenantConfig {
         id,
         routing,

@@ -17,6 +17,7 @@ use crate::{
     ledger::RequestStatus,
     names::NodeId,
     policy::{LocalState, Target, route::LocalName},
+    store::{Durability, Store, StoreHeads, StoreOptions},
 };
 
 struct Double {
@@ -256,7 +257,7 @@ async fn every_request_is_in_a_log_that_verifies() {
         "{ACME}[audit]\npath = {path:?}\nkey_file = {key_file:?}\n[[guardrails]]\nname = \"words\"\nkind = \"blocklist\"\n\
          action = \"block\"\nphrases = [\"swordfish\"]\n[[tenants]]\nname = \"strict\"\nguardrails = [\"words\"]\n"
     );
-    let (gateway, _folder) = gateway(&double, &rest).await;
+    let (gateway, folder) = gateway(&double, &rest).await;
     ask(&gateway, asked("acme", &body("up/gpt-4.1", "hello"), None)).await.unwrap();
     let mut streamed = body("up/gpt-4.1", "hello");
     streamed["stream"] = json!(true);
@@ -269,8 +270,15 @@ async fn every_request_is_in_a_log_that_verifies() {
     let used = LocalUse { num_prompt_tokens: 3, num_completion_tokens: 2, machine_time: Duration::ZERO };
     local_one.settle_local(used, RequestStatus::Completed, model, UnixMillis::now()).await.unwrap();
 
-    let heads =
-        crate::store::StoreHeads::new(gateway.0.store.clone().unwrap(), tokio::runtime::Handle::current(), &path);
+    let options = StoreOptions {
+        url: format!("sqlite://{}", folder.path().join("b.db").display()).parse().unwrap(),
+        durability: Durability::ProcessKill,
+        max_bytes: None,
+        max_waiting: 16,
+        timeout: Duration::from_secs(20),
+    };
+    let (store, _thread) = Store::open(options).await.unwrap();
+    let heads = StoreHeads::new(store, tokio::runtime::Handle::current(), &path);
     let report = tokio::task::spawn_blocking(move || {
         let head = heads.load().unwrap();
         let key = AuditKey::from_file(&key_file, &path).unwrap();

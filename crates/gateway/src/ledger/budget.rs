@@ -72,6 +72,11 @@ pub struct Budget {
 }
 
 impl Budget {
+    /// What may still be spent and reserved.
+    pub fn left(&self, standing: &Standing) -> Money {
+        self.ceiling.saturating_sub(standing.spent).saturating_sub(standing.reserved)
+    }
+
     pub(super) fn key(&self, now: UnixMillis) -> BudgetKey {
         BudgetKey { scope: self.scope.to_string(), period: self.per.name(now) }
     }

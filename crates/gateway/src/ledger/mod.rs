@@ -219,6 +219,11 @@ impl Ledger {
         standing(&self.0.store, budget, now).await
     }
 
+    /// The least of what is left of some budgets; None where there are none. Reads the store.
+    pub async fn least_left(&self, budgets: &[Budget], now: UnixMillis) -> Result<Option<Money>, LedgerError> {
+        least_left(&self.0.store, budgets, now).await
+    }
+
     /// For metrics.
     pub fn counts(&self) -> LedgerCounts {
         LedgerCounts {
@@ -256,6 +261,16 @@ pub async fn standing(store: &Store, budget: &Budget, now: UnixMillis) -> Result
     let key = budget.key(now);
     let read = store.read(move |connection| async move { operations::standing(connection, &key).await }.boxed());
     Ok(read.await?)
+}
+
+/// [`Ledger::least_left`], for who takes no part in the ledger.
+pub async fn least_left(store: &Store, budgets: &[Budget], now: UnixMillis) -> Result<Option<Money>, LedgerError> {
+    let mut least: Option<Money> = None;
+    for budget in budgets {
+        let left = budget.left(&standing(store, budget, now).await?);
+        least = Some(least.map_or(left, |least| least.min(left)));
+    }
+    Ok(least)
 }
 
 impl Inner {

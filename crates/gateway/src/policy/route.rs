@@ -54,6 +54,9 @@ pub struct Moment {
     pub weekday: u8,
 }
 
+/// As days are written, by number.
+pub const WEEKDAYS: [&str; 7] = ["mon", "tue", "wed", "thu", "fri", "sat", "sun"];
+
 /// What this process could do with the request.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LocalState {

@@ -13,7 +13,10 @@ use bindery_gateway::{
     keys::{IssuerOptions, TenantFrom},
     ledger::{Budget, Period},
     limits::RateLimits,
-    policy::{Choice, Condition, PrivacyClass, Rule, VirtualModel, route::Otherwise},
+    policy::{
+        Choice, Condition, PrivacyClass, Rule, VirtualModel,
+        route::{Otherwise, WEEKDAYS},
+    },
     providers::{ModelEntry, Provider},
     store::Durability,
 };
@@ -246,8 +249,7 @@ fn condition(when: &Condition) -> String {
         format!("from {} to {} UTC", shown(minutes.from), shown(minutes.to))
     });
     let days = when.weekdays.as_ref().map(|days| {
-        const DAYS: [&str; 7] = ["mon", "tue", "wed", "thu", "fri", "sat", "sun"];
-        let days: Vec<&str> = days.iter().map(|day| DAYS[usize::from(*day) % 7]).collect();
+        let days: Vec<&str> = days.iter().map(|day| WEEKDAYS[usize::from(*day) % 7]).collect();
         format!("on {}", days.join(" or "))
     });
     let all = [

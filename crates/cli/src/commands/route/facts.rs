@@ -8,15 +8,15 @@ use std::sync::Arc;
 use bindery_gateway::{
     clock::UnixMillis,
     config::TenantConfig,
-    gateway::moment,
+    gateway::{facts, moment},
     guardrails::{
         Policy,
         config::{GuardrailConfig, Kind},
         policy::Decision,
     },
-    ledger::{PromptSize, standing},
+    ledger::{PromptSize, least_left},
     money::Money,
-    policy::{Facts, LocalState, Moment, PrivacyClass, TenantRouting},
+    policy::{Facts, LocalState, Moment, PrivacyClass, TenantRouting, route::WEEKDAYS},
 };
 use serde_json::Value;
 
@@ -28,8 +28,6 @@ use crate::{
     terminal::thousands,
 };
 
-/// `when.pii` works without a guardrail of the tenant's.
-const PERSONAL_DATA: &str = "name = \"personal data\"\nkind = \"pii\"\naction = \"flag\"\n";
 /// A language shows in so many bytes of the newest texts.
 const SAMPLE_BYTES: usize = 1000;
 
@@ -84,12 +82,10 @@ impl<'a> RequestFacts<'a> {
         names: &LocalNames,
     ) -> anyhow::Result<Self> {
         let config = tenant_of(file, args.tenant.as_deref())?;
-        let tenant = config.map_or_else(implicit_tenant, |tenant| tenant.routing.clone());
+        let tenant = config.map_or_else(facts::nobodys_routing, |tenant| tenant.routing.clone());
         let asked = body["model"].as_str().unwrap_or_default().to_owned();
         let shape = Shape::of(body);
-        // As a server estimates it: this decides where to, not what may be spent.
-        let estimate = usize::try_from(shape.size.num_bytes / 4).unwrap_or(usize::MAX);
-        let prompt_tokens = args.prompt_tokens.unwrap_or(estimate);
+        let prompt_tokens = args.prompt_tokens.unwrap_or_else(|| facts::estimated_tokens(shape.size));
         let checked = Checked::of(file, config, body)?;
         let budget_left = match config {
             Some(config) => budget_left(file, config).await?,
@@ -152,7 +148,7 @@ impl<'a> RequestFacts<'a> {
             None => "not known, as the model's files are not here: assumed to be enough".to_owned(),
         };
         let Moment { minute_of_day, weekday } = self.now;
-        let day = ["mon", "tue", "wed", "thu", "fri", "sat", "sun"][usize::from(weekday) % 7];
+        let day = WEEKDAYS[usize::from(weekday) % 7];
         let list = |words: &[String]| if words.is_empty() { "nothing found".to_owned() } else { words.join("; ") };
         self.known = [
             ("tenant", self.tenant.name.to_string()),
@@ -207,12 +203,6 @@ fn tenant_of<'a>(file: &'a ConfigFile, name: Option<&str>) -> Result<Option<&'a 
     }
 }
 
-/// Whose requests are when there are no tenants.
-fn implicit_tenant() -> TenantRouting {
-    let (name, models) = ("default".into(), vec!["*".to_owned()]);
-    TenantRouting { name, privacy: PrivacyClass::LocalFirst, models, overflow: None }
-}
-
 fn class_of(class: PrivacyArg) -> PrivacyClass {
     match class {
         PrivacyArg::LocalOnly => PrivacyClass::LocalOnly,
@@ -227,22 +217,15 @@ async fn budget_left(file: &ConfigFile, tenant: &TenantConfig) -> anyhow::Result
         return Ok(None);
     }
     let open = file.open_store().await?;
-    let mut left: Option<Money> = None;
-    for budget in &tenant.budgets {
-        let stands = standing(&open.store, budget, UnixMillis::now()).await?;
-        let rest = budget.ceiling.saturating_sub(stands.spent).saturating_sub(stands.reserved);
-        left = Some(left.map_or(rest, |least| least.min(rest)));
-    }
+    let left = least_left(&open.store, &tenant.budgets, UnixMillis::now()).await?;
     open.close().await?;
     Ok(left)
 }
 
 impl Checked {
     fn of(file: &ConfigFile, tenant: Option<&TenantConfig>, body: &Value) -> anyhow::Result<Self> {
-        let own: GuardrailConfig = toml::from_str(PERSONAL_DATA)?;
-        let own_policy = Policy::named(&Policy::compile(std::slice::from_ref(&own))?, std::slice::from_ref(&own.name))?;
         let mut checked = Self {
-            has_personal_data: !own_policy.check_prompt(&mut body.clone()).verdicts.is_empty(),
+            has_personal_data: !facts::personal_data()?.check_prompt(&mut body.clone()).verdicts.is_empty(),
             ..Self::default()
         };
         let Some(tenant) = tenant else { return Ok(checked) };
@@ -271,29 +254,7 @@ impl Checked {
 
 impl Shape {
     fn of(body: &Value) -> Self {
-        let items = |name: &str| body[name].as_array().map_or(0, Vec::len);
-        let mut size = PromptSize { num_messages: items("messages") as u64, ..PromptSize::default() };
-        measure(body, &mut size);
-        Self { has_tools: items("tools") > 0, size }
-    }
-}
-
-/// Counts strings and names of fields, and pictures by the piece, as a server does. The parser has bounded the depth.
-fn measure(value: &Value, size: &mut PromptSize) {
-    match value {
-        Value::String(text) => size.num_bytes += text.len() as u64,
-        Value::Array(items) => items.iter().for_each(|item| measure(item, size)),
-        Value::Object(fields) => {
-            for (name, value) in fields {
-                size.num_bytes += name.len() as u64;
-                if name == "image_url" {
-                    size.num_images += 1;
-                } else {
-                    measure(value, size);
-                }
-            }
-        }
-        Value::Null | Value::Bool(_) | Value::Number(_) => size.num_bytes += 8,
+        Self { has_tools: facts::has_tools(body), size: facts::size_of(body) }
     }
 }
 

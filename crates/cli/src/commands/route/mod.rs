@@ -9,7 +9,10 @@ mod local;
 
 use std::fmt::Write as _;
 
-use bindery_gateway::policy::{Choice, Refused, Route, Router, Target};
+use bindery_gateway::{
+    gateway::GatewayError,
+    policy::{Choice, Refused, Route, Router, Target},
+};
 use chrono::Utc;
 use serde_json::{Value, json};
 
@@ -151,13 +154,9 @@ fn place(target: &Target) -> String {
     }
 }
 
+/// As a server would answer.
 fn status_of(refused: &Refused) -> u16 {
-    match refused {
-        Refused::UnknownModel { .. } => 404,
-        Refused::NotAllowed { .. } => 403,
-        Refused::NoPlace { .. } => 400,
-        Refused::TooSlow { .. } => 429,
-    }
+    GatewayError::from(refused.clone()).shown().0
 }
 
 /// Whether a virtual model draws by weight.
