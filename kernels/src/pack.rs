@@ -492,9 +492,10 @@ mod tests {
     #[test]
     fn several_threads_pack_what_one_packs() {
         let (cpu, cols) = (Cpu::new(Isa::Scalar, 3), SUPER_GROUP);
-        let row_counts = if cfg!(miri) { [0, 1, 35] } else { [0, 17, 1603] };
-        for format in QuantFormat::all() {
-            for rows in row_counts {
+        // Miri interprets; a few of the formats have every layout of codes and scales.
+        let (row_counts, step): (&[usize], _) = if cfg!(miri) { (&[19], 5) } else { (&[0, 17, 1603], 1) };
+        for format in QuantFormat::all().into_iter().step_by(step) {
+            for &rows in row_counts {
                 let one = Quantized::pack(Isa::Scalar, rows, cols, format, |row, mut out| fill(format, row, &mut out));
                 let several = Quantized::pack_parallel(&cpu, rows, cols, format, |_| {
                     |row, mut out: QuantRow<'_>| fill(format, row, &mut out)

@@ -118,12 +118,13 @@ struct Scratch {
     pages: Pages,
 }
 
-/// Room that kernels write a tile to; see [`SpanTask`].
+/// Room that kernels write a tile and queries to; see [`SpanTask`].
 #[derive(Default)]
 struct Pages {
     /// Pages laid out anew.
     elements: Vec<f32>,
     scales: Vec<f32>,
+    queries: Vec<f32>,
 }
 
 /// Memory the calling thread keeps between calls, so that a step no larger than one before allocates nothing.
@@ -409,6 +410,8 @@ impl<E> Call<'_, E> {
             partial: Partial { max, sum, values },
             scratch: &mut pages.elements,
             scale_scratch: &mut pages.scales,
+            query_scratch: &mut pages.queries,
+            interleaved: false,
         };
         // SAFETY: the table fits the machine; `check` has measured rows, heads, block tables and blocks.
         unsafe { kernel(&mut task) };

@@ -307,6 +307,10 @@ pub(crate) struct SpanTask<'a, E> {
     pub(crate) scratch: &'a mut Vec<f32>,
     /// Likewise for a tile's scales.
     pub(crate) scale_scratch: &'a mut Vec<f32>,
+    /// Likewise for queries laid out anew.
+    pub(crate) query_scratch: &'a mut Vec<f32>,
+    /// Whether they are.
+    pub(crate) interleaved: bool,
 }
 
 /// Softmax over some keys, before division: for each query the maximum score, the sum of exp(score - maximum), and the
@@ -342,6 +346,8 @@ impl<E> SpanTask<'_, E> {
             partial: Partial { max, sum, values },
             scratch: self.scratch,
             scale_scratch: self.scale_scratch,
+            query_scratch: self.query_scratch,
+            interleaved: self.interleaved,
         }
     }
 

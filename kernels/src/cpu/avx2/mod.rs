@@ -10,7 +10,7 @@ use super::dispatch::Kernels;
 use super::generic::{kernel_table, quant_table};
 use super::scalar;
 
-kernel_table!(LANES, Lanes256, "avx2,fma,f16c", block: 1, wide_block: 4, rest: scalar::TABLE);
+kernel_table!(LANES, Lanes256, "avx2,fma,f16c", block: 1, wide_block: 4, queries: 6, rest: scalar::TABLE);
 quant_table!(TABLE, Rows8, "avx2,fma,f16c", columns: 4, rest: LANES);
 quant_table!(TABLE_VNNI, Rows8Vnni, "avx2,fma,f16c,avxvnni", columns: 4, rest: LANES);
 

@@ -1,8 +1,8 @@
-//! Attention of one span, a tile of keys at a time, four queries at a time.
+//! Attention of one span, a tile of keys at a time, some queries at a time.
 //!
 //! ```text
 //! for each tile of 64 positions:
-//!     for four queries (rows and heads that share the key/value head):
+//!     for 4 or 6 queries (rows and heads that share the key/value head):
 //!         scores[q][key]  = sum over components of q * key       vectors of 16 keys, from the transposed key pages
 //!         scale, cap, bias; -inf where not visible
 //!         maximum, weights = exp(score - maximum), their sum
@@ -14,7 +14,7 @@
 //! is no multiple of 16) is a tile first laid out in f32; the same code then runs on that. Where elements are codes, the
 //! components of a group make a dot product of their own, which a key's scale multiplies as it joins the score; and the
 //! weights are multiplied with the values' scales of a group before that group's components are summed.
-//! Four queries share the loads of those values that all of them see; what only some see, at the edges of the diagonal
+//! They share the loads of those values that all of them see; what only some see, at the edges of the diagonal
 //! and of a window, goes one by one, so that none touches a value it must not see.
 //!
 //! Tried: asking for the next tile's pages ahead. It gave nothing at contexts of 128 and cost 5 per cent at 32 times 1024,
@@ -23,7 +23,7 @@
 use std::ops::Range;
 
 use super::block::multiply_add;
-use super::exp::{exp_below_highest, tanh};
+use super::exp::{exp_below_highest, exps_below_highest, tanh};
 use super::{Element, Lanes};
 use crate::cpu::attention::TILE_KEYS;
 use crate::cpu::scalar;
@@ -31,13 +31,13 @@ use crate::cpu::task::{KvElement, SpanTask};
 use crate::kv::SCALE_GROUP;
 
 const WIDTH: usize = 16;
-/// Queries that share a key vector's load.
-const BLOCK_QUERIES: usize = 4;
+/// The most queries that share a key vector's load; how many do, an instruction set's registers say.
+const MAX_QUERIES: usize = 6;
 
 /// Vectors of keys in a tile.
 const VECTORS: usize = TILE_KEYS / WIDTH;
 
-type Scores = [[f32; TILE_KEYS]; BLOCK_QUERIES];
+type Scores = [[f32; TILE_KEYS]; MAX_QUERIES];
 
 /// Some values of a tile.
 struct Run<E> {
@@ -113,14 +113,17 @@ impl<E> Tile<E> {
     }
 }
 
-/// Calls `$body` with 1 to 4 queries; one alone takes `$wide` vectors at a time.
+/// Calls `$body` with 1 to 6 queries; one alone takes `$wide` vectors at a time.
 macro_rules! with_queries {
     ($count:expr, $body:ident::<$l:ty, $e:ty, $v:ident, $wide:ident>($($argument:expr),*)) => {
         match $count {
             1 => $body::<$l, $e, 1, $wide>($($argument),*),
             2 => $body::<$l, $e, 2, $v>($($argument),*),
             3 => $body::<$l, $e, 3, $v>($($argument),*),
-            _ => $body::<$l, $e, 4, $v>($($argument),*),
+            4 => $body::<$l, $e, 4, $v>($($argument),*),
+            5 if Q > 4 => $body::<$l, $e, 5, $v>($($argument),*),
+            _ if Q > 4 => $body::<$l, $e, 6, $v>($($argument),*),
+            count => unreachable!("{count} queries in a block of {Q}"),
         }
     };
 }
@@ -128,16 +131,40 @@ macro_rules! with_queries {
 /// [`walk_queries`] compiled for an element type and an instruction set.
 pub(in crate::cpu) type Walk<E> = unsafe fn(&mut SpanTask<'_, E>, &Tile<E>);
 
-/// The span tile by tile: `walk` where the pages serve, else `walk_laid_out`.
+/// An instruction set's walks, and how many queries they take at a time.
+pub(in crate::cpu) struct Walks<E> {
+    pub(in crate::cpu) pages: Walk<E>,
+    pub(in crate::cpu) laid_out: Walk<f32>,
+    pub(in crate::cpu) block_queries: usize,
+}
+
+/// From which number of queries a block on their components lie side by side: with fewer, one pointer each is not too
+/// many for the registers.
+const MIN_INTERLEAVED: usize = 5;
+
+/// How many queries a block has: all the same, since a last one of few would leave most of the units idle.
+fn block_of(num_queries: usize, at_most: usize) -> usize {
+    num_queries.div_ceil(num_queries.div_ceil(at_most))
+}
+
+/// Copies the queries to `room`, block by block `[head_dim, MAX_QUERIES]`: a component of all of them is read at one
+/// pointer and constant distances.
+fn interleave<E>(task: &SpanTask<'_, E>, block: usize, room: &mut Vec<f32>) {
+    let num_queries = task.num_queries();
+    let len = task.head_dim * MAX_QUERIES;
+    room.resize(room.len().max(num_queries.div_ceil(block) * len), 0.0);
+    for query in 0..num_queries {
+        let to = room[query / block * len + query % block..].iter_mut().step_by(MAX_QUERIES);
+        to.zip(task.query(query)).for_each(|(to, &component)| *to = component);
+    }
+}
+
+/// The span tile by tile: from the pages where they serve, else laid out.
 ///
 /// # Safety
-/// - Both functions are compiled for instructions that the machine has.
+/// - Both walks are compiled for instructions that the machine has.
 /// - The task's ranges lie within its buffers, and its block table names blocks of the cache.
-pub(in crate::cpu) unsafe fn attend<E: Element + KvElement>(
-    task: &mut SpanTask<'_, E>,
-    walk: Walk<E>,
-    walk_laid_out: Walk<f32>,
-) {
+pub(in crate::cpu) unsafe fn attend<E: Element + KvElement>(task: &mut SpanTask<'_, E>, walks: &Walks<E>) {
     let num_queries = task.num_queries();
     let width = task.head_dim.next_multiple_of(WIDTH);
     task.partial.max.fill(f32::NEG_INFINITY);
@@ -151,6 +178,13 @@ pub(in crate::cpu) unsafe fn attend<E: Element + KvElement>(
     );
     if num_queries == 0 {
         return;
+    }
+    let block = block_of(num_queries, walks.block_queries);
+    task.interleaved = block >= MIN_INTERLEAVED && num_queries >= MIN_CONVERT_QUERIES;
+    if task.interleaved {
+        let mut room = std::mem::take(task.query_scratch);
+        interleave(task, block, &mut room);
+        *task.query_scratch = room;
     }
     let span = task.visible(0).start..task.visible(num_queries - 1).end;
     let nobody_sees = |task: &SpanTask<'_, E>, keys: &Range<usize>| {
@@ -169,11 +203,11 @@ pub(in crate::cpu) unsafe fn attend<E: Element + KvElement>(
         // lives as long as they.
         unsafe {
             if pages_serve {
-                walk(task, &tile_of_pages(task, start, held, &mut scales));
+                (walks.pages)(task, &tile_of_pages(task, start, held, &mut scales));
             } else {
                 let mut room = std::mem::take(task.scratch);
                 let tile = lay_out(task, start, held, &mut room, &mut scales);
-                walk_laid_out(&mut task.without_pages(), &tile);
+                (walks.laid_out)(&mut task.without_pages(), &tile);
                 *task.scratch = room;
             }
         }
@@ -242,26 +276,32 @@ fn lay_out<E: Element + KvElement>(
     tile
 }
 
-/// Queries from which on a tile is converted to f32 once, instead of for every four of them.
-const MIN_CONVERT_QUERIES: usize = 3 * BLOCK_QUERIES;
+/// Queries from which on a tile is converted to f32 once, instead of for every few of them.
+const MIN_CONVERT_QUERIES: usize = 12;
 
 /// All queries of the task over one tile of pages.
 ///
 /// # Safety
 /// As [`walk_queries`].
 #[inline(always)]
-pub(in crate::cpu) unsafe fn walk_pages<L: Lanes, E: Element + KvElement, const V: usize, const W: usize>(
+pub(in crate::cpu) unsafe fn walk_pages<
+    L: Lanes,
+    E: Element + KvElement,
+    const Q: usize,
+    const V: usize,
+    const W: usize,
+>(
     task: &mut SpanTask<'_, E>,
     tile: &Tile<E>,
 ) {
     // SAFETY: the caller's duties are the same; the converted tile lies in `room`, which lives as long.
     unsafe {
         if size_of::<E>() == size_of::<f32>() || task.num_queries() < MIN_CONVERT_QUERIES {
-            return walk_queries::<L, E, V, W>(task, tile);
+            return walk_queries::<L, E, Q, V, W>(task, tile);
         }
         let mut room = std::mem::take(task.scratch);
         let converted = convert::<L, E>(tile, task.head_dim, &mut room);
-        walk_queries::<L, f32, V, W>(&mut task.without_pages(), &converted);
+        walk_queries::<L, f32, Q, V, W>(&mut task.without_pages(), &converted);
         *task.scratch = room;
     }
 }
@@ -307,24 +347,25 @@ unsafe fn convert<L: Lanes, E: Element>(tile: &Tile<E>, head_dim: usize, room: &
     converted
 }
 
-/// All queries of the task over one tile: `V` vectors at a time for several queries, `W` for one.
+/// All queries of the task over one tile, at most `Q` at a time: `V` vectors at a time for several of them, `W` for one.
 ///
 /// # Safety
 /// As [`Lanes`]; the tile holds every key of its positions that a query sees.
 #[inline(always)]
-pub(in crate::cpu) unsafe fn walk_queries<L: Lanes, T: Element, const V: usize, const W: usize>(
+pub(in crate::cpu) unsafe fn walk_queries<L: Lanes, T: Element, const Q: usize, const V: usize, const W: usize>(
     task: &mut SpanTask<'_, T>,
     tile: &Tile<T>,
 ) {
     let num_queries = task.num_queries();
     let head_dim = task.head_dim;
     let width = head_dim.next_multiple_of(WIDTH);
-    let mut scores: Scores = [[0.0; TILE_KEYS]; BLOCK_QUERIES];
+    let mut scores: Scores = [[0.0; TILE_KEYS]; MAX_QUERIES];
+    let block = block_of(num_queries, Q);
     let mut first = 0;
     while first < num_queries {
-        let count = (num_queries - first).min(BLOCK_QUERIES);
-        let mut visible = [const { 0..0 }; BLOCK_QUERIES];
-        let mut queries = [std::ptr::null(); BLOCK_QUERIES];
+        let count = (num_queries - first).min(block);
+        let mut visible = [const { 0..0 }; MAX_QUERIES];
+        let mut queries = [std::ptr::null(); MAX_QUERIES];
         for q in 0..count {
             let keys = task.visible(first + q);
             let start = keys.start.clamp(tile.start, tile.start + TILE_KEYS) - tile.start;
@@ -345,21 +386,40 @@ pub(in crate::cpu) unsafe fn walk_queries<L: Lanes, T: Element, const V: usize, 
         // SAFETY: the caller's duties; vectors and keys named lie within the tile and hold keys that a query sees;
         // queries have head_dim components, values have `width` floats a query.
         unsafe {
-            with_queries!(count, score::<L, T, V, W>(tile, &queries, head_dim, vectors, &mut scores));
+            if Q >= MIN_INTERLEAVED && task.interleaved && count == block {
+                let first = task.query_scratch[first / block * head_dim * MAX_QUERIES..].as_ptr();
+                for (q, query) in queries.iter_mut().enumerate() {
+                    *query = first.add(q);
+                }
+                if count == MIN_INTERLEAVED {
+                    score_by::<L, T, MIN_INTERLEAVED, V, MAX_QUERIES>(tile, &queries, head_dim, vectors, &mut scores);
+                } else {
+                    score_by::<L, T, MAX_QUERIES, V, MAX_QUERIES>(tile, &queries, head_dim, vectors, &mut scores);
+                }
+            } else {
+                with_queries!(count, score::<L, T, V, W>(tile, &queries, head_dim, vectors, &mut scores));
+            }
+            // In two passes, so that no query waits for the maximum of the one before it.
+            let mut maxes = [0.0; MAX_QUERIES];
             for q in 0..count {
                 if !visible[q].is_empty() {
-                    weigh::<L, T>(task, tile, first + q, visible[q].clone(), &mut scores[q]);
+                    maxes[q] = finish_scores::<L, T>(task, tile, first + q, visible[q].clone(), &mut scores[q]);
+                }
+            }
+            for q in 0..count {
+                if !visible[q].is_empty() {
+                    weigh::<L, T>(task, first + q, visible[q].clone(), maxes[q], &mut scores[q]);
                 }
             }
             let to = &mut task.partial.values[first * width..(first + count) * width];
             if tile.value_scales.is_null() {
-                add_queries::<L, T, V, W>(tile, &scores, &visible[..count], to, 0..width);
+                add_queries::<L, T, Q, V, W>(tile, &scores, &visible[..count], to, 0..width);
             } else {
                 for group in 0..head_dim.div_ceil(SCALE_GROUP) {
                     let scales = tile.value_scales.add(group * TILE_KEYS);
                     let weights = scaled::<L>(&scores, &visible[..count], scales);
                     let components = group * SCALE_GROUP..((group + 1) * SCALE_GROUP).min(width);
-                    add_queries::<L, T, V, W>(tile, &weights, &visible[..count], to, components);
+                    add_queries::<L, T, Q, V, W>(tile, &weights, &visible[..count], to, components);
                 }
             }
         }
@@ -373,7 +433,7 @@ pub(in crate::cpu) unsafe fn walk_queries<L: Lanes, T: Element, const V: usize, 
 /// As [`Lanes`]; `scales` is valid for a tile's.
 #[inline(always)]
 unsafe fn scaled<L: Lanes>(weights: &Scores, visible: &[Range<usize>], scales: *const f32) -> Scores {
-    let mut scaled: Scores = [[0.0; TILE_KEYS]; BLOCK_QUERIES];
+    let mut scaled: Scores = [[0.0; TILE_KEYS]; MAX_QUERIES];
     for (q, keys) in visible.iter().enumerate() {
         for vector in keys.start / WIDTH..keys.end.div_ceil(WIDTH) {
             // SAFETY: visible keys lie within the tile.
@@ -392,7 +452,7 @@ unsafe fn scaled<L: Lanes>(weights: &Scores, visible: &[Range<usize>], scales: *
 /// # Safety
 /// As [`walk_queries`]; `to` has as many floats for each query, and the components are whole vectors of these.
 #[inline(always)]
-unsafe fn add_queries<L: Lanes, T: Element, const V: usize, const W: usize>(
+unsafe fn add_queries<L: Lanes, T: Element, const Q: usize, const V: usize, const W: usize>(
     tile: &Tile<T>,
     scores: &Scores,
     visible: &[Range<usize>],
@@ -406,21 +466,21 @@ unsafe fn add_queries<L: Lanes, T: Element, const V: usize, const W: usize>(
         (start, end) = (start.max(keys.start), end.min(keys.end));
     }
     let shared = if start < end { start..end } else { TILE_KEYS..TILE_KEYS };
-    let mut weights = [std::ptr::null(); BLOCK_QUERIES];
+    let mut weights = [std::ptr::null(); MAX_QUERIES];
     // SAFETY: the caller's duties; keys named lie within the tile.
     unsafe {
         for q in 0..count {
             weights[q] = scores[q].as_ptr();
             let own = visible[q].start..visible[q].end.min(shared.start);
             let to = Values { to: to[q * width..].as_mut_ptr(), width, components: components.clone() };
-            add_values::<L, T, 1, W>(tile, &[weights[q]; BLOCK_QUERIES], own, to);
+            add_values::<L, T, 1, W>(tile, &[weights[q]; MAX_QUERIES], own, to);
         }
         let together = Values { to: to.as_mut_ptr(), width, components: components.clone() };
         with_queries!(count, add_values::<L, T, V, W>(tile, &weights, shared.clone(), together));
         for q in 0..count {
             let own = visible[q].start.max(shared.end)..visible[q].end;
             let to = Values { to: to[q * width..].as_mut_ptr(), width, components: components.clone() };
-            add_values::<L, T, 1, W>(tile, &[weights[q]; BLOCK_QUERIES], own, to);
+            add_values::<L, T, 1, W>(tile, &[weights[q]; MAX_QUERIES], own, to);
         }
     }
 }
@@ -435,14 +495,30 @@ struct Values {
     components: Range<usize>,
 }
 
-/// Dot products of `Q` queries with the tile's key vectors.
+/// Dot products of `Q` queries, each with its components one after the other, with the tile's key vectors.
 ///
 /// # Safety
-/// As [`walk_queries`]: the first Q pointers are valid for `head_dim` floats, the vectors are held by the tile.
+/// As [`score_by`].
 #[inline(always)]
 unsafe fn score<L: Lanes, T: Element, const Q: usize, const V: usize>(
     tile: &Tile<T>,
-    queries: &[*const f32; BLOCK_QUERIES],
+    queries: &[*const f32; MAX_QUERIES],
+    head_dim: usize,
+    vectors: Range<usize>,
+    scores: &mut Scores,
+) {
+    // SAFETY: the caller's duties.
+    unsafe { score_by::<L, T, Q, V, 1>(tile, queries, head_dim, vectors, scores) }
+}
+
+/// As [`score`], with `STEP` floats from one component to the next.
+///
+/// # Safety
+/// As [`walk_queries`]: the first Q pointers are valid for `head_dim` floats `STEP` apart, the vectors are held by the tile.
+#[inline(always)]
+unsafe fn score_by<L: Lanes, T: Element, const Q: usize, const V: usize, const STEP: usize>(
+    tile: &Tile<T>,
+    queries: &[*const f32; MAX_QUERIES],
     head_dim: usize,
     vectors: Range<usize>,
     scores: &mut Scores,
@@ -451,23 +527,23 @@ unsafe fn score<L: Lanes, T: Element, const Q: usize, const V: usize>(
     unsafe {
         let mut vector = vectors.start;
         while vector + V <= vectors.end {
-            score_vectors::<L, T, Q, V>(tile, queries, head_dim, vector, scores);
+            score_vectors::<L, T, Q, V, STEP>(tile, queries, head_dim, vector, scores);
             vector += V;
         }
         // With V = 1 nothing is left; the condition keeps the compiler from making the same loop twice.
         while V > 1 && vector < vectors.end {
-            score_vectors::<L, T, Q, 1>(tile, queries, head_dim, vector, scores);
+            score_vectors::<L, T, Q, 1, STEP>(tile, queries, head_dim, vector, scores);
             vector += 1;
         }
     }
 }
 
 /// # Safety
-/// As [`score`], for the vectors `vector..vector + V`.
+/// As [`score_by`], for the vectors `vector..vector + V`.
 #[inline(always)]
-unsafe fn score_vectors<L: Lanes, T: Element, const Q: usize, const V: usize>(
+unsafe fn score_vectors<L: Lanes, T: Element, const Q: usize, const V: usize, const STEP: usize>(
     tile: &Tile<T>,
-    queries: &[*const f32; BLOCK_QUERIES],
+    queries: &[*const f32; MAX_QUERIES],
     head_dim: usize,
     vector: usize,
     scores: &mut Scores,
@@ -480,20 +556,20 @@ unsafe fn score_vectors<L: Lanes, T: Element, const Q: usize, const V: usize>(
         let mut a = [queries[0]; Q];
         a.copy_from_slice(&queries[..Q]);
         if tile.key_scales.is_null() {
-            multiply_add::<L, _, Q, V, 0>(a, head_dim, from, tile.key_stride, &mut acc);
+            multiply_add::<L, _, Q, V, 0, STEP>(a, head_dim, from, tile.key_stride, &mut acc);
         } else {
             for group in 0..head_dim.div_ceil(SCALE_GROUP) {
                 let first = group * SCALE_GROUP;
                 let len = (head_dim - first).min(SCALE_GROUP);
                 let (mut a, mut from) = (a, from);
                 for a in &mut a {
-                    *a = a.add(first);
+                    *a = a.add(first * STEP);
                 }
                 for from in &mut from {
                     *from = from.add(first * tile.key_stride);
                 }
                 let mut sums = [[L::splat(0.0); V]; Q];
-                multiply_add::<L, _, Q, V, 0>(a, len, from, tile.key_stride, &mut sums);
+                multiply_add::<L, _, Q, V, 0, STEP>(a, len, from, tile.key_stride, &mut sums);
                 for v in 0..V {
                     let scale = L::load(tile.key_scales.add(group * TILE_KEYS + (vector + v) * WIDTH));
                     for q in 0..Q {
@@ -510,22 +586,23 @@ unsafe fn score_vectors<L: Lanes, T: Element, const Q: usize, const V: usize>(
     }
 }
 
-/// One query's dot products to softmax weights; brings maximum, sum and values to the new maximum.
+/// One query's dot products to scores: scaled, capped, biased, -inf where not visible. Gives the largest of them and of
+/// those before.
 ///
 /// # Safety
 /// As [`walk_queries`]; `visible` is not empty and lies within the tile.
 #[inline(always)]
-unsafe fn weigh<L: Lanes, E: Element>(
-    task: &mut SpanTask<'_, E>,
+unsafe fn finish_scores<L: Lanes, E: Element>(
+    task: &SpanTask<'_, E>,
     tile: &Tile<E>,
     query: usize,
     visible: Range<usize>,
     scores: &mut [f32; TILE_KEYS],
-) {
+) -> f32 {
     let args = *task.args;
     let vectors = visible.start / WIDTH..visible.end.div_ceil(WIDTH);
     let to = scores.as_mut_ptr();
-    // SAFETY: vectors lie within the tile; a query's values are `width` floats, a multiple of 16.
+    // SAFETY: vectors lie within the tile.
     unsafe {
         let scale = L::splat(args.scale);
         for vector in vectors.clone() {
@@ -550,17 +627,46 @@ unsafe fn weigh<L: Lanes, E: Element>(
         }
 
         let to = scores.as_mut_ptr();
-        let old_max = task.partial.max[query];
-        let mut maxes = L::splat(old_max);
-        for vector in vectors.clone() {
+        let mut maxes = L::splat(task.partial.max[query]);
+        for vector in vectors {
             maxes = L::load(to.add(vector * WIDTH)).max(maxes);
         }
-        let new_max = maxes.join_max();
-        let mut sums = L::splat(0.0);
-        for vector in vectors {
-            let weights = exp_below_highest(L::load(to.add(vector * WIDTH)).sub(L::splat(new_max)));
+        maxes.join_max()
+    }
+}
+
+/// One query's scores to softmax weights; brings maximum, sum and values to the new maximum.
+///
+/// # Safety
+/// As [`walk_queries`]; `visible` lies within the tile.
+#[inline(always)]
+unsafe fn weigh<L: Lanes, E: Element>(
+    task: &mut SpanTask<'_, E>,
+    query: usize,
+    visible: Range<usize>,
+    new_max: f32,
+    scores: &mut [f32; TILE_KEYS],
+) {
+    let vectors = visible.start / WIDTH..visible.end.div_ceil(WIDTH);
+    let to = scores.as_mut_ptr();
+    let old_max = task.partial.max[query];
+    // SAFETY: vectors lie within the tile; a query's values are `width` floats, a multiple of 16.
+    unsafe {
+        let (mut sums, highest) = (L::splat(0.0), L::splat(new_max));
+        let mut vector = vectors.start;
+        while vector + 2 <= vectors.end {
+            let to = to.add(vector * WIDTH);
+            let weights = exps_below_highest([L::load(to).sub(highest), L::load(to.add(WIDTH)).sub(highest)]);
+            sums = sums.add(weights[0]).add(weights[1]);
+            weights[0].store(to);
+            weights[1].store(to.add(WIDTH));
+            vector += 2;
+        }
+        if vector < vectors.end {
+            let to = to.add(vector * WIDTH);
+            let weights = exp_below_highest(L::load(to).sub(highest));
             sums = sums.add(weights);
-            weights.store(to.add(vector * WIDTH));
+            weights.store(to);
         }
         // exp(0) is exactly 1.
         let rescale = if new_max == old_max { 1.0 } else { scalar::exp::exp(old_max - new_max) };
@@ -584,7 +690,7 @@ unsafe fn weigh<L: Lanes, E: Element>(
 #[inline(always)]
 unsafe fn add_values<L: Lanes, T: Element, const Q: usize, const V: usize>(
     tile: &Tile<T>,
-    weights: &[*const f32; BLOCK_QUERIES],
+    weights: &[*const f32; MAX_QUERIES],
     visible: Range<usize>,
     values: Values,
 ) {
@@ -651,7 +757,7 @@ unsafe fn add_components<L: Lanes, E: Element, const Q: usize, const V: usize>(
                 acc[q][v] = L::load(to.add(q * width + v * WIDTH));
             }
         }
-        multiply_add::<L, _, Q, V, 0>(weights, run, vectors, stride, &mut acc);
+        multiply_add::<L, _, Q, V, 0, 1>(weights, run, vectors, stride, &mut acc);
         for q in 0..Q {
             for v in 0..V {
                 acc[q][v].store(to.add(q * width + v * WIDTH));

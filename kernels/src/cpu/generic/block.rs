@@ -7,18 +7,26 @@
 //! ```
 //!
 //! Q broadcasts by V vectors keep Q * V accumulators in registers; each is a chain of its own, and a fused multiply-add
-//! takes 4 cycles where two can begin in one, so at least 8 registers of them are wanted.
+//! takes 4 cycles where two can begin in one, so at least 8 registers of them are wanted (5 cycles and 10 registers on AMD's cores up to Zen 2).
 
 use super::{Element, Lanes};
 use crate::cpu::prefetch::prefetch;
 
-/// Adds to `acc`, see the head. `AHEAD`: bytes from what is loaded to what memory is asked for, 0 for nothing.
+/// Adds to `acc`, see the head. `AHEAD`: bytes from what is loaded to what memory is asked for, 0 for nothing. `STEP`: floats from
+/// one number of an `a` to the next.
 ///
 /// # Safety
 /// - As [`Lanes`].
-/// - `a[q]` is valid for `len` elements, `b[v] + i * stride` for 16 elements for every i below `len`.
+/// - `a[q]` is valid for `len` floats `STEP` apart, `b[v] + i * stride` for 16 elements for every i below `len`.
 #[inline(always)]
-pub(super) unsafe fn multiply_add<L: Lanes, E: Element, const Q: usize, const V: usize, const AHEAD: usize>(
+pub(super) unsafe fn multiply_add<
+    L: Lanes,
+    E: Element,
+    const Q: usize,
+    const V: usize,
+    const AHEAD: usize,
+    const STEP: usize,
+>(
     a: [*const f32; Q],
     len: usize,
     b: [*const E; V],
@@ -37,7 +45,7 @@ pub(super) unsafe fn multiply_add<L: Lanes, E: Element, const Q: usize, const V:
                 }
             }
             for q in 0..Q {
-                let x = L::splat(*a[q].add(i));
+                let x = L::splat(*a[q].add(i * STEP));
                 for v in 0..V {
                     local[q][v] = x.mul_add(vectors[v], local[q][v]);
                 }

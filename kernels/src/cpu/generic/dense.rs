@@ -91,7 +91,7 @@ unsafe fn rows<L: Lanes, E: Element + DenseElement, const Q: usize, const V: usi
             b[v] = weights.add(v * cols * DENSE_TILE_ROWS);
         }
         let mut acc = [[L::splat(0.0); V]; Q];
-        multiply_add::<L, E, Q, V, AHEAD>(a, cols, b, DENSE_TILE_ROWS, &mut acc);
+        multiply_add::<L, E, Q, V, AHEAD, 1>(a, cols, b, DENSE_TILE_ROWS, &mut acc);
         for q in 0..Q {
             for v in 0..V {
                 store(task.out, m + q, (tile + v) * DENSE_TILE_ROWS, acc[q][v]);

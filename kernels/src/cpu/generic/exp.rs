@@ -20,16 +20,39 @@ pub(super) unsafe fn exp<L: Lanes>(x: L) -> L {
 #[inline(always)]
 pub(super) unsafe fn exp_below_highest<L: Lanes>(x: L) -> L {
     // SAFETY: the caller's duty is the same.
+    unsafe { exps_below_highest([x])[0] }
+}
+
+/// The same of several vectors, step by step: one vector's steps wait for each other, and a core looks ahead no further than
+/// some three vectors.
+///
+/// # Safety
+/// As [`Lanes`].
+#[inline(always)]
+pub(super) unsafe fn exps_below_highest<L: Lanes, const N: usize>(x: [L; N]) -> [L; N] {
+    // SAFETY: the caller's duty is the same.
     unsafe {
-        let n = x.mul(L::splat(LOG2_E)).round();
-        let r = n.neg_mul_add(L::splat(LN_2_LOW), n.neg_mul_add(L::splat(LN_2_HIGH), x));
-        let mut polynomial = L::splat(POLYNOMIAL[0]);
-        for &coefficient in &POLYNOMIAL[1..] {
-            polynomial = polynomial.mul_add(r, L::splat(coefficient));
+        let (mut n, mut r) = (x, x);
+        let mut polynomial = [L::splat(POLYNOMIAL[0]); N];
+        for i in 0..N {
+            n[i] = x[i].mul(L::splat(LOG2_E)).round();
         }
-        let fraction = polynomial.mul_add(r.mul(r), r).add(L::splat(1.0));
-        let result = fraction.mul(n.exp2_int());
-        L::select_less(x, L::splat(LOWEST), L::splat(0.0), result)
+        for i in 0..N {
+            r[i] = n[i].neg_mul_add(L::splat(LN_2_LOW), n[i].neg_mul_add(L::splat(LN_2_HIGH), x[i]));
+        }
+        for &coefficient in &POLYNOMIAL[1..] {
+            for i in 0..N {
+                polynomial[i] = polynomial[i].mul_add(r[i], L::splat(coefficient));
+            }
+        }
+        for i in 0..N {
+            let fraction = polynomial[i].mul_add(r[i].mul(r[i]), r[i]).add(L::splat(1.0));
+            n[i] = fraction.mul(n[i].exp2_int());
+        }
+        for i in 0..N {
+            n[i] = L::select_less(x[i], L::splat(LOWEST), L::splat(0.0), n[i]);
+        }
+        n
     }
 }
 

@@ -258,13 +258,13 @@ pub(super) use move_bits;
 
 /// One instruction set's table: each algorithm over [`Lanes`] compiled with its features, the others taken from `rest`.
 ///
-/// `block` is how many vectors four broadcasts meet in dense products and attention, `wide_block` how many one broadcast
-/// meets; in `quant_table!`, `columns` is how many activation rows meet an unpacked weight tile: as many as the
+/// `block` is how many vectors several broadcasts meet in dense products (4 of them) and attention (`queries`), `wide_block`
+/// how many one broadcast meets; in `quant_table!`, `columns` is how many activation rows meet an unpacked weight tile: as many as the
 /// registers hold.
 macro_rules! kernel_table {
     (
         $table:ident, $lanes:ty, $features:literal, block: $block:literal, wide_block: $wide_block:literal,
-        rest: $rest:expr
+        queries: $queries:literal, rest: $rest:expr
     ) => {
         pub(in crate::cpu) const $table: crate::cpu::dispatch::Kernels = {
             use half::{bf16, f16};
@@ -296,11 +296,13 @@ macro_rules! kernel_table {
                     #[target_feature(enable = $features)]
                     unsafe fn $walk(task: &mut SpanTask<'_, $element>, tile: &attention::Tile<$element>) {
                         // SAFETY: the table's duty, as above.
-                        unsafe { attention::walk_pages::<$lanes, $element, $block, $wide_block>(task, tile) }
+                        unsafe { attention::walk_pages::<$lanes, $element, $queries, $block, $wide_block>(task, tile) }
                     }
                     unsafe fn $name(task: &mut SpanTask<'_, $element>) {
+                        const WALKS: attention::Walks<$element> =
+                            attention::Walks { pages: $walk, laid_out: walk_f32, block_queries: $queries };
                         // SAFETY: the table's duty, as above; both walks are this set's.
-                        unsafe { attention::attend(task, $walk, walk_f32) }
+                        unsafe { attention::attend(task, &WALKS) }
                     }
                 };
             }

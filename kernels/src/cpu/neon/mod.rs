@@ -11,7 +11,7 @@ use super::dispatch::Kernels;
 use super::generic::{kernel_table, quant_table};
 use super::scalar;
 
-kernel_table!(LANES, LanesNeon, "neon", block: 1, wide_block: 4, rest: scalar::TABLE);
+kernel_table!(LANES, LanesNeon, "neon", block: 1, wide_block: 4, queries: 4, rest: scalar::TABLE);
 quant_table!(TABLE, Rows8, "neon", columns: 4, rest: LANES);
 quant_table!(TABLE_DOT, Rows8Dot, "neon,dotprod", columns: 6, rest: LANES);
 quant_table!(TABLE_I8MM, Rows8Matrix, "neon,dotprod,i8mm", columns: 8, rest: LANES);
