@@ -4,6 +4,7 @@
 
 mod peer;
 mod quality;
+mod quantising;
 mod vocabularies;
 
 use std::env;
@@ -37,6 +38,9 @@ cargo xtask <verb>
   bench-quality [CHUNKS]
           perplexity and KL divergence to f32, ours and llama.cpp's (built as above), over CHUNKS windows of 512 tokens
           (default 32) of a book; prints the table. The peer's f32 logits take 25 MB of disk a window meanwhile
+  bench-quantize [CHUNKS]
+          what quantising costs: the two real models in f32, as published and with noise, in our formats and llama.cpp's,
+          over CHUNKS windows (default 8); prints the table. Needs 6 GB of disk
   help    this text
 ";
 
@@ -76,6 +80,10 @@ fn run(args: &[String]) -> Result<()> {
         Some((verb, rest)) if verb == "bench-quality" && rest.len() < 2 => {
             let chunks = rest.first().map_or(Ok(32), |chunks| chunks.parse()).context("CHUNKS is a number")?;
             quality::run(&mut steps, chunks)?;
+        }
+        Some((verb, rest)) if verb == "bench-quantize" && rest.len() < 2 => {
+            let chunks = rest.first().map_or(Ok(8), |chunks| chunks.parse()).context("CHUNKS is a number")?;
+            quantising::run(&mut steps, chunks)?;
         }
         None => print!("{USAGE}"),
         Some((verb, _)) if verb == "help" || verb == "--help" => print!("{USAGE}"),

@@ -95,9 +95,14 @@ pub(crate) fn run(steps: &mut Steps, rounds: u32) -> Result<()> {
 
 /// The default model's file, fetched if it is not here.
 pub(crate) fn default_model(bindery: &Path) -> Result<PathBuf> {
-    let pulled = Command::new(bindery).args(["pull", "smollm2-135m"]).stderr(Stdio::inherit()).output()?;
+    card(bindery, "smollm2-135m")
+}
+
+/// A card's file, fetched if it is not here.
+pub(crate) fn card(bindery: &Path, name: &str) -> Result<PathBuf> {
+    let pulled = Command::new(bindery).args(["pull", name]).stderr(Stdio::inherit()).output()?;
     if !pulled.status.success() {
-        bail!("`bindery pull smollm2-135m` failed; the comparison needs the default model");
+        bail!("`bindery pull {name}` failed; the comparison needs this model");
     }
     Ok(PathBuf::from(String::from_utf8(pulled.stdout)?.trim()))
 }
@@ -179,8 +184,8 @@ fn whole_steps(
 }
 
 /// What is built of the peer.
-const PROGRAMS: [&str; 5] =
-    ["llama-server", "llama-quantize", "llama-bench", "llama-batched-bench", "llama-perplexity"];
+const PROGRAMS: [&str; 6] =
+    ["llama-server", "llama-quantize", "llama-bench", "llama-batched-bench", "llama-perplexity", "llama-imatrix"];
 
 /// The folder with the peer's programs, built if they are not there.
 pub(crate) fn build(steps: &mut Steps, folder: &Path) -> Result<PathBuf> {

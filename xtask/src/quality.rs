@@ -20,7 +20,7 @@ use crate::{Steps, cargo, peer, target_dir};
 const TEXT_CRATE: &str = "esaxx-rs";
 const TEXT_FILE: &str = "data/eighty.txt";
 /// Tokens of a window, as llama-perplexity has it by default.
-const CTX_SIZE: &str = "512";
+pub(crate) const CTX_SIZE: &str = "512";
 
 /// A row: the weights, the cache, and what each program is told for it.
 struct Setting {
@@ -59,14 +59,14 @@ const SETTINGS: [Setting; 7] = [
 
 /// Figures of a row, as they are printed.
 #[derive(Default)]
-struct Figures {
-    perplexity: String,
+pub(crate) struct Figures {
+    pub(crate) perplexity: String,
     ratio: String,
-    kl_mean: String,
+    pub(crate) kl_mean: String,
     kl_median: String,
     kl_99: String,
     kl_max: String,
-    same_top: String,
+    pub(crate) same_top: String,
     rms_delta_p: String,
 }
 
@@ -137,7 +137,7 @@ pub(crate) fn run(steps: &mut Steps, chunks: u32) -> Result<()> {
 }
 
 /// The book without what its publisher says before and behind it, with bare line ends.
-fn book() -> Result<String> {
+pub(crate) fn book() -> Result<String> {
     let output = cargo().args(["metadata", "--format-version", "1", "--locked"]).stderr(Stdio::inherit()).output()?;
     let metadata: Value = serde_json::from_slice(&output.stdout).context("cargo metadata printed no JSON")?;
     let packages = metadata["packages"].as_array().map_or(&[][..], Vec::as_slice);
@@ -153,16 +153,17 @@ fn book() -> Result<String> {
     Ok(format!("{}\n", body.trim()))
 }
 
-struct Programs {
-    bindery: PathBuf,
+pub(crate) struct Programs {
+    pub(crate) bindery: PathBuf,
     /// With the peer's programs.
-    bin: PathBuf,
-    /// The default model's file.
-    model: PathBuf,
-    text: PathBuf,
-    threads: String,
-    chunks: String,
-    folder: PathBuf,
+    pub(crate) bin: PathBuf,
+    /// What everything is held against.
+    pub(crate) model: PathBuf,
+    pub(crate) text: PathBuf,
+    pub(crate) threads: String,
+    pub(crate) chunks: String,
+    /// For what is made on the way.
+    pub(crate) folder: PathBuf,
 }
 
 impl Programs {
@@ -189,13 +190,13 @@ impl Programs {
     }
 
     /// Perplexity with weights and cache in f32; its logits are kept for comparing.
-    fn their_base(&self, file: &Path) -> Result<String> {
+    pub(crate) fn their_base(&self, file: &Path) -> Result<String> {
         let text = self.peer(file, &["--cache-type-k", "f32", "--cache-type-v", "f32"])?;
         let figure = text.lines().find_map(|line| line.split_once("Final estimate: PPL = ")).map(|(_, figure)| figure);
         Ok(figure.context("llama-perplexity printed no estimate")?.trim().replace("+/-", "±"))
     }
 
-    fn theirs(&self, file: &Path, flags: &[&str]) -> Result<Figures> {
+    pub(crate) fn theirs(&self, file: &Path, flags: &[&str]) -> Result<Figures> {
         let text = self.peer(file, &[flags, &["--kl-divergence"]].concat())?;
         let figure = |name: &str| -> Result<String> {
             let words = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
@@ -215,8 +216,8 @@ impl Programs {
         })
     }
 
-    /// Against the default model widened to f32; with that one's perplexity.
-    fn ours(&self, file: &Path, flags: &[&str]) -> Result<(Figures, String)> {
+    /// Against the model widened to f32; with that one's perplexity.
+    pub(crate) fn ours(&self, file: &Path, flags: &[&str]) -> Result<(Figures, String)> {
         let model = self.model.to_string_lossy();
         self.measured(file, &[flags, &["--base=f32", "--base-model", &model]].concat())
     }
