@@ -208,7 +208,7 @@ impl EngineHandle {
 
     fn send(&self, request: TokenRequest, ticket: Ticket) -> Result<TokenStream, EngineError> {
         let config = &self.shared.config;
-        let TokenRequest { request_id, prompt, mut params, grammar, adapter, num_samples, priority, deadline } =
+        let TokenRequest { request_id, prompt, mut params, grammar, adapter, num_samples, priority, share, deadline } =
             request;
         params.ignore_eos &= grammar.is_none();
         let max_buffered = config.max_buffered_tokens * num_samples as usize;
@@ -227,6 +227,7 @@ impl EngineHandle {
                 prompt,
                 max_new_tokens: params.max_tokens,
                 priority,
+                share,
                 adapter: adapter.as_ref().map(|adapter| AdapterId(adapter.id())),
                 prompt_logits: params.prompt_logprobs.is_some(),
             },

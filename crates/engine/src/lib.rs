@@ -28,7 +28,7 @@ pub mod testing;
 pub mod text;
 
 pub use adapters::{AdapterError, AdapterLease, AdapterPool, AdapterPoolConfig, ReadAdapter};
-pub use bindery_scheduler::TokenId;
+pub use bindery_scheduler::{Share, TenantId, TokenId};
 pub use engine::{Engine, EngineConfig, EngineHandle, EngineStats, TokenStream};
 pub use error::EngineError;
 pub use grammar::Grammar;

@@ -15,7 +15,7 @@ use std::{
 };
 
 use bindery_model::{ModelInfo, StepModel};
-use bindery_scheduler::{Limits, TokenId};
+use bindery_scheduler::{Limits, Share, TokenId};
 use tokio::sync::Semaphore;
 
 use crate::{
@@ -167,6 +167,8 @@ pub struct TextRequest {
     pub truncate_prompt_tokens: Option<usize>,
     /// Lower runs first.
     pub priority: i32,
+    /// Whose it is, and what it may claim of a busy machine beside others'.
+    pub share: Share,
     /// Cancelled when this has passed since [`LocalModel::generate`] was called.
     pub timeout: Option<Duration>,
 }
@@ -189,6 +191,7 @@ impl TextRequest {
             skip_special_tokens: true,
             truncate_prompt_tokens: None,
             priority: 0,
+            share: Share::default(),
             timeout: None,
         }
     }
@@ -401,6 +404,7 @@ impl LocalModel {
             adapter: None,
             num_samples: num_generated,
             priority: request.priority,
+            share: request.share,
             deadline: deadline.at,
         };
         Ok(PreparedRequest { answers, tokens: Some(tokens) })

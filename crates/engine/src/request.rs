@@ -5,7 +5,7 @@
 
 use std::{collections::BTreeMap, ops::RangeInclusive, time::Instant};
 
-use bindery_scheduler::TokenId;
+use bindery_scheduler::{Share, TokenId};
 
 use crate::{AdapterLease, EngineError, grammar::CompiledGrammar};
 
@@ -172,6 +172,8 @@ pub struct TokenRequest {
     pub num_samples: u32,
     /// Lower runs first.
     pub priority: i32,
+    /// Whose it is, and what it may claim of a busy machine beside others'.
+    pub share: Share,
     /// Cancelled when it passes.
     pub deadline: Option<Instant>,
 }

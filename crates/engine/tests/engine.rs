@@ -11,7 +11,7 @@ use std::{
 };
 
 use bindery_engine::{
-    Engine, EngineConfig, EngineError, EngineHandle, EngineStats, FinishReason, SamplingParams, TokenEvent,
+    Engine, EngineConfig, EngineError, EngineHandle, EngineStats, FinishReason, SamplingParams, Share, TokenEvent,
     TokenLogprobs, TokenRequest, TokenStream,
     sample::{PreparedSampling, SampleState, Sampler},
     testing::{EOS, FakeModel, FakeModelOptions, GateKeeper, VOCAB_SIZE, expected_logits, gate, small_limits},
@@ -46,6 +46,7 @@ fn request(prompt: Vec<TokenId>, params: SamplingParams) -> TokenRequest {
         adapter: None,
         num_samples: 1,
         priority: 0,
+        share: Share::default(),
         deadline: None,
     }
 }

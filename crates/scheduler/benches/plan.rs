@@ -11,7 +11,7 @@
 
 use std::time::Instant;
 
-use bindery_scheduler::{Limits, Sampled, Scheduler, SeqId, SequenceSpec, StepPlan, TokenId};
+use bindery_scheduler::{Limits, Sampled, Scheduler, SeqId, SequenceSpec, Share, StepPlan, TokenId};
 
 struct Load {
     name: &'static str,
@@ -96,6 +96,7 @@ fn measure(load: &Load) {
                     prompt: vec![TokenId(7); load.num_prompt_tokens],
                     max_new_tokens: load.num_new_tokens,
                     priority: 0,
+                    share: Share::default(),
                     adapter: None,
                     prompt_logits: false,
                 })

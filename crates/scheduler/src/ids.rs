@@ -20,6 +20,11 @@ pub struct SlotId(pub u32);
 #[repr(transparent)]
 pub struct SeqId(pub u64);
 
+/// Whose requests share one claim to the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[repr(transparent)]
+pub struct TenantId(pub u32);
+
 /// One version of a loaded adapter; part of the prefix key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(transparent)]

@@ -5,12 +5,13 @@
 //! a model is or who waits for an answer.
 //!
 //! Reading order: [`ids`] the vocabulary, [`plan`] what goes out, [`block_pool`] the sum that always holds, `sequence`
-//! what is known and what is computed, [`order`] who goes first, [`scheduler`] the decisions, `invariants` the
+//! what is known and what is computed, [`order`] who goes first, `fair` whose turn it is, [`scheduler`] the decisions, `invariants` the
 //! promises by name, [`simulate`] a seeded world around it all.
 
 #![forbid(unsafe_code)]
 
 pub mod block_pool;
+mod fair;
 pub mod ids;
 mod invariants;
 pub mod marks;
@@ -22,7 +23,8 @@ pub mod simulate;
 mod slab;
 
 pub use block_pool::BlockPool;
-pub use ids::{AdapterId, BlockId, SeqId, SlotId, TokenId};
+pub use fair::Share;
+pub use ids::{AdapterId, BlockId, SeqId, SlotId, TenantId, TokenId};
 pub use marks::Marks;
 pub use order::OrderKey;
 pub use plan::{BlockCopy, LogitsWanted, ScheduledSequence, StepPlan};

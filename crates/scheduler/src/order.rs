@@ -1,7 +1,6 @@
 //! Who goes first: the one place that compares sequences.
 //!
-//! Keys are values, compared field by field; a new rule is a new field. (Weighted fair share across tenants will be a
-//! tenant's virtual token counter between priority and arrival.) Keys are unique: no two sequences are equal.
+//! Keys are values, compared field by field; a new rule is a new field. Keys are unique: no two sequences are equal.
 
 use crate::ids::SeqId;
 
@@ -11,6 +10,8 @@ use crate::ids::SeqId;
 pub struct OrderKey {
     /// Lower runs first.
     pub priority: i32,
+    /// When its turn would have been on its tenant's share of the machine; see `fair`.
+    pub turn: u64,
     /// Counts requests as they are added.
     pub arrival: u64,
     /// Which of the request's samples.
@@ -31,13 +32,14 @@ pub(crate) enum Turn {
 pub(crate) struct WaitingKey {
     pub(crate) priority: i32,
     pub(crate) turn: Turn,
+    pub(crate) fair_turn: u64,
     pub(crate) arrival: u64,
     pub(crate) sample: u32,
 }
 
 impl WaitingKey {
     pub(crate) fn new(key: OrderKey, turn: Turn) -> Self {
-        Self { priority: key.priority, turn, arrival: key.arrival, sample: key.sample }
+        Self { priority: key.priority, turn, fair_turn: key.turn, arrival: key.arrival, sample: key.sample }
     }
 }
 

@@ -14,6 +14,7 @@ use rustc_hash::FxHashMap;
 
 use crate::{
     block_pool::BlockPool,
+    fair::{Charge, FairShares, Share},
     ids::{AdapterId, BlockId, SeqId, TokenId},
     invariants,
     marks::Marks,
@@ -52,6 +53,8 @@ pub struct SequenceSpec {
     pub max_new_tokens: usize,
     /// Lower runs first (vLLM's meaning). A better priority takes seats and blocks from a worse one.
     pub priority: i32,
+    /// Whose it is: within a priority tenants get tokens in proportion to their weights.
+    pub share: Share,
     /// What its rows go through.
     pub adapter: Option<AdapterId>,
     /// Logits of every prompt row are wanted (echo with logprobs, prompt_logprobs).
@@ -132,6 +135,12 @@ pub(crate) struct Request {
     pub(crate) num_live: usize,
     /// Sequences of it that run.
     pub(crate) num_running: usize,
+    /// What its tenant was charged for it, and what it turned out to be.
+    pub(crate) charge: Charge,
+    pub(crate) num_samples: usize,
+    /// 0 until it runs.
+    pub(crate) num_prompt_tokens: usize,
+    pub(crate) num_generated: u64,
 }
 
 /// A sequence of the step in flight.
@@ -160,6 +169,7 @@ pub struct Scheduler {
     pub(crate) in_flight: Vec<InFlight>,
     /// Means nothing between calls; kept for its memory.
     pub(crate) scratch_blocks: Vec<BlockId>,
+    pub(crate) fair: FairShares,
     pub(crate) num_arrivals: u64,
     pub(crate) num_queued_requests: usize,
     pub(crate) num_running_requests: usize,
@@ -188,6 +198,7 @@ impl Scheduler {
             waiting: VecDeque::new(),
             in_flight: Vec::new(),
             scratch_blocks: Vec::new(),
+            fair: FairShares::default(),
             num_arrivals: 0,
             num_queued_requests: 0,
             num_running_requests: 0,
@@ -203,10 +214,18 @@ impl Scheduler {
     /// Admits a request to the queue, or changes nothing. What can never run is refused before what cannot wait now.
     pub fn add(&mut self, spec: SequenceSpec) -> Result<(), Refusal> {
         self.check_spec(&spec)?;
-        let SequenceSpec { samples, prompt, max_new_tokens, priority, adapter, prompt_logits } = spec;
+        let SequenceSpec { samples, prompt, max_new_tokens, priority, share, adapter, prompt_logits } = spec;
 
-        let request = self.requests.insert(Request { num_live: samples.len(), num_running: 0 });
-        let key = OrderKey { priority, arrival: self.num_arrivals, sample: 0 };
+        let (turn, charge) = self.fair.admit(share, prompt.len(), max_new_tokens, samples.len());
+        let request = self.requests.insert(Request {
+            num_live: samples.len(),
+            num_running: 0,
+            charge,
+            num_samples: samples.len(),
+            num_prompt_tokens: 0,
+            num_generated: 0,
+        });
+        let key = OrderKey { priority, turn, arrival: self.num_arrivals, sample: 0 };
         self.num_arrivals += 1;
         let pending_samples: Vec<PendingSample> =
             (1..).zip(&samples[1..]).map(|(sample, &id)| PendingSample { id, sample }).collect();
@@ -304,6 +323,7 @@ impl Scheduler {
                     continue; // A fork made above, or a namesake of an aborted one, added since.
                 }
                 sequence.generated.push(sampled.token);
+                self.requests[sequence.request].num_generated += 1;
                 if sampled.finished {
                     self.remove(index);
                 }
@@ -532,6 +552,7 @@ impl Scheduler {
         debug_assert!(sequence.generated.is_empty() && sequence.num_uncomputed_tokens() == 0);
         let at = sequence.pending_samples.iter().position(|pending| pending.id == sampled.id);
         let PendingSample { id, sample } = sequence.pending_samples.remove(at.expect("the index of a pending sample"));
+        self.requests[sequence.request].num_generated += 1;
         if sampled.finished {
             self.forget_sample(carrier, id);
             return;
@@ -589,7 +610,12 @@ impl Scheduler {
         let request = &mut self.requests[sequence.request];
         request.num_live -= num_gone;
         if request.num_live == 0 {
+            let Request { charge, num_prompt_tokens, num_generated, num_samples, .. } = *request;
+            self.fair.settle(charge, num_prompt_tokens, num_generated, num_samples);
             self.requests.remove(sequence.request);
+        }
+        if self.requests.len() == 0 {
+            self.fair.clear();
         }
     }
 

@@ -37,6 +37,8 @@ pub struct Scenario {
     pub num_samples_max: usize,
     /// Priorities are 0 to below this.
     pub num_priorities: usize,
+    /// Tenants are 0 to below this.
+    pub num_tenants: usize,
 }
 
 impl Scenario {
@@ -67,6 +69,7 @@ impl Scenario {
             max_new_tokens_max: random.between(1, 24),
             num_samples_max: random.between(1, 5),
             num_priorities: random.between(1, 3),
+            num_tenants: random.between(1, 3),
         }
     }
 
@@ -80,6 +83,7 @@ impl Scenario {
             max_new_tokens,
             num_new_tokens: random.between(1.min(max_new_tokens), max_new_tokens),
             priority: random.between(0, self.num_priorities - 1) as i32,
+            tenant: random.between(0, self.num_tenants - 1) as u32,
             prompt_logits: max_new_tokens == 0 && !random.chance(5) || random.chance(30),
         }
     }

@@ -2,7 +2,9 @@
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
-use bindery_scheduler::{Limits, LogitsWanted, Marks, Sampled, Scheduler, SeqId, SequenceSpec, StepPlan, TokenId};
+use bindery_scheduler::{
+    Limits, LogitsWanted, Marks, Sampled, Scheduler, SeqId, SequenceSpec, Share, StepPlan, TokenId,
+};
 
 fn limits() -> Limits {
     Limits {
@@ -21,6 +23,7 @@ fn request(id: u64, num_prompt_tokens: u32, max_new_tokens: usize) -> SequenceSp
         prompt: (0..num_prompt_tokens).map(TokenId).collect(),
         max_new_tokens,
         priority: 0,
+        share: Share::default(),
         adapter: None,
         prompt_logits: false,
     }

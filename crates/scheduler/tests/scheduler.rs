@@ -5,8 +5,8 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use bindery_scheduler::{
-    BlockCopy, BlockId, Limits, LogitsWanted, Refusal, Sampled, Scheduler, SeqId, SequenceSpec, SlotId, StepPlan,
-    TokenId,
+    BlockCopy, BlockId, Limits, LogitsWanted, Refusal, Sampled, Scheduler, SeqId, SequenceSpec, Share, SlotId,
+    StepPlan, TokenId,
 };
 
 fn limits() -> Limits {
@@ -26,6 +26,7 @@ fn request(id: u64, num_prompt_tokens: u32, max_new_tokens: usize) -> SequenceSp
         prompt: (0..num_prompt_tokens).map(TokenId).collect(),
         max_new_tokens,
         priority: 0,
+        share: Share::default(),
         adapter: None,
         prompt_logits: false,
     }

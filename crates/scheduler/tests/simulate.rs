@@ -113,6 +113,7 @@ fn a_server_sized_pool_under_pressure_loses_nothing() {
         max_new_tokens_max: 64,
         num_samples_max: 3,
         num_priorities: 2,
+        num_tenants: 2,
     };
     let report = run(1, &scenario);
     assert!(report.num_finished > 1_000 && report.marks.preempted > 0, "{report:?}");
@@ -146,6 +147,7 @@ fn nobody_starves_under_a_load_that_never_ends() {
                     max_new_tokens,
                     num_new_tokens: max_new_tokens,
                     priority: 0,
+                    tenant: random.between(0, 2) as u32,
                     prompt_logits: false,
                 });
                 if refused.is_err() {

@@ -62,13 +62,14 @@ fn limits() -> impl Strategy<Value = Limits> {
 
 fn client_request() -> impl Strategy<Value = ClientRequest> {
     let prompts = prop_oneof![4 => 1_usize..6, 2 => 6_usize..40, 1 => Just(0)];
-    (prompts, 0_usize..4, 0_usize..12, any::<u8>(), -1_i32..2, any::<bool>()).prop_map(
-        |(num_prompt_tokens, num_samples, max_new_tokens, part, priority, prompt_logits)| ClientRequest {
+    (prompts, 0_usize..4, 0_usize..12, any::<u8>(), -1_i32..2, 0_u32..3, any::<bool>()).prop_map(
+        |(num_prompt_tokens, num_samples, max_new_tokens, part, priority, tenant, prompt_logits)| ClientRequest {
             num_prompt_tokens,
             num_samples,
             max_new_tokens,
             num_new_tokens: (max_new_tokens * usize::from(part)).div_ceil(255).max(1.min(max_new_tokens)),
             priority,
+            tenant,
             prompt_logits,
         },
     )
@@ -119,6 +120,7 @@ fn every_walk_in_a_small_space_keeps_every_promise() {
             max_new_tokens,
             num_new_tokens: max_new_tokens,
             priority,
+            tenant: num_samples as u32 % 2,
             prompt_logits: max_new_tokens == 0 || num_samples > 1,
         })
     };

@@ -125,9 +125,10 @@ impl Generation {
         serving: &Serving,
         named: &Named,
         context: &RequestContext,
-        requests: Vec<TextRequest>,
+        mut requests: Vec<TextRequest>,
         prompt_text: PromptText,
     ) -> Result<Self, ApiError> {
+        serving.claim(state, &mut requests)?;
         let max_queued = serving.model.engine.max_queued_requests();
         if requests.len() > max_queued {
             let message = format!(

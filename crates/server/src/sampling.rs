@@ -6,7 +6,7 @@
 use std::{sync::Arc, time::Duration};
 
 use bindery_engine::{
-    Grammar, Prompt, SamplingParams, TextRequest, TokenId, local_model::check_stop, request::MAX_SAMPLES,
+    Grammar, Prompt, SamplingParams, Share, TextRequest, TokenId, local_model::check_stop, request::MAX_SAMPLES,
 };
 use bindery_protocol::openai::{SamplingFields, StreamOptions, completions::UsageField};
 
@@ -177,6 +177,7 @@ impl Sampling {
             grammar: self.grammar.clone(),
             truncate_prompt_tokens: self.truncate_prompt_tokens,
             priority: self.priority,
+            share: Share::default(),
             timeout: prompt.timeout,
         }
     }

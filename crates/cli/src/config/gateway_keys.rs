@@ -124,7 +124,7 @@ pub(crate) const GATEWAY_KEYS: &[GatewayKey] = &[
     key(("[[tenants]]", "models"), Form::List, ("[\"*\"]", "[\"*\"]"),
         "models it may name or be sent to: names, or beginnings with * at the end"),
     key(("[[tenants]]", "weight"), Form::Integer, ("2", "1"),
-        "its share of this machine beside others'"),
+        "while several tenants' requests wait, this machine's tokens go to them in proportion to it"),
     key(("[[tenants]]", "limits"), Form::Table, ("{ requests_per_minute = 600, tokens_per_minute = 200000, concurrent = 32 }", "no limit"),
         "how much at once and in a minute"),
     key(("[[tenants]]", "limits.requests_per_minute"), Form::Integer, ("600", "no limit"),

@@ -15,6 +15,7 @@ mod tests;
 use std::{
     collections::{BTreeMap, HashMap},
     fmt,
+    num::NonZeroU32,
     sync::Arc,
     time::Duration,
 };
@@ -66,6 +67,17 @@ struct Inner {
 struct Tenant {
     config: TenantConfig,
     policy: Policy,
+    /// Counted from 1; 0: everyone who belongs to none.
+    number: u32,
+}
+
+/// What a tenant may claim of the local machine while others want it, too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LocalShare {
+    /// Tenants by number; 0: everyone who belongs to none.
+    pub tenant: u32,
+    /// Tokens go in proportion to it.
+    pub weight: NonZeroU32,
 }
 
 /// An upstream, ready.
@@ -237,6 +249,13 @@ impl Gateway {
         {
             tracing::warn!(%error, "the ledger could not be closed: what is open is charged at the next start");
         }
+    }
+
+    /// What a caller may claim of the local machine.
+    pub fn local_share(&self, tenant: Option<&str>) -> LocalShare {
+        let tenant = self.tenant(tenant);
+        let weight = NonZeroU32::new(tenant.config.weight).unwrap_or(NonZeroU32::MIN);
+        LocalShare { tenant: tenant.number, weight }
     }
 
     fn tenant(&self, name: Option<&str>) -> &Arc<Tenant> {

@@ -131,9 +131,9 @@ impl Gateway {
         } = config;
         let compiled = Policy::compile(&guardrails)?;
         let mut ready = HashMap::new();
-        for config in tenants {
+        for (number, config) in (1..).zip(tenants) {
             let policy = Policy::named(&compiled, &config.guardrails)?;
-            ready.insert(config.id.clone(), Arc::new(Tenant { config, policy }));
+            ready.insert(config.id.clone(), Arc::new(Tenant { config, policy, number }));
         }
         let mut live = BTreeMap::new();
         for config in upstreams {
@@ -235,7 +235,7 @@ fn anonymous() -> Tenant {
         fields: UnmappedFields::Drop,
         weight: 1,
     };
-    Tenant { config, policy: Policy::default() }
+    Tenant { config, policy: Policy::default(), number: 0 }
 }
 
 fn live_upstream(config: UpstreamConfig, surroundings: &Surroundings<'_>) -> Result<LiveUpstream, StartError> {

@@ -6,12 +6,15 @@
 //! step. Sampled tokens are drawn from the memory too. It must not look into the scheduler: it knows plans, answers
 //! and statistics, nothing else. Every broken promise is a panic that names it.
 
-use std::collections::BTreeSet;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    num::NonZeroU32,
+};
 
 use super::random::mix;
 use crate::{
-    AdapterId, BlockId, Limits, LogitsWanted, Marks, Refusal, Sampled, Scheduler, SeqId, SequenceSpec, StepPlan,
-    TokenId,
+    AdapterId, BlockId, Limits, LogitsWanted, Marks, Refusal, Sampled, Scheduler, SeqId, SequenceSpec, Share, StepPlan,
+    TenantId, TokenId,
 };
 
 /// What the fake model writes for a token that follows `before`.
@@ -49,6 +52,8 @@ pub struct ClientRequest {
     pub num_new_tokens: usize,
     /// Lower runs first.
     pub priority: i32,
+    /// Whose it is; its number is its tenant's weight less one.
+    pub tenant: u32,
     /// Whether the prompt's logits are wanted.
     pub prompt_logits: bool,
 }
@@ -83,6 +88,23 @@ struct Request {
     was_scheduled: bool,
     /// The step before which it came.
     first_step: usize,
+    /// Its turn, and what that moved its tenant's counter by.
+    turn: u64,
+    charged: u64,
+}
+
+/// What the world keeps of a tenant: when it is next, when it was last, how long its answers were.
+#[derive(Clone, Copy, Debug)]
+struct Tenant {
+    next: u64,
+    last: u64,
+    num_answers: u64,
+    num_tokens: u64,
+}
+
+/// A tenant's counter moves by this for some tokens: 1 for a prompt's, 2 for an answer's, over its weight.
+fn counted(tenant: u32, num_prompt_tokens: usize, num_new_tokens: u64) -> u64 {
+    (num_prompt_tokens as u64 + 2 * num_new_tokens) * 65_536 / (u64::from(tenant) + 1)
 }
 
 #[derive(Debug)]
@@ -131,6 +153,9 @@ pub struct World {
     samples: Vec<Sample>,
     /// Indices of those that are not gone, ascending.
     live: Vec<usize>,
+    /// By number, those that ever asked.
+    tenants: BTreeMap<u32, Tenant>,
+    virtual_time: u64,
     report: Report,
 }
 
@@ -145,6 +170,8 @@ impl World {
             requests: Vec::new(),
             samples: Vec::new(),
             live: Vec::new(),
+            tenants: BTreeMap::new(),
+            virtual_time: 0,
             report: Report::default(),
         }
     }
@@ -198,6 +225,7 @@ impl World {
             prompt: prompt.clone(),
             max_new_tokens: asked.max_new_tokens,
             priority: asked.priority,
+            share: Share { tenant: TenantId(asked.tenant), weight: NonZeroU32::MIN.saturating_add(asked.tenant) },
             adapter,
             prompt_logits: asked.prompt_logits,
         });
@@ -219,7 +247,10 @@ impl World {
             });
             self.live.push(id);
         }
+        let (turn, charged) = self.take_turn(&asked);
         self.requests.push(Request {
+            turn,
+            charged,
             asked,
             prompt,
             adapter,
@@ -231,6 +262,39 @@ impl World {
         self.report.num_accepted += 1;
         self.check();
         Ok(())
+    }
+
+    /// The turn of a request that was taken, and what it is charged.
+    fn take_turn(&mut self, asked: &ClientRequest) -> (u64, u64) {
+        let fresh = Tenant { next: 0, last: 0, num_answers: 1, num_tokens: 128 };
+        let tenant = self.tenants.entry(asked.tenant).or_insert(fresh);
+        if tenant.num_answers >= 64 {
+            (tenant.num_answers, tenant.num_tokens) = (tenant.num_answers / 2, tenant.num_tokens / 2);
+        }
+        let guess = (tenant.num_tokens / tenant.num_answers).min(asked.max_new_tokens as u64);
+        let charged = counted(asked.tenant, asked.num_prompt_tokens, guess * asked.num_samples as u64);
+        tenant.last = [tenant.next, tenant.last, self.virtual_time].into_iter().max().unwrap_or(0);
+        tenant.next = tenant.last + charged;
+        (tenant.last, charged)
+    }
+
+    /// A request whose samples are all gone: its tenant pays what was computed.
+    fn settle(&mut self, request: usize) {
+        let Request { asked, samples, charged, was_scheduled, .. } = &self.requests[request];
+        let num_new_tokens: usize = samples.iter().map(|&at| self.samples[at].generated.len()).sum();
+        let num_prompt_tokens = if *was_scheduled { asked.num_prompt_tokens } else { 0 };
+        if let Some(tenant) = self.tenants.get_mut(&asked.tenant) {
+            tenant.next = tenant.next + counted(asked.tenant, num_prompt_tokens, num_new_tokens as u64) - charged;
+            if num_new_tokens > 0 {
+                tenant.num_answers += samples.len() as u64;
+                tenant.num_tokens += num_new_tokens as u64;
+            }
+        }
+        if self.live.is_empty() {
+            let highest = self.tenants.values().map(|tenant| tenant.next.max(tenant.last)).max().unwrap_or(0);
+            self.virtual_time = self.virtual_time.max(highest);
+            self.tenants.values_mut().for_each(|tenant| (tenant.next, tenant.last) = (0, 0));
+        }
     }
 
     fn expected_refusal(&self, asked: &ClientRequest) -> Option<Refusal> {
@@ -312,6 +376,10 @@ impl World {
         sample.standing = Standing::Gone;
         sample.blocks.clear();
         self.live.retain(|&live| live != at);
+        let request = self.samples[at].request;
+        if self.requests[request].samples.iter().all(|&at| self.samples[at].standing == Standing::Gone) {
+            self.settle(request);
+        }
     }
 
     /// It computes a prompt that siblings wait for.
@@ -343,10 +411,11 @@ impl World {
         self.num_uncomputed_tokens(at) - usize::from(self.samples[at].is_held)
     }
 
-    /// The world's order: priority, arrival, sample.
-    fn order(&self, at: usize) -> (i32, usize, u32) {
+    /// The world's order: priority, its tenant's turn, arrival, sample.
+    fn order(&self, at: usize) -> (i32, u64, usize, u32) {
         let sample = &self.samples[at];
-        (self.requests[sample.request].asked.priority, sample.request, sample.number)
+        let request = &self.requests[sample.request];
+        (request.asked.priority, request.turn, sample.request, sample.number)
     }
 
     /// One step: plan, compute in the fake memory, commit or fail. Everything about it is checked.
@@ -537,6 +606,7 @@ impl World {
         for id in told {
             let request = self.samples[id.0 as usize].request;
             self.requests[request].was_scheduled = true;
+            self.virtual_time = self.virtual_time.max(self.requests[request].turn);
         }
     }
 

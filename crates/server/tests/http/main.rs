@@ -8,6 +8,7 @@ mod access;
 mod adapters;
 mod answers;
 mod disconnects;
+mod fair;
 mod gateway;
 mod hostile;
 mod lifecycle;
