@@ -271,13 +271,22 @@ impl StepModel for FakeModel {
 pub struct FakeReader {
     /// Every reading waits here.
     pub gate: Option<Gate>,
+    /// Readings under way, and the most there were at one time.
+    pub num_readings: Arc<Mutex<(usize, usize)>>,
 }
 
 impl ReadAdapter for FakeReader {
     fn read(&self, path: &Path, _limits: &AdapterLimits) -> Result<Adapter, ModelError> {
+        let readings = || self.num_readings.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        {
+            let mut readings = readings();
+            readings.0 += 1;
+            readings.1 = readings.1.max(readings.0);
+        }
         if let Some(gate) = &self.gate {
             gate.pass();
         }
+        readings().0 -= 1;
         let path = path.join("adapter_model.safetensors");
         let refuse = |what: String| ModelError::Unsupported(format!("{}: {what}", path.display()));
         let text = fs::read_to_string(&path).map_err(|error| refuse(error.to_string()))?;

@@ -154,7 +154,7 @@ async fn an_adapter_is_read_once_for_all_who_wait_and_nobody_else_waits() {
     let (reading, keeper) = gate();
     let model = model(FakeModelOptions {
         adapters: pool(2, 2),
-        reader: FakeReader { gate: Some(reading) },
+        reader: FakeReader { gate: Some(reading), ..FakeReader::default() },
         ..FakeModelOptions::default()
     });
     write(temp.path(), "slow", "77");
@@ -193,8 +193,11 @@ async fn no_more_requests_wait_for_adapters_than_may_be_queued() {
     let temp = tempfile::tempdir().unwrap();
     let (reading, keeper) = gate();
     let limit = 3;
-    let options =
-        FakeModelOptions { adapters: pool(4, 4), reader: FakeReader { gate: Some(reading) }, ..Default::default() };
+    let options = FakeModelOptions {
+        adapters: pool(4, 4),
+        reader: FakeReader { gate: Some(reading), ..FakeReader::default() },
+        ..Default::default()
+    };
     let mut limits = small_limits();
     limits.max_queued_requests = limit;
     let model = Arc::new(fake_local_model(limits, options).unwrap());

@@ -14,7 +14,10 @@ use std::{
 };
 
 use bindery_model::Adapter;
-use tokio::{sync::Notify, time::timeout_at};
+use tokio::{
+    sync::{Notify, Semaphore},
+    time::timeout_at,
+};
 
 use super::{
     AdapterError, AdapterPoolConfig, AdapterSource, AdapterSpec, AdapterStatus, AdapterUse, ReadAdapter, Unload,
@@ -22,6 +25,11 @@ use super::{
     state::{Asking, Next, Order, State},
 };
 use crate::engine::Command;
+
+/// Adapters that are read at one time: what is being read counts nowhere yet, so its memory is bounded here.
+const MAX_READINGS: usize = 4;
+/// Loads that somebody asked for at one time, each with an adapter that may have to wait for its place; others wait unread.
+const MAX_LOADS: usize = 4;
 
 /// Cheap to clone.
 #[derive(Clone)]
@@ -36,6 +44,9 @@ struct Shared {
     state: Mutex<State>,
     /// Something was read, let go or made idle.
     changed: Notify,
+    readings: Semaphore,
+    /// Apart from the readings, since a load that waits for its place may wait for a reading.
+    loads: Semaphore,
 }
 
 /// A request's hold on one version of an adapter. Clones hold the same; the last one lets go.
@@ -106,7 +117,8 @@ impl AdapterPool {
         max_waiting: usize,
     ) -> Self {
         let state = Mutex::new(State::new(config.max_loras, config.max_cpu_loras));
-        Self(Arc::new(Shared { config, reader, commands, max_waiting, state, changed: Notify::new() }))
+        let (readings, loads) = (Semaphore::new(MAX_READINGS), Semaphore::new(MAX_LOADS));
+        Self(Arc::new(Shared { config, reader, commands, max_waiting, state, changed: Notify::new(), readings, loads }))
     }
 
     /// What it was made with.
@@ -152,6 +164,8 @@ impl AdapterPool {
         if !load_inplace && self.spec(&name).is_some() {
             return Err(AdapterError::Exists { name });
         }
+        // Nobody closes it.
+        let _turn = self.0.loads.acquire().await;
         let unreadable = |reason| AdapterError::Unreadable { name: spec.name.clone(), reason };
         let (adapter, digest) = self.read_files(&spec.source).await.map_err(unreadable)?;
         loop {
@@ -267,6 +281,7 @@ impl AdapterPool {
     /// An adapter and its digest, off the async threads.
     async fn read_files(&self, source: &AdapterSource) -> Result<(Arc<Adapter>, String), String> {
         let (shared, source) = (Arc::clone(&self.0), source.clone());
+        let _turn = self.0.readings.acquire().await;
         let work = tokio::task::spawn_blocking(move || read::read(&*shared.reader, &source, &shared.config.limits));
         let loaded = work.await.unwrap_or_else(|_| Err("reading it failed".to_owned()))?;
         Ok((Arc::new(loaded.adapter), loaded.digest))

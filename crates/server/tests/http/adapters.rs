@@ -447,7 +447,7 @@ async fn the_first_request_reads_the_adapter_and_nobody_else_waits() {
     let files = Files::new();
     let (gate, keeper) = gate();
     let mut setup = setup(&files);
-    setup.model.reader = FakeReader { gate: Some(gate) };
+    setup.model.reader = FakeReader { gate: Some(gate), ..FakeReader::default() };
     let server = setup.start();
     server.register("x", files.write("one", "1"));
     assert_eq!(server.status("x").state, AdapterState::Disk);
@@ -467,6 +467,35 @@ async fn the_first_request_reads_the_adapter_and_nobody_else_waits() {
     assert_eq!(server.status("x").version, 1, "it was read once");
     wait_until("nobody uses it", || server.in_use() == (vec![], vec![])).await;
     assert_eq!(server.lora_info().await, "{max_lora=\"8\",running_lora_adapters=\"\",waiting_lora_adapters=\"\"}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_loads_at_once_are_read_a_few_at_a_time() {
+    let files = Files::new();
+    let (gate, keeper) = gate();
+    let mut setup = setup(&files);
+    setup.model.reader = FakeReader { gate: Some(gate), ..FakeReader::default() };
+    let num_readings = Arc::clone(&setup.model.reader.num_readings);
+    let server = Arc::new(setup.start());
+    files.write("one", "1");
+    let loads: Vec<_> = (0..12)
+        .map(|at| {
+            let server = Arc::clone(&server);
+            let load = json!({"lora_name": format!("x{at}"), "lora_path": "one"});
+            tokio::spawn(async move { server.admin(LOAD, &load).await.status() })
+        })
+        .collect();
+    let mut keeper = wait_for_step(keeper).await;
+    for _ in 0..11 {
+        keeper.let_go();
+        keeper = wait_for_step(keeper).await;
+    }
+    drop(keeper);
+    for load in loads {
+        assert_eq!(load.await.unwrap(), 200);
+    }
+    let most = num_readings.lock().unwrap().1;
+    assert!(most <= 4, "{most} were read at one time");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -561,7 +590,7 @@ async fn a_client_that_leaves_while_its_adapter_is_read_leaves_nothing_behind() 
     let files = Files::new();
     let (gate, keeper) = gate();
     let mut setup = setup(&files);
-    setup.model.reader = FakeReader { gate: Some(gate) };
+    setup.model.reader = FakeReader { gate: Some(gate), ..FakeReader::default() };
     let server = setup.start();
     server.register("x", files.write("one", "1"));
     let request_of_x = server.request(Method::POST, COMPLETIONS).json(&request("x", 5));
@@ -583,7 +612,7 @@ async fn a_deadline_passes_while_an_adapter_is_read() {
     let files = Files::new();
     let (gate, keeper) = gate();
     let mut setup = setup(&files);
-    setup.model.reader = FakeReader { gate: Some(gate) };
+    setup.model.reader = FakeReader { gate: Some(gate), ..FakeReader::default() };
     let server = setup.start();
     server.register("x", files.write("one", "1"));
     for body in [request("x", 5), json!({"model": "x", "prompt": "a", "stream": true})] {
