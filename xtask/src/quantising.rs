@@ -169,18 +169,22 @@ fn quantize(bin: &Path, from: &Path, to: &Path, format: &str, importance: Option
     if let Some(importance) = importance {
         command.arg("--imatrix").arg(importance);
     }
-    output(command.arg(from).arg(to).arg(format))
+    let (text, notes) = run_to_end(command.arg(from).arg(to).arg(format))?;
+    Ok(text + &notes)
 }
 
-/// Standard output, and standard error where that is empty.
 fn output(command: &mut Command) -> Result<String> {
+    Ok(run_to_end(command)?.0)
+}
+
+/// What it wrote to standard output and to standard error.
+fn run_to_end(command: &mut Command) -> Result<(String, String)> {
     let output = command.stdin(Stdio::null()).output().with_context(|| format!("cannot start {command:?}"))?;
     let errors = String::from_utf8_lossy(&output.stderr).into_owned();
     if !output.status.success() {
         bail!("{command:?} failed:\n{errors}");
     }
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    Ok(if text.trim().is_empty() { errors } else { text })
+    Ok((String::from_utf8_lossy(&output.stdout).into_owned(), errors))
 }
 
 /// `benches/noise.py` and the Python that runs it.
