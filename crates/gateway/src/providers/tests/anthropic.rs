@@ -227,7 +227,7 @@ fn effort_becomes_thinking_as_the_model_takes_it() {
         (&adaptive["thinking"], &adaptive["output_config"]),
         (&json!({"type": "adaptive"}), &json!({"effort": "low"}))
     );
-    assert_eq!(of("claude-opus-5-5", json!({"reasoning_effort": "none"}))["thinking"], json!({"type": "disabled"}));
+    assert_eq!(of("claude-opus-5", json!({"reasoning_effort": "none"}))["thinking"], json!({"type": "disabled"}));
     let always = of("claude-fable-5", json!({"reasoning_effort": "none"}));
     assert!(always.get("thinking").is_none());
     assert_eq!(always["output_config"], json!({"effort": "low"}));
