@@ -40,7 +40,7 @@ impl Serving {
 
     /// The base's names that the caller may use.
     pub(crate) fn bases<'a>(&'a self, state: &'a AppState) -> impl Iterator<Item = &'a String> {
-        state.config.served_model_names.iter().filter(|name| self.may_name(state, name, NameOf::Model))
+        state.config.served_model_names.iter().filter(move |name| self.may_name(state, name, NameOf::Model))
     }
 
     /// Names beside the local ones that the caller may use, each with what it is.

@@ -123,7 +123,13 @@ impl Inbox {
                 _ = self.jobs.recv_many(&mut group, MAX_GROUP) => return group,
             }
         }
-        self.jobs.recv_many(&mut group, MAX_GROUP).await;
+        // Without waiting: who has a place reserved and sends nothing, as a task that is no longer asked, would be waited for
+        // without an end.
+        while group.len() < MAX_GROUP
+            && let Ok(job) = self.jobs.try_recv()
+        {
+            group.push(job);
+        }
         group
     }
 }
