@@ -62,7 +62,17 @@ impl ConfigFile {
         Err(Failure::usage(message).hint(hint))
     }
 
-    /// Opens the store that `[store]` names.
+    /// Opens the store that `[store]` names, for a verb that only reads: one that is not there is not made.
+    pub(crate) async fn open_store_to_read(&self) -> anyhow::Result<OpenStore> {
+        if let Some(store) = self.gateway.store.as_ref().filter(|store| !store.url.is_there()) {
+            return Err(Failure::new(format!("there is no store yet at {}", store.url))
+                .hint("`bindery serve` and `bindery keys create` make it; a relative path is taken from the folder that this runs in")
+                .into());
+        }
+        self.open_store().await
+    }
+
+    /// Opens the store that `[store]` names, and makes it where there is none.
     pub(crate) async fn open_store(&self) -> anyhow::Result<OpenStore> {
         let Some(store) = self.gateway.store.clone() else {
             return Err(Failure::usage(format!(
@@ -82,6 +92,11 @@ impl ConfigFile {
         let (store, thread) = Store::open(options).await.map_err(|error| of_store(&error))?;
         Ok(OpenStore { store, thread })
     }
+}
+
+/// This machine's name; empty where the system does not tell it there.
+pub(crate) fn host_name() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned()
 }
 
 /// A store that a verb has opened.

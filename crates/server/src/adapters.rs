@@ -1,14 +1,14 @@
 //! Which names a caller may use, and what they stand for.
 //!
-//! Invariant: an adapter that a caller may not see is to it as if it did not exist: in listings, in errors, in what a name
-//! resolves to.
+//! Invariant: what a caller may not use (an adapter of other tenants, a name that its tenant's or its key's list does not
+//! hold) is to it as if it did not exist: in listings, in errors, in what a name resolves to.
 
 use std::time::Duration;
 
 use bindery_engine::{
     AdapterError, AdapterLease, AdapterPool, EngineError, Share, TenantId, TextRequest, adapters::AdapterSpec,
 };
-use bindery_gateway::gateway::LocalShare;
+use bindery_gateway::{gateway::LocalShare, keys::NameOf};
 
 use crate::{error::ApiError, router::Serving, state::AppState};
 
@@ -52,10 +52,30 @@ impl Serving {
     }
 
     /// Adapters that the caller may name, in the order of their names.
-    pub(crate) fn adapters(&self) -> Vec<AdapterSpec> {
+    pub(crate) fn adapters(&self, state: &AppState) -> Vec<AdapterSpec> {
         let mut specs = self.model.adapters.specs();
-        specs.retain(|spec| spec.is_for(self.caller.tenant.as_ref()));
+        specs.retain(|spec| {
+            spec.is_for(self.caller.tenant.as_ref()) && self.may_name(state, &spec.name, NameOf::Adapter)
+        });
         specs
+    }
+
+    /// The base's names that the caller may use.
+    pub(crate) fn bases<'a>(&'a self, state: &'a AppState) -> impl Iterator<Item = &'a String> {
+        state.config.served_model_names.iter().filter(move |name| self.may_name(state, name, NameOf::Model))
+    }
+
+    /// Names beside the local ones that the caller may use, each with what it is.
+    pub(crate) fn elsewhere(&self, state: &AppState) -> Vec<(String, &'static str)> {
+        let Some(gateway) = &state.config.gateway else { return Vec::new() };
+        gateway.models(self.caller.tenant.as_deref(), self.caller.grant.as_deref())
+    }
+
+    /// By the lists of its tenant and of its key.
+    fn may_name(&self, state: &AppState, name: &str, of: NameOf) -> bool {
+        state.config.gateway.as_ref().is_none_or(|gateway| {
+            gateway.may_name(self.caller.tenant.as_deref(), self.caller.grant.as_deref(), (name, of))
+        })
     }
 
     /// What a request names: the first of the base's names where it names nothing. The base's own names come before
@@ -70,20 +90,25 @@ impl Serving {
         }
     }
 
+    /// Likewise for the routes that no router stands before: the base, too, has to be one that the caller may use.
+    pub(crate) fn resolve_or_base(&self, state: &AppState, asked: Option<String>) -> Result<Named, ApiError> {
+        self.resolve(state, Some(asked.unwrap_or_else(|| state.config.primary_model_name().to_owned())))
+    }
+
     /// What a name stands for to the caller; None: nothing.
     pub(crate) fn kind_of(&self, state: &AppState, name: &str) -> Option<NamedKind> {
         if state.config.served_model_names.iter().any(|base| base == name) {
-            return Some(NamedKind::Base);
+            return self.may_name(state, name, NameOf::Model).then_some(NamedKind::Base);
         }
-        let is_seen = self.model.adapters.spec(name).is_some_and(|spec| spec.is_for(self.caller.tenant.as_ref()));
+        let is_seen = self.model.adapters.spec(name).is_some_and(|spec| spec.is_for(self.caller.tenant.as_ref()))
+            && self.may_name(state, name, NameOf::Adapter);
         is_seen.then_some(NamedKind::Adapter)
     }
 
     pub(crate) fn unknown(&self, state: &AppState, asked: String) -> ApiError {
-        let adapters = self.adapters().into_iter().map(|spec| spec.name);
-        let elsewhere = state.config.gateway.as_ref().map(|gateway| gateway.models(self.caller.tenant.as_deref()));
-        let elsewhere = elsewhere.into_iter().flatten().map(|(name, _)| name);
-        let names = state.config.served_model_names.iter().cloned().chain(adapters).chain(elsewhere);
+        let adapters = self.adapters(state).into_iter().map(|spec| spec.name);
+        let elsewhere = self.elsewhere(state).into_iter().map(|(name, _)| name);
+        let names = self.bases(state).cloned().chain(adapters).chain(elsewhere);
         let offered = names.take(MAX_OFFERED).collect();
         ApiError::UnknownModel { asked, offered }
     }

@@ -7,7 +7,7 @@ use axum::http::{HeaderMap, header};
 use bindery_gateway::{
     clock::UnixMillis,
     gateway::{Gateway, configured_credential},
-    keys::{AuthError, Credential, KeyError},
+    keys::{AuthError, Credential, KeyError, KeyGrant},
 };
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
@@ -21,11 +21,13 @@ pub(crate) struct Caller {
     pub(crate) tenant: Option<Arc<str>>,
     /// What it showed, for the books.
     pub(crate) credential: Credential,
+    /// What its key takes away of what the tenant may; None: nothing.
+    pub(crate) grant: Option<Arc<KeyGrant>>,
 }
 
 impl Default for Caller {
     fn default() -> Self {
-        Self { tenant: None, credential: configured_credential() }
+        Self { tenant: None, credential: configured_credential(), grant: None }
     }
 }
 
@@ -62,7 +64,7 @@ impl ApiKeys {
         match gateway.authenticate(presented, UnixMillis::now()).await {
             Some(Ok(identity)) => {
                 let tenant = Some(identity.tenant.as_str().into());
-                Ok(Caller { tenant, credential: identity.credential })
+                Ok(Caller { tenant, credential: identity.credential, grant: identity.grant })
             }
             Some(Err(error)) if error.is_ours() => Err(ApiError::KeysUnavailable { message: error.to_string() }),
             // Only who holds a key that was one is told more.

@@ -143,12 +143,7 @@ async fn answer(
             Target::Upstream { upstream, model } => {
                 let _ = context.counts.model.set(target.to_string());
                 match exchange.send(upstream, model, overflows && at == 0, UnixMillis::now()).await {
-                    Ok((Sent::Whole(mut answer), warning)) => {
-                        if let Some(mut filters) = exchange.filters() {
-                            filters.whole(&mut answer);
-                        }
-                        with_warning(axum::Json(answer).into_response(), warning)
-                    }
+                    Ok((Sent::Whole(answer), warning)) => with_warning(axum::Json(answer).into_response(), warning),
                     Ok((Sent::Stream(stream), warning)) => {
                         with_warning(upstream_stream(*stream, exchange, context.clone(), state), warning)
                     }
@@ -205,6 +200,7 @@ async fn begin(
         gateway.begin(Asked {
             tenant: caller.tenant.as_deref(),
             credential: caller.credential,
+            grant: caller.grant,
             wire,
             body,
             default_model: &default_model,

@@ -39,7 +39,7 @@ pub(crate) enum KeysAction {
         /// Of the key, as `keys list` shows it
         id: String,
     },
-    /// Replace a key by a new one of the same tenant and name
+    /// Replace a key by a new one of the same tenant, name, limits and lists
     Rotate(KeyRotateArgs),
 }
 
@@ -55,6 +55,21 @@ pub(crate) struct KeyCreateArgs {
     /// How long it opens, like 90d [default: until it is revoked]
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub(crate) expires: Option<Duration>,
+    /// Requests a minute by this key alone, beside the tenant's limit [default: no limit of its own]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) requests_per_minute: Option<u64>,
+    /// Tokens a minute, of prompts and answers, likewise
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) tokens_per_minute: Option<u64>,
+    /// Requests at once, likewise
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) concurrent: Option<u32>,
+    /// Models it may name or be sent to, of those the tenant may: names, or beginnings with * [default: all of the tenant's]
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',')]
+    pub(crate) models: Vec<String>,
+    /// Adapters it may name, likewise [default: as --models says, since an adapter is a model's name]
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',')]
+    pub(crate) adapters: Vec<String>,
 }
 
 /// `keys rotate`
@@ -175,6 +190,12 @@ pub(crate) enum AuditAction {
     },
     /// Write the log's requests to stdout, for other tools
     Export(AuditExportArgs),
+    /// Begin a log anew whose folder was moved away; its first record says so
+    ForgetHead {
+        /// Why, for whoever reads the new log
+        #[arg(long, value_name = "TEXT")]
+        reason: String,
+    },
 }
 
 /// `audit export`

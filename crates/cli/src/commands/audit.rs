@@ -1,4 +1,4 @@
-//! `bindery audit verify|export`: the log of who asked what of whom, checked and handed on.
+//! `bindery audit verify|export|forget-head`: the log of who asked what of whom, checked, handed on, begun anew.
 //!
 //! The gateway reads the log; here the key, the head and the words for people come together. Invariant: `verify` ends
 //! with code 0 only where the log is what was written.
@@ -9,8 +9,11 @@ use std::{
 };
 
 use bindery_gateway::{
-    audit::{AuditConfig, ExportFilter, ExportFormat, Head, Report, export, export::ExportKeys, verify},
-    store::StoreHeads,
+    audit::{
+        AuditConfig, ExportFilter, ExportFormat, Head, Journal, Report, config::KeepContents, export,
+        export::ExportKeys, verify,
+    },
+    store::{LogWriter, Store, StoreHeads},
 };
 use chrono::{DateTime, Utc};
 use serde_json::json;
@@ -18,7 +21,7 @@ use serde_json::json;
 use crate::{
     args::{AuditAction, AuditArgs, AuditExportArgs},
     failure::Failure,
-    gateway::ConfigFile,
+    gateway::{ConfigFile, host_name},
     terminal::{self, Style, thousands},
 };
 
@@ -33,6 +36,9 @@ pub(crate) async fn run(args: AuditArgs) -> anyhow::Result<()> {
             .hint("add [audit] with path = \"bindery-audit\"")
             .into());
     };
+    if let AuditAction::ForgetHead { reason } = action {
+        return forget_head(&file, &audit, reason).await;
+    }
     if !audit.path.is_dir() {
         return Err(Failure::new(format!("there is no audit log at {}", audit.path.display()))
             .hint("a server makes it at its first start; a relative path is taken from the folder that this runs in")
@@ -40,8 +46,13 @@ pub(crate) async fn run(args: AuditArgs) -> anyhow::Result<()> {
     }
     match action {
         AuditAction::Verify { json } => check(&file, &audit, json).await,
+        AuditAction::ForgetHead { .. } => Ok(()),
         AuditAction::Export(args) => tokio::task::spawn_blocking(move || hand_out(&audit, &args)).await?,
     }
+}
+
+fn env(name: &str) -> Option<String> {
+    std::env::var(name).ok()
 }
 
 /// What is known of the log's end.
@@ -51,11 +62,40 @@ enum KnownHead {
     NoStore,
 }
 
+/// Where the store keeps how far this log went.
+fn heads(store: &Store, audit: &AuditConfig) -> StoreHeads {
+    let log = audit.log_name(&host_name());
+    let writer = LogWriter { log: &log, writer: "bindery audit" };
+    StoreHeads::new(store.clone(), tokio::runtime::Handle::current(), writer)
+}
+
+async fn forget_head(file: &ConfigFile, audit: &AuditConfig, reason: String) -> anyhow::Result<()> {
+    if file.gateway.store.is_none() {
+        return Err(Failure::usage(format!("{} names no store, so no head is kept", file.path.display()))
+            .hint("without [store] a server begins a log anew by itself")
+            .into());
+    }
+    // What it writes holds no contents, so their key is not asked for.
+    let plain = AuditConfig { contents: KeepContents::None, contents_key_env: None, ..audit.clone() };
+    let config = plain.journal(&env)?;
+    let open = file.open_store_to_read().await?;
+    let heads = heads(&open.store, audit);
+    let begun = tokio::task::spawn_blocking(move || Journal::begin_anew(config, Box::new(heads), &reason)).await?;
+    open.close().await?;
+    let head = begun?;
+    terminal::note(&format!(
+        "the log in {} begins anew; its first record tells that {} records before it are not there",
+        audit.path.display(),
+        thousands(head.seq)
+    ));
+    Ok(())
+}
+
 async fn check(file: &ConfigFile, audit: &AuditConfig, is_json: bool) -> anyhow::Result<()> {
-    let key = audit.key()?;
+    let key = audit.key(&env)?;
     let head = if file.gateway.store.is_some() {
-        let open = file.open_store().await?;
-        let heads = StoreHeads::new(open.store.clone(), tokio::runtime::Handle::current(), &audit.path);
+        let open = file.open_store_to_read().await?;
+        let heads = heads(&open.store, audit);
         let newest = heads.newest().await;
         drop(heads);
         open.close().await?;
@@ -134,11 +174,11 @@ fn as_json(report: &Report) -> String {
 }
 
 fn hand_out(audit: &AuditConfig, args: &AuditExportArgs) -> anyhow::Result<()> {
-    let key = audit.key()?;
-    let contents = if args.contents { audit.contents_key()? } else { None };
+    let key = audit.key(&env)?;
+    let contents = if args.contents { audit.opening_keys(&env)? } else { None };
     if args.contents && contents.is_none() {
-        return Err(Failure::usage("--contents asks for prompts and answers, and the config keeps none")
-            .hint("leave --contents out; [audit] contents = \"encrypted\" keeps them from then on")
+        return Err(Failure::usage("--contents opens prompts and answers, and the config names no key of theirs")
+            .hint("name its variable as contents_key_env in [audit], or in contents_old_key_envs; or leave --contents out")
             .into());
     }
     let time = |seconds: Option<u64>| -> Option<DateTime<Utc>> {

@@ -26,7 +26,7 @@ pub(crate) async fn run(args: CostsArgs) -> anyhow::Result<()> {
         CostColumnArg::Day => CostColumn::Day,
     });
     let query = CostQuery { by: columns.collect(), from, to, tenant };
-    let open = file.open_store().await?;
+    let open = file.open_store_to_read().await?;
     let report = costs(&open.store, query).await.map_err(of_ledger);
     open.close().await?;
     let report = report?;

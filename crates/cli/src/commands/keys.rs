@@ -6,9 +6,10 @@
 use bindery_gateway::{
     clock::UnixMillis,
     keys::{
-        ApiKey, KeyError, KeyInfo, NewKey, Rotation,
+        ApiKey, KeyError, KeyGrant, KeyInfo, NewKey, Rotation,
         table::{create, list, revoke, rotate},
     },
+    limits::RateLimits,
     names::KeyId,
     store::Store,
 };
@@ -18,7 +19,7 @@ use crate::{
     commands::models::{plain_table, show},
     failure::Failure,
     gateway::{ConfigFile, of_store},
-    terminal,
+    terminal::{self, thousands},
 };
 
 pub(crate) async fn run(args: KeysArgs) -> anyhow::Result<()> {
@@ -28,7 +29,13 @@ pub(crate) async fn run(args: KeysArgs) -> anyhow::Result<()> {
     if let KeysAction::Create(create) = &action {
         file.tenant(&create.tenant)?;
     }
-    let open = file.open_store().await?;
+    let open = match &action {
+        KeysAction::Create(_) => file.open_store().await?,
+        // Without a store there is nothing to list, to end or to replace.
+        KeysAction::List { .. } | KeysAction::Revoke { .. } | KeysAction::Rotate(_) => {
+            file.open_store_to_read().await?
+        }
+    };
     let done = act(&file, &open.store, action).await;
     open.close().await?;
     done
@@ -56,13 +63,28 @@ impl Form {
 }
 
 async fn make(file: &ConfigFile, store: &Store, args: KeyCreateArgs) -> anyhow::Result<()> {
-    let KeyCreateArgs { tenant, name, expires } = args;
+    let grant = grant(&args);
+    let KeyCreateArgs { tenant, name, expires, .. } = args;
     let now = UnixMillis::now();
     let expires_at = expires.map(|expires| now.after(expires));
-    let new = NewKey { tenant: file.tenant(&tenant)?.id.clone(), name, expires_at };
+    let new = NewKey { tenant: file.tenant(&tenant)?.id.clone(), name, expires_at, grant };
     let key = create(store, new, now).await.map_err(of_key)?;
     terminal::note(&format!("the key {} of the tenant {tenant}, shown this once; {}", key.id(), until(expires_at)));
     print_key(&key)
+}
+
+/// What the key may use beside what the tenant may.
+fn grant(args: &KeyCreateArgs) -> KeyGrant {
+    let list = |names: &Vec<String>| (!names.is_empty()).then(|| names.clone());
+    KeyGrant {
+        limits: RateLimits {
+            requests_per_minute: args.requests_per_minute,
+            tokens_per_minute: args.tokens_per_minute,
+            concurrent: args.concurrent,
+        },
+        models: list(&args.models),
+        adapters: list(&args.adapters),
+    }
 }
 
 async fn replace(store: &Store, args: KeyRotateArgs) -> anyhow::Result<()> {
@@ -125,7 +147,9 @@ fn key_id(text: &str) -> Result<KeyId, Failure> {
 fn of_key(error: KeyError) -> Failure {
     match error {
         KeyError::Store(error) => of_store(&error),
-        KeyError::BadName | KeyError::EndsBeforeItBegins => Failure::usage(error.to_string()),
+        KeyError::BadName | KeyError::EndsBeforeItBegins | KeyError::BadList { .. } | KeyError::BadPattern { .. } => {
+            Failure::usage(error.to_string())
+        }
         other => Failure::new(other.to_string()),
     }
 }
@@ -136,7 +160,7 @@ fn table(keys: &[KeyInfo], now: UnixMillis) -> String {
         return "no keys\n".to_owned();
     }
     let mut table = plain_table();
-    table.set_header(["ID", "TENANT", "NAME", "CREATED", "STATE"]);
+    table.set_header(["ID", "TENANT", "NAME", "CREATED", "STATE", "MAY USE"]);
     for key in keys {
         table.add_row([
             key.id.clone(),
@@ -144,9 +168,26 @@ fn table(keys: &[KeyInfo], now: UnixMillis) -> String {
             key.name.clone(),
             UnixMillis(key.created_at).day(),
             state(key, now),
+            key.grant.as_ref().map_or_else(|| "nothing: its row was changed by hand".to_owned(), may_use),
         ]);
     }
     format!("{}\n", show(&mut table))
+}
+
+/// What its own limits and lists leave of what the tenant may.
+fn may_use(grant: &KeyGrant) -> String {
+    let RateLimits { requests_per_minute, tokens_per_minute, concurrent } = grant.limits;
+    let limit = |limit: Option<u64>, of: &str| limit.map(|limit| format!("{} {of}", thousands(limit)));
+    let list = |names: &Option<Vec<String>>, of: &str| names.as_ref().map(|names| format!("{of} {}", names.join(", ")));
+    let parts = [
+        limit(requests_per_minute, "requests/min"),
+        limit(tokens_per_minute, "tokens/min"),
+        limit(concurrent.map(u64::from), "at once"),
+        list(&grant.models, "models"),
+        list(&grant.adapters, "adapters"),
+    ];
+    let parts: Vec<String> = parts.into_iter().flatten().collect();
+    if parts.is_empty() { "what the tenant may".to_owned() } else { parts.join("; ") }
 }
 
 fn state(key: &KeyInfo, now: UnixMillis) -> String {
@@ -173,6 +214,7 @@ mod tests {
             expires_at: None,
             revoked_at: None,
             successor: None,
+            grant: Some(KeyGrant::default()),
         };
         let now = UnixMillis(1_795_867_200_000);
         let until = |at: i64| KeyInfo { expires_at: Some(at), ..key.clone() };
@@ -182,5 +224,13 @@ mod tests {
         let rotated = KeyInfo { successor: Some("xyz".into()), ..until(now.0 - 1) };
         assert_eq!(state(&rotated, now), "expired 2026-11-28, replaced by xyz");
         assert_eq!(state(&KeyInfo { revoked_at: Some(0), ..until(now.0 + 1) }, now), "revoked 1970-01-01");
+    }
+
+    #[test]
+    fn what_a_key_may_use_is_told_in_a_line() {
+        assert_eq!(may_use(&KeyGrant::default()), "what the tenant may");
+        let limits = RateLimits { requests_per_minute: Some(6000), tokens_per_minute: None, concurrent: Some(2) };
+        let grant = KeyGrant { limits, models: Some(vec!["a".into(), "b*".into()]), adapters: None };
+        assert_eq!(may_use(&grant), "6,000 requests/min; 2 at once; models a, b*");
     }
 }

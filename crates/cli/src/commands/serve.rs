@@ -27,6 +27,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     args::{LogFormat, ServeArgs},
     failure::{Failure, Interrupted},
+    gateway::host_name,
     local, logging,
     settings::Settings,
     signals::StopSignals,
@@ -127,10 +128,10 @@ async fn start_gateway(settings: &Settings, address: SocketAddr) -> anyhow::Resu
     let Some(config) = &settings.gateway else { return Ok(None) };
     let env = |name: &str| std::env::var(name).ok().filter(|value| !value.trim().is_empty());
     // An address is one process's at a time, and the same one's after a restart.
-    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    let node = NodeId::new(&format!("{} {address}", host.trim()).trim().replace(' ', "/"))?;
-    let started =
-        Gateway::start(GatewayConfig::clone(config), &Surroundings { env: &env, node }, UnixMillis::now()).await;
+    let host = host_name();
+    let node = NodeId::new(&format!("{host} {address}").trim().replace(' ', "/"))?;
+    let surroundings = Surroundings { env: &env, node, host: &host };
+    let started = Gateway::start(GatewayConfig::clone(config), &surroundings, UnixMillis::now()).await;
     Ok(Some(
         started
             .map_err(|error| Failure::new(error.to_string()).hint("`bindery check` says what the config file means"))?,

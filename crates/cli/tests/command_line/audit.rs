@@ -7,14 +7,14 @@ use bindery_gateway::{
         AuditKey, Contents, ContentsKey, Fsync, HeadStore as _, Journal, JournalConfig, ModelUsed, RequestRecord,
         Retention,
     },
-    store::StoreHeads,
+    store::{LogWriter, StoreHeads},
 };
 use serde_json::Value;
 
 use crate::{gateway::Home, support::Ended};
 
 const KEY: &str = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f";
-const CONFIG: &str = "[store]\nurl = \"sqlite://bindery.db\"\n[audit]\npath = \"log\"\ncontents = \"encrypted\"\n\
+const CONFIG: &str = "[store]\nurl = \"sqlite://bindery.db\"\n[audit]\npath = \"log\"\nname = \"the log\"\ncontents = \"encrypted\"\n\
                       contents_key_env = \"CONTENTS\"\n";
 
 /// A log of two requests, its head in the store.
@@ -22,8 +22,9 @@ fn written() -> Home {
     let home = Home::new(CONFIG);
     let path = home.folder.path().join("log");
     home.in_store(async |store| {
-        // As the config names it: relative to the folder that the binary runs in.
-        let heads = StoreHeads::new(store, tokio::runtime::Handle::current(), std::path::Path::new("log"));
+        // By the config's name of it, as a server would.
+        let writer = LogWriter { log: "the log", writer: "test" };
+        let heads = StoreHeads::new(store, tokio::runtime::Handle::current(), writer);
         let config = JournalConfig {
             path,
             key: AuditKey::parse(KEY).unwrap(),
@@ -39,7 +40,8 @@ fn written() -> Home {
             for tenant in ["acme", "globex"] {
                 let model = ModelUsed { name: "smollm2".to_owned(), ..ModelUsed::default() };
                 let record = RequestRecord { tenant: tenant.to_owned(), model, ..RequestRecord::default() };
-                let contents = Contents { prompt: "what is secret?".to_owned(), answer: "this".to_owned() };
+                let contents =
+                    Contents { prompt: "what is secret?".to_owned(), answer: "this".to_owned(), ..Contents::default() };
                 journal.append_request(&record, Some(contents)).unwrap();
             }
             // As the log's writer does when it acknowledges.
@@ -128,4 +130,59 @@ fn what_is_missing_is_named() {
     let no_log = audit(&Home::new(CONFIG), &["verify"]);
     assert_eq!(no_log.code, 1);
     assert!(no_log.stderr.contains("there is no audit log at log"), "{}", no_log.stderr);
+}
+
+/// A folder that was moved away on purpose: the store's memory of it goes by a verb alone, and the new log tells.
+#[test]
+fn a_log_that_was_moved_away_is_begun_anew_by_a_verb_that_is_on_record() {
+    let home = written();
+    let forget = ["forget-head", "--reason", "moved to the archive"];
+    let still = audit(&home, &forget);
+    assert!(still.code == 1 && still.stderr.contains("is not begun anew"), "{}", still.stderr);
+    fs::rename(home.folder.path().join("log"), home.folder.path().join("archive")).unwrap();
+    let unexplained = audit(&home, &["forget-head"]);
+    assert_eq!(unexplained.code, 2, "{}", unexplained.stderr);
+    // The key that signs is all it needs.
+    let begun = home.run_in(&[&["audit"], &forget[..]].concat(), &[("BINDERY_AUDIT_KEY", KEY)]);
+    assert_eq!(begun.code, 0, "{}", begun.stderr);
+    assert!(begun.stderr.contains("begins anew") && begun.stderr.contains("that 3 records"), "{}", begun.stderr);
+    let ended = audit(&home, &["verify"]);
+    assert_eq!(ended.code, 0, "{} {}", ended.stdout, ended.stderr);
+    assert!(ended.stdout.contains("moved to the archive") && ended.stdout.contains("1 records"), "{}", ended.stdout);
+    // The old one still verifies where it lies, without a head.
+    let old = "[audit]\npath = \"archive\"\n";
+    fs::write(home.folder.path().join("bindery.toml"), old).unwrap();
+    assert_eq!(audit(&home, &["verify"]).code, 0);
+}
+
+#[test]
+fn the_key_of_contents_is_asked_for_where_they_are_opened_and_told_by_name_where_it_is_another() {
+    let home = written();
+    let signing = ("BINDERY_AUDIT_KEY", KEY);
+    let verified = home.run_in(&["audit", "verify"], &[signing]);
+    assert_eq!(verified.code, 0, "{}", verified.stderr);
+    assert_eq!(home.run_in(&["audit", "export"], &[signing]).code, 0);
+    let none = home.run_in(&["audit", "export", "--contents"], &[signing]);
+    assert!(none.code == 1 && none.stderr.contains("the environment has no `CONTENTS`"), "{}", none.stderr);
+    let other = KEY.replace("00", "ff");
+    let wrong = home.run_in(&["audit", "export", "--contents"], &[signing, ("CONTENTS", &other)]);
+    let (sealed, given) = (ContentsKey::parse(KEY).unwrap(), ContentsKey::parse(&other).unwrap());
+    assert_eq!((wrong.code, wrong.stdout.as_str()), (1, ""), "{}", wrong.stderr);
+    assert!(wrong.stderr.contains(sealed.id()) && wrong.stderr.contains(given.id()), "{}", wrong.stderr);
+    // After a rotation: the old one opens.
+    let rotated = CONFIG.replace("\"CONTENTS\"", "\"NEW\"") + "contents_old_key_envs = [\"CONTENTS\"]\n";
+    fs::write(home.folder.path().join("bindery.toml"), rotated).unwrap();
+    let opened = home.run_in(&["audit", "export", "--contents"], &[signing, ("NEW", &other), ("CONTENTS", KEY)]);
+    assert_eq!(opened.stdout.matches("what is secret?").count(), 2, "{}", opened.stderr);
+}
+
+#[test]
+fn a_log_whose_store_is_not_there_is_read_and_not_called_good() {
+    let home = written();
+    for end in ["", "-wal", "-shm"] {
+        let _ = fs::remove_file(home.folder.path().join(format!("bindery.db{end}")));
+    }
+    let ended = audit(&home, &["verify"]);
+    assert!(ended.code == 1 && ended.stderr.contains("there is no store yet"), "{}", ended.stderr);
+    assert!(!home.folder.path().join("bindery.db").exists());
 }

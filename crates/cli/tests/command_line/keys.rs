@@ -113,11 +113,66 @@ fn what_cannot_be_is_refused_with_a_way_out() {
     assert_eq!((no_store.code, no_store.stdout.as_str()), (2, ""));
     assert!(no_store.stderr.contains("bindery.toml names no store"), "{}", no_store.stderr);
     assert!(no_store.stderr.contains("hint: add [store] with url = \"sqlite://bindery.db\""), "{}", no_store.stderr);
-    let unreachable = Home::new("[store]\nurl = \"sqlite:///nowhere/x.db\"\n").run(&["keys", "list"]);
+    let nowhere = "[store]\nurl = \"sqlite:///nowhere/x.db\"\n[[tenants]]\nname = \"acme\"\n";
+    let unreachable = Home::new(nowhere).run(&["keys", "create", "--tenant", "acme"]);
     assert_eq!(unreachable.code, 1);
     assert!(unreachable.stderr.contains("sqlite:///nowhere/x.db") && unreachable.stderr.contains("hint: check that"));
     let no_config = run(&["keys", "list"]);
     assert_eq!(no_config.code, 2);
     assert!(no_config.stderr.contains("no config file was named"), "{}", no_config.stderr);
+    home.in_store(async |_| {});
     assert_eq!(home.run(&["keys", "list"]).stdout, "no keys\n");
+}
+
+/// Otherwise a mistyped path, or another folder to run in, leaves an empty file that looks like a store without keys.
+#[test]
+fn a_verb_that_only_reads_makes_no_store_and_says_that_there_is_none() {
+    let home = Home::new(&format!("{CONFIG}budget = {{ usd_per_day = 5.0 }}\n"));
+    std::fs::write(home.folder.path().join("r.json"), "{\"model\": \"local\", \"messages\": []}").unwrap();
+    for verb in [
+        &["keys", "list"][..],
+        &["keys", "list", "--json"],
+        &["keys", "revoke", "a"],
+        &["keys", "rotate", "a"],
+        &["costs"],
+    ] {
+        let ended = home.run(verb);
+        assert_eq!((ended.code, ended.stdout.as_str()), (1, ""), "{verb:?}: {}", ended.stderr);
+        assert!(ended.stderr.contains("there is no store yet at sqlite://bindery.db"), "{verb:?}: {}", ended.stderr);
+        assert!(ended.stderr.contains("hint: "), "{}", ended.stderr);
+    }
+    let explained = home.run(&["route", "explain", "r.json", "--tenant", "globex"]);
+    assert!(explained.stderr.contains("there is no store yet"), "{}", explained.stderr);
+    let files: Vec<_> =
+        std::fs::read_dir(home.folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(files.len(), 2, "the config and the request: {files:?}");
+    // What an earlier version left: an empty file is no store either, and stays as it is.
+    std::fs::write(home.folder.path().join("bindery.db"), "").unwrap();
+    assert_eq!(home.run(&["keys", "list"]).code, 1);
+    assert_eq!(std::fs::read(home.folder.path().join("bindery.db")).unwrap(), b"");
+}
+
+#[test]
+fn what_a_key_may_use_is_listed_and_kept_when_it_is_replaced() {
+    let home = Home::new(CONFIG);
+    let limits = ["--requests-per-minute", "60", "--tokens-per-minute", "5000", "--concurrent", "2"];
+    let lists = ["--models", "base,openai/*", "--adapters", "fr"];
+    let made = home.run(&[&["keys", "create", "--tenant", "acme"], &limits[..], &lists].concat());
+    let old = printed(&made.stdout);
+    let new = printed(&home.run(&["keys", "rotate", id_of(&old)]).stdout);
+    let plain = printed(&home.run(&["keys", "create", "--tenant", "acme"]).stdout);
+    let told = "60 requests/min; 5,000 tokens/min; 2 at once; models base, openai/*; adapters fr";
+    let listed = home.run(&["keys", "list"]).stdout;
+    for (key, expected) in [(&old, told), (&new, told), (&plain, "what the tenant may")] {
+        let row = listed.lines().find(|line| line.starts_with(id_of(key))).unwrap();
+        assert!(row.contains(expected), "{row}");
+    }
+    let json: Value = serde_json::from_str(&home.run(&["keys", "list", "--json"]).stdout).unwrap();
+    let row = json.as_array().unwrap().iter().find(|row| row["id"] == id_of(&new)).unwrap();
+    assert_eq!((&row["requests_per_minute"], &row["concurrent"]), (&60.into(), &2.into()), "{row}");
+    assert_eq!(row["models"], serde_json::json!(["base", "openai/*"]));
+    for wrong in [&["--concurrent", "0"][..], &["--requests-per-minute", "-1"], &["--models", " "]] {
+        let ended = home.run(&[&["keys", "create", "--tenant", "acme"], wrong].concat());
+        assert_eq!((ended.code, ended.stdout.as_str()), (2, ""), "{wrong:?}: {}", ended.stderr);
+    }
 }

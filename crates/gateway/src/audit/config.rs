@@ -6,11 +6,13 @@ use std::{path::PathBuf, time::Duration};
 
 use serde::Deserialize;
 
-use super::{AuditError, AuditKey, ContentsKey, Fsync, JournalConfig, OnFailure, Retention};
+use super::{AuditError, AuditKey, ContentsKey, ContentsKeys, Fsync, JournalConfig, OnFailure, Retention, key::Env};
 
 /// The variable of the key that signs records, unless the config names another.
 const KEY_ENV: &str = "BINDERY_AUDIT_KEY";
 const MAX_QUEUED: usize = 4096;
+/// Kept of a prompt, and of an answer, unless the config says otherwise.
+const MAX_CONTENTS_BYTES: usize = 256 * 1024;
 const HOUR: Duration = Duration::from_hours(1);
 
 /// What is kept of prompts and answers.
@@ -54,6 +56,8 @@ pub enum FailureMeans {
 pub struct AuditConfig {
     /// The log's folder.
     pub path: PathBuf,
+    /// The log's name in the store; absent: the machine's name and the folder's absolute path.
+    pub name: Option<String>,
     /// The environment variable that holds the signing key; absent: `BINDERY_AUDIT_KEY`.
     pub key_env: Option<String>,
     /// A file that holds it, outside the folder.
@@ -63,6 +67,9 @@ pub struct AuditConfig {
     pub contents: KeepContents,
     /// The environment variable that holds the key of contents.
     pub contents_key_env: Option<String>,
+    /// Variables of keys that sealed contents before; they open, and seal nothing.
+    #[serde(default)]
+    pub contents_old_key_envs: Vec<String>,
     /// The longest prompt and the longest answer that are kept.
     pub max_contents_bytes: Option<usize>,
     /// When records are made to last.
@@ -95,25 +102,34 @@ pub struct WriterConfig {
 }
 
 impl AuditConfig {
+    /// What the log is called in the store, where the logs of several nodes lie side by side.
+    pub fn log_name(&self, host: &str) -> String {
+        self.name.clone().unwrap_or_else(|| {
+            // A path that cannot be made absolute names a folder that cannot be opened either.
+            let path = std::path::absolute(&self.path).unwrap_or_else(|_| self.path.clone());
+            format!("{host}:{}", path.display())
+        })
+    }
+
     /// The key that signs records.
-    pub fn key(&self) -> Result<AuditKey, AuditError> {
+    pub fn key(&self, env: Env<'_>) -> Result<AuditKey, AuditError> {
         match (&self.key_file, &self.key_env) {
             (Some(_), Some(_)) => {
                 Err(AuditError::Config("it has both `key_env` and `key_file`; keep one of them".to_owned()))
             }
             (Some(path), None) => AuditKey::from_file(path, &self.path),
-            (None, name) => AuditKey::from_env(name.as_deref().unwrap_or(KEY_ENV)),
+            (None, name) => AuditKey::from_env(name.as_deref().unwrap_or(KEY_ENV), env),
         }
     }
 
     /// The key that encrypts contents; none where they are not kept.
-    pub fn contents_key(&self) -> Result<Option<ContentsKey>, AuditError> {
+    pub fn contents_key(&self, env: Env<'_>) -> Result<Option<ContentsKey>, AuditError> {
         match (self.contents, &self.contents_key_env) {
             (KeepContents::None, None) => Ok(None),
             (KeepContents::None, Some(_)) => Err(AuditError::Config(
                 "`contents_key_env` means nothing with `contents = \"none\"`; remove one of them".to_owned(),
             )),
-            (KeepContents::Encrypted, Some(name)) => ContentsKey::from_env(name).map(Some),
+            (KeepContents::Encrypted, Some(name)) => ContentsKey::from_env(name, env).map(Some),
             (KeepContents::Encrypted, None) => Err(AuditError::Config(
                 "`contents = \"encrypted\"` needs `contents_key_env`, the variable that holds 32 random bytes"
                     .to_owned(),
@@ -121,8 +137,20 @@ impl AuditConfig {
         }
     }
 
+    /// Every key that may open contents, the newest first; none where no key is named.
+    pub fn opening_keys(&self, env: Env<'_>) -> Result<Option<ContentsKeys>, AuditError> {
+        let names = self.contents_key_env.iter().chain(&self.contents_old_key_envs);
+        let keys = names.map(|name| ContentsKey::from_env(name, env)).collect::<Result<Vec<_>, _>>()?;
+        Ok((!keys.is_empty()).then_some(ContentsKeys(keys)))
+    }
+
+    /// The longest prompt, and the longest answer, that are kept; none where they are not.
+    pub fn contents_bytes(&self) -> Option<usize> {
+        (self.contents == KeepContents::Encrypted).then(|| self.max_contents_bytes.unwrap_or(MAX_CONTENTS_BYTES))
+    }
+
     /// Reads the keys and checks the limits.
-    pub fn journal(&self) -> Result<JournalConfig, AuditError> {
+    pub fn journal(&self, env: Env<'_>) -> Result<JournalConfig, AuditError> {
         let fsync = match (self.fsync, self.fsync_ms) {
             (FsyncWhen::Interval, Some(ms)) if (1..=60_000).contains(&ms) => Fsync::Every(Duration::from_millis(ms)),
             (FsyncWhen::Interval, _) => {
@@ -134,7 +162,7 @@ impl AuditConfig {
             (FsyncWhen::Always, None) => Fsync::EveryBatch,
             (FsyncWhen::Never, None) => Fsync::Never,
         };
-        let max_contents_bytes = self.max_contents_bytes.unwrap_or(256 * 1024);
+        let max_contents_bytes = self.max_contents_bytes.unwrap_or(MAX_CONTENTS_BYTES);
         // Escapes may make a text six times longer, and base64 by a third: two texts must fit into a line.
         if max_contents_bytes > 400 * 1024 {
             return Err(AuditError::Config(format!(
@@ -149,8 +177,8 @@ impl AuditConfig {
         }
         Ok(JournalConfig {
             path: self.path.clone(),
-            key: self.key()?,
-            contents_key: self.contents_key()?,
+            key: self.key(env)?,
+            contents_key: self.contents_key(env)?,
             max_contents_bytes,
             fsync,
             max_segment_bytes: self.max_segment_bytes.unwrap_or(64 << 20),

@@ -9,9 +9,9 @@ use chrono::{DateTime, Utc};
 use serde_json::{Value, json};
 
 use super::{
-    AuditError, AuditKey, Contents, ContentsKey,
+    AuditError, AuditKey, Contents, ContentsKeys,
     folder::segments,
-    key::Sealed,
+    key::{Sealed, SealedFor},
     line::Line,
     scan::{Position, Scanner},
 };
@@ -57,11 +57,11 @@ pub struct ExportKeys<'a> {
     /// Signs records.
     pub key: &'a AuditKey,
     /// Opens contents; none: they stay closed.
-    pub contents: Option<&'a ContentsKey>,
+    pub contents: Option<&'a ContentsKeys>,
 }
 
 /// Columns of the table, each a path into the row.
-const COLUMNS: [(&str, &str); 20] = [
+const COLUMNS: [(&str, &str); 22] = [
     ("seq", "/seq"),
     ("at", "/at"),
     ("request_id", "/request_id"),
@@ -82,6 +82,8 @@ const COLUMNS: [(&str, &str); 20] = [
     ("verdicts", "/verdicts"),
     ("prompt", "/contents/prompt"),
     ("answer", "/contents/answer"),
+    ("prompt_bytes_cut", "/contents/prompt_bytes_cut"),
+    ("answer_bytes_cut", "/contents/answer_bytes_cut"),
 ];
 
 /// Writes the rows of requests that the filter admits, and says how many. The first record that was touched ends it.
@@ -122,17 +124,19 @@ pub fn export(
     Ok(num_rows)
 }
 
-fn row(line: &Line, key: Option<&ContentsKey>) -> Result<Value, AuditError> {
+fn row(line: &Line, keys: Option<&ContentsKeys>) -> Result<Value, AuditError> {
     let mut row = json!({"seq": line.seq, "at": line.at.to_rfc3339_opts(chrono::SecondsFormat::Millis, true)});
     if let (Some(row), Some(data)) = (row.as_object_mut(), line.data.as_object()) {
         row.extend(
             data.iter().filter(|(name, _)| *name != "contents").map(|(name, value)| (name.clone(), value.clone())),
         );
     }
-    if let (Some(key), Some(sealed)) = (key, line.data.get("contents")) {
+    if let (Some(keys), Some(sealed)) = (keys, line.data.get("contents")) {
         let bad = |error: serde_json::Error| AuditError::Key(format!("the contents of record {}: {error}", line.seq));
         let sealed: Sealed = serde_json::from_value(sealed.clone()).map_err(bad)?;
-        let contents: Contents = serde_json::from_slice(&key.open(line.seq, &sealed)?).map_err(bad)?;
+        let text = |name: &str| line.data.get(name).and_then(Value::as_str).unwrap_or_default();
+        let of = SealedFor { seq: line.seq, tenant: text("tenant"), request_id: text("request_id") };
+        let contents: Contents = serde_json::from_slice(&keys.open(of, &sealed)?).map_err(bad)?;
         row["contents"] = json!(contents);
     }
     Ok(row)

@@ -47,6 +47,11 @@ pub(super) fn segments(folder: &Path) -> Result<Vec<Segment>, AuditError> {
     Ok(segments)
 }
 
+/// Whether anything of a log is there.
+pub(crate) fn has_segments(folder: &Path) -> bool {
+    segments(folder).is_ok_and(|segments| !segments.is_empty())
+}
+
 /// Held as long as the log is written.
 #[derive(Debug)]
 pub(super) struct FolderLock(#[expect(dead_code, reason = "its drop is what it is for")] File);

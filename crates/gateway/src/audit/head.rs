@@ -15,14 +15,28 @@ pub struct Head {
     pub mac: Mac,
 }
 
-/// The store has failed.
+/// The head could not be read or saved.
 #[derive(Debug, thiserror::Error)]
-#[error("its head cannot be {doing} the store: {why}; see to the store")]
-pub struct HeadStoreError {
-    /// `read from` or `written to`.
-    pub doing: &'static str,
-    /// The store's reason.
-    pub why: String,
+pub enum HeadStoreError {
+    /// The store has failed.
+    #[error("its head cannot be {doing} the store: {why}; see to the store")]
+    Failed {
+        /// `read from` or `written to`.
+        doing: &'static str,
+        /// The store's reason.
+        why: String,
+    },
+    /// Somebody else has saved a head of this log since this process read it.
+    #[error(
+        "another process ({writer}) writes the log {log} now, so this one writes it no more; give each node a folder and a \
+         `[audit] name` of its own, and restart"
+    )]
+    OtherWriter {
+        /// Its name in the store.
+        log: String,
+        /// As that process calls itself.
+        writer: String,
+    },
 }
 
 /// Where the head is kept. Called by the writer's thread, which may block.
@@ -30,7 +44,7 @@ pub trait HeadStore: Send {
     /// The head that was saved last; none where no log was begun.
     fn load(&self) -> Result<Option<Head>, HeadStoreError>;
 
-    /// Replaces it, durably.
+    /// Replaces it, durably; refused where another process has replaced it since it was loaded.
     fn save(&self, head: &Head) -> Result<(), HeadStoreError>;
 }
 

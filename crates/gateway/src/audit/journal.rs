@@ -21,11 +21,15 @@ use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
 use super::{
-    AuditError, AuditKey, Contents, ContentsKey, Head, HeadStore, RequestRecord,
+    AuditError, AuditKey, Contents, ContentsKey, Head, HeadStore, HeadStoreError, RequestRecord,
     folder::{self, FolderLock, Segment, SegmentFile},
+    key::SealedFor,
     line::{self, Next},
     scan::{Position, Scanner, Torn},
 };
+
+/// The longest reason why a log was begun anew.
+const MAX_REASON_BYTES: usize = 500;
 
 /// When appended records are made to last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,6 +117,9 @@ impl Journal {
         let lock = folder::lock(&config.path)?;
         let head = heads.load()?;
         let segments = folder::segments(&config.path)?;
+        if let (Some(head), []) = (head, &segments[..]) {
+            return Err(AuditError::Vanished { seq: head.seq, path: config.path });
+        }
         let mut scanner = Scanner::new(&config.key);
         let begun_at = read_end(&mut scanner, &segments, head, &config.path)?;
         if let Some(problem) = scanner.problems.first() {
@@ -134,6 +141,30 @@ impl Journal {
         Ok(journal)
     }
 
+    /// Begins the log anew in a folder that has none, although the store knows the head of another, which is forgotten and
+    /// returned. The new log's first record says so, and why.
+    pub fn begin_anew(config: JournalConfig, heads: Box<dyn HeadStore>, reason: &str) -> Result<Head, AuditError> {
+        if reason.trim().is_empty() || reason.len() > MAX_REASON_BYTES || reason.chars().any(char::is_control) {
+            let text = format!("a reason has 1 to {MAX_REASON_BYTES} bytes and no control characters; give another");
+            return Err(AuditError::Config(text));
+        }
+        let forgotten = heads.load()?.ok_or(AuditError::NothingToForget)?;
+        fs::create_dir_all(&config.path).map_err(AuditError::io("create", &config.path))?;
+        let lock = folder::lock(&config.path)?;
+        if !folder::segments(&config.path)?.is_empty() {
+            return Err(AuditError::StillThere { path: config.path });
+        }
+        let next = Next { seq: 1, prev: line::Mac::NONE };
+        let first = Segment::new(&config.path, 1);
+        let (open_file, clock): (OpenFile, Clock) = (Box::new(folder::open_file), Box::new(Utc::now));
+        let mut journal = Self { config, heads, open_file, clock, next, current: None, is_broken: false, _lock: lock };
+        let told = json!({"reason": reason, "seq": forgotten.seq, "mac": forgotten.mac.to_string()});
+        journal.begin(first, Some(told))?;
+        journal.sync()?;
+        journal.save_head()?;
+        Ok(forgotten)
+    }
+
     /// The newest record.
     pub fn head(&self) -> Head {
         Head { seq: self.next.seq - 1, mac: self.next.prev }
@@ -152,7 +183,8 @@ impl Journal {
         if let (Some(key), Some(contents)) = (&self.config.contents_key, contents) {
             let contents = serde_json::to_vec(&contents.cut_to(self.config.max_contents_bytes))
                 .map_err(|error| AuditError::Config(error.to_string()))?;
-            data["contents"] = json!(key.seal(self.next.seq, &contents)?);
+            let of = SealedFor { seq: self.next.seq, tenant: &record.tenant, request_id: &record.request_id };
+            data["contents"] = json!(key.seal(of, &contents)?);
         }
         self.write("request", &data)
     }
@@ -167,7 +199,14 @@ impl Journal {
         if self.config.fsync != Fsync::Never {
             self.sync()?;
         }
-        Ok(self.heads.save(&self.head())?)
+        self.save_head()
+    }
+
+    /// Where another process writes the log, this one never does again: two chains would grow from one record.
+    fn save_head(&mut self) -> Result<(), AuditError> {
+        let saved = self.heads.save(&self.head());
+        self.is_broken |= matches!(saved, Err(HeadStoreError::OtherWriter { .. }));
+        Ok(saved?)
     }
 
     fn sync(&mut self) -> Result<(), AuditError> {
@@ -216,14 +255,18 @@ impl Journal {
         }
         self.sync()?;
         let number = self.current.as_ref().map_or(0, |current| current.segment.number) + 1;
-        self.begin(Segment::new(&self.config.path, number))?;
+        self.begin(Segment::new(&self.config.path, number), None)?;
         self.retire()
     }
 
     /// A new file and its first record. If that fails, the segment before is the current one still.
-    fn begin(&mut self, segment: Segment) -> Result<(), AuditError> {
+    /// `forgotten` is what became of the log that was here before.
+    fn begin(&mut self, segment: Segment, forgotten: Option<Value>) -> Result<(), AuditError> {
         let file = (self.open_file)(&segment.path).map_err(AuditError::io("create", &segment.path))?;
-        let data = json!({"segment": segment.number, "key": self.config.key.id(), "version": 1});
+        let mut data = json!({"segment": segment.number, "key": self.config.key.id(), "version": 1});
+        if let Some(forgotten) = forgotten {
+            data["forgotten"] = forgotten;
+        }
         let path = segment.path.clone();
         let before = self.current.replace(Current { segment, file, num_bytes: 0, begun_at: (self.clock)() });
         let written = self
@@ -243,10 +286,10 @@ impl Journal {
 
     /// The last segment, for appending; a first one where there is none, or it has no record.
     fn take_up(&mut self, last: Option<&Segment>, begun_at: Option<DateTime<Utc>>) -> Result<(), AuditError> {
-        let Some(last) = last else { return self.begin(Segment::new(&self.config.path, 1)) };
+        let Some(last) = last else { return self.begin(Segment::new(&self.config.path, 1), None) };
         let num_bytes = fs::metadata(&last.path).map_err(AuditError::io("read", &last.path))?.len();
         if num_bytes == 0 {
-            return self.begin(last.clone());
+            return self.begin(last.clone(), None);
         }
         let file = (self.open_file)(&last.path).map_err(AuditError::io("open", &last.path))?;
         let begun_at = begun_at.unwrap_or_else(|| (self.clock)());
@@ -298,7 +341,7 @@ impl Journal {
         });
         self.write("retired", &data)?;
         self.sync()?;
-        self.heads.save(&self.head())?;
+        self.save_head()?;
         for segment in &segments[..num_over] {
             fs::remove_file(&segment.path).map_err(AuditError::io("remove", &segment.path))?;
         }

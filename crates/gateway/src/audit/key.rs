@@ -17,6 +17,9 @@ use super::{AuditError, line::Mac};
 
 const MIN_KEY_BYTES: usize = 32;
 
+/// Reads a variable of the environment.
+pub type Env<'a> = &'a dyn Fn(&str) -> Option<String>;
+
 /// Signs records.
 #[derive(Clone)]
 pub struct AuditKey(Vec<u8>);
@@ -34,8 +37,8 @@ impl AuditKey {
     }
 
     /// From this variable.
-    pub fn from_env(name: &str) -> Result<Self, AuditError> {
-        Self::parse(&read_env(name)?).map_err(|error| named(name, &error))
+    pub fn from_env(name: &str, env: Env<'_>) -> Result<Self, AuditError> {
+        Self::parse(&read_env(name, env)?).map_err(|error| named(name, &error))
     }
 
     /// From this file, which must not lie in the log's folder.
@@ -73,19 +76,39 @@ impl AuditKey {
     }
 }
 
-/// Encrypts contents: XChaCha20-Poly1305, a random nonce a record, bound to the record's number.
+/// Encrypts contents: XChaCha20-Poly1305, a random nonce a record, bound to the record that it is sealed for.
 #[derive(Clone)]
-pub struct ContentsKey(XChaCha20Poly1305);
+pub struct ContentsKey {
+    cipher: XChaCha20Poly1305,
+    id: String,
+}
 
 impl fmt::Debug for ContentsKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("ContentsKey(hidden)")
+        write!(f, "ContentsKey({})", self.id)
     }
+}
+
+/// Keys that open contents: the one that seals now, and those that did before.
+#[derive(Clone, Debug)]
+pub struct ContentsKeys(pub Vec<ContentsKey>);
+
+/// The record that contents are sealed for: they open for no other.
+#[derive(Clone, Copy, Debug)]
+pub struct SealedFor<'a> {
+    /// Its number.
+    pub seq: u64,
+    /// Whose request.
+    pub tenant: &'a str,
+    /// Which.
+    pub request_id: &'a str,
 }
 
 /// Encrypted contents, in base64.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Sealed {
+    /// Of the key that sealed them; tells keys apart without telling the key.
+    pub key: String,
     /// Fresh for every record.
     pub nonce: String,
     /// Text and tag.
@@ -96,42 +119,81 @@ impl ContentsKey {
     /// From hex or base64: exactly 32 bytes.
     pub fn parse(text: &str) -> Result<Self, AuditError> {
         let bytes = decode(text)?;
-        XChaCha20Poly1305::new_from_slice(&bytes)
-            .map(Self)
-            .map_err(|_| AuditError::Key(format!("the key of contents has {} bytes; give exactly 32", bytes.len())))
+        let cipher = XChaCha20Poly1305::new_from_slice(&bytes)
+            .map_err(|_| AuditError::Key(format!("the key of contents has {} bytes; give exactly 32", bytes.len())))?;
+        let mut hmac = <Hmac<Sha256> as hmac::KeyInit>::new_from_slice(&bytes).expect("HMAC takes keys of any length");
+        hmac.update(b"bindery audit contents key id");
+        let id = HEXLOWER.encode(&hmac.finalize().into_bytes()[..8]);
+        Ok(Self { cipher, id })
+    }
+
+    /// Tells keys apart without telling the key.
+    pub fn id(&self) -> &str {
+        &self.id
     }
 
     /// From this variable.
-    pub fn from_env(name: &str) -> Result<Self, AuditError> {
-        Self::parse(&read_env(name)?).map_err(|error| named(name, &error))
+    pub fn from_env(name: &str, env: Env<'_>) -> Result<Self, AuditError> {
+        Self::parse(&read_env(name, env)?).map_err(|error| named(name, &error))
     }
 
-    pub(super) fn seal(&self, seq: u64, text: &[u8]) -> Result<Sealed, AuditError> {
+    pub(super) fn seal(&self, record: SealedFor<'_>, text: &[u8]) -> Result<Sealed, AuditError> {
         let mut nonce = [0; 24];
         getrandom::fill(&mut nonce).map_err(|error| AuditError::Key(format!("no random numbers: {error}")))?;
         let sealed = self
-            .0
-            .encrypt(&XNonce::from(nonce), Payload { msg: text, aad: &bound_to(seq) })
+            .cipher
+            .encrypt(&XNonce::from(nonce), Payload { msg: text, aad: &record.bytes() })
             .map_err(|_| AuditError::Key("contents are too long to encrypt".to_owned()))?;
-        Ok(Sealed { nonce: BASE64.encode(&nonce), sealed: BASE64.encode(&sealed) })
+        Ok(Sealed { key: self.id.clone(), nonce: BASE64.encode(&nonce), sealed: BASE64.encode(&sealed) })
     }
 
-    pub(super) fn open(&self, seq: u64, sealed: &Sealed) -> Result<Vec<u8>, AuditError> {
-        let bad = || AuditError::Key(format!("the contents of record {seq} do not open with this key"));
+    fn open(&self, record: SealedFor<'_>, sealed: &Sealed) -> Result<Vec<u8>, AuditError> {
+        let bad = || {
+            AuditError::Key(format!(
+                "the contents of record {} were changed, or belong to another record: their key ({}) does not open them \
+                 there; run `bindery audit verify`",
+                record.seq, self.id
+            ))
+        };
         let nonce: [u8; 24] =
             BASE64.decode(sealed.nonce.as_bytes()).ok().and_then(|nonce| nonce.try_into().ok()).ok_or_else(bad)?;
         let text = BASE64.decode(sealed.sealed.as_bytes()).map_err(|_| bad())?;
-        self.0.decrypt(&XNonce::from(nonce), Payload { msg: &text, aad: &bound_to(seq) }).map_err(|_| bad())
+        self.cipher.decrypt(&XNonce::from(nonce), Payload { msg: &text, aad: &record.bytes() }).map_err(|_| bad())
     }
 }
 
-/// What sealed contents cannot be moved away from.
-fn bound_to(seq: u64) -> Vec<u8> {
-    [b"bindery audit contents ".as_slice(), &seq.to_be_bytes()].concat()
+impl ContentsKeys {
+    /// Opens contents with the key that sealed them.
+    pub(super) fn open(&self, record: SealedFor<'_>, sealed: &Sealed) -> Result<Vec<u8>, AuditError> {
+        let key = self.0.iter().find(|key| key.id == sealed.key).ok_or_else(|| {
+            let given: Vec<&str> = self.0.iter().map(ContentsKey::id).collect();
+            AuditError::Key(format!(
+                "the contents of record {} were sealed with the key {}, and the keys given are {}: name its variable in \
+                 `contents_key_env` or `contents_old_key_envs`",
+                record.seq,
+                sealed.key,
+                given.join(", ")
+            ))
+        })?;
+        key.open(record, sealed)
+    }
 }
 
-fn read_env(name: &str) -> Result<String, AuditError> {
-    std::env::var(name).map_err(|_| {
+impl SealedFor<'_> {
+    /// What sealed contents cannot be moved away from. Lengths stand before texts, so that none runs into the next.
+    fn bytes(&self) -> Vec<u8> {
+        let mut bytes = b"bindery audit contents 1 ".to_vec();
+        bytes.extend(self.seq.to_be_bytes());
+        for text in [self.tenant, self.request_id] {
+            bytes.extend((text.len() as u64).to_be_bytes());
+            bytes.extend(text.as_bytes());
+        }
+        bytes
+    }
+}
+
+fn read_env(name: &str, env: Env<'_>) -> Result<String, AuditError> {
+    env(name).ok_or_else(|| {
         AuditError::Key(format!(
             "the environment has no `{name}`; set it to 32 random bytes, as from `openssl rand -hex 32`"
         ))
@@ -181,14 +243,27 @@ mod tests {
     }
 
     #[test]
-    fn contents_open_with_their_key_and_number_alone() {
+    fn contents_open_with_their_key_for_their_record_alone() {
         let key = ContentsKey::parse(KEY).unwrap();
-        let sealed = key.seal(7, b"hello").unwrap();
-        assert_ne!(sealed, key.seal(7, b"hello").unwrap(), "a nonce is used once");
-        assert_eq!(key.open(7, &sealed).unwrap(), b"hello");
-        assert!(key.open(8, &sealed).is_err());
-        let other = ContentsKey::parse(&KEY.replace("00", "ff")).unwrap();
-        assert!(other.open(7, &sealed).is_err());
+        let record = SealedFor { seq: 7, tenant: "acme", request_id: "r" };
+        let sealed = key.seal(record, b"hello").unwrap();
+        assert_ne!(sealed, key.seal(record, b"hello").unwrap(), "a nonce is used once");
+        assert_eq!(key.open(record, &sealed).unwrap(), b"hello");
+        for other in [
+            SealedFor { seq: 8, ..record },
+            SealedFor { tenant: "globex", ..record },
+            SealedFor { request_id: "s", ..record },
+            // The same bytes in a row, cut elsewhere.
+            SealedFor { tenant: "acm", request_id: "er", ..record },
+        ] {
+            let error = key.open(other, &sealed).unwrap_err().to_string();
+            assert!(error.contains("changed, or belong to another record"), "{error}");
+        }
+        let stranger = ContentsKey::parse(&KEY.replace("00", "ff")).unwrap();
+        let error = ContentsKeys(vec![stranger.clone()]).open(record, &sealed).unwrap_err().to_string();
+        assert!(error.contains(key.id()) && error.contains(stranger.id()) && error.contains("record 7"), "{error}");
+        assert_eq!(ContentsKeys(vec![stranger, key.clone()]).open(record, &sealed).unwrap(), b"hello");
+        assert!(!format!("{key:?}").contains("0102"));
     }
 
     #[test]

@@ -28,12 +28,13 @@ mod tests;
 
 use std::{io, path::PathBuf};
 
+pub(crate) use self::folder::has_segments;
 pub use self::{
     config::AuditConfig,
     export::{ExportFilter, ExportFormat, export},
     head::{Head, HeadStore, HeadStoreError, MemoryHeadStore},
     journal::{Fsync, Journal, JournalConfig, Retention},
-    key::{AuditKey, ContentsKey},
+    key::{AuditKey, ContentsKey, ContentsKeys},
     record::{AdapterUsed, Contents, ModelUsed, RequestRecord, RouteTaken, TokenCounts},
     verify::{Problem, Report, verify},
     writer::{Audit, Kept, OnFailure, Pending},
@@ -54,13 +55,33 @@ pub enum AuditError {
     },
     /// The log does not fit the key or the head.
     #[error(
-        "audit log: {problem}. Nothing is appended to a log that was touched: run `bindery audit verify`, then move the folder away \
-         to begin a new one"
+        "audit log: {problem}. Nothing is appended to a log that was touched: run `bindery audit verify`; to begin a new one, move \
+         the folder away and run `bindery audit forget-head`"
     )]
     Touched {
         /// The first that was found.
         problem: Problem,
     },
+    /// The store knows it and the folder has nothing of it.
+    #[error(
+        "audit log: record {seq} was written, and {path} has no record: the log was moved or emptied, or another node writes one \
+         of the same name (then give each its own `[audit] name`). If it was meant to go, `bindery audit forget-head` begins it anew"
+    )]
+    Vanished {
+        /// The newest record that the store knows.
+        seq: u64,
+        /// The folder.
+        path: PathBuf,
+    },
+    /// It cannot be begun anew where it is.
+    #[error("audit log: {path} has records, and a log that is there is not begun anew; move the folder away first")]
+    StillThere {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// It cannot be begun anew where no other is known.
+    #[error("audit log: the store knows no head of it, so there is nothing to forget; a server begins it")]
+    NothingToForget,
     /// Another process has it.
     #[error("audit log: {path} is in use by another process; give each its own `[audit] path`")]
     InUse {

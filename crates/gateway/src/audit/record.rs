@@ -3,8 +3,6 @@
 //! Names, digests, counts and verdicts; texts only as [`Contents`], which are encrypted before they are written. **Invariant**: what is
 //! here can be read by whoever may read the log, so nothing here quotes a prompt.
 
-use std::fmt::Write as _;
-
 use serde::Serialize;
 
 use crate::guardrails::Verdict;
@@ -84,10 +82,21 @@ pub struct TokenCounts {
 /// Prompt and answer as they were, for those policies that keep them.
 #[derive(Clone, Default, Serialize, serde::Deserialize)]
 pub struct Contents {
-    /// The request's messages or prompt.
+    /// The request's messages, as JSON, or its prompt; as the tenant's guardrails left them.
     pub prompt: String,
-    /// The answer's text.
+    /// The answer as the client got it: its text, or JSON of its choices where there is more to it than one text.
     pub answer: String,
+    /// The end of the prompt that is not here.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub prompt_bytes_cut: u64,
+    /// Likewise of the answer.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub answer_bytes_cut: u64,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for a reference")]
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 impl std::fmt::Debug for Contents {
@@ -97,15 +106,15 @@ impl std::fmt::Debug for Contents {
 }
 
 impl Contents {
-    /// The same, each text at most this long.
+    /// The same, each text at most this long, and what is cut counted.
     #[must_use]
     pub(super) fn cut_to(mut self, max_bytes: usize) -> Self {
-        for text in [&mut self.prompt, &mut self.answer] {
+        let texts = [(&mut self.prompt, &mut self.prompt_bytes_cut), (&mut self.answer, &mut self.answer_bytes_cut)];
+        for (text, num_cut) in texts {
             if text.len() > max_bytes {
-                let num_cut = text.len() - text.floor_char_boundary(max_bytes);
-                text.truncate(text.floor_char_boundary(max_bytes));
-                // A string takes all that is written to it.
-                let _ = write!(text, " [{num_cut} bytes were not kept]");
+                let end = text.floor_char_boundary(max_bytes);
+                *num_cut += (text.len() - end) as u64;
+                text.truncate(end);
             }
         }
         self

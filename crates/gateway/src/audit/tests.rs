@@ -60,7 +60,7 @@ fn request(number: usize) -> RequestRecord {
 }
 
 fn contents() -> Contents {
-    Contents { prompt: "who is ann@x.org?".to_owned(), answer: "nobody".to_owned() }
+    Contents { prompt: "who is ann@x.org?".to_owned(), answer: "nobody".to_owned(), ..Contents::default() }
 }
 
 /// A log of this many requests, and its head.
@@ -304,7 +304,27 @@ fn a_log_that_vanished_is_not_begun_anew() {
     for (path, _) in files(folder.path()) {
         fs::remove_file(path).unwrap();
     }
-    assert!(matches!(Journal::open(config, Box::new(heads(head))), Err(AuditError::Touched { .. })));
+    let vanished = Journal::open(config.clone(), Box::new(heads(head))).unwrap_err();
+    assert!(matches!(vanished, AuditError::Vanished { seq, .. } if seq == head.seq), "{vanished}");
+    assert!(vanished.to_string().contains("forget-head"), "{vanished}");
+
+    // Meant to go: the new log tells of it in its first record, and goes on as any other.
+    let store = heads(head);
+    let begin =
+        |reason: &str, store: &MemoryHeadStore| Journal::begin_anew(config.clone(), Box::new(store.clone()), reason);
+    assert!(matches!(begin(" ", &store), Err(AuditError::Config(_))));
+    assert!(matches!(begin("moved", &MemoryHeadStore::default()), Err(AuditError::NothingToForget)));
+    assert_eq!(begin("moved to the archive", &store).unwrap(), head);
+    assert!(matches!(begin("moved", &store), Err(AuditError::StillThere { .. })));
+    let mut journal = Journal::open(config.clone(), Box::new(store.clone())).unwrap();
+    journal.append_request(&request(0), None).unwrap();
+    journal.settle().unwrap();
+    let report = verify(&config.path, &key(), store.head()).unwrap();
+    assert!(report.is_intact() && report.num_records == 2, "{report:?}");
+    assert!(report.events.len() == 1 && report.events[0].contains("moved to the archive"), "{report:?}");
+    assert!(report.events[0].contains(&format!("\"seq\":{}", head.seq)), "{report:?}");
+    let first: Value = serde_json::from_slice(&lines(&files(&config.path)[0].1)[0]).unwrap();
+    assert_eq!(first["data"]["forgotten"]["mac"], head.mac.to_string());
 }
 
 #[test]
@@ -316,7 +336,7 @@ fn contents_are_read_with_their_key_alone() {
     assert!(!String::from_utf8(files(folder.path())[0].1.clone()).unwrap().contains("contents"), "no key, no contents");
     fs::remove_dir_all(folder.path()).unwrap();
     config.contents_key = Some(contents_key.clone());
-    written(&config, 4);
+    let head = written(&config, 4);
     let all: Vec<u8> = files(folder.path()).into_iter().flat_map(|(_, bytes)| bytes).collect();
     assert!(!String::from_utf8(all).unwrap().contains("ann@x.org"));
     let export = |contents, filter: ExportFilter, format| {
@@ -325,19 +345,119 @@ fn contents_are_read_with_their_key_alone() {
         let num_rows = export(folder.path(), keys, (&filter, format), &mut out).unwrap();
         (num_rows, String::from_utf8(out).unwrap())
     };
-    let (num_rows, rows) = export(Some(&contents_key), ExportFilter::default(), ExportFormat::JsonLines);
+    let contents_keys = ContentsKeys(vec![contents_key]);
+    let (num_rows, rows) = export(Some(&contents_keys), ExportFilter::default(), ExportFormat::JsonLines);
     assert_eq!((num_rows, rows.lines().count(), rows.matches("ann@x.org").count()), (4, 4, 4));
     let row: Value = serde_json::from_str(rows.lines().next().unwrap()).unwrap();
     assert_eq!((&row["model"]["adapter"]["digest"], &row["tokens"]["prompt"]), (&"sha256:2".into(), &10.into()));
     assert!(!export(None, ExportFilter::default(), ExportFormat::JsonLines).1.contains("contents"));
     let acme = ExportFilter { tenant: Some("acme".to_owned()), ..ExportFilter::default() };
-    let (num_rows, table) = export(Some(&contents_key), acme, ExportFormat::Csv);
+    assert!(verify(folder.path(), &key(), Some(head)).unwrap().is_intact(), "which needs no key of contents");
+    let (num_rows, table) = export(Some(&contents_keys), acme, ExportFormat::Csv);
     assert_eq!((num_rows, table.lines().count()), (2, 3));
     assert!(table.starts_with("seq,at,request_id,tenant,") && table.contains("who is ann@x.org?"));
     let (_, table) = export(None, ExportFilter::default(), ExportFormat::Csv);
     assert!(table.contains(",'=cmd,"), "no formulas: {table}");
     let one = ExportFilter { request_id: Some("req-3".to_owned()), ..ExportFilter::default() };
     assert_eq!(export(None, one, ExportFormat::JsonLines).0, 1);
+}
+
+fn contents_key(first_byte: &str) -> ContentsKey {
+    ContentsKey::parse(&format!("{first_byte}{}", &CONTENTS_KEY[2..])).unwrap()
+}
+
+fn opened(folder: &Path, keys: &[&ContentsKey]) -> Result<Vec<Value>, AuditError> {
+    let keys = ContentsKeys(keys.iter().map(|&key| key.clone()).collect());
+    let keys = ExportKeys { key: &key(), contents: Some(&keys) };
+    let mut out = Vec::new();
+    export(folder, keys, (&ExportFilter::default(), ExportFormat::JsonLines), &mut out)?;
+    Ok(String::from_utf8(out).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect())
+}
+
+/// A key that takes another's place seals from then on; the old one goes on opening what it sealed.
+#[test]
+fn keys_of_contents_are_rotated_and_told_apart_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let (old, new) = (contents_key("ff"), contents_key("fe"));
+    let store = MemoryHeadStore::default();
+    for (number, sealing) in [(0, &old), (1, &new)] {
+        let config = JournalConfig { contents_key: Some(sealing.clone()), ..config(folder.path()) };
+        let mut journal = Journal::open(config, Box::new(store.clone())).unwrap();
+        journal.append_request(&request(number), Some(contents())).unwrap();
+        journal.settle().unwrap();
+    }
+    let rows = opened(folder.path(), &[&new, &old]).unwrap();
+    assert_eq!(rows.len(), 2);
+    assert!(rows.iter().all(|row| row["contents"]["answer"] == "nobody"), "{rows:?}");
+    let missing = opened(folder.path(), &[&new]).unwrap_err().to_string();
+    assert!(missing.contains(old.id()) && missing.contains(new.id()) && missing.contains("record 2"), "{missing}");
+    let wrong = contents_key("00");
+    let refused = opened(folder.path(), &[&wrong]).unwrap_err().to_string();
+    assert!(refused.contains(wrong.id()) && refused.contains("contents_key_env"), "{refused}");
+    let bytes: Vec<u8> = files(folder.path()).into_iter().flat_map(|(_, bytes)| bytes).collect();
+    for secret in [KEY, CONTENTS_KEY, "ann@x.org", "nobody"] {
+        assert!(!bytes.windows(secret.len()).any(|part| part == secret.as_bytes()), "{secret}");
+    }
+}
+
+/// Whoever has the key that signs can write lines that verify; without the contents' key he can move or change none of those.
+#[test]
+fn sealed_contents_that_were_moved_or_changed_are_refused_even_in_a_log_that_was_signed_anew() {
+    let folder = tempfile::tempdir().unwrap();
+    let sealing = contents_key("ff");
+    let config = JournalConfig { contents_key: Some(sealing.clone()), ..config(folder.path()) };
+    written(&config, 4);
+    let (path, bytes) = files(folder.path())[0].clone();
+    let signed_anew = |change: &dyn Fn(&mut Vec<Value>)| {
+        let mut data: Vec<Value> = lines(&bytes).iter().map(|line| serde_json::from_slice(line).unwrap()).collect();
+        change(&mut data);
+        let (mut text, mut next) = (Vec::new(), line::Next { seq: 1, prev: line::Mac::NONE });
+        for value in &data {
+            let kind = value["kind"].as_str().unwrap();
+            let (bytes, mac) = line::write(&key(), next, DateTime::UNIX_EPOCH, (kind, &value["data"])).unwrap();
+            text.extend(bytes);
+            next = line::Next { seq: next.seq + 1, prev: mac };
+        }
+        fs::remove_dir_all(folder.path()).unwrap();
+        fs::create_dir(folder.path()).unwrap();
+        fs::write(&path, text).unwrap();
+        assert!(verify(folder.path(), &key(), None).unwrap().is_intact(), "it was signed with the key");
+        opened(folder.path(), &[&sealing])
+    };
+    assert!(signed_anew(&|_| {}).is_ok());
+    let swapped = signed_anew(&|lines| {
+        let first = lines[1]["data"]["contents"].take();
+        lines[1]["data"]["contents"] = lines[2]["data"]["contents"].take();
+        lines[2]["data"]["contents"] = first;
+    });
+    let other_tenant = signed_anew(&|lines| lines[1]["data"]["tenant"] = "globex".into());
+    let other_request = signed_anew(&|lines| lines[1]["data"]["request_id"] = "req-9".into());
+    let a_bit = signed_anew(&|lines| {
+        let sealed = lines[1]["data"]["contents"]["sealed"].as_str().unwrap();
+        let other = if sealed.starts_with('A') { "B" } else { "A" };
+        lines[1]["data"]["contents"]["sealed"] = format!("{other}{}", &sealed[1..]).into();
+    });
+    for refused in [swapped, other_tenant, other_request, a_bit] {
+        let told = refused.unwrap_err().to_string();
+        assert!(told.contains("record 2 were changed, or belong to another record"), "{told}");
+    }
+}
+
+#[test]
+fn long_contents_are_cut_and_the_log_says_by_how_much() {
+    let folder = tempfile::tempdir().unwrap();
+    let sealing = contents_key("ff");
+    let config = JournalConfig { contents_key: Some(sealing.clone()), max_contents_bytes: 5, ..config(folder.path()) };
+    let mut journal = Journal::open(config, Box::new(MemoryHeadStore::default())).unwrap();
+    let long =
+        Contents {
+            prompt: "Äpfel".to_owned(), answer: "ééé!".to_owned(), answer_bytes_cut: 10, ..Contents::default()
+        };
+    journal.append_request(&request(1), Some(long)).unwrap();
+    let row = opened(folder.path(), &[&sealing]).unwrap().remove(0);
+    // Six bytes of which five fit; seven of which a fifth would be half a letter.
+    let kept = serde_json::json!({"prompt": "Äpfe", "answer": "éé", "prompt_bytes_cut": 1, "answer_bytes_cut": 13});
+    assert_eq!(row["contents"], kept);
 }
 
 #[test]
@@ -479,7 +599,7 @@ impl HeadStore for FailingStore {
     }
 
     fn save(&self, _: &Head) -> Result<(), HeadStoreError> {
-        Err(HeadStoreError { doing: "written to", why: "it is away".to_owned() })
+        Err(HeadStoreError::Failed { doing: "written to", why: "it is away".to_owned() })
     }
 }
 

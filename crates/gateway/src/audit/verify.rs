@@ -140,7 +140,12 @@ pub fn verify(folder: &Path, key: &AuditKey, head: Option<Head>) -> Result<Repor
                 // They only ever reach further.
                 retired = Some(through);
             }
-            if line.kind != "request" && line.kind != "segment" && report.events.len() < MAX_EVENTS {
+            let tells = match line.kind.as_str() {
+                "request" => false,
+                "segment" => line.data.get("forgotten").is_some(),
+                _ => true,
+            };
+            if tells && report.events.len() < MAX_EVENTS {
                 report.events.push(format!(
                     "record {} of {}: {} {}",
                     line.seq,

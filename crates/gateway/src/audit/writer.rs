@@ -10,7 +10,7 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError, RwLock,
         atomic::{AtomicU64, Ordering},
         mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel},
     },
@@ -57,11 +57,13 @@ struct Job {
 /// The running log. Dropping it writes what is queued and ends the thread.
 #[derive(Debug)]
 pub struct Audit {
-    queue: Option<SyncSender<Job>>,
+    /// None: it takes no more.
+    queue: RwLock<Option<SyncSender<Job>>>,
     max_queued: usize,
     on_failure: OnFailure,
     num_dropped: Arc<AtomicU64>,
-    thread: Option<JoinHandle<()>>,
+    /// None: somebody has waited for it.
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl std::fmt::Debug for Job {
@@ -110,14 +112,17 @@ impl Audit {
             .name("audit".to_owned())
             .spawn(move || writer.run(&jobs))
             .map_err(|error| AuditError::Config(format!("cannot start its thread: {error}")))?;
-        Ok(Self { queue: Some(queue), max_queued, on_failure, num_dropped, thread: Some(thread) })
+        let (queue, thread) = (RwLock::new(Some(queue)), Mutex::new(Some(thread)));
+        Ok(Self { queue, max_queued, on_failure, num_dropped, thread })
     }
 
     /// Hands a record over. Never blocks.
     pub fn record(&self, record: RequestRecord, contents: Option<Contents>) -> Pending {
         let (reply, receiver) = oneshot::channel();
         let job = Job { record: Box::new(record), contents, reply };
-        let sent = self.queue.as_ref().map(|queue| queue.try_send(job));
+        let queue = self.queue.read().unwrap_or_else(PoisonError::into_inner);
+        let sent = queue.as_ref().map(|queue| queue.try_send(job));
+        drop(queue);
         let error = match sent {
             Some(Ok(())) => return Pending(State::Waiting(receiver)),
             Some(Err(TrySendError::Full(_))) => AuditError::QueueFull { max: self.max_queued },
@@ -138,13 +143,15 @@ impl Audit {
     }
 
     /// Writes what is queued and ends.
-    pub fn close(mut self) {
-        self.end();
+    pub fn close(self) {
+        self.finish();
     }
 
-    fn end(&mut self) {
-        self.queue = None;
-        if let Some(thread) = self.thread.take()
+    /// Likewise, where others hold it still: what they record from now on is not kept. Blocks.
+    pub fn finish(&self) {
+        *self.queue.write().unwrap_or_else(PoisonError::into_inner) = None;
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = thread
             && thread.join().is_err()
         {
             tracing::error!("the audit log's writer has panicked");
@@ -154,7 +161,7 @@ impl Audit {
 
 impl Drop for Audit {
     fn drop(&mut self) {
-        self.end();
+        self.finish();
     }
 }
 

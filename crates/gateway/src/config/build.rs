@@ -18,6 +18,7 @@ use super::{
     tables::{Ceilings, File, Identity, Link, Overflow, Rule, Tenant, To, Upstream, When, Words, line_of},
 };
 use crate::{
+    audit::config::KeepContents,
     guardrails::{Policy, config::Kind},
     keys::{IssuerOptions, SigningAlgorithm, TenantFrom},
     ledger::{Budget, BudgetScope, Period},
@@ -85,6 +86,7 @@ impl Builder<'_> {
         let (cost, reference) = self.local(file.local.as_ref(), &upstreams);
         self.guardrails(&file);
         let tenants = self.tenants(&file);
+        self.contents(&file);
         let router = self.router(&file, &upstreams);
         if store.is_none()
             && tenants.iter().any(|tenant| !tenant.budgets.is_empty() || !tenant.overflow_budgets.is_empty())
@@ -392,8 +394,26 @@ impl Builder<'_> {
             max_output_tokens: table.max_output_tokens,
             fields: if table.strict_params { UnmappedFields::Refuse } else { UnmappedFields::Drop },
             weight: table.weight.as_ref().map_or(1, |weight| *weight.get_ref()),
+            store_contents: table.store_contents.as_ref().is_some_and(|stores| *stores.get_ref()),
             id,
         })
+    }
+
+    /// What a tenant has stored must be kept somewhere, and encrypted.
+    fn contents(&mut self, file: &File) {
+        if file.audit.as_ref().is_some_and(|audit| audit.contents == KeepContents::Encrypted) {
+            return;
+        }
+        for tenant in &file.tenants {
+            let stores = tenant.get_ref().store_contents.as_ref().filter(|stores| *stores.get_ref());
+            if let Some(stores) = stores {
+                let name = tenant.get_ref().name.get_ref();
+                let message =
+                    format!("the tenant {name:?} has its prompts and answers stored, and no audit log keeps any");
+                let hint = "set contents = \"encrypted\" and contents_key_env in [audit], or remove store_contents";
+                self.problem(&stores.span(), message, hint);
+            }
+        }
     }
 
     fn privacy(&mut self, word: &Spanned<String>) -> Option<PrivacyClass> {

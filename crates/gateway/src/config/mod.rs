@@ -131,6 +131,8 @@ pub struct TenantConfig {
     pub fields: UnmappedFields,
     /// Its share of this machine beside others'.
     pub weight: u32,
+    /// The audit log keeps its prompts and answers, encrypted.
+    pub store_contents: bool,
 }
 
 impl GatewayConfig {

@@ -86,6 +86,7 @@ pub(super) struct Tenant {
     pub(super) max_output_tokens: Option<u64>,
     #[serde(default)]
     pub(super) strict_params: bool,
+    pub(super) store_contents: Option<Spanned<bool>>,
 }
 
 #[derive(Debug, Deserialize)]

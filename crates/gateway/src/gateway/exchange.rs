@@ -9,15 +9,18 @@ use bytes::Bytes;
 use chrono::{DateTime, Utc};
 use serde_json::{Map, Value};
 
-use super::{AnswerFilters, Gateway, GatewayError, LiveUpstream, MAX_CALL, Tenant, class_of, facts, moment};
+use super::{
+    AnswerFilters, Gateway, GatewayError, LiveUpstream, MAX_CALL, Tenant, class_of, facts, moment,
+    transcript::Transcript,
+};
 use crate::{
     audit::{
-        self,
+        self, Contents,
         record::{AdapterUsed, ModelUsed, RequestRecord, RouteTaken},
     },
     clock::UnixMillis,
     guardrails::{Decision, Vault, Verdict},
-    keys::Credential,
+    keys::{Credential, KeyGrant},
     ledger::{
         self, Budget, Call, LedgerRoute, Outcome, PromptSize, RequestStatus, Reservation, ReserveRequest, TokenCounts,
     },
@@ -54,6 +57,8 @@ pub struct Asked<'a> {
     pub tenant: Option<&'a str>,
     /// What it showed.
     pub credential: Credential,
+    /// What its key takes away of what the tenant may; None: nothing.
+    pub grant: Option<Arc<KeyGrant>>,
     /// How it came.
     pub wire: WireRoute,
     /// Its body.
@@ -75,6 +80,7 @@ pub struct Exchange {
     gateway: Gateway,
     tenant: Arc<Tenant>,
     credential: Credential,
+    grant: Option<Arc<KeyGrant>>,
     wire: WireRoute,
     body: Value,
     model: String,
@@ -86,6 +92,8 @@ pub struct Exchange {
     permit: Permit,
     vault: Arc<Vault>,
     verdicts: Vec<Verdict>,
+    /// None: the tenant has nothing stored.
+    transcript: Option<Transcript>,
     request_id: String,
     /// Of the route.
     why: String,
@@ -128,7 +136,22 @@ pub enum Sent {
 pub struct UpstreamStream {
     stream: AnswerStream,
     open: OpenCall,
-    is_logged: bool,
+    /// Taken when it is logged; None from the start where there is no log.
+    left: Option<IfLeft>,
+}
+
+/// The record of a call that nobody waits for any more.
+struct IfLeft {
+    gateway: Gateway,
+    record: RequestRecord,
+    transcript: Option<Transcript>,
+}
+
+/// A request that a guardrail has stopped.
+struct Blocked<'a> {
+    credential: &'a Credential,
+    request_id: &'a str,
+    contents: Option<Contents>,
 }
 
 /// A call that was sent and is to be settled.
@@ -153,8 +176,13 @@ impl Gateway {
         let mut body = Value::Object(asked.body);
         let size = facts::size_of(&body);
         let max_tokens = ledger::max_prompt_tokens(size, 0) + asked_output(&body).unwrap_or(ASSUMED_OUTPUT_TOKENS);
-        let limits = tenant.config.limits;
-        let under = [(Limited::Tenant(tenant.config.id.clone()), limits)];
+        let mut under = vec![(Limited::Tenant(tenant.config.id.clone()), tenant.config.limits)];
+        // Both must hold; the tighter one is told.
+        if let (Some(grant), Credential::Key(key)) = (&asked.grant, &asked.credential)
+            && grant.is_limited()
+        {
+            under.push((Limited::Key(key.clone()), grant.limits));
+        }
         let permit = self.0.limiter.admit(&Ask { under: &under, max_tokens }, asked.now)?;
         let (mut vault, mut verdicts, mut must_stay) = (Arc::new(Vault::default()), Vec::new(), false);
         if !tenant.policy.is_empty() {
@@ -164,15 +192,20 @@ impl Gateway {
                 Decision::Pass => {}
                 Decision::RouteLocal => must_stay = true,
                 Decision::Block { guardrail } => {
-                    self.log_blocked(&tenant, &asked.credential, asked.request_id, verdicts);
+                    let contents = self.transcript(&tenant, &body).map(|transcript| transcript.contents());
+                    let blocked = Blocked { credential: &asked.credential, request_id: asked.request_id, contents };
+                    self.log_blocked(&tenant, blocked, verdicts);
                     return Err(GatewayError::Blocked { guardrail });
                 }
             }
         }
+        let transcript = self.transcript(&tenant, &body);
         Ok(Exchange {
             gateway: self.clone(),
+            transcript,
             tenant,
             credential: asked.credential,
+            grant: asked.grant,
             wire: asked.wire,
             body,
             model,
@@ -190,8 +223,15 @@ impl Gateway {
         })
     }
 
+    /// Where the tenant's policy stores prompts and answers, and the log keeps them.
+    fn transcript(&self, tenant: &Tenant, body: &Value) -> Option<Transcript> {
+        let max_bytes = self.0.max_contents_bytes.filter(|_| tenant.config.store_contents)?;
+        Some(Transcript::of(body, max_bytes))
+    }
+
     /// Nobody waits for it: the request ends here in any case.
-    fn log_blocked(&self, tenant: &Tenant, credential: &Credential, request_id: &str, verdicts: Vec<Verdict>) {
+    fn log_blocked(&self, tenant: &Tenant, blocked: Blocked<'_>, verdicts: Vec<Verdict>) {
+        let Blocked { credential, request_id, contents } = blocked;
         if let Some(audit) = &self.0.audit {
             let record = RequestRecord {
                 request_id: request_id.to_owned(),
@@ -201,7 +241,7 @@ impl Gateway {
                 outcome: "content_filter".to_owned(),
                 ..RequestRecord::default()
             };
-            let _pending = audit.record(record, None);
+            let _pending = audit.record(record, contents);
         }
     }
 }
@@ -230,6 +270,7 @@ impl Exchange {
             if wanted(&|when| when.budget_left_under.is_some()) { self.budget_left(now).await? } else { None };
         let facts = Facts {
             tenant: &self.tenant.config.routing,
+            grant: self.grant.as_deref(),
             privacy: self.privacy,
             task: self.task.as_deref(),
             reasoning_effort: text("reasoning_effort"),
@@ -283,10 +324,12 @@ impl Exchange {
         &self.verdicts
     }
 
-    /// The filters of the answer; None: nothing is to be filtered.
+    /// What the answer passes on its way to the client; None: nothing is to be filtered, and nothing kept of it. An answer
+    /// that comes whole from upstream has passed it already.
     pub fn filters(&self) -> Option<AnswerFilters> {
         let policy = &self.tenant.policy;
-        (!policy.is_empty()).then(|| AnswerFilters::new(policy.clone(), Arc::clone(&self.vault)))
+        let is_needed = !policy.is_empty() || self.transcript.is_some();
+        is_needed.then(|| AnswerFilters::new(policy.clone(), Arc::clone(&self.vault), self.transcript.clone()))
     }
 
     /// The body for the local model, as guardrails left it; None: as it came.
@@ -333,27 +376,27 @@ impl Exchange {
     /// The log's record, where there is a log.
     async fn log(&self, model: ModelUsed, to: &str, usage: &Usage, status: RequestStatus) -> Result<(), GatewayError> {
         let Some(audit) = &self.gateway.0.audit else { return Ok(()) };
+        let contents = self.transcript.as_ref().map(Transcript::contents);
+        let pending = audit.record(self.record(model, to, usage, status), contents);
+        pending.kept().await.map(|_| ()).map_err(GatewayError::Audit)
+    }
+
+    fn record(&self, model: ModelUsed, to: &str, usage: &Usage, status: RequestStatus) -> RequestRecord {
         let outcome = match status {
             RequestStatus::Completed => "completed",
             RequestStatus::Cancelled => "cancelled",
             RequestStatus::Failed => "failed",
         };
-        let record = RequestRecord {
+        RequestRecord {
             request_id: self.request_id.clone(),
             tenant: self.tenant.config.id.to_string(),
             key_id: Some(key_id(&self.credential)),
             model,
             route: RouteTaken { to: to.to_owned(), why: self.why.clone() },
             verdicts: self.verdicts.clone(),
-            tokens: audit::record::TokenCounts {
-                prompt: usage.prompt,
-                cached: usage.cached,
-                completion: usage.completion,
-                reasoning: usage.reasoning,
-            },
+            tokens: tokens(usage),
             outcome: outcome.to_owned(),
-        };
-        audit.record(record, None).kept().await.map(|_| ()).map_err(GatewayError::Audit)
+        }
     }
 
     /// The ledger's row, where there is a ledger.
@@ -415,11 +458,17 @@ impl Exchange {
                 let usage = answer.usage;
                 self.permit.settle(usage.total(), now);
                 open.settle(&usage, RequestStatus::Completed).await;
+                let mut answer = answer.to_json();
+                // Before it is logged: what is kept is what the client gets.
+                if let Some(mut filters) = self.filters() {
+                    filters.whole(&mut answer);
+                }
                 self.log(open.model_used(), &open.to, &usage, RequestStatus::Completed).await?;
-                Ok((Sent::Whole(answer.to_json()), warning))
+                Ok((Sent::Whole(answer), warning))
             }
             Ok(Received::Stream(stream)) => {
-                Ok((Sent::Stream(Box::new(UpstreamStream { stream: *stream, open, is_logged: false })), warning))
+                let left = self.if_left(&open);
+                Ok((Sent::Stream(Box::new(UpstreamStream { stream: *stream, open, left })), warning))
             }
             Err(error) => {
                 open.settle(&Usage::default(), RequestStatus::Failed).await;
@@ -427,6 +476,13 @@ impl Exchange {
                 Err(GatewayError::Upstream(error))
             }
         }
+    }
+
+    /// What is to be logged of a stream that its client leaves.
+    fn if_left(&self, open: &OpenCall) -> Option<IfLeft> {
+        self.gateway.0.audit.as_ref()?;
+        let record = self.record(open.model_used(), &open.to, &Usage::default(), RequestStatus::Cancelled);
+        Some(IfLeft { gateway: self.gateway.clone(), record, transcript: self.transcript.clone() })
     }
 
     fn translate(
@@ -438,8 +494,9 @@ impl Exchange {
     ) -> Result<Outgoing, GatewayError> {
         let mut body = self.body.as_object().cloned().unwrap_or_default();
         body.insert("model".to_owned(), Value::String(format!("{}/{}", live.config.name, entry.id)));
+        let endpoint = live.endpoint.current();
         let call = providers::Call {
-            endpoint: &live.endpoint,
+            endpoint: &endpoint,
             model: entry,
             max_output_tokens: self.tenant.config.max_output_tokens,
             max_prompt_tokens,
@@ -514,10 +571,29 @@ impl UpstreamStream {
         let usage = self.stream.usage();
         exchange.permit.settle(usage.total(), UnixMillis::now());
         self.open.settle(&usage, status).await;
-        if std::mem::replace(&mut self.is_logged, true) {
+        if self.left.take().is_none() {
             return Ok(());
         }
         exchange.log(self.open.model_used(), &self.open.to, &usage, status).await
+    }
+}
+
+impl Drop for UpstreamStream {
+    fn drop(&mut self) {
+        let Some(IfLeft { gateway, mut record, transcript }) = self.left.take() else { return };
+        let Some(audit) = &gateway.0.audit else { return };
+        record.tokens = tokens(&self.stream.usage());
+        // The client is gone, so nobody waits for it.
+        let _pending = audit.record(record, transcript.as_ref().map(Transcript::contents));
+    }
+}
+
+fn tokens(usage: &Usage) -> audit::record::TokenCounts {
+    audit::record::TokenCounts {
+        prompt: usage.prompt,
+        cached: usage.cached,
+        completion: usage.completion,
+        reasoning: usage.reasoning,
     }
 }
 

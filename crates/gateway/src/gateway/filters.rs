@@ -1,4 +1,5 @@
-//! Answers through their tenant's guardrails: whole ones and chunks, as OpenAI's JSON, wherever they come from.
+//! Answers through their tenant's guardrails: whole ones and chunks, as OpenAI's JSON, wherever they come from. What passes is
+//! kept, where the tenant's policy stores it.
 //!
 //! Knows where text stands in an answer. Invariant: of each choice's text nothing passes that a blocking guardrail would
 //! have stopped, and after it is stopped nothing of that choice passes any more.
@@ -7,6 +8,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use serde_json::{Value, json};
 
+use super::transcript::Transcript;
 use crate::guardrails::{Form, Policy, StreamFilter, Vault, Verdict, stream::Released};
 
 /// The filters of one answer, a choice each.
@@ -14,11 +16,12 @@ pub struct AnswerFilters {
     policy: Policy,
     vault: Arc<Vault>,
     choices: BTreeMap<u64, StreamFilter>,
+    transcript: Option<Transcript>,
 }
 
 impl AnswerFilters {
-    pub(super) fn new(policy: Policy, vault: Arc<Vault>) -> Self {
-        Self { policy, vault, choices: BTreeMap::new() }
+    pub(super) fn new(policy: Policy, vault: Arc<Vault>, transcript: Option<Transcript>) -> Self {
+        Self { policy, vault, choices: BTreeMap::new(), transcript }
     }
 
     /// What was found so far.
@@ -33,6 +36,19 @@ impl AnswerFilters {
 
     /// A whole answer, in place.
     pub fn whole(&mut self, answer: &mut Value) {
+        if !self.policy.is_empty() {
+            self.filter_whole(answer);
+        }
+        self.keep(answer);
+    }
+
+    fn keep(&self, answer: &Value) {
+        if let Some(transcript) = &self.transcript {
+            transcript.add(answer);
+        }
+    }
+
+    fn filter_whole(&mut self, answer: &mut Value) {
         let Some(choices) = answer.get_mut("choices").and_then(Value::as_array_mut) else { return };
         for choice in choices {
             let index = choice.get("index").and_then(Value::as_u64).unwrap_or(0);
@@ -51,7 +67,15 @@ impl AnswerFilters {
     }
 
     /// A chunk of a stream: what may pass of it, and with a choice's last one what was held back.
-    pub fn chunk(&mut self, mut chunk: Value) -> Option<Value> {
+    pub fn chunk(&mut self, chunk: Value) -> Option<Value> {
+        let passed = if self.policy.is_empty() { Some(chunk) } else { self.filter_chunk(chunk) };
+        if let Some(chunk) = &passed {
+            self.keep(chunk);
+        }
+        passed
+    }
+
+    fn filter_chunk(&mut self, mut chunk: Value) -> Option<Value> {
         let Some(choices) = chunk.get_mut("choices").and_then(Value::as_array_mut) else { return Some(chunk) };
         let had_choices = !choices.is_empty();
         choices.retain_mut(|choice| self.choice(choice));

@@ -5,21 +5,24 @@
 //! happen here and carries out what is local. Invariant: nothing is sent upstream without a committed reservation where
 //! there is a store, and what was sent is settled, if not in time then later.
 
+mod credential;
 mod exchange;
 pub mod facts;
 mod filters;
 mod start;
 #[cfg(test)]
 mod tests;
+mod transcript;
 
 use std::{
     collections::{BTreeMap, HashMap},
     fmt,
     num::NonZeroU32,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
+use credential::LiveEndpoint;
 pub use exchange::{Asked, Exchange, LocalModel, LocalUse, Sent, UpstreamStream, WireRoute};
 pub use filters::AnswerFilters;
 pub use start::{StartError, Surroundings};
@@ -29,13 +32,14 @@ use crate::{
     clock::UnixMillis,
     config::{TenantConfig, UpstreamConfig},
     guardrails::Policy,
-    keys::{AuthError, Authenticator, Credential, Identity, JwtVerifier},
+    keys::{AuthError, Authenticator, Credential, Identity, JwtVerifier, KeyGrant, NameOf},
     ledger::{Ledger, LedgerError},
     limits::{Limiter, Refused as LimitRefused},
     money::Money,
     names::TenantId,
-    policy::{Moment, PrivacyClass, Refused, Router},
-    providers::{Endpoint, ModelEntry, Refusal, UpstreamError},
+    policy::{Moment, PrivacyClass, Refused, Router, target::fits},
+    providers::{ModelEntry, Refusal, UpstreamError},
+    store::{Store, StoreThread},
     upstream::{BreakerState, Door, Upstream},
 };
 
@@ -58,6 +62,10 @@ struct Inner {
     door: Door,
     ledger: Option<Ledger>,
     audit: Option<Audit>,
+    /// The longest prompt, and answer, that the log keeps of tenants who have them stored; None: it keeps none.
+    max_contents_bytes: Option<usize>,
+    /// The store, and its writer's thread until somebody has waited for it.
+    store: Option<(Store, Mutex<Option<StoreThread>>)>,
     local: LocalCosts,
     /// Looks for personal data where rules ask and no guardrail of the tenant does.
     personal_data: Policy,
@@ -83,7 +91,7 @@ pub struct LocalShare {
 /// An upstream, ready.
 struct LiveUpstream {
     config: UpstreamConfig,
-    endpoint: Endpoint,
+    endpoint: LiveEndpoint,
     health: Upstream,
 }
 
@@ -220,11 +228,16 @@ impl Gateway {
         TenantId::new(tenant).is_ok_and(|id| self.0.tenants.contains_key(&id))
     }
 
-    /// Models beside the local ones that a tenant may name: virtual ones and upstreams', each with what it is.
-    pub fn models(&self, tenant: Option<&str>) -> Vec<(String, &'static str)> {
-        let tenant = self.tenant(tenant);
-        let routing = &tenant.config.routing;
-        let may = |name: &str| routing.models.iter().any(|pattern| crate::policy::target::fits(pattern, name));
+    /// Whether a tenant, by this key of its, may name something that is served here: for the routes that ask no router.
+    pub fn may_name(&self, tenant: Option<&str>, grant: Option<&KeyGrant>, (name, of): (&str, NameOf)) -> bool {
+        let models = &self.tenant(tenant).config.routing.models;
+        models.iter().any(|pattern| fits(pattern, name)) && grant.is_none_or(|grant| grant.admits(name, of))
+    }
+
+    /// Models beside the local ones that a tenant, by this key of its, may name: virtual ones and upstreams', each with what it is.
+    pub fn models(&self, tenant: Option<&str>, grant: Option<&KeyGrant>) -> Vec<(String, &'static str)> {
+        let may = |name: &str| self.may_name(tenant, grant, (name, NameOf::Model));
+        let routing = &self.tenant(tenant).config.routing;
         let virtual_models = self.0.router.virtual_models.keys().map(|name| (name.to_string(), "virtual"));
         let leaves = routing.privacy.leave().is_some();
         let upstream =
@@ -242,12 +255,33 @@ impl Gateway {
         self.0.ledger.as_ref().map(Ledger::counts)
     }
 
-    /// Settles what is open. For the very end.
+    /// Settles what is open, writes every record that waits, and returns once all that the store has accepted is committed.
+    /// For the very end: nothing is written after it, whoever else still holds a clone.
     pub async fn close(&self) {
         if let Some(ledger) = &self.0.ledger
             && let Err(error) = ledger.close().await
         {
             tracing::warn!(%error, "the ledger could not be closed: what is open is charged at the next start");
+        }
+        // The log's thread writes its head into the store, so it ends first. Both are waited for beside the runtime's threads.
+        let gateway = self.clone();
+        let audit_ended = tokio::task::spawn_blocking(move || {
+            if let Some(audit) = &gateway.0.audit {
+                audit.finish();
+            }
+        });
+        let thread = self.0.store.as_ref().and_then(|(store, thread)| {
+            let thread = thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+            thread.map(|thread| (store.clone(), thread))
+        });
+        let ended = async {
+            audit_ended.await?;
+            let Some((store, thread)) = thread else { return Ok(()) };
+            store.close();
+            tokio::task::spawn_blocking(|| thread.join()).await
+        };
+        if let Err(error) = ended.await {
+            tracing::error!(%error, "what waited for the store or the audit log may not be written");
         }
     }
 

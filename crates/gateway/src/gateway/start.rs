@@ -5,19 +5,20 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    path::Path,
-    sync::Arc,
+    path::PathBuf,
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
-use super::{Gateway, Inner, LiveUpstream, LocalCosts, Tenant, facts};
+use super::{
+    Gateway, Inner, LiveEndpoint, LiveUpstream, LocalCosts, Tenant,
+    credential::{CredentialError, CredentialFile},
+    facts,
+};
 use tokio::runtime::Handle;
 
 use crate::{
-    audit::{
-        Audit, AuditConfig, AuditError, HeadStore, Journal, MemoryHeadStore,
-        config::{KeepContents, WriterConfig},
-    },
+    audit::{Audit, AuditConfig, AuditError, HeadStore, Journal, MemoryHeadStore, config::WriterConfig, has_segments},
     clock::UnixMillis,
     config::{CredentialSource, GatewayConfig, StoreConfig, TenantConfig, UpstreamConfig},
     guardrails::{GuardrailError, Policy},
@@ -26,8 +27,8 @@ use crate::{
     limits::{Limiter, RateLimits},
     names::{NodeId, TenantId},
     providers::{Credential, Endpoint, Secret, UnmappedFields, endpoint::EndpointError},
-    store::{Store, StoreError, StoreHeads, StoreOptions},
-    upstream::{BreakerLimits, Door, DoorError, Limits, RetryLimits, Upstream},
+    store::{LogWriter, Store, StoreError, StoreHeads, StoreOptions},
+    upstream::{BreakerLimits, Door, DoorError, Limits, Renew, RetryLimits, Upstream},
 };
 
 /// A revocation acts within a second: it is looked for this often.
@@ -47,6 +48,8 @@ pub struct Surroundings<'a> {
     pub env: &'a dyn Fn(&str) -> Option<String>,
     /// This process among those that share a store.
     pub node: NodeId,
+    /// The machine's name, which tells its audit log from other machines'.
+    pub host: &'a str,
 }
 
 /// Why there is no gateway.
@@ -95,11 +98,6 @@ pub enum StartError {
     /// The audit log.
     #[error("the audit log cannot be opened: {0}")]
     Audit(#[from] AuditError),
-    /// A setting that the log itself knows.
-    #[error(
-        "[audit] contents = \"encrypted\" is not in this version yet, so prompts and answers would be missing: leave it out"
-    )]
-    ContentsAreNotKept,
     /// An issuer.
     #[error(transparent)]
     Issuer(#[from] JwtError),
@@ -145,7 +143,7 @@ impl Gateway {
             Some(StoreConfig { url, durability, max_bytes, keep }) => {
                 let options =
                     StoreOptions { url, durability, max_bytes, max_waiting: MAX_WAITING, timeout: STORE_TIMEOUT };
-                let (store, _thread) = Store::open(options).await?;
+                let (store, thread) = Store::open(options).await?;
                 let ring = KeyRing::open(
                     store.clone(),
                     RingOptions { poll_every: POLL_KEYS, stale_after: KEYS_STALE_AFTER },
@@ -158,7 +156,7 @@ impl Gateway {
                 let books = Ledger::open(store.clone(), options, now).await?;
                 books.watch();
                 ledger = Some(books);
-                opened = Some(store);
+                opened = Some((store, Mutex::new(Some(thread))));
             }
             None => door_of_tokens = tokens,
         }
@@ -172,10 +170,14 @@ impl Gateway {
             upstreams: live,
             door: Door::new(limits())?,
             ledger,
+            max_contents_bytes: audit.as_ref().and_then(AuditConfig::contents_bytes),
             audit: match audit {
-                Some(config) => Some(open_log(config, opened).await?),
+                Some(config) => {
+                    Some(open_log(config, surroundings, opened.as_ref().map(|(store, _)| store.clone())).await?)
+                }
                 None => None,
             },
+            store: opened,
             local: LocalCosts { per_hour: local_cost_per_hour, reference },
             personal_data: facts::personal_data()?,
         })))
@@ -183,13 +185,24 @@ impl Gateway {
 }
 
 /// The audit log. Its head is kept in the store, so that a log cut at its end shows.
-async fn open_log(config: AuditConfig, store: Option<Store>) -> Result<Audit, StartError> {
-    if config.contents != KeepContents::None {
-        return Err(StartError::ContentsAreNotKept);
-    }
-    let (journal, WriterConfig { on_failure, max_queued }) = (config.journal()?, config.writer());
+async fn open_log(
+    config: AuditConfig,
+    surroundings: &Surroundings<'_>,
+    store: Option<Store>,
+) -> Result<Audit, StartError> {
+    let (journal, WriterConfig { on_failure, max_queued }) = (config.journal(surroundings.env)?, config.writer());
     let heads: Box<dyn HeadStore> = if let Some(store) = store {
-        Box::new(StoreHeads::new(store, Handle::current(), &config.path))
+        let log = config.log_name(surroundings.host);
+        let heads =
+            StoreHeads::new(store, Handle::current(), LogWriter { log: &log, writer: surroundings.node.as_str() });
+        if heads.newest().await.map_err(AuditError::from)?.is_none() && has_segments(&config.path) {
+            tracing::warn!(
+                log,
+                "the store knows no head of this audit log, which has records: that its end was cut off before now would \
+                 not show (was the machine renamed, or the folder moved? [audit] name fixes the log's name)"
+            );
+        }
+        Box::new(heads)
     } else {
         tracing::warn!("the audit log has no store for its head: that its end was cut off would not show");
         Box::new(MemoryHeadStore::default())
@@ -234,6 +247,7 @@ fn anonymous() -> Tenant {
         max_output_tokens: None,
         fields: UnmappedFields::Drop,
         weight: 1,
+        store_contents: false,
     };
     Tenant { config, policy: Policy::default(), number: 0 }
 }
@@ -245,26 +259,41 @@ fn live_upstream(config: UpstreamConfig, surroundings: &Surroundings<'_>) -> Res
             .map(|text| Secret::new(&text))
             .ok_or_else(|| StartError::NoVariable { upstream: upstream(), variable: name.clone() })
     };
-    let file = |path: &Path| {
-        let text = std::fs::read_to_string(path).map_err(|error| StartError::NoFile {
-            upstream: upstream(),
-            path: path.display().to_string(),
-            why: error.to_string(),
-        })?;
-        Ok::<_, StartError>(Secret::new(&text))
-    };
-    let credential = match &config.credential {
-        CredentialSource::None => Credential::None,
-        CredentialSource::KeyEnv(name) => Credential::Key(variable(name)?),
-        CredentialSource::KeyFile(path) => Credential::Key(file(path)?),
-        CredentialSource::TokenEnv(name) => Credential::Bearer(variable(name)?),
-        CredentialSource::TokenFile(path) => Credential::Bearer(file(path)?),
-    };
     let fail = |source| StartError::Endpoint { upstream: upstream(), source };
-    let endpoint = Endpoint::new(&config.provider, config.base_url.as_deref(), credential).map_err(fail)?;
-    let (organization, project) = &config.account;
-    let endpoint = endpoint.with_account(organization.as_deref(), project.as_deref()).map_err(fail)?;
+    let fixed = |credential| {
+        let endpoint = endpoint(&config, credential).map_err(fail)?;
+        Ok::<_, StartError>(LiveEndpoint::Fixed(Arc::new(endpoint)))
+    };
+    let from_file = |path: &PathBuf, form: fn(Secret) -> Credential| {
+        let own = config.clone();
+        let make = Box::new(move |secret| endpoint(&own, form(secret)));
+        let file = CredentialFile::open(Arc::clone(&config.name), path.clone(), make).map_err(|error| match error {
+            CredentialError::Endpoint(source) => fail(source),
+            CredentialError::Unreadable(why) => {
+                StartError::NoFile { upstream: upstream(), path: path.display().to_string(), why }
+            }
+        })?;
+        file.watch();
+        Ok(LiveEndpoint::File(file))
+    };
+    let endpoint = match &config.credential {
+        CredentialSource::None => fixed(Credential::None),
+        CredentialSource::KeyEnv(name) => fixed(Credential::Key(variable(name)?)),
+        CredentialSource::TokenEnv(name) => fixed(Credential::Bearer(variable(name)?)),
+        CredentialSource::KeyFile(path) => from_file(path, Credential::Key),
+        CredentialSource::TokenFile(path) => from_file(path, Credential::Bearer),
+    }?;
     let breaker =
         BreakerLimits { max_failures: 5, open_for: Duration::from_secs(10), max_open_for: Duration::from_mins(5) };
-    Ok(LiveUpstream { health: Upstream::new(&config.name, breaker), endpoint, config })
+    let mut health = Upstream::new(&config.name, breaker);
+    if let LiveEndpoint::File(file) = &endpoint {
+        health = health.with_renewal(Arc::clone(file) as Arc<dyn Renew>);
+    }
+    Ok(LiveUpstream { health, endpoint, config })
+}
+
+fn endpoint(config: &UpstreamConfig, credential: Credential) -> Result<Endpoint, EndpointError> {
+    let (organization, project) = &config.account;
+    Endpoint::new(&config.provider, config.base_url.as_deref(), credential)?
+        .with_account(organization.as_deref(), project.as_deref())
 }

@@ -17,7 +17,7 @@ use crate::{
     ledger::RequestStatus,
     names::NodeId,
     policy::{LocalState, Target, route::LocalName},
-    store::{Durability, Store, StoreHeads, StoreOptions},
+    store::{Durability, LogWriter, Store, StoreHeads, StoreOptions},
 };
 
 struct Double {
@@ -73,8 +73,12 @@ async fn gateway(double: &Double, rest: &str) -> (Gateway, tempfile::TempDir) {
         double.address
     );
     let config = GatewayConfig::parse(&text).unwrap_or_else(|problems| panic!("{problems:?}"));
-    let env = |name: &str| (name == "UP_KEY").then(|| "sk-test".to_owned());
-    let surroundings = Surroundings { env: &env, node: NodeId::new("test").unwrap() };
+    let env = |name: &str| match name {
+        "UP_KEY" => Some("sk-test".to_owned()),
+        "CONTENTS" => Some(CONTENTS.to_owned()),
+        _ => None,
+    };
+    let surroundings = Surroundings { env: &env, node: NodeId::new("test").unwrap(), host: "here" };
     (Gateway::start(config, &surroundings, UnixMillis::now()).await.unwrap(), folder)
 }
 
@@ -82,6 +86,7 @@ fn asked<'a>(tenant: &'a str, body: &Value, privacy: Option<&'a str>) -> Asked<'
     Asked {
         tenant: Some(tenant),
         credential: configured_credential(),
+        grant: None,
         wire: WireRoute::Chat,
         body: body.as_object().unwrap().clone(),
         default_model: "base",
@@ -111,12 +116,7 @@ async fn ask(gateway: &Gateway, asked: Asked<'_>) -> Result<Value, GatewayError>
     let route = exchange.route(idle(), now, &local).await?;
     let Target::Upstream { upstream, model } = &route.targets[0] else { return Ok(json!("local")) };
     match exchange.send(upstream, model, false, now).await? {
-        (Sent::Whole(mut answer), _) => {
-            if let Some(mut filters) = exchange.filters() {
-                filters.whole(&mut answer);
-            }
-            Ok(answer)
-        }
+        (Sent::Whole(answer), _) => Ok(answer),
         (Sent::Stream(mut stream), _) => {
             let mut filters = exchange.filters();
             let mut text = String::new();
@@ -142,6 +142,9 @@ async fn standing(gateway: &Gateway, tenant: &str) -> (i64, i64) {
     let standing = gateway.0.ledger.as_ref().unwrap().standing(&budget, UnixMillis::now()).await.unwrap();
     (standing.spent.nanos(), standing.reserved.nanos())
 }
+
+/// The key of the log's contents.
+const CONTENTS: &str = "ff0102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f";
 
 const ACME: &str = "[[tenants]]\nname = \"acme\"\nprivacy = \"any\"\nbudget = { usd_per_day = 0.02 }\n";
 
@@ -278,7 +281,9 @@ async fn every_request_is_in_a_log_that_verifies() {
         timeout: Duration::from_secs(20),
     };
     let (store, _thread) = Store::open(options).await.unwrap();
-    let heads = StoreHeads::new(store, tokio::runtime::Handle::current(), &path);
+    let log = format!("here:{}", path.display());
+    let writer = LogWriter { log: &log, writer: "test" };
+    let heads = StoreHeads::new(store, tokio::runtime::Handle::current(), writer);
     let report = tokio::task::spawn_blocking(move || {
         let head = heads.load().unwrap();
         let key = AuditKey::from_file(&key_file, &path).unwrap();
@@ -303,6 +308,203 @@ async fn every_request_is_in_a_log_that_verifies() {
         assert!(text.contains(expected), "{expected} in {text}");
     }
     assert!(!text.contains("swordfish") && !text.contains("hello"), "no text of anybody's: {text}");
+}
+
+/// A tenant's policy decides; what is kept is what the client got, and nobody reads it in the log's files.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn prompts_and_answers_are_kept_of_whom_it_is_configured_for_and_after_guardrails() {
+    use crate::audit::{
+        AuditKey, ContentsKey, ContentsKeys, ExportFilter, ExportFormat, export, export::ExportKeys, verify,
+    };
+
+    let double = upstream().await;
+    let log = tempfile::tempdir().unwrap();
+    let (path, key_file) = (log.path().join("log"), log.path().join("key"));
+    std::fs::write(&key_file, "ab".repeat(32)).unwrap();
+    let rest = format!(
+        "[audit]\npath = {path:?}\nkey_file = {key_file:?}\ncontents = \"encrypted\"\ncontents_key_env = \"CONTENTS\"\n\
+         [[guardrails]]\nname = \"pii\"\nkind = \"pii\"\naction = \"redact\"\n\
+         [[guardrails]]\nname = \"words\"\nkind = \"blocklist\"\naction = \"block\"\nphrases = [\"swordfish\"]\n\
+         [[tenants]]\nname = \"kept\"\nprivacy = \"any\"\nstore_contents = true\nguardrails = [\"pii\", \"words\"]\n\
+         [[tenants]]\nname = \"plain\"\nprivacy = \"any\"\nstore_contents = true\n\
+         [[tenants]]\nname = \"unkept\"\nprivacy = \"any\"\n"
+    );
+    let (gateway, _folder) = gateway(&double, &rest).await;
+    let streamed = |text: &str| {
+        let mut body = body("up/gpt-4.1", text);
+        body["stream"] = json!(true);
+        body
+    };
+    for tenant in ["kept", "plain", "unkept"] {
+        let told = body("up/gpt-4.1", "I am jo@example.org");
+        ask(&gateway, Asked { request_id: "whole", ..asked(tenant, &told, None) }).await.unwrap();
+        ask(&gateway, Asked { request_id: "streamed", ..asked(tenant, &streamed("hello"), None) }).await.unwrap();
+    }
+    ask(&gateway, Asked { request_id: "blocked", ..asked("kept", &body("base", "say swordfish"), None) })
+        .await
+        .unwrap_err();
+    // A client that leaves after the first piece.
+    let mut exchange = gateway.begin(Asked { request_id: "left", ..asked("plain", &streamed("hello"), None) }).unwrap();
+    let (Sent::Stream(mut stream), _) = exchange.send("up", "gpt-4.1", false, UnixMillis::now()).await.unwrap() else {
+        panic!("a stream was asked for")
+    };
+    let chunk = stream.next(&mut exchange).await.unwrap().unwrap();
+    exchange.filters().unwrap().chunk(chunk).unwrap();
+    drop(stream);
+    // What runs here, as a server hands it on.
+    let mut local_one =
+        gateway.begin(Asked { request_id: "local", ..asked("plain", &body("base", "hi"), None) }).unwrap();
+    local_one.route(idle(), UnixMillis::now(), &local).await.unwrap();
+    let mut answer = json!({"choices": [{"index": 0, "message": {"content": "from here"}, "finish_reason": "stop"}]});
+    local_one.filters().unwrap().whole(&mut answer);
+    let used = LocalUse { num_prompt_tokens: 3, num_completion_tokens: 2, machine_time: Duration::ZERO };
+    local_one.settle_local(used, RequestStatus::Completed, LocalModel::default(), UnixMillis::now()).await.unwrap();
+    gateway.close().await;
+
+    let files = std::fs::read_dir(&path).unwrap().map(|entry| std::fs::read(entry.unwrap().path()).unwrap());
+    let bytes: Vec<u8> = files.flatten().collect();
+    for text in ["jo@example.org", "you said", "from here", "swordfish", "hello", "the word is"] {
+        assert!(!bytes.windows(text.len()).any(|part| part == text.as_bytes()), "{text} is in the log");
+    }
+    let key = AuditKey::from_file(&key_file, &path).unwrap();
+    assert!(verify(&path, &key, None).unwrap().is_intact());
+    let keys = ContentsKeys(vec![ContentsKey::parse(CONTENTS).unwrap()]);
+    let mut out = Vec::new();
+    let keys = ExportKeys { key: &key, contents: Some(&keys) };
+    export(&path, keys, (&ExportFilter::default(), ExportFormat::JsonLines), &mut out).unwrap();
+    let rows: Vec<Value> =
+        String::from_utf8(out).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let contents = |tenant: &str, id: &str| {
+        let row = rows.iter().find(|row| row["tenant"] == tenant && row["request_id"] == id);
+        let row = row.unwrap_or_else(|| panic!("{tenant} {id} in {rows:?}"));
+        let text = |name: &str| row["contents"][name].as_str().map(str::to_owned);
+        (text("prompt"), text("answer"), row["outcome"].as_str().unwrap_or_default().to_owned())
+    };
+    let (prompt, answer, _) = contents("kept", "whole");
+    assert!(!prompt.unwrap().contains("jo@example.org"), "redacted before it was kept");
+    assert!(!answer.unwrap().contains("jo@example.org"));
+    let (_, answer, _) = contents("kept", "streamed");
+    assert!(!answer.unwrap().contains("swo"), "the client did not get it");
+    assert!(contents("kept", "blocked").0.unwrap().contains("say "), "what was blocked is there to be looked at");
+    let (prompt, answer, _) = contents("plain", "whole");
+    assert!(prompt.unwrap().contains("I am jo@example.org"));
+    assert_eq!(answer.as_deref(), Some("you said I am jo@example.org"));
+    assert_eq!(contents("plain", "streamed").1.as_deref(), Some("the word is swordfish, friend"));
+    assert_eq!(
+        contents("plain", "left"),
+        (contents("plain", "streamed").0, Some("the word is swo".to_owned()), "cancelled".to_owned())
+    );
+    assert_eq!(contents("plain", "local").1.as_deref(), Some("from here"));
+    for id in ["whole", "streamed"] {
+        assert_eq!(contents("unkept", id), (None, None, "completed".to_owned()), "its policy stores nothing");
+    }
+}
+
+#[test]
+fn what_a_tenant_has_stored_needs_a_log_that_keeps_it() {
+    for audit in ["", "[audit]\npath = \"log\"\n"] {
+        let text = format!("{audit}[[tenants]]\nname = \"a\"\nstore_contents = true\n");
+        let problems = GatewayConfig::parse(&text).unwrap_err();
+        assert_eq!(problems.len(), 1, "{problems:?}");
+        assert_eq!(problems[0].line, Some(text.lines().count()));
+        assert!(problems[0].hint.as_deref().unwrap().contains("contents = \"encrypted\""), "{problems:?}");
+    }
+}
+
+/// As an Entra token that somebody renews: what the upstream refuses is read again, and nobody notices.
+#[tokio::test]
+async fn a_token_that_has_run_out_is_read_again_and_the_call_sent_once_more() {
+    let valid = Arc::new(std::sync::Mutex::new("one".to_owned()));
+    let num_calls = Arc::new(AtomicUsize::new(0));
+    let state = (Arc::clone(&valid), Arc::clone(&num_calls));
+    let answer = |State((valid, calls)): State<(Arc<std::sync::Mutex<String>>, Arc<AtomicUsize>)>,
+                  headers: axum::http::HeaderMap,
+                  body: axum::Json<Value>| async move {
+        calls.fetch_add(1, Ordering::SeqCst);
+        let given = headers["authorization"].to_str().unwrap();
+        if given != format!("Bearer {}", valid.lock().unwrap()) {
+            let error = json!({"error": {"message": format!("{given} has run out"), "type": "x"}});
+            return (StatusCode::UNAUTHORIZED, axum::Json(error)).into_response();
+        }
+        if body["stream"] == json!(true) {
+            let chunk = json!({"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "gpt-4.1",
+                "choices": [{"index": 0, "delta": {"content": "hi"}, "finish_reason": "stop"}]});
+            let events = format!("data: {chunk}\n\ndata: [DONE]\n\n");
+            return ([("content-type", "text/event-stream")], events).into_response();
+        }
+        axum::Json(json!({"id": "c", "object": "chat.completion", "created": 1, "model": "gpt-4.1",
+            "choices": [{"index": 0, "message": {"role": "assistant", "content": "hi"}, "finish_reason": "stop"}]}))
+        .into_response()
+    };
+    let routes = Routes::new().route("/v1/chat/completions", post(answer)).with_state(state);
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move { axum::serve(listener, routes).await.unwrap() });
+    let folder = tempfile::tempdir().unwrap();
+    let token = folder.path().join("token");
+    std::fs::write(&token, "one\n").unwrap();
+    let text = format!(
+        "[[upstreams]]\nname = \"up\"\nkind = \"openai-compatible\"\nbase_url = \"http://{address}/v1\"\n\
+         token_file = {token:?}\nmodels = [\"gpt-4.1\"]\n[[tenants]]\nname = \"acme\"\nprivacy = \"any\"\n"
+    );
+    let config = GatewayConfig::parse(&text).unwrap_or_else(|problems| panic!("{problems:?}"));
+    let surroundings = Surroundings { env: &|_| None, node: NodeId::new("test").unwrap(), host: "here" };
+    let gateway = Gateway::start(config, &surroundings, UnixMillis::now()).await.unwrap();
+    let whole = body("up/gpt-4.1", "hello");
+    let mut streamed = whole.clone();
+    streamed["stream"] = json!(true);
+    ask(&gateway, asked("acme", &whole, None)).await.unwrap();
+    for (next, request) in [("two", &whole), ("three", &streamed)] {
+        next.clone_into(&mut valid.lock().unwrap());
+        std::fs::write(&token, format!("{next}\n")).unwrap();
+        ask(&gateway, asked("acme", request, None)).await.unwrap();
+    }
+    let health = &gateway.0.upstreams["up"].health;
+    assert_eq!(health.state(), BreakerState::Closed, "what was refused once and then taken is no failure");
+    // A file that is gone takes nothing away; a token that it cannot help with is told, without its text.
+    std::fs::remove_file(&token).unwrap();
+    ask(&gateway, asked("acme", &whole, None)).await.unwrap();
+    "four".clone_into(&mut valid.lock().unwrap());
+    let before = num_calls.load(Ordering::SeqCst);
+    let refused = ask(&gateway, asked("acme", &whole, None)).await.unwrap_err();
+    assert_eq!((refused.shown().0, refused.shown().2), (502, "upstream_auth".to_owned()));
+    assert!(!refused.to_string().contains("three"), "{refused}");
+    assert_eq!(num_calls.load(Ordering::SeqCst), before + 1, "the same token is not tried twice");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn closing_writes_what_was_accepted_and_waits_for_nobody_else() {
+    let double = upstream().await;
+    let (gateway, folder) = gateway(&double, ACME).await;
+    let clone = gateway.clone();
+    let requests = (0..100).map(|_| {
+        let gateway = gateway.clone();
+        tokio::spawn(async move {
+            let mut exchange = gateway.begin(asked("acme", &body("base", "x"), None)).unwrap();
+            exchange.route(idle(), UnixMillis::now(), &local).await.unwrap();
+            let used = LocalUse { num_prompt_tokens: 3, num_completion_tokens: 2, machine_time: Duration::ZERO };
+            let settled =
+                exchange.settle_local(used, RequestStatus::Completed, LocalModel::default(), UnixMillis::now());
+            settled.await.unwrap();
+        })
+    });
+    for request in requests.collect::<Vec<_>>() {
+        request.await.unwrap();
+    }
+    gateway.close().await;
+    // Nothing of the process has the file open for writing: what is there is all there is.
+    let url = format!("sqlite://{}?mode=ro", folder.path().join("b.db").display());
+    let options = StoreOptions {
+        url: url.parse().unwrap(),
+        durability: Durability::ProcessKill,
+        max_bytes: None,
+        max_waiting: 16,
+        timeout: Duration::from_secs(20),
+    };
+    let (store, _thread) = Store::open(options).await.unwrap();
+    let rows = crate::ledger::costs(&store, crate::ledger::CostQuery::default()).await.unwrap().rows;
+    assert_eq!(rows.iter().map(|row| row.requests).sum::<u64>(), 100, "{rows:?}");
+    clone.close().await;
 }
 
 #[test]

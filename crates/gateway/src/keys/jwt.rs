@@ -201,7 +201,7 @@ impl JwtVerifier {
         issuer.options.check_times(&claims, now)?;
         let tenant = issuer.options.tenant_of(&claims)?;
         let subject = claims.get("sub").and_then(Value::as_str).unwrap_or_default().to_owned();
-        Ok(Identity { tenant, credential: Credential::Jwt { issuer: named.to_owned(), subject } })
+        Ok(Identity { tenant, credential: Credential::Jwt { issuer: named.to_owned(), subject }, grant: None })
     }
 }
 

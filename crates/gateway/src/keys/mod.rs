@@ -5,18 +5,20 @@
 //!
 //! **Invariant**: what cannot be checked opens nothing.
 
+pub mod grant;
 mod jwks;
 pub mod jwt;
 mod ring;
 mod secret;
 pub mod table;
 
+pub use grant::{KeyGrant, NameOf};
 pub use jwt::{IssuerOptions, JwtError, JwtVerifier, SigningAlgorithm, TenantFrom};
 pub use ring::{KeyOwner, KeyRing, RingOptions};
 pub use secret::{ApiKey, PREFIX};
 pub use table::{KeyInfo, NewKey, Rotation};
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use crate::{
     clock::UnixMillis,
@@ -72,6 +74,25 @@ pub enum KeyError {
     /// A name of a key.
     #[error("a key's name has at most 200 bytes and no control characters; choose another")]
     BadName,
+    /// A list of models or adapters that is none.
+    #[error(
+        "a key's list of {what} has 1 to {} names, and this one has {count}; leave it out to allow all",
+        grant::MAX_PATTERNS
+    )]
+    BadList {
+        /// Of what.
+        what: &'static str,
+        /// How many it has.
+        count: usize,
+    },
+    /// A name that no model has.
+    #[error(
+        "a name in a key's list of {what} is empty, longer than 200 bytes, or holds control characters; correct it"
+    )]
+    BadPattern {
+        /// Of what.
+        what: &'static str,
+    },
     /// An end in the past.
     #[error("the key would end before it begins; give a later end")]
     EndsBeforeItBegins,
@@ -104,6 +125,8 @@ pub struct Identity {
     pub tenant: TenantId,
     /// By what.
     pub credential: Credential,
+    /// What its key takes away of what the tenant may; None: nothing, as of a token.
+    pub grant: Option<Arc<KeyGrant>>,
 }
 
 /// Why nobody is let in.
@@ -152,8 +175,8 @@ impl Authenticator {
                 Ok(jwt.verify(presented, now).await?)
             }
             _ => {
-                let KeyOwner { tenant, key } = self.keys.authenticate(presented, now)?;
-                Ok(Identity { tenant, credential: Credential::Key(key) })
+                let KeyOwner { tenant, key, grant } = self.keys.authenticate(presented, now)?;
+                Ok(Identity { tenant, credential: Credential::Key(key), grant: Some(grant) })
             }
         }
     }

@@ -14,7 +14,7 @@ use std::{
 
 use subtle::ConstantTimeEq as _;
 
-use super::{ApiKey, KeyError, table};
+use super::{ApiKey, KeyError, KeyGrant, table};
 use crate::{
     clock::UnixMillis,
     names::{KeyId, TenantId},
@@ -37,6 +37,8 @@ pub struct KeyOwner {
     pub tenant: TenantId,
     /// Which of its keys.
     pub key: KeyId,
+    /// What it may use beside what the tenant may.
+    pub grant: Arc<KeyGrant>,
 }
 
 /// The known keys. Cheap to clone; the watching task ends with the last clone.
@@ -135,7 +137,12 @@ impl Entry {
     fn from_row(row: &table::CachedRow) -> Option<Self> {
         Some(Self {
             digest: data_encoding::HEXLOWER.decode(row.digest.as_bytes()).ok()?.try_into().ok()?,
-            owner: KeyOwner { tenant: TenantId::new(&row.tenant).ok()?, key: KeyId::new(&row.id).ok()? },
+            owner: KeyOwner {
+                tenant: TenantId::new(&row.tenant).ok()?,
+                key: KeyId::new(&row.id).ok()?,
+                // A grant that cannot be read would be one that takes nothing away.
+                grant: Arc::new(row.grant.read()?),
+            },
             expires_at: row.expires_at.map(UnixMillis),
             revoked_at: row.revoked_at.map(UnixMillis),
         })

@@ -10,9 +10,10 @@ use std::time::Duration;
 use futures::{FutureExt as _, future::BoxFuture};
 use sqlx::{AnyConnection, Row as _, any::AnyRow};
 
-use super::{ApiKey, KeyError};
+use super::{ApiKey, KeyError, KeyGrant};
 use crate::{
     clock::UnixMillis,
+    limits::RateLimits,
     names::{KeyId, TenantId},
     store::{Operation, Store},
 };
@@ -42,6 +43,9 @@ pub struct KeyInfo {
     pub revoked_at: Option<i64>,
     /// What replaced it.
     pub successor: Option<String>,
+    /// What it may use beside what its tenant may. None: its row was changed by hand, and it opens nothing.
+    #[serde(flatten)]
+    pub grant: Option<KeyGrant>,
 }
 
 /// A key that is to be made.
@@ -53,6 +57,8 @@ pub struct NewKey {
     pub name: String,
     /// None: never.
     pub expires_at: Option<UnixMillis>,
+    /// What it may use beside what its tenant may.
+    pub grant: KeyGrant,
 }
 
 /// How a key is replaced.
@@ -74,6 +80,7 @@ pub async fn create(store: &Store, new: NewKey, now: UnixMillis) -> Result<ApiKe
     if new.expires_at.is_some_and(|end| end <= now) {
         return Err(KeyError::EndsBeforeItBegins);
     }
+    new.grant.check()?;
     let key = ApiKey::generate()?;
     store.submit(Create { key: key.clone(), new, now }).await??;
     Ok(key)
@@ -84,7 +91,7 @@ pub async fn revoke(store: &Store, id: &KeyId, now: UnixMillis) -> Result<UnixMi
     store.submit(Revoke { id: id.clone(), now }).await?
 }
 
-/// Replaces a key by a new one of the same tenant and name.
+/// Replaces a key by a new one of the same tenant, name, limits and lists.
 pub async fn rotate(store: &Store, rotation: Rotation, now: UnixMillis) -> Result<ApiKey, KeyError> {
     if rotation.expires_at.is_some_and(|end| end <= now) {
         return Err(KeyError::EndsBeforeItBegins);
@@ -96,8 +103,8 @@ pub async fn rotate(store: &Store, rotation: Rotation, now: UnixMillis) -> Resul
 
 /// All keys, the oldest first; at most a hundred thousand.
 pub async fn list(store: &Store) -> Result<Vec<KeyInfo>, KeyError> {
-    const ALL: &str = "SELECT id, tenant, name, created_at, expires_at, revoked_at, successor FROM api_keys \
-                       ORDER BY created_at, id LIMIT 100000";
+    const ALL: &str = "SELECT id, tenant, name, created_at, expires_at, revoked_at, successor, requests_per_minute, \
+                       tokens_per_minute, concurrent, models, adapters FROM api_keys ORDER BY created_at, id LIMIT 100000";
     let read = store.read(|connection| {
         async move { sqlx::query(ALL).fetch_all(connection).await?.iter().map(info).collect::<Result<Vec<_>, _>>() }
             .boxed()
@@ -114,7 +121,48 @@ fn info(row: &AnyRow) -> Result<KeyInfo, sqlx::Error> {
         expires_at: row.try_get(4)?,
         revoked_at: row.try_get(5)?,
         successor: row.try_get(6)?,
+        grant: StoredGrant::of(row, 7)?.read(),
     })
+}
+
+/// A grant as it lies in the store.
+pub(super) struct StoredGrant {
+    limits: [Option<i64>; 3],
+    lists: [Option<String>; 2],
+}
+
+impl StoredGrant {
+    /// From five columns, the first of them at `at`.
+    fn of(row: &AnyRow, at: usize) -> Result<Self, sqlx::Error> {
+        Ok(Self {
+            limits: [row.try_get(at)?, row.try_get(at + 1)?, row.try_get(at + 2)?],
+            lists: [row.try_get(at + 3)?, row.try_get(at + 4)?],
+        })
+    }
+
+    fn write(grant: &KeyGrant) -> Self {
+        // A limit that no number of the store holds is none that anybody meets.
+        let number = |limit: Option<u64>| limit.map(|limit| i64::try_from(limit).unwrap_or(i64::MAX));
+        let list = |names: &Option<Vec<String>>| names.as_ref().map(|names| serde_json::json!(names).to_string());
+        let RateLimits { requests_per_minute, tokens_per_minute, concurrent } = grant.limits;
+        Self {
+            limits: [number(requests_per_minute), number(tokens_per_minute), concurrent.map(i64::from)],
+            lists: [list(&grant.models), list(&grant.adapters)],
+        }
+    }
+
+    /// None: changed by hand into what is none.
+    pub(super) fn read(&self) -> Option<KeyGrant> {
+        let number = |limit: Option<i64>| limit.map(u64::try_from).transpose().ok();
+        let list = |names: &Option<String>| names.as_deref().map(serde_json::from_str).transpose().ok();
+        let [requests, tokens, concurrent] = self.limits;
+        let limits = RateLimits {
+            requests_per_minute: number(requests)?,
+            tokens_per_minute: number(tokens)?,
+            concurrent: concurrent.map(u32::try_from).transpose().ok()?,
+        };
+        Some(KeyGrant { limits, models: list(&self.lists[0])?, adapters: list(&self.lists[1])? })
+    }
 }
 
 /// What a process keeps of a key.
@@ -125,12 +173,14 @@ pub(super) struct CachedRow {
     pub(super) expires_at: Option<i64>,
     pub(super) revoked_at: Option<i64>,
     pub(super) changed: i64,
+    pub(super) grant: StoredGrant,
 }
 
 /// What changed after the change `known`, oldest first. Reads little where nothing did.
 pub(super) async fn changed_since(store: &Store, known: i64) -> Result<Vec<CachedRow>, KeyError> {
     const COUNTER: &str = "SELECT counter FROM changes WHERE name = 'api_keys'";
-    const PAGE: &str = "SELECT id, tenant, digest, expires_at, revoked_at, changed FROM api_keys \
+    const PAGE: &str = "SELECT id, tenant, digest, expires_at, revoked_at, changed, requests_per_minute, \
+                        tokens_per_minute, concurrent, models, adapters FROM api_keys \
                         WHERE changed > $1 OR (changed = $1 AND id > $2) ORDER BY changed, id LIMIT $3";
     let read = store.read(move |connection| {
         async move {
@@ -163,6 +213,7 @@ fn cached(row: &AnyRow) -> Result<CachedRow, sqlx::Error> {
         expires_at: row.try_get(3)?,
         revoked_at: row.try_get(4)?,
         changed: row.try_get(5)?,
+        grant: StoredGrant::of(row, 6)?,
     })
 }
 
@@ -179,9 +230,12 @@ async fn insert(
     now: UnixMillis,
 ) -> Result<(), sqlx::Error> {
     let changed = next_change(connection).await?;
+    let StoredGrant { limits: [requests, tokens, concurrent], lists: [models, adapters] } =
+        StoredGrant::write(&new.grant);
     sqlx::query(
-        "INSERT INTO api_keys (id, tenant, name, digest, created_at, expires_at, revoked_at, successor, changed) \
-         VALUES ($1, $2, $3, $4, $5, $6, NULL, NULL, $7)",
+        "INSERT INTO api_keys (id, tenant, name, digest, created_at, expires_at, revoked_at, successor, changed, \
+         requests_per_minute, tokens_per_minute, concurrent, models, adapters) \
+         VALUES ($1, $2, $3, $4, $5, $6, NULL, NULL, $7, $8, $9, $10, $11, $12)",
     )
     .bind(key.id_str().to_owned())
     .bind(new.tenant.as_str().to_owned())
@@ -190,6 +244,11 @@ async fn insert(
     .bind(now.0)
     .bind(new.expires_at.map(|end| end.0))
     .bind(changed)
+    .bind(requests)
+    .bind(tokens)
+    .bind(concurrent)
+    .bind(models)
+    .bind(adapters)
     .execute(connection)
     .await?;
     Ok(())
@@ -286,7 +345,8 @@ impl Operation for Rotate {
 
     fn run<'a>(&'a self, connection: &'a mut AnyConnection) -> BoxFuture<'a, Result<Self::Output, sqlx::Error>> {
         async move {
-            const OLD: &str = "SELECT tenant, name, expires_at, revoked_at, successor FROM api_keys WHERE id = $1";
+            const OLD: &str = "SELECT tenant, name, expires_at, revoked_at, successor, requests_per_minute, \
+                               tokens_per_minute, concurrent, models, adapters FROM api_keys WHERE id = $1";
             if exists(connection, &self.key).await? {
                 return Ok(Ok(()));
             }
@@ -306,7 +366,10 @@ impl Operation for Rotate {
             let Ok(tenant) = TenantId::new(&row.try_get::<String, _>(0)?) else {
                 return Ok(Err(KeyError::NotRotatable(id.clone())));
             };
-            let new = NewKey { tenant, name: row.try_get(1)?, expires_at: self.rotation.expires_at };
+            let Some(grant) = StoredGrant::of(&row, 5)?.read() else {
+                return Ok(Err(KeyError::NotRotatable(id.clone())));
+            };
+            let new = NewKey { tenant, name: row.try_get(1)?, expires_at: self.rotation.expires_at, grant };
             insert(connection, &self.key, &new, self.now).await?;
             let overlap = self.now.after(self.rotation.overlap).0;
             let changed = next_change(connection).await?;

@@ -25,7 +25,7 @@ use crate::{
 use bucket::{Bucket, Short};
 
 /// What a tenant or a key may use; none: as much as it likes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize, serde::Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct RateLimits {
     /// Requests a minute.

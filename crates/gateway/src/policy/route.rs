@@ -6,7 +6,10 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use super::{PrivacyClass, Target, VirtualModel, target::fits};
-use crate::money::Money;
+use crate::{
+    keys::{KeyGrant, NameOf},
+    money::Money,
+};
 
 /// What decides about a tenant's requests.
 #[derive(Clone, Debug, PartialEq)]
@@ -76,6 +79,8 @@ pub struct LocalState {
 pub struct Facts<'a> {
     /// Whose it is.
     pub tenant: &'a TenantRouting,
+    /// What its key takes away of what the tenant may; None: nothing.
+    pub grant: Option<&'a KeyGrant>,
     /// The tenant's class, tightened by the request.
     pub privacy: PrivacyClass,
     /// `x-bindery-task`.
@@ -203,7 +208,7 @@ impl Router {
             (LocalName::Unknown, Some(target)) => target.clone(),
             (LocalName::Unknown, None) => return Err(unknown()),
         };
-        match forbidden(&target, facts) {
+        match forbidden(&target, facts, local_name) {
             // To a tenant that may not use it a model is as good as not there.
             Some(Forbidden::NotOffered) => Err(unknown()),
             Some(Forbidden::Leaves(why)) => Err(Refused::NotAllowed { why }),
@@ -216,7 +221,7 @@ impl Router {
         facts: &Facts<'_>,
         local_name: &dyn Fn(&str) -> LocalName,
     ) -> Result<Route, Refused> {
-        if !is_allowed(&model.name, facts.tenant) {
+        if !is_allowed(&model.name, NameOf::Model, facts) {
             return Err(Refused::UnknownModel { asked: model.name.to_string() });
         }
         let mut why = Vec::new();
@@ -231,7 +236,7 @@ impl Router {
                     Target::LocalModel(name) => local_name(name) != LocalName::Unknown,
                     Target::Local | Target::Upstream { .. } => true,
                 };
-                is_there && forbidden(target, facts).is_none()
+                is_there && forbidden(target, facts, local_name).is_none()
             };
             let mut targets: Vec<Target> = Vec::new();
             for choice in &rule.to {
@@ -267,18 +272,19 @@ impl Router {
 
 /// Why a target may not be used.
 enum Forbidden {
-    /// The tenant's list of models does not hold it.
+    /// The tenant's list of models, or its key's, does not hold it.
     NotOffered,
     /// It is an upstream's, and the request must stay here.
     Leaves(String),
 }
 
-fn forbidden(target: &Target, facts: &Facts<'_>) -> Option<Forbidden> {
+fn forbidden(target: &Target, facts: &Facts<'_>, local_name: &dyn Fn(&str) -> LocalName) -> Option<Forbidden> {
     let Target::Upstream { .. } = target else {
         let Target::LocalModel(name) = target else { return None };
-        return (!is_allowed(name, facts.tenant)).then_some(Forbidden::NotOffered);
+        let of = if local_name(name) == LocalName::Adapter { NameOf::Adapter } else { NameOf::Model };
+        return (!is_allowed(name, of, facts)).then_some(Forbidden::NotOffered);
     };
-    if !is_allowed(&target.to_string(), facts.tenant) {
+    if !is_allowed(&target.to_string(), NameOf::Model, facts) {
         return Some(Forbidden::NotOffered);
     }
     if facts.privacy.leave().is_none() {
@@ -295,8 +301,10 @@ fn forbidden(target: &Target, facts: &Facts<'_>) -> Option<Forbidden> {
     })
 }
 
-fn is_allowed(name: &str, tenant: &TenantRouting) -> bool {
-    tenant.models.iter().any(|pattern| fits(pattern, name))
+/// By the tenant's list and by its key's.
+fn is_allowed(name: &str, of: NameOf, facts: &Facts<'_>) -> bool {
+    facts.tenant.models.iter().any(|pattern| fits(pattern, name))
+        && facts.grant.is_none_or(|grant| grant.admits(name, of))
 }
 
 /// Takes out local targets that cannot answer the request, where others can.
@@ -349,8 +357,8 @@ fn with_overflow(
     };
     let is_equal =
         local_name(name) != LocalName::Adapter || overflow.adapters.iter().any(|pattern| fits(pattern, name));
-    let closed = match forbidden(&overflow.to, facts) {
-        Some(Forbidden::NotOffered) => Some(format!("the tenant may not use {}", overflow.to)),
+    let closed = match forbidden(&overflow.to, facts, local_name) {
+        Some(Forbidden::NotOffered) => Some(format!("the tenant, or its key, may not use {}", overflow.to)),
         Some(Forbidden::Leaves(why)) => Some(why),
         None if !is_equal => Some(format!("{} is not declared to answer like the adapter {name:?}", overflow.to)),
         None => None,

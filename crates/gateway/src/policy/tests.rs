@@ -21,6 +21,7 @@ fn tenant() -> TenantRouting {
 
 fn facts(tenant: &TenantRouting) -> Facts<'_> {
     Facts {
+        grant: None,
         tenant,
         privacy: tenant.privacy,
         task: None,

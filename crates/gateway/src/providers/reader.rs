@@ -151,6 +151,13 @@ impl AnswerReader {
         Self { facts, wire, state: State::Open, answer_bytes: 0, checked }
     }
 
+    /// Of a reply to a request that carried another credential than the one it was made with.
+    #[must_use]
+    pub(crate) fn with_secret(mut self, secret: Option<Secret>) -> Self {
+        self.facts.secret = secret;
+        self
+    }
+
     /// Whether the request asked for a stream.
     pub fn is_streamed(&self) -> bool {
         self.facts.is_streamed

@@ -22,7 +22,7 @@ mod schema;
 mod url;
 mod writer;
 
-pub use audit_head::StoreHeads;
+pub use audit_head::{LogWriter, StoreHeads};
 pub use error::StoreError;
 pub use url::{StoreKind, StoreUrl};
 pub(crate) use writer::Operation;
@@ -32,12 +32,12 @@ use std::{sync::Arc, thread::JoinHandle, time::Duration};
 use futures::future::BoxFuture;
 use sqlx::{AnyConnection, AnyPool, any::AnyPoolOptions};
 use tokio::{
-    sync::{mpsc, oneshot},
+    sync::{mpsc, oneshot, watch},
     time::timeout,
 };
 
 use connect::Settings;
-use writer::{Job, Waiting, Writer};
+use writer::{Inbox, Job, Waiting, Writer};
 
 /// Against what an answered write is safe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize)]
@@ -73,6 +73,7 @@ pub struct Store {
     settings: Arc<Settings>,
     jobs: mpsc::Sender<Box<dyn Job>>,
     readers: AnyPool,
+    closing: watch::Sender<bool>,
 }
 
 /// The writer's thread; for who wants to see it end.
@@ -80,7 +81,8 @@ pub struct Store {
 pub struct StoreThread(JoinHandle<()>);
 
 impl StoreThread {
-    /// Waits until all clones of the store are gone and all they sent is written. Blocks: not for an async task.
+    /// Waits until the store is [closed](Store::close) or all its clones are gone, and all they sent is written. Blocks: not
+    /// for an async task.
     pub fn join(self) {
         if self.0.join().is_err() {
             tracing::error!("the store's writer thread panicked");
@@ -95,9 +97,16 @@ impl Store {
         let StoreOptions { url, durability, max_bytes, max_waiting, timeout } = options;
         let settings = Arc::new(Settings { url, durability, max_bytes, timeout });
         let (jobs, waiting) = mpsc::channel(max_waiting.max(1));
-        let thread = start(Arc::clone(&settings), waiting).await?;
+        let closing = watch::Sender::new(false);
+        let thread = start(Arc::clone(&settings), Inbox { jobs: waiting, closing: closing.subscribe() }).await?;
         let readers = readers(&settings);
-        Ok((Self { settings, jobs, readers }, StoreThread(thread)))
+        Ok((Self { settings, jobs, readers, closing }, StoreThread(thread)))
+    }
+
+    /// Takes no more writes, from any clone. What was accepted before is still committed and answered, after which the
+    /// writer's thread ends; [`StoreThread::join`] waits for it. Reading goes on.
+    pub fn close(&self) {
+        self.closing.send_replace(true);
     }
 
     /// As it may be shown.
@@ -146,7 +155,7 @@ impl Store {
 
 /// Starts the writer's thread, which has a runtime of its own: nothing the server does delays a commit. Returns when the
 /// store is ready.
-async fn start(settings: Arc<Settings>, waiting: mpsc::Receiver<Box<dyn Job>>) -> Result<JoinHandle<()>, StoreError> {
+async fn start(settings: Arc<Settings>, inbox: Inbox) -> Result<JoinHandle<()>, StoreError> {
     let shown = settings.shown();
     let failed = |why: String| StoreError::Unreachable { store: Arc::clone(&shown), why };
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -161,7 +170,7 @@ async fn start(settings: Arc<Settings>, waiting: mpsc::Receiver<Box<dyn Job>>) -
                 match prepare(&settings).await {
                     Ok(connection) => {
                         let _ = ready.send(Ok(()));
-                        Writer { settings }.work(connection, waiting).await;
+                        Writer { settings }.work(connection, inbox).await;
                     }
                     Err(error) => drop(ready.send(Err(error))),
                 }

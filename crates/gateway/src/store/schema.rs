@@ -17,6 +17,8 @@ use crate::clock::UnixMillis;
 const MIGRATIONS: &[(i64, &str, &str)] = &[
     (1, "keys_and_ledger", include_str!("migrations/0001_keys_and_ledger.sql")),
     (2, "audit_heads", include_str!("migrations/0002_audit_heads.sql")),
+    (3, "key_grants", include_str!("migrations/0003_key_grants.sql")),
+    (4, "audit_writers", include_str!("migrations/0004_audit_writers.sql")),
 ];
 
 /// Bindery's own, so that two nodes that start at once migrate one after the other (PostgreSQL).

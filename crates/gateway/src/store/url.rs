@@ -24,7 +24,9 @@ pub enum StoreKind {
 pub struct StoreUrl {
     kind: StoreKind,
     options: AnyConnectOptions,
-    /// SQLite's file.
+    /// SQLite's file, whatever it is opened for.
+    path: Option<PathBuf>,
+    /// SQLite's file, where it may be created.
     file: Option<PathBuf>,
     shown: Arc<str>,
 }
@@ -33,6 +35,12 @@ impl StoreUrl {
     /// Which database it names.
     pub fn kind(&self) -> StoreKind {
         self.kind
+    }
+
+    /// Whether anything was ever written there: false for a SQLite file that is missing or empty. A server that cannot be
+    /// reached counts as there, and says so itself.
+    pub fn is_there(&self) -> bool {
+        self.path.as_ref().is_none_or(|path| std::fs::metadata(path).is_ok_and(|file| file.len() > 0))
     }
 
     /// As it may be shown.
@@ -100,7 +108,7 @@ impl FromStr for StoreUrl {
         url.parse::<sqlx::postgres::PgConnectOptions>()
             .map_err(|_| bad("PostgreSQL's driver cannot read it".to_owned()))?;
         let options = options.disable_statement_logging();
-        Ok(Self { kind: StoreKind::Postgres, options, file: None, shown: shown.into() })
+        Ok(Self { kind: StoreKind::Postgres, options, path: None, file: None, shown: shown.into() })
     }
 }
 
@@ -132,6 +140,7 @@ fn sqlite(url: &str, rest: &str) -> Result<StoreUrl, StoreError> {
     Ok(StoreUrl {
         kind: StoreKind::Sqlite,
         options: options.disable_statement_logging(),
+        path: Some(file.clone()),
         file: (mode == "rwc").then_some(file),
         shown: url.into(),
     })

@@ -17,7 +17,7 @@ use std::{collections::BTreeSet, sync::Arc, time::Duration};
 use futures::future::BoxFuture;
 use sqlx::{AnyConnection, Connection as _};
 use tokio::{
-    sync::{mpsc, oneshot},
+    sync::{mpsc, oneshot, watch},
     time::{Instant, timeout},
 };
 
@@ -104,14 +104,44 @@ pub(super) struct Writer {
 
 type Group = Vec<Box<dyn Job>>;
 
+/// What waits to be written.
+pub(super) struct Inbox {
+    pub(super) jobs: mpsc::Receiver<Box<dyn Job>>,
+    /// True once nothing more is taken.
+    pub(super) closing: watch::Receiver<bool>,
+}
+
+impl Inbox {
+    /// The next group; empty: everything that was ever accepted has been handed out.
+    async fn next(&mut self) -> Group {
+        let mut group = Group::new();
+        if !self.jobs.is_closed() {
+            tokio::select! {
+                biased;
+                // Also where the last clone of the store is gone.
+                _ = self.closing.wait_for(|is_closing| *is_closing) => self.jobs.close(),
+                _ = self.jobs.recv_many(&mut group, MAX_GROUP) => return group,
+            }
+        }
+        // Without waiting: who has a place reserved and sends nothing, as a task that is no longer asked, would be waited for
+        // without an end.
+        while group.len() < MAX_GROUP
+            && let Ok(job) = self.jobs.try_recv()
+        {
+            group.push(job);
+        }
+        group
+    }
+}
+
 impl Writer {
-    /// Until every sender is gone; what was sent before is still done.
-    pub(super) async fn work(self, connection: AnyConnection, mut jobs: mpsc::Receiver<Box<dyn Job>>) {
+    /// Until every sender is gone or the store is closed; what was sent before is still done.
+    pub(super) async fn work(self, connection: AnyConnection, mut inbox: Inbox) {
         let mut connection = Some(connection);
         let mut down: Option<(Instant, StoreError)> = None;
         loop {
-            let mut group = Group::new();
-            if jobs.recv_many(&mut group, MAX_GROUP).await == 0 {
+            let group = inbox.next().await;
+            if group.is_empty() {
                 break;
             }
             if let Some((until, error)) = &down

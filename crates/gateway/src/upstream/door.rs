@@ -4,13 +4,16 @@
 //! bounded while it is read, and every attempt leaves its verdict with the upstream's breaker, a dropped one included.
 
 use std::{
+    borrow::Cow,
+    fmt,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
 use chrono::Utc;
-use http::{HeaderMap, header};
+use futures::future::BoxFuture;
+use http::{HeaderMap, StatusCode, header};
 use reqwest::{Client, Response, redirect};
 
 use super::{
@@ -19,7 +22,7 @@ use super::{
     retry::Failed,
 };
 use crate::providers::{
-    Answer, AnswerReader, Outgoing, OutgoingRequest, Reply, UpstreamError,
+    Answer, AnswerReader, Outgoing, OutgoingRequest, Reply, Secret, UpstreamError,
     error::{Cause, Fault},
 };
 
@@ -40,6 +43,22 @@ pub struct DoorError(#[from] reqwest::Error);
 pub struct Upstream {
     name: Arc<str>,
     breaker: Arc<Mutex<Breaker>>,
+    renew: Option<Arc<dyn Renew>>,
+}
+
+/// Where a fresh credential may be found after an upstream has refused one.
+pub trait Renew: fmt::Debug + Send + Sync {
+    /// The refused request's headers with another credential; None: there is no other.
+    fn renew<'a>(&'a self, refused: &'a HeaderMap) -> BoxFuture<'a, Option<Renewed>>;
+}
+
+/// A fresh credential.
+#[derive(Debug)]
+pub struct Renewed {
+    /// Of the request, the credential among them.
+    pub headers: HeaderMap,
+    /// Its text, to keep it out of what the upstream says.
+    pub secret: Option<Secret>,
 }
 
 /// What came back.
@@ -54,7 +73,18 @@ pub enum Received {
 impl Upstream {
     /// A healthy one.
     pub fn new(name: &str, limits: BreakerLimits) -> Self {
-        Self { name: name.into(), breaker: Arc::new(Mutex::new(Breaker::new(limits))) }
+        Self { name: name.into(), breaker: Arc::new(Mutex::new(Breaker::new(limits))), renew: None }
+    }
+
+    /// With somewhere to look for a fresh credential when one is refused.
+    #[must_use]
+    pub fn with_renewal(mut self, renew: Arc<dyn Renew>) -> Self {
+        self.renew = Some(renew);
+        self
+    }
+
+    async fn renewed(&self, refused: &HeaderMap) -> Option<Renewed> {
+        self.renew.as_ref()?.renew(refused).await
     }
 
     /// As the config calls it.
@@ -177,7 +207,7 @@ impl Door {
 
     async fn attempt(&self, upstream: &Upstream, call: &CallOut<'_>) -> Result<Received, Tried> {
         let mut attempt = upstream.pass().map_err(Tried::NotLetThrough)?;
-        match self.call(call).await {
+        match self.call(upstream, call).await {
             Ok(Begun::Whole(answer)) => {
                 attempt.succeeded();
                 Ok(Received::Whole(answer))
@@ -202,16 +232,25 @@ impl Door {
         }
     }
 
-    async fn call(&self, call: &CallOut<'_>) -> Result<Begun, UpstreamError> {
-        let response = self.head(call).await?;
+    async fn call(&self, upstream: &Upstream, call: &CallOut<'_>) -> Result<Begun, UpstreamError> {
+        let mut response = self.head(call, &call.request.headers).await?;
+        let mut reader = Cow::Borrowed(call.reader);
+        // A credential that has run out: once more with the next one, if there is one, before anything else is made of it.
+        if response.status() == StatusCode::UNAUTHORIZED
+            && let Some(Renewed { headers, secret }) = upstream.renewed(&call.request.headers).await
+        {
+            tracing::debug!(upstream = upstream.name(), "an upstream call is sent again with a fresh credential");
+            response = self.head(call, &headers).await?;
+            reader = Cow::Owned(call.reader.clone().with_secret(secret));
+        }
         let status = response.status().as_u16();
         let is_stream = response
             .headers()
             .get(header::CONTENT_TYPE)
             .and_then(|value| value.to_str().ok())
             .is_some_and(|kind| kind.trim_start().to_ascii_lowercase().starts_with("text/event-stream"));
-        if response.status().is_success() && is_stream && call.reader.is_streamed() {
-            let stream = AnswerStream::new(response, call.reader.clone(), Arc::clone(&self.limits));
+        if response.status().is_success() && is_stream && reader.is_streamed() {
+            let stream = AnswerStream::new(response, reader.into_owned(), Arc::clone(&self.limits));
             return Ok(Begun::Stream(Box::new(stream)));
         }
         let headers = response.headers().clone();
@@ -223,8 +262,8 @@ impl Door {
             // The status says enough.
             Err(_) => Vec::new(),
         };
-        let answer = call.reader.whole(&Reply { status, headers: &headers, body: &body, at: Utc::now() })?;
-        if call.reader.is_streamed() {
+        let answer = reader.whole(&Reply { status, headers: &headers, body: &body, at: Utc::now() })?;
+        if reader.is_streamed() {
             let message = "the upstream was asked for a stream and sent something else";
             return Err(UpstreamError::new(Cause::Malformed, message));
         }
@@ -232,10 +271,9 @@ impl Door {
     }
 
     /// Holding a [`CallOut`], and so its permit, is what allows this.
-    async fn head(&self, call: &CallOut<'_>) -> Result<Response, UpstreamError> {
+    async fn head(&self, call: &CallOut<'_>, headers: &HeaderMap) -> Result<Response, UpstreamError> {
         let CallOut { request, body, permit: LeavesPremises { .. }, .. } = call;
-        let headers: HeaderMap = request.headers.clone();
-        let sending = self.client.post(request.url.clone()).headers(headers).body(body.clone()).send();
+        let sending = self.client.post(request.url.clone()).headers(headers.clone()).body(body.clone()).send();
         match tokio::time::timeout(self.limits.first_byte, sending).await {
             Ok(Ok(response)) => Ok(response),
             Ok(Err(error)) => Err(transport(&error)),

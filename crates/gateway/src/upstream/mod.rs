@@ -18,7 +18,7 @@ mod stream;
 use std::time::Duration;
 
 pub use breaker::{Breaker, BreakerLimits, BreakerState};
-pub use door::{Door, DoorError, Received, Upstream};
+pub use door::{Door, DoorError, Received, Renew, Renewed, Upstream};
 pub use privacy::{LeavesPremises, PrivacyClass};
 pub use retry::RetryLimits;
 pub use stream::AnswerStream;

@@ -4,7 +4,7 @@ use std::str::FromStr as _;
 
 use bindery_gateway::{
     clock::UnixMillis,
-    keys::{KeyError, NewKey, table},
+    keys::{KeyError, KeyGrant, NewKey, table},
     store::{Store, StoreError, StoreUrl},
 };
 
@@ -97,7 +97,7 @@ async fn a_store_opened_to_be_read_answers_and_takes_nothing() {
     with_tables(&place, "SELECT 1").await;
     let (store, _thread) = Store::open(options(&format!("{}?mode=ro", place.url))).await.unwrap();
     assert!(table::list(&store).await.unwrap().is_empty());
-    let new = NewKey { tenant: tenant("acme"), name: String::new(), expires_at: None };
+    let new = NewKey { tenant: tenant("acme"), name: String::new(), expires_at: None, grant: KeyGrant::default() };
     let error = table::create(&store, new, UnixMillis(0)).await.unwrap_err();
     assert!(matches!(error, KeyError::Store(StoreError::ReadOnly { .. })), "{error:?}");
 }

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use bindery_gateway::{
     clock::UnixMillis,
-    keys::{ApiKey, KeyError, KeyRing, NewKey, RingOptions, Rotation, table},
+    keys::{ApiKey, KeyError, KeyGrant, KeyRing, NewKey, RingOptions, Rotation, table},
+    limits::RateLimits,
     names::KeyId,
     store::{Store, StoreError},
 };
@@ -14,7 +15,7 @@ use crate::{on_every_store, support::*};
 const RING: RingOptions = RingOptions { poll_every: Duration::from_millis(20), stale_after: Duration::from_secs(30) };
 
 fn new(name: &str, expires_at: Option<UnixMillis>) -> NewKey {
-    NewKey { tenant: tenant("acme"), name: name.to_owned(), expires_at }
+    NewKey { tenant: tenant("acme"), name: name.to_owned(), expires_at, grant: KeyGrant::default() }
 }
 
 fn later(seconds: u64) -> UnixMillis {
@@ -103,6 +104,44 @@ on_every_store! {
         assert_eq!(of(&old).successor.as_deref(), Some(fresh.id().as_str()));
         assert_eq!((of(&fresh).tenant.as_str(), of(&fresh).name.as_str()), ("acme", "ci"));
         assert_eq!(of(&old).expires_at, Some(later(60).0));
+    }
+
+    async fn what_a_key_may_use_is_kept_with_it_and_by_its_successor(place) {
+        let (store, _thread) = place.open().await;
+        let grant = KeyGrant {
+            limits: RateLimits { requests_per_minute: Some(u64::MAX), tokens_per_minute: Some(7), concurrent: Some(2) },
+            models: Some(vec!["base".to_owned(), "a, \"b\"*".to_owned()]),
+            adapters: Some(vec!["fr".to_owned()]),
+        };
+        let old = table::create(&store, NewKey { grant: grant.clone(), ..new("ci", None) }, NOON).await.unwrap();
+        let plain = table::create(&store, new("plain", None), NOON).await.unwrap();
+        let rotation = Rotation { id: old.id(), overlap: Duration::from_mins(1), expires_at: None };
+        let fresh = table::rotate(&store, rotation, NOON).await.unwrap();
+        // No number of the store is so large: the largest there is stands for it.
+        let kept = KeyGrant {
+            limits: RateLimits { requests_per_minute: Some(i64::MAX as u64), ..grant.limits },
+            ..grant.clone()
+        };
+        let ring = ring(&store).await;
+        for (key, kept) in [(&old, &kept), (&fresh, &kept), (&plain, &KeyGrant::default())] {
+            assert_eq!(*ring.authenticate(key.expose(), NOON).unwrap().grant, *kept);
+            let listed = table::list(&store).await.unwrap();
+            assert_eq!(listed.iter().find(|info| info.id == key.id().as_str()).unwrap().grant.as_ref(), Some(kept));
+        }
+        let empty = KeyGrant { models: Some(Vec::new()), ..KeyGrant::default() };
+        let refused = table::create(&store, NewKey { grant: empty, ..new("ci", None) }, NOON).await;
+        assert!(matches!(refused, Err(KeyError::BadList { what: "models", count: 0 })));
+    }
+
+    /// Otherwise a list that was made unreadable would be a list that allows everything.
+    async fn a_key_whose_lists_cannot_be_read_opens_nothing(place) {
+        let (store, _thread) = place.open().await;
+        let key = table::create(&store, new("ci", None), NOON).await.unwrap();
+        place.ask("UPDATE api_keys SET models = 'everything', changed = changed + 1").await;
+        place.ask("UPDATE changes SET counter = counter + 1").await;
+        let ring = ring(&store).await;
+        assert!(matches!(ring.authenticate(key.expose(), NOON), Err(KeyError::Unknown)));
+        assert_eq!(table::list(&store).await.unwrap()[0].grant, None);
     }
 
     /// More than one page of changes, some of them in one transaction.

@@ -5,6 +5,7 @@
 mod audit_head;
 mod broken;
 mod budgets;
+mod close;
 mod costs;
 mod crash;
 mod jwt;

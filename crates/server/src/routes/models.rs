@@ -21,13 +21,13 @@ use crate::{
     GateRefusals,
 ))]
 pub(crate) async fn list(State(state): State<SharedState>, Extension(serving): Extension<Serving>) -> Json<ModelList> {
-    let bases = state.config.served_model_names.iter().map(|name| card(&state, &serving, name));
-    let mut adapters = serving.adapters();
+    let bases = serving.bases(&state).map(|name| card(&state, &serving, name));
+    let mut adapters = serving.adapters(&state);
     // The base's own names win.
     adapters.retain(|spec| !state.config.served_model_names.contains(&spec.name));
     let adapters = adapters.iter().map(|spec| adapter_card(&state, &serving, spec));
-    let elsewhere = state.config.gateway.as_ref().map(|gateway| gateway.models(serving.caller.tenant.as_deref()));
-    let elsewhere = elsewhere.into_iter().flatten().map(|(name, what)| elsewhere_card(&state, &serving, name, what));
+    let elsewhere = serving.elsewhere(&state);
+    let elsewhere = elsewhere.into_iter().map(|(name, what)| elsewhere_card(&state, &serving, name, what));
     let data = bases.chain(adapters).chain(elsewhere).collect();
     Json(ModelList { object: "list".into(), data })
 }
@@ -45,6 +45,11 @@ pub(crate) async fn get(
     id: Result<Path<String>, axum::extract::rejection::PathRejection>,
 ) -> Result<Json<ModelCard>, ApiError> {
     let Path(id) = id.map_err(|_| ApiError::invalid("id", "the model's name in the path is not UTF-8"))?;
+    if serving.kind_of(&state, &id).is_none()
+        && let Some((name, what)) = serving.elsewhere(&state).into_iter().find(|(name, _)| *name == id)
+    {
+        return Ok(Json(elsewhere_card(&state, &serving, name, what)));
+    }
     let named = serving.resolve(&state, Some(id))?;
     let spec = match named.kind {
         NamedKind::Base => None,

@@ -40,7 +40,7 @@ pub(crate) async fn tokenize(
     body: Result<ApiJson<TokenizeRequest>, ApiError>,
 ) -> Result<Answer<TokenizeResponse>, ApiError> {
     let ApiJson { value: request, warnings, context, .. } = body?;
-    serving.resolve(&state, request.model.clone())?;
+    serving.resolve_or_base(&state, request.model.clone())?;
     let wants_strings = request.return_token_strs.unwrap_or(false);
     let (param, text, add_special_tokens) = text_of(request, &state, &serving, &context).await?;
     if text.len() > state.limits.max_tokenize_bytes {
@@ -112,7 +112,7 @@ pub(crate) async fn detokenize(
     body: Result<ApiJson<DetokenizeRequest>, ApiError>,
 ) -> Result<Answer<DetokenizeResponse>, ApiError> {
     let ApiJson { value: request, warnings, context, .. } = body?;
-    serving.resolve(&state, request.model)?;
+    serving.resolve_or_base(&state, request.model)?;
     let num_tokens = request.tokens.len();
     let max_tokens = state.limits.max_tokenize_bytes / size_of::<u32>();
     if num_tokens > max_tokens {

@@ -7,8 +7,9 @@ use bindery_gateway::{
     clock::UnixMillis,
     config::GatewayConfig,
     gateway::{Gateway, Surroundings},
-    keys::{NewKey, table},
+    keys::{KeyGrant, NewKey, table},
     ledger::{CostColumn, CostQuery, CostRow, costs},
+    limits::RateLimits,
     money::Money,
     names::{KeyId, NodeId, TenantId},
     store::{Durability, Store, StoreOptions},
@@ -46,7 +47,7 @@ impl House {
             upstream.address
         );
         let config = GatewayConfig::parse(&text).unwrap_or_else(|problems| panic!("{problems:?}"));
-        let surroundings = Surroundings { env: &|_| None, node: NodeId::new("test").unwrap() };
+        let surroundings = Surroundings { env: &|_| None, node: NodeId::new("test").unwrap(), host: "here" };
         let gateway = Gateway::start(config, &surroundings, UnixMillis::now()).await.unwrap();
         let options = StoreOptions {
             url: url.parse().unwrap(),
@@ -63,7 +64,11 @@ impl House {
 
     /// A new key of a tenant, once the server knows it.
     async fn key(&self, tenant: &str) -> String {
-        let new = NewKey { tenant: TenantId::new(tenant).unwrap(), name: "test".to_owned(), expires_at: None };
+        self.granted_key(tenant, KeyGrant::default()).await
+    }
+
+    async fn granted_key(&self, tenant: &str, grant: KeyGrant) -> String {
+        let new = NewKey { tenant: TenantId::new(tenant).unwrap(), name: "test".to_owned(), expires_at: None, grant };
         let key = table::create(&self.store, new, UnixMillis::now()).await.unwrap();
         let text = key.expose().to_owned();
         self.wait_for_status(&text, 200).await;
@@ -230,4 +235,62 @@ async fn local_requests_have_their_row_before_their_last_byte() {
     let row = &rows[0];
     assert_eq!((row.tenant.as_deref(), row.requests, row.completion_tokens), (Some("acme"), 1, 4), "{row:?}");
     assert!(row.prompt_tokens > 0);
+}
+
+/// A key that may do less than its tenant: limits beside the tenant's, names out of the tenant's.
+#[tokio::test]
+async fn a_key_is_held_to_its_own_limits_and_lists_beside_its_tenants() {
+    let house = House::build("[[routes]]\nmodel = \"auto\"\nrules = [{ to = [\"up/fake-model\", \"local\"] }]\n").await;
+    let names = |names: &[&str]| Some(names.iter().map(|&name| name.to_owned()).collect());
+    let limits = RateLimits { requests_per_minute: Some(1), ..RateLimits::default() };
+    let tight = house.granted_key("acme", KeyGrant { limits, ..KeyGrant::default() }).await;
+    let loose = house.key("acme").await;
+    assert_eq!(house.chat(&tight, &body(MODEL)).send().await.unwrap().headers()["x-ratelimit-limit-requests"], "1");
+    let second = house.chat(&tight, &body(MODEL)).send().await.unwrap();
+    assert_eq!(check_error(second, 429, None, "requests a minute").await.as_deref(), Some("rate_limit_exceeded"));
+    let other = house.chat(&loose, &body(MODEL)).send().await.unwrap();
+    assert_eq!(other.status(), 200, "the tenant's other keys go on");
+    assert!(!other.headers().contains_key("x-ratelimit-limit-requests"));
+
+    // Of the tenant's limit of one request a minute nothing is left for a second key of its.
+    let grant = || KeyGrant { limits: RateLimits { requests_per_minute: Some(100), ..limits }, ..KeyGrant::default() };
+    let (first, next) = (house.granted_key("small", grant()).await, house.granted_key("small", grant()).await);
+    let told = house.chat(&first, &body(MODEL)).send().await.unwrap();
+    assert_eq!(told.headers()["x-ratelimit-limit-requests"], "1", "the tighter one is told");
+    assert_eq!(house.chat(&next, &body(MODEL)).send().await.unwrap().status(), 429);
+
+    let virtual_only = house.granted_key("acme", KeyGrant { models: names(&["auto"]), ..KeyGrant::default() }).await;
+    let listed: Value = house
+        .server
+        .request(Method::GET, "/v1/models")
+        .bearer_auth(&virtual_only)
+        .send()
+        .await
+        .unwrap()
+        .json()
+        .await
+        .unwrap();
+    let ids: Vec<&str> = listed["data"].as_array().unwrap().iter().map(|model| model["id"].as_str().unwrap()).collect();
+    assert_eq!(ids, ["auto"]);
+    // Its rule leads to an upstream's model that the list does not hold, and so to what is local.
+    let auto = house.chat(&virtual_only, &body("auto")).send().await.unwrap();
+    assert_eq!((auto.status().as_u16(), &auto.headers()["x-bindery-route"]), (200, &"local".parse().unwrap()));
+    let unnamed = json!({"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1});
+    for request in [body(MODEL), body("up/fake-model"), body("nothing"), unnamed] {
+        let refused = house.chat(&virtual_only, &request).send().await.unwrap();
+        assert_eq!(
+            check_error(refused, 404, Some("model"), &request.to_string()).await.as_deref(),
+            Some("model_not_found")
+        );
+    }
+    for (path, request) in
+        [("/tokenize", json!({"prompt": "a"})), ("/tokenize", json!({"model": MODEL, "prompt": "a"}))]
+    {
+        let refused = house.server.request(Method::POST, path).bearer_auth(&virtual_only).json(&request).send().await;
+        assert_eq!(refused.unwrap().status(), 404, "{path}");
+    }
+    for (id, status) in [("auto", 200), (MODEL, 404)] {
+        let card = house.server.request(Method::GET, &format!("/v1/models/{id}")).bearer_auth(&virtual_only);
+        assert_eq!(card.send().await.unwrap().status(), status, "{id}");
+    }
 }

@@ -160,6 +160,9 @@ fn tenant(tenant: &TenantConfig, config: &GatewayConfig) -> String {
     if !tenant.guardrails.is_empty() {
         parts.push(format!("checked by {}", tenant.guardrails.join(", ")));
     }
+    if tenant.store_contents {
+        parts.push("prompts and answers stored in the audit log".to_owned());
+    }
     if tenant.weight != 1 {
         parts.push(format!("weight {}", tenant.weight));
     }

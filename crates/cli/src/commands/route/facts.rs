@@ -25,7 +25,7 @@ use crate::{
     args::{PrivacyArg, RouteExplainArgs},
     failure::Failure,
     gateway::ConfigFile,
-    terminal::thousands,
+    terminal::{self, thousands},
 };
 
 /// A language shows in so many bytes of the newest texts.
@@ -122,6 +122,7 @@ impl<'a> RequestFacts<'a> {
     pub(super) fn for_router(&self) -> Facts<'_> {
         Facts {
             tenant: &self.tenant,
+            grant: None,
             privacy: self.privacy,
             task: self.task,
             reasoning_effort: self.reasoning_effort,
@@ -216,7 +217,11 @@ async fn budget_left(file: &ConfigFile, tenant: &TenantConfig) -> anyhow::Result
     if tenant.budgets.is_empty() {
         return Ok(None);
     }
-    let open = file.open_store().await?;
+    if let Some(store) = file.gateway.store.as_ref().filter(|store| !store.url.is_there()) {
+        terminal::note(&format!("there is no store yet at {}: nothing of the budget is spent", store.url));
+        return Ok(tenant.budgets.iter().map(|budget| budget.ceiling).min());
+    }
+    let open = file.open_store_to_read().await?;
     let left = least_left(&open.store, &tenant.budgets, UnixMillis::now()).await?;
     open.close().await?;
     Ok(left)

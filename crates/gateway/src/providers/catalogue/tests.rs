@@ -57,7 +57,7 @@ fn a_retired_model_says_when_and_what_instead() {
     let catalogue = built_in();
     let error = catalogue.find("gpt-4", at("2026-11-28")).unwrap_err();
     let text = error.to_string();
-    assert!(text.contains("2026-10-23") && text.contains("gpt-5.4"), "{text}");
+    assert!(text.contains("2026-10-23") && text.contains("gpt-5.6-sol"), "{text}");
     assert!(catalogue.find("gpt-4", at("2026-10-22")).is_ok());
     // On its last day it is gone: the day named is the day it stops.
     assert!(matches!(catalogue.find("gpt-4", at("2026-10-23")), Err(LookupError::Retired { .. })));

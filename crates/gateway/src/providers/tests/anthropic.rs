@@ -222,12 +222,12 @@ fn a_prefill_is_trimmed_or_refused() {
 #[test]
 fn effort_becomes_thinking_as_the_model_takes_it() {
     let of = |model: &str, more: Value| sent(model, hi(more));
-    let adaptive = of("claude-opus-5-5", json!({"reasoning_effort": "minimal"}));
+    let adaptive = of("claude-opus-5", json!({"reasoning_effort": "minimal"}));
     assert_eq!(
         (&adaptive["thinking"], &adaptive["output_config"]),
         (&json!({"type": "adaptive"}), &json!({"effort": "low"}))
     );
-    assert_eq!(of("claude-opus-5-5", json!({"reasoning_effort": "none"}))["thinking"], json!({"type": "disabled"}));
+    assert_eq!(of("claude-opus-5", json!({"reasoning_effort": "none"}))["thinking"], json!({"type": "disabled"}));
     let always = of("claude-fable-5", json!({"reasoning_effort": "none"}));
     assert!(always.get("thinking").is_none());
     assert_eq!(always["output_config"], json!({"effort": "low"}));

@@ -54,7 +54,7 @@ fn effort_becomes_a_level_or_a_budget() {
     assert_eq!(of("gemini-3.8-flash", "none"), json!({"includeThoughts": true, "thinkingLevel": "MINIMAL"}));
     assert_eq!(of("gemini-3.1-pro-preview", "minimal")["thinkingLevel"], "LOW");
     assert_eq!(of("gemini-3.8-flash", "max")["thinkingLevel"], "HIGH");
-    assert_eq!(of("gemini-4-argon", "max")["thinkingLevel"], "XHIGH");
+    assert_eq!(of("gemini-4-argon", "max")["thinkingLevel"], "HIGH");
     assert_eq!(of("gemini-2.5-flash", "none"), json!({"thinkingBudget": 0}));
     assert_eq!(of("gemini-2.5-flash", "medium"), json!({"includeThoughts": true, "thinkingBudget": 2048}));
     assert_eq!(of("gemini-2.5-pro", "none")["thinkingBudget"], 512);
