@@ -19,7 +19,7 @@ use std::{
     time::Duration,
 };
 
-pub use exchange::{Asked, Exchange, LocalModel, LocalUse, Sent, UpstreamStream, WireRoute};
+pub use exchange::{Asked, Exchange, LocalModel, LocalUse, Sent, TurnedAway, UpstreamStream, WireRoute};
 pub use filters::AnswerFilters;
 pub use start::{StartError, Surroundings};
 
