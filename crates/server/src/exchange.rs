@@ -102,11 +102,18 @@ async fn answer(
         None => LocalName::Unknown,
     };
     let route = exchange.route(local, UnixMillis::now(), &local_name).await;
-    let route = route.map_err(|error| match error {
-        // With the names that may be asked for.
-        GatewayError::Route(bindery_gateway::policy::Refused::UnknownModel { asked }) => serving.unknown(state, asked),
-        error => refused(&context, error),
-    })?;
+    let route = match route {
+        Ok(route) => route,
+        Err(error) => {
+            return Err(match exchange.give_up(error).await {
+                // With the names that may be asked for.
+                GatewayError::Route(bindery_gateway::policy::Refused::UnknownModel { asked }) => {
+                    serving.unknown(state, asked)
+                }
+                error => refused(&context, error),
+            });
+        }
+    };
     tracing::debug!(targets = ?route.targets, why = ?route.why, "routed");
     let rate_headers = exchange.rate_headers();
     let num_targets = route.targets.len();
@@ -120,12 +127,6 @@ async fn answer(
                 let request =
                     local_request(&mut parts, is_last, exchange.local_body(target).unwrap_or_else(|| bytes.clone()))
                         .ok_or_else(|| ApiError::internal(&context.id, &"a request was used up"))?;
-                let response = next.clone().run(request).await;
-                let may_help =
-                    matches!(response.status(), StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE);
-                if may_help && !is_last {
-                    continue;
-                }
                 let adapter = match (target, local_name(&target.to_string())) {
                     (Target::LocalModel(name), LocalName::Adapter) => {
                         Some((name.to_string(), serving.model.adapters.digest(name).unwrap_or_default()))
@@ -138,7 +139,21 @@ async fn answer(
                     licence: state.config.license.clone(),
                     adapter,
                 };
-                return Ok(decorated(local_answer(state, response, exchange, context, model).await, &rate_headers));
+                // From here on whoever leaves is accounted for.
+                let filters = exchange.filters();
+                let mut account =
+                    Account { state: Arc::clone(state), exchange: Some(exchange), context: context.clone(), model };
+                let response = next.clone().run(request).await;
+                let may_help =
+                    matches!(response.status(), StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE);
+                if may_help
+                    && !is_last
+                    && let Some(returned) = account.exchange.take()
+                {
+                    exchange = returned;
+                    continue;
+                }
+                return Ok(decorated(local_answer(response, filters, account).await, &rate_headers));
             }
             Target::Upstream { upstream, model } => {
                 let _ = context.counts.model.set(target.to_string());
@@ -151,7 +166,7 @@ async fn answer(
                         tracing::info!(target = %target, error = %error, "the next place of the route is tried");
                         continue;
                     }
-                    Err(error) => return Err(refused(&context, error)),
+                    Err(error) => return Err(refused(&context, exchange.give_up(error).await)),
                 }
             }
         };
@@ -216,7 +231,10 @@ async fn begin(
     } else {
         begin()
     };
-    begun.map_err(|error| refused(context, error))
+    match begun {
+        Ok(exchange) => Ok(exchange),
+        Err(turned_away) => Err(refused(context, turned_away.told().await)),
+    }
 }
 
 /// What would happen here now.
@@ -269,18 +287,13 @@ fn refused(context: &RequestContext, error: GatewayError) -> ApiError {
 // --- answers ---
 
 /// A local answer through its tenant's guardrails, with its row in the ledger before its end.
-async fn local_answer(
-    state: &SharedState,
-    response: Response,
-    exchange: Exchange,
-    context: RequestContext,
-    model: LocalModel,
-) -> Response {
+async fn local_answer(response: Response, filters: Option<AnswerFilters>, mut account: Account) -> Response {
     if !response.status().is_success() {
-        return response;
+        return match account.fail().await {
+            Ok(()) => response,
+            Err(error) => error.into_response(),
+        };
     }
-    let filters = exchange.filters();
-    let account = Account { state: Arc::clone(state), exchange, context, model };
     let is_stream = response
         .headers()
         .get(header::CONTENT_TYPE)
@@ -299,11 +312,13 @@ async fn whole_local_answer(
     mut account: Account,
 ) -> Response {
     let Ok(bytes) = axum::body::to_bytes(body, MAX_LOCAL_ANSWER_BYTES).await else {
-        return ApiError::internal(&account.context.id, &"a whole answer could not be read").into_response();
+        let error = ApiError::internal(&account.context.id, &"a whole answer could not be read");
+        return account.settle(RequestStatus::Failed).await.err().unwrap_or(error).into_response();
     };
     let filtered = filters.and_then(|mut filters| {
         let mut answer = serde_json::from_slice(&bytes).ok()?;
         filters.whole(&mut answer);
+        account.note(&filters);
         serde_json::to_vec(&answer).ok().map(Bytes::from)
     });
     if let Err(error) = account.settle(RequestStatus::Completed).await {
@@ -317,13 +332,37 @@ async fn whole_local_answer(
 /// What a local request used, for when it ends; one that is dropped before is accounted for all the same.
 struct Account {
     state: SharedState,
-    exchange: Exchange,
+    /// Taken when it is settled.
+    exchange: Option<Exchange>,
     context: RequestContext,
     model: LocalModel,
 }
 
 impl Account {
     async fn settle(&mut self, status: RequestStatus) -> Result<(), ApiError> {
+        let Some(mut exchange) = self.exchange.take() else { return Ok(()) };
+        let (used, model) = (self.used(), std::mem::take(&mut self.model));
+        let settled = exchange.settle_local(used, status, model, UnixMillis::now()).await;
+        settled.map_err(|error| refused(&self.context, error))
+    }
+
+    /// For an answer that is an error: what was computed has its row, and a request that was turned down its record alone.
+    async fn fail(&mut self) -> Result<(), ApiError> {
+        if self.context.counts.num_prompt_tokens.load(Ordering::Relaxed) > 0 {
+            return self.settle(RequestStatus::Failed).await;
+        }
+        let Some(mut exchange) = self.exchange.take() else { return Ok(()) };
+        exchange.turn_down().await.map_err(|error| refused(&self.context, error))
+    }
+
+    /// Takes note of what the answer's filters found.
+    fn note(&mut self, filters: &AnswerFilters) {
+        if let Some(exchange) = &mut self.exchange {
+            exchange.note(filters.verdicts());
+        }
+    }
+
+    fn used(&self) -> LocalUse {
         let counts = &self.context.counts;
         let used = LocalUse {
             num_prompt_tokens: counts.num_prompt_tokens.load(Ordering::Relaxed) as u64,
@@ -331,10 +370,17 @@ impl Account {
             machine_time: Duration::ZERO,
         };
         self.state.prompts.count(used.num_prompt_tokens);
-        let used = LocalUse { machine_time: machine_time(&self.state, &used), ..used };
-        let model = std::mem::take(&mut self.model);
-        let settled = self.exchange.settle_local(used, status, model, UnixMillis::now()).await;
-        settled.map_err(|error| refused(&self.context, error))
+        LocalUse { machine_time: machine_time(&self.state, &used), ..used }
+    }
+}
+
+impl Drop for Account {
+    fn drop(&mut self) {
+        // The client is gone: what was computed is accounted for without it.
+        if let Some(mut exchange) = self.exchange.take() {
+            let (used, model) = (self.used(), std::mem::take(&mut self.model));
+            exchange.settle_local_later(used, RequestStatus::Cancelled, model, UnixMillis::now());
+        }
     }
 }
 
@@ -352,7 +398,7 @@ fn local_stream(
     filters: Option<AnswerFilters>,
     account: Account,
 ) -> impl Stream<Item = Result<Bytes, axum::Error>> + Send {
-    let progress = LocalStream { body: Some(body), filters, account: Some(account), text: Vec::new() };
+    let progress = LocalStream { body: Some(body), filters, account, text: Vec::new() };
     stream::unfold(progress, |mut progress| async move {
         let piece = progress.next().await?;
         Some((piece, progress))
@@ -362,8 +408,7 @@ fn local_stream(
 struct LocalStream {
     body: Option<Body>,
     filters: Option<AnswerFilters>,
-    /// Taken when it is settled.
-    account: Option<Account>,
+    account: Account,
     /// Of an event that is not whole yet.
     text: Vec<u8>,
 }
@@ -375,13 +420,12 @@ impl LocalStream {
                 Some(Ok(frame)) => frame,
                 Some(Err(error)) => {
                     self.body = None;
+                    let _it_failed_anyway = self.settle(RequestStatus::Failed).await;
                     return Some(Err(error));
                 }
                 None => {
                     self.body = None;
-                    if let Some(mut account) = self.account.take() {
-                        let _it_failed_anyway = account.settle(RequestStatus::Failed).await;
-                    }
+                    let _it_failed_anyway = self.settle(RequestStatus::Failed).await;
                     return (!self.text.is_empty()).then(|| Ok(Bytes::from(std::mem::take(&mut self.text))));
                 }
             };
@@ -398,15 +442,18 @@ impl LocalStream {
         }
     }
 
+    async fn settle(&mut self, status: RequestStatus) -> Result<(), ApiError> {
+        if let Some(filters) = &self.filters {
+            self.account.note(filters);
+        }
+        self.account.settle(status).await
+    }
+
     /// Hands an event on, filtered; the last one after the request's row is written.
     async fn event(&mut self, event: Vec<u8>, out: &mut Vec<u8>) {
         let data = event.strip_prefix(b"data: ").map(<[u8]>::trim_ascii_end);
         if data == Some(b"[DONE]") {
-            let settled = match self.account.take() {
-                Some(mut account) => account.settle(RequestStatus::Completed).await,
-                None => Ok(()),
-            };
-            match settled {
+            match self.settle(RequestStatus::Completed).await {
                 Ok(()) => out.extend_from_slice(&event),
                 // What had to be logged could not be: the answer does not end well.
                 Err(error) => out.extend_from_slice(format!("data: {}\n\n", error.to_json()).as_bytes()),
@@ -427,13 +474,18 @@ impl LocalStream {
 
 impl Drop for LocalStream {
     fn drop(&mut self) {
-        // The client is gone: what was computed is accounted for without it.
-        if let (Some(mut account), Ok(runtime)) = (self.account.take(), tokio::runtime::Handle::try_current()) {
-            runtime.spawn(async move {
-                let _nobody_is_there_to_be_told = account.settle(RequestStatus::Cancelled).await;
-            });
+        // What was found is noted before the account, which drops after this, says the rest.
+        if let Some(filters) = &self.filters {
+            self.account.note(filters);
         }
     }
+}
+
+/// An upstream's answer on its way. The fields drop in their order: the call says what it used before the exchange is logged.
+struct OpenAnswer {
+    stream: UpstreamStream,
+    exchange: Exchange,
+    context: RequestContext,
 }
 
 /// An upstream's answer as our own events. Dropping it ends the call.
@@ -443,39 +495,28 @@ fn upstream_stream(
     context: RequestContext,
     state: &SharedState,
 ) -> Response {
-    let filters = exchange.filters();
     let cut = state.lifecycle.cut_token().clone();
-    let progress = Some((stream, exchange, filters, context));
+    let progress = Some(OpenAnswer { stream, exchange, context });
     let texts = stream::unfold(progress, move |progress| {
         let cut = cut.clone();
         async move {
-            let (mut stream, mut exchange, mut filters, context) = progress?;
-            loop {
-                let next = tokio::select! {
-                    biased;
-                    next = stream.next(&mut exchange) => next,
-                    () = cut.cancelled() => {
-                        let error = ApiError::CutByShutdown;
-                        let _ = context.counts.stream_error.set(error.status().as_u16());
-                        return Some((error.to_json(), None));
-                    }
-                };
-                match next {
-                    Some(Ok(chunk)) => {
-                        let passed = match &mut filters {
-                            Some(filters) => filters.chunk(chunk),
-                            None => Some(chunk),
-                        };
-                        if let Some(chunk) = passed {
-                            return Some((chunk.to_string(), Some((stream, exchange, filters, context))));
-                        }
-                    }
-                    Some(Err(error)) => {
-                        let _ = context.counts.stream_error.set(error.status());
-                        return Some((error.to_json().to_string(), None));
-                    }
-                    None => return Some(("[DONE]".to_owned(), None)),
+            let mut open = progress?;
+            let next = tokio::select! {
+                biased;
+                next = open.stream.next(&mut open.exchange) => next,
+                () = cut.cancelled() => {
+                    let error = ApiError::CutByShutdown;
+                    let _ = open.context.counts.stream_error.set(error.status().as_u16());
+                    return Some((error.to_json(), None));
                 }
+            };
+            match next {
+                Some(Ok(chunk)) => Some((chunk.to_string(), Some(open))),
+                Some(Err(error)) => {
+                    let _ = open.context.counts.stream_error.set(error.status());
+                    Some((error.to_json().to_string(), None))
+                }
+                None => Some(("[DONE]".to_owned(), None)),
             }
         }
     });

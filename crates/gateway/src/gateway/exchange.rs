@@ -1,9 +1,14 @@
 //! One request, from its admission to what it cost.
 //!
 //! Knows bodies as JSON and places by name; it must not know sockets or engines. Invariant: whatever becomes of an exchange,
-//! its place under the limits is given back, and money set aside for a call that was sent is settled or charged in full.
+//! its place under the limits is given back, money set aside for a call that was sent is settled or charged in full, and the
+//! log has one record of it: from whoever ended it, else from its drop.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    collections::VecDeque,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
@@ -15,7 +20,7 @@ use super::{
 };
 use crate::{
     audit::{
-        self, Contents,
+        self, Contents, Pending,
         record::{AdapterUsed, ModelUsed, RequestRecord, RouteTaken},
     },
     clock::UnixMillis,
@@ -28,15 +33,21 @@ use crate::{
     money::Money,
     policy::{Condition, Facts, LocalState, PrivacyClass, Route, Target, route::LocalName},
     providers::{
-        self, ChatRequest, CompletionRequest, Outgoing, UpstreamError, Usage,
-        catalogue::{Bound, Cost, ServedTier},
-        error::Cause,
+        self, ChatRequest, CompletionRequest, Outgoing, Refusal, UpstreamError, Usage,
+        catalogue::{Bound, Cost},
+        error::{Cause, Spent},
     },
     upstream::{AnswerStream, Received},
 };
 
 /// Output tokens that are assumed for limits where neither request, tenant nor model says how many there can be.
 const ASSUMED_OUTPUT_TOKENS: u64 = 4096;
+
+/// Texts up to this are looked through on the thread that asks: some hundred microseconds.
+const MAX_INLINE_BYTES: u64 = 64 << 10;
+
+/// Of an answer, roughly: decides where it is looked through.
+const BYTES_PER_TOKEN: u64 = 4;
 
 /// So much of a text tells its language.
 const MAX_LANGUAGE_CHARS: usize = 1000;
@@ -98,6 +109,40 @@ pub struct Exchange {
     /// Of the route.
     why: String,
     started: UnixMillis,
+    /// Tokens of its calls that have ended, failed ones among them.
+    num_used_tokens: u64,
+    told: SharedTold,
+    is_logged: bool,
+}
+
+/// What is known of an exchange's end, by the last call that knew. Its stream and the exchange itself may drop in any order.
+#[derive(Clone, Debug, Default)]
+struct Told {
+    model: ModelUsed,
+    to: String,
+    usage: Usage,
+    /// None: it is under way.
+    outcome: Option<String>,
+}
+
+type SharedTold = Arc<Mutex<Told>>;
+
+/// A request that is answered by its refusal, and whose record is on its way.
+#[derive(Debug)]
+pub struct TurnedAway {
+    /// Why.
+    pub error: GatewayError,
+    record: Option<Pending>,
+}
+
+impl TurnedAway {
+    /// Why, once that is in the log.
+    pub async fn told(self) -> GatewayError {
+        match self.record {
+            Some(record) => record.kept().await.map_or_else(GatewayError::Audit, |_| self.error),
+            None => self.error,
+        }
+    }
 }
 
 /// Which weights answered here.
@@ -132,29 +177,25 @@ pub enum Sent {
     Stream(Box<UpstreamStream>),
 }
 
-/// A streamed answer from upstream.
+/// A streamed answer from upstream. Dropped before its end, it is settled for what came of it.
 pub struct UpstreamStream {
     stream: AnswerStream,
     open: OpenCall,
-    /// Taken when it is logged; None from the start where there is no log.
-    left: Option<IfLeft>,
+    filters: Option<AnswerFilters>,
+    /// What has passed the filters.
+    ready: VecDeque<Value>,
+    stage: StreamStage,
 }
 
-/// The record of a call that nobody waits for any more.
-struct IfLeft {
-    gateway: Gateway,
-    record: RequestRecord,
-    transcript: Option<Transcript>,
+/// How far a stream has come.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum StreamStage {
+    Open,
+    /// Settled and logged.
+    Over,
 }
 
-/// A request that a guardrail has stopped.
-struct Blocked<'a> {
-    credential: &'a Credential,
-    request_id: &'a str,
-    contents: Option<Contents>,
-}
-
-/// A call that was sent and is to be settled.
+/// A call that was sent and is to be settled. Dropped before, it is charged in full: it may have cost that.
 struct OpenCall {
     reservation: Option<Reservation>,
     /// The upstream's name.
@@ -162,15 +203,42 @@ struct OpenCall {
     model: providers::ModelEntry,
     at: DateTime<Utc>,
     started: UnixMillis,
+    /// The most it can use.
+    bound: Usage,
+    /// None: settled.
+    told: Option<SharedTold>,
+}
+
+/// What is known of a request that may be turned away.
+#[derive(Default)]
+struct Seen {
+    verdicts: Vec<Verdict>,
+    contents: Option<Contents>,
 }
 
 impl Gateway {
     /// Admits a request under its tenant's limits and checks its prompt.
     ///
     /// # Errors
-    /// A limit that is met, a guardrail that blocks, a header that is none.
-    pub fn begin(&self, asked: Asked<'_>) -> Result<Exchange, GatewayError> {
+    /// A limit that is met, a guardrail that blocks, a header that is none: each in the log.
+    pub fn begin(&self, asked: Asked<'_>) -> Result<Exchange, TurnedAway> {
         let tenant = Arc::clone(self.tenant(asked.tenant));
+        let mut record = RequestRecord {
+            request_id: asked.request_id.to_owned(),
+            tenant: tenant.config.id.to_string(),
+            key_id: Some(key_id(&asked.credential)),
+            ..RequestRecord::default()
+        };
+        let mut seen = Seen::default();
+        self.admit(asked, tenant, &mut seen).map_err(|error| {
+            record.outcome = error.shown().2;
+            record.verdicts = seen.verdicts;
+            let record = self.0.audit.as_ref().map(|audit| audit.record(record, seen.contents));
+            TurnedAway { error, record }
+        })
+    }
+
+    fn admit(&self, asked: Asked<'_>, tenant: Arc<Tenant>, seen: &mut Seen) -> Result<Exchange, GatewayError> {
         let privacy = class_of(tenant.config.routing.privacy, asked.privacy)?;
         let model = asked.body.get("model").and_then(Value::as_str).unwrap_or(asked.default_model).to_owned();
         let mut body = Value::Object(asked.body);
@@ -184,17 +252,15 @@ impl Gateway {
             under.push((Limited::Key(key.clone()), grant.limits));
         }
         let permit = self.0.limiter.admit(&Ask { under: &under, max_tokens }, asked.now)?;
-        let (mut vault, mut verdicts, mut must_stay) = (Arc::new(Vault::default()), Vec::new(), false);
+        let (mut vault, mut must_stay) = (Arc::new(Vault::default()), false);
         if !tenant.policy.is_empty() {
             let outcome = tenant.policy.check_prompt(&mut body);
-            (vault, verdicts) = (outcome.vault, outcome.verdicts);
+            (vault, seen.verdicts) = (outcome.vault, outcome.verdicts);
             match outcome.decision {
                 Decision::Pass => {}
                 Decision::RouteLocal => must_stay = true,
                 Decision::Block { guardrail } => {
-                    let contents = self.transcript(&tenant, &body).map(|transcript| transcript.contents());
-                    let blocked = Blocked { credential: &asked.credential, request_id: asked.request_id, contents };
-                    self.log_blocked(&tenant, blocked, verdicts);
+                    seen.contents = self.transcript(&tenant, &body).map(|transcript| transcript.contents());
                     return Err(GatewayError::Blocked { guardrail });
                 }
             }
@@ -216,10 +282,13 @@ impl Gateway {
             size,
             permit,
             vault,
-            verdicts,
+            verdicts: std::mem::take(&mut seen.verdicts),
             request_id: asked.request_id.to_owned(),
             why: String::new(),
             started: asked.now,
+            num_used_tokens: 0,
+            told: SharedTold::default(),
+            is_logged: false,
         })
     }
 
@@ -227,22 +296,6 @@ impl Gateway {
     fn transcript(&self, tenant: &Tenant, body: &Value) -> Option<Transcript> {
         let max_bytes = self.0.max_contents_bytes.filter(|_| tenant.config.store_contents)?;
         Some(Transcript::of(body, max_bytes))
-    }
-
-    /// Nobody waits for it: the request ends here in any case.
-    fn log_blocked(&self, tenant: &Tenant, blocked: Blocked<'_>, verdicts: Vec<Verdict>) {
-        let Blocked { credential, request_id, contents } = blocked;
-        if let Some(audit) = &self.0.audit {
-            let record = RequestRecord {
-                request_id: request_id.to_owned(),
-                tenant: tenant.config.id.to_string(),
-                key_id: Some(key_id(credential)),
-                verdicts,
-                outcome: "content_filter".to_owned(),
-                ..RequestRecord::default()
-            };
-            let _pending = audit.record(record, contents);
-        }
     }
 }
 
@@ -264,7 +317,7 @@ impl Exchange {
             model.is_some_and(|model| model.rules.iter().any(|rule| asks(&rule.when)))
         };
         let personal = self.verdicts.iter().any(|verdict| verdict.kind == "pii")
-            || wanted(&|when| when.personal_data.is_some()) && self.holds_personal_data();
+            || wanted(&|when| when.personal_data.is_some()) && self.holds_personal_data().await?;
         let language = if wanted(&|when| when.languages.is_some()) { self.language() } else { None };
         let budget_left =
             if wanted(&|when| when.budget_left_under.is_some()) { self.budget_left(now).await? } else { None };
@@ -291,8 +344,9 @@ impl Exchange {
     }
 
     /// Whether there is personal data that no guardrail of the tenant has looked for.
-    fn holds_personal_data(&self) -> bool {
-        !self.gateway.0.personal_data.check_prompt(&mut self.body.clone()).verdicts.is_empty()
+    async fn holds_personal_data(&self) -> Result<bool, GatewayError> {
+        let (gateway, mut body) = (self.gateway.clone(), self.body.clone());
+        aside(self.size.num_bytes, move || !gateway.0.personal_data.check_prompt(&mut body).verdicts.is_empty()).await
     }
 
     /// Of the newest text that is long enough to tell, as an ISO 639-3 code.
@@ -332,6 +386,33 @@ impl Exchange {
         is_needed.then(|| AnswerFilters::new(policy.clone(), Arc::clone(&self.vault), self.transcript.clone()))
     }
 
+    /// Adds what was found in the answer.
+    pub fn note(&mut self, verdicts: Vec<Verdict>) {
+        self.verdicts.extend(verdicts);
+    }
+
+    /// Ends it without an answer: in the log, and then with its error.
+    pub async fn give_up(&mut self, error: GatewayError) -> GatewayError {
+        let outcome = match &error {
+            GatewayError::Upstream(_) => "failed".to_owned(),
+            refused => refused.shown().2,
+        };
+        self.tell(|told| told.outcome = Some(outcome));
+        match self.log().await {
+            Ok(()) => error,
+            Err(unlogged) => unlogged,
+        }
+    }
+
+    /// Ends it where this machine itself has turned it down: in the log alone, for nothing was computed.
+    ///
+    /// # Errors
+    /// [`GatewayError::Audit`] where the log cannot be written and must be.
+    pub async fn turn_down(&mut self) -> Result<(), GatewayError> {
+        self.tell(|told| (told.to, told.outcome) = ("local".to_owned(), Some("refused".to_owned())));
+        self.log().await
+    }
+
     /// The body for the local model, as guardrails left it; None: as it came.
     pub fn local_body(&mut self, target: &Target) -> Option<Bytes> {
         if self.tenant.policy.is_empty() && matches!(target, Target::LocalModel(name) if **name == *self.model) {
@@ -363,45 +444,77 @@ impl Exchange {
         model: LocalModel,
         now: UnixMillis,
     ) -> Result<(), GatewayError> {
-        self.permit.settle(used.num_prompt_tokens + used.num_completion_tokens, now);
-        self.enter_local(&used, status, model.adapter.as_ref().map(|(name, _)| name.clone()), now).await;
-        let LocalModel { name, digest, licence, adapter } = model;
-        let adapter = adapter.map(|(name, digest)| AdapterUsed { name, digest, licence: None });
-        let model = ModelUsed { name, digest, licence, adapter };
-        let usage =
-            Usage { prompt: used.num_prompt_tokens, completion: used.num_completion_tokens, ..Usage::default() };
-        self.log(model, "local", &usage, status).await
+        let (call, outcome) = self.ended_here(&used, status, model, now);
+        if let Some(ledger) = &self.gateway.0.ledger
+            && let Err(error) = ledger.record_local(&call, outcome, now).await
+        {
+            tracing::warn!(%error, "a local request's row waits for the store");
+        }
+        self.log().await
     }
 
-    /// The log's record, where there is a log.
-    async fn log(&self, model: ModelUsed, to: &str, usage: &Usage, status: RequestStatus) -> Result<(), GatewayError> {
-        let Some(audit) = &self.gateway.0.audit else { return Ok(()) };
+    /// The same where nobody can wait: in a drop.
+    pub fn settle_local_later(&mut self, used: LocalUse, status: RequestStatus, model: LocalModel, now: UnixMillis) {
+        let (call, outcome) = self.ended_here(&used, status, model, now);
+        if let Some(ledger) = &self.gateway.0.ledger {
+            ledger.record_local_later(&call, outcome, now);
+        }
+        let _pending = self.enter();
+    }
+
+    /// Counts tokens of a call that has ended.
+    fn spend(&mut self, usage: &Usage, now: UnixMillis) {
+        self.num_used_tokens = self.num_used_tokens.saturating_add(usage.total());
+        self.permit.settle(self.num_used_tokens, now);
+    }
+
+    fn tell(&self, tell: impl FnOnce(&mut Told)) {
+        tell(&mut self.told.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// The log's one record, where there is a log.
+    async fn log(&mut self) -> Result<(), GatewayError> {
+        match self.enter() {
+            Some(record) => record.kept().await.map(|_| ()).map_err(GatewayError::Audit),
+            None => Ok(()),
+        }
+    }
+
+    /// Hands the record over, once; None: there is no log, or it has it.
+    fn enter(&mut self) -> Option<Pending> {
+        let is_logged = std::mem::replace(&mut self.is_logged, true);
+        let audit = self.gateway.0.audit.as_ref().filter(|_| !is_logged)?;
         let contents = self.transcript.as_ref().map(Transcript::contents);
-        let pending = audit.record(self.record(model, to, usage, status), contents);
-        pending.kept().await.map(|_| ()).map_err(GatewayError::Audit)
+        Some(audit.record(self.record(), contents))
     }
 
-    fn record(&self, model: ModelUsed, to: &str, usage: &Usage, status: RequestStatus) -> RequestRecord {
-        let outcome = match status {
-            RequestStatus::Completed => "completed",
-            RequestStatus::Cancelled => "cancelled",
-            RequestStatus::Failed => "failed",
-        };
+    fn record(&self) -> RequestRecord {
+        let Told { model, to, usage, outcome } = self.told.lock().unwrap_or_else(PoisonError::into_inner).clone();
         RequestRecord {
             request_id: self.request_id.clone(),
             tenant: self.tenant.config.id.to_string(),
             key_id: Some(key_id(&self.credential)),
             model,
-            route: RouteTaken { to: to.to_owned(), why: self.why.clone() },
+            route: RouteTaken { to, why: self.why.clone() },
             verdicts: self.verdicts.clone(),
-            tokens: tokens(usage),
-            outcome: outcome.to_owned(),
+            tokens: audit::record::TokenCounts {
+                prompt: usage.prompt,
+                cached: usage.cached,
+                completion: usage.completion,
+                reasoning: usage.reasoning,
+            },
+            outcome: outcome.unwrap_or_else(|| outcome_word(RequestStatus::Cancelled).to_owned()),
         }
     }
 
-    /// The ledger's row, where there is a ledger.
-    async fn enter_local(&self, used: &LocalUse, status: RequestStatus, adapter: Option<String>, now: UnixMillis) {
-        let Some(ledger) = &self.gateway.0.ledger else { return };
+    /// Takes note of an end on this machine, and says what the ledger is to hold of it.
+    fn ended_here(
+        &mut self,
+        used: &LocalUse,
+        status: RequestStatus,
+        model: LocalModel,
+        now: UnixMillis,
+    ) -> (Call, Outcome) {
         let local = &self.gateway.0.local;
         let usage =
             Usage { prompt: used.num_prompt_tokens, completion: used.num_completion_tokens, ..Usage::default() };
@@ -414,10 +527,14 @@ impl Exchange {
             price,
             reference_price: local.reference.as_ref().and_then(|model| model.price(&usage, at).ok()).map(money),
         };
-        let call = self.call(LedgerRoute::Local, self.model.clone(), adapter);
-        if let Err(error) = ledger.record_local(&call, outcome, now).await {
-            tracing::warn!(%error, "a local request's row waits for the store");
-        }
+        let LocalModel { name, digest, licence, adapter } = model;
+        let call = self.call(LedgerRoute::Local, self.model.clone(), adapter.as_ref().map(|(name, _)| name.clone()));
+        let adapter = adapter.map(|(name, digest)| AdapterUsed { name, digest, licence: None });
+        let model = ModelUsed { name, digest, licence, adapter };
+        let (to, word) = ("local".to_owned(), Some(outcome_word(status).to_owned()));
+        self.tell(|told| *told = Told { model, to, usage, outcome: word });
+        self.spend(&usage, now);
+        (call, outcome)
     }
 
     fn call(&self, route: LedgerRoute, model: String, adapter: Option<String>) -> Call {
@@ -435,6 +552,36 @@ impl Exchange {
         overflows: bool,
         now: UnixMillis,
     ) -> Result<(Sent, Option<String>), GatewayError> {
+        let deadline = tokio::time::Instant::now() + MAX_CALL;
+        let (mut attempt, mut now) = (1, now);
+        let mut failed: Option<UpstreamError> = None;
+        loop {
+            let time_left = deadline.saturating_duration_since(tokio::time::Instant::now());
+            let error = match (self.send_once((upstream, model), overflows, time_left, now).await, failed.take()) {
+                (Err(GatewayError::Upstream(error)), _) => error,
+                // What the first attempt has cost may be what is missing for the second.
+                (Err(GatewayError::Ledger(_)), Some(first)) => return Err(GatewayError::Upstream(first)),
+                (done, _) => return done,
+            };
+            let time_left = deadline.saturating_duration_since(tokio::time::Instant::now());
+            let Some(wait) = self.gateway.0.door.wait_to_pay_again(&error, attempt, time_left) else {
+                return Err(GatewayError::Upstream(error));
+            };
+            tokio::time::sleep(wait).await;
+            failed = Some(error);
+            attempt += 1;
+            now = UnixMillis::now();
+        }
+    }
+
+    /// One call, with its own reservation: what failed and may have cost something is settled, and may be sent again.
+    async fn send_once(
+        &mut self,
+        (upstream, model): (&str, &str),
+        overflows: bool,
+        time_left: Duration,
+        now: UnixMillis,
+    ) -> Result<(Sent, Option<String>), GatewayError> {
         let gateway = self.gateway.clone();
         let live =
             gateway.0.upstreams.get(upstream).ok_or_else(|| internal("a route names an upstream that is not there"))?;
@@ -443,46 +590,57 @@ impl Exchange {
         // The one place where a request gets the right to leave.
         let leaves = self.privacy.leave().filter(|_| !self.must_stay);
         let leaves = leaves.ok_or_else(|| internal("a request that must stay was about to leave"))?;
-        let max_prompt_tokens = ledger::max_prompt_tokens(self.size, ledger::max_image_tokens(&entry.id));
+        // As guardrails left it: that is what is sent.
+        let size = facts::size_of(&self.body);
+        let most = facts::max_prompt_tokens(size, &entry);
+        let max_prompt_tokens =
+            most.unwrap_or_else(|| ledger::max_prompt_tokens(size, ledger::max_image_tokens(&entry.id)));
         let outgoing = self.translate(live, &entry, max_prompt_tokens, now)?;
         let warning = outgoing.warnings.header();
-        let reservation = self.reserve(live, &entry, &outgoing, (max_prompt_tokens, overflows), now).await?;
-        let mut open =
-            OpenCall { reservation, to: upstream.to_owned(), model: entry, at: date(now), started: self.started };
+        let reservation = self.reserve(live, &entry, &outgoing, (most, overflows), now).await?;
+        let bound = Usage {
+            prompt: max_prompt_tokens,
+            completion: outgoing.max_output_tokens.unwrap_or(0),
+            ..Usage::estimate(0, 0)
+        };
+        let told = Some(Arc::clone(&self.told));
+        let (to, at, started) = (upstream.to_owned(), date(now), self.started);
+        let mut open = OpenCall { reservation, to, model: entry, at, started, bound, told };
         if let Some(reservation) = &mut open.reservation {
             reservation.mark_sent();
         }
         let door = &gateway.0.door;
-        match door.send(leaves, &live.health, outgoing, MAX_CALL).await {
+        match door.send(leaves, &live.health, outgoing, time_left).await {
             Ok(Received::Whole(answer)) => {
                 let usage = answer.usage;
-                self.permit.settle(usage.total(), now);
-                open.settle(&usage, RequestStatus::Completed).await;
+                self.spend(&usage, now);
+                open.settle(usage.into(), RequestStatus::Completed).await;
                 let mut answer = answer.to_json();
-                // Before it is logged: what is kept is what the client gets.
                 if let Some(mut filters) = self.filters() {
-                    filters.whole(&mut answer);
+                    let filter = move || {
+                        filters.whole(&mut answer);
+                        (answer, filters)
+                    };
+                    (answer, filters) = aside(usage.completion.saturating_mul(BYTES_PER_TOKEN), filter).await?;
+                    self.note(filters.verdicts());
                 }
-                self.log(open.model_used(), &open.to, &usage, RequestStatus::Completed).await?;
+                self.log().await?;
                 Ok((Sent::Whole(answer), warning))
             }
             Ok(Received::Stream(stream)) => {
-                let left = self.if_left(&open);
-                Ok((Sent::Stream(Box::new(UpstreamStream { stream: *stream, open, left })), warning))
+                let (filters, ready, stage) = (self.filters(), VecDeque::new(), StreamStage::Open);
+                Ok((Sent::Stream(Box::new(UpstreamStream { stream: *stream, open, filters, ready, stage })), warning))
             }
             Err(error) => {
-                open.settle(&Usage::default(), RequestStatus::Failed).await;
-                self.log(open.model_used(), &open.to, &Usage::default(), RequestStatus::Failed).await?;
+                if error.spent.may_cost() {
+                    let usage = open.used(&error.spent);
+                    self.spend(&usage, now);
+                }
+                open.settle(error.spent.clone(), RequestStatus::Failed).await;
+                self.why = format!("{}; {upstream} failed: {}", self.why, error.code());
                 Err(GatewayError::Upstream(error))
             }
         }
-    }
-
-    /// What is to be logged of a stream that its client leaves.
-    fn if_left(&self, open: &OpenCall) -> Option<IfLeft> {
-        self.gateway.0.audit.as_ref()?;
-        let record = self.record(open.model_used(), &open.to, &Usage::default(), RequestStatus::Cancelled);
-        Some(IfLeft { gateway: self.gateway.clone(), record, transcript: self.transcript.clone() })
     }
 
     fn translate(
@@ -514,16 +672,26 @@ impl Exchange {
         live: &LiveUpstream,
         entry: &providers::ModelEntry,
         outgoing: &Outgoing,
-        (max_prompt_tokens, overflows): (u64, bool),
+        (max_prompt_tokens, overflows): (Option<u64>, bool),
         now: UnixMillis,
     ) -> Result<Option<Reservation>, GatewayError> {
         let Some(ledger) = &self.gateway.0.ledger else { return Ok(None) };
         let tenant = &self.tenant.config;
         let overflow = tenant.overflow_budgets.iter().filter(|_| overflows);
         let budgets: Vec<Budget> = tenant.budgets.iter().chain(overflow).chain(&live.config.budgets).cloned().collect();
-        let bound = |max_output_tokens| Bound { max_prompt_tokens, max_output_tokens, tier: ServedTier::Standard };
+        if max_prompt_tokens.is_none() && !budgets.is_empty() {
+            let message = format!(
+                "how many tokens a document is for `{}` is not known, and a budget has to hold; send its text instead",
+                entry.id
+            );
+            return Err(Refusal::unsupported("messages", message).into());
+        }
+        let tier = facts::asked_tier(&self.body);
         // An answer without a limit has no bound, and a budget could not hold.
-        let most = outgoing.max_output_tokens.and_then(|most| entry.upper_bound(&bound(most), date(now)).ok());
+        let bound = max_prompt_tokens.zip(outgoing.max_output_tokens);
+        let bound =
+            bound.map(|(max_prompt_tokens, max_output_tokens)| Bound { max_prompt_tokens, max_output_tokens, tier });
+        let most = bound.and_then(|bound| entry.upper_bound(&bound, date(now)).ok());
         let name = format!("{}/{}", live.config.name, entry.id);
         let call = self.call(LedgerRoute::Upstream(live.config.name.to_string()), name, None);
         let request = ReserveRequest { call, at_most: most.map(money), budgets };
@@ -536,65 +704,140 @@ impl OpenCall {
         ModelUsed { name: format!("{}/{}", self.to, self.model.id), ..ModelUsed::default() }
     }
 
-    async fn settle(&mut self, usage: &Usage, status: RequestStatus) {
+    /// What was used, where it may have been anything.
+    fn used(&self, spent: &Spent) -> Usage {
+        match spent {
+            Spent::NotSent | Spent::Nothing => Usage::default(),
+            Spent::Known(usage) => **usage,
+            Spent::Unknown => self.bound,
+        }
+    }
+
+    async fn settle(&mut self, spent: Spent, status: RequestStatus) {
+        self.tell(&spent, status);
         let Some(reservation) = self.reservation.take() else { return };
-        let price = match status {
-            // Nothing came back, so nothing is owed.
-            RequestStatus::Failed if usage.total() == 0 => Money::ZERO,
-            _ => self.model.price(usage, self.at).map_or_else(|_| reservation.amount(), money),
+        let outcome = self.outcome(reservation.amount(), &spent, status);
+        let settled = match spent {
+            // No row for what never was a call.
+            Spent::NotSent => reservation.release().await,
+            Spent::Nothing | Spent::Known(_) | Spent::Unknown => reservation.settle(outcome).await.map(|_| ()),
         };
-        let latency = UnixMillis::now().since(self.started);
-        let outcome = Outcome { status, tokens: counts(usage), latency, price, reference_price: None };
-        if let Err(error) = reservation.settle(outcome).await {
+        if let Err(error) = settled {
             tracing::warn!(%error, "an upstream call's settlement waits for the store");
         }
+    }
+
+    /// The same where nobody can wait: in a drop.
+    fn settle_later(&mut self, spent: &Spent, status: RequestStatus) {
+        self.tell(spent, status);
+        let Some(reservation) = self.reservation.take() else { return };
+        let outcome = self.outcome(reservation.amount(), spent, status);
+        reservation.settle_later(outcome);
+    }
+
+    fn outcome(&self, reserved: Money, spent: &Spent, status: RequestStatus) -> Outcome {
+        let price = match spent {
+            Spent::NotSent | Spent::Nothing => Money::ZERO,
+            Spent::Known(usage) => self.model.price(usage, self.at).map_or(reserved, money),
+            Spent::Unknown => reserved,
+        };
+        let latency = UnixMillis::now().since(self.started);
+        Outcome { status, tokens: counts(&self.used(spent)), latency, price, reference_price: None }
+    }
+
+    fn tell(&mut self, spent: &Spent, status: RequestStatus) {
+        let Some(told) = self.told.take() else { return };
+        let (model, to, usage) = (self.model_used(), self.to.clone(), self.used(spent));
+        let outcome = Some(outcome_word(status).to_owned());
+        *told.lock().unwrap_or_else(PoisonError::into_inner) = Told { model, to, usage, outcome };
+    }
+}
+
+impl Drop for OpenCall {
+    fn drop(&mut self) {
+        // Left in the middle of the call: nobody knows how far it came.
+        self.settle_later(&Spent::Unknown, RequestStatus::Cancelled);
     }
 }
 
 impl UpstreamStream {
-    /// The next chunk as OpenAI writes it; `None`: complete, and settled. After an error, which ends it, it is settled, too.
+    /// The next chunk as OpenAI writes it, through the tenant's filters. The last ones come after the settlement; `None`:
+    /// complete. After an error, which ends it, it is settled, too.
     pub async fn next(&mut self, exchange: &mut Exchange) -> Option<Result<Value, UpstreamError>> {
-        match self.stream.next().await {
-            Some(Ok(chunk)) => Some(Ok(chunk.to_json())),
-            Some(Err(error)) => {
-                let _told_by_the_error = self.end(exchange, RequestStatus::Failed).await;
-                Some(Err(error))
+        loop {
+            // Once all is at hand, nothing goes out before the books are right: a client may leave at its finish reason.
+            if (self.stage == StreamStage::Over || !self.stream.is_complete())
+                && let Some(chunk) = self.ready.pop_front()
+            {
+                return Some(Ok(chunk));
             }
-            None => {
-                let logged = self.end(exchange, RequestStatus::Completed).await;
-                logged.err().map(|error| Err(UpstreamError::new(Cause::Failed, error.to_string())))
+            if self.stage == StreamStage::Over {
+                return None;
+            }
+            match self.stream.next().await {
+                Some(Ok(chunk)) => self.pass(chunk.to_json()),
+                Some(Err(error)) => {
+                    self.ready.clear();
+                    let _told_by_the_error = self.end(exchange, RequestStatus::Failed).await;
+                    return Some(Err(error));
+                }
+                None => {
+                    if let Err(error) = self.end(exchange, RequestStatus::Completed).await {
+                        self.ready.clear();
+                        return Some(Err(UpstreamError::new(Cause::Failed, error.to_string())));
+                    }
+                }
             }
         }
     }
 
+    fn pass(&mut self, chunk: Value) {
+        self.ready.extend(match &mut self.filters {
+            Some(filters) => filters.chunk(chunk),
+            None => Some(chunk),
+        });
+    }
+
     async fn end(&mut self, exchange: &mut Exchange, status: RequestStatus) -> Result<(), GatewayError> {
+        self.stage = StreamStage::Over;
         let usage = self.stream.usage();
-        exchange.permit.settle(usage.total(), UnixMillis::now());
-        self.open.settle(&usage, status).await;
-        if self.left.take().is_none() {
-            return Ok(());
-        }
-        exchange.log(self.open.model_used(), &self.open.to, &usage, status).await
+        exchange.spend(&usage, UnixMillis::now());
+        exchange.note(self.filters.as_ref().map(AnswerFilters::verdicts).unwrap_or_default());
+        self.open.settle(usage.into(), status).await;
+        exchange.log().await
     }
 }
 
 impl Drop for UpstreamStream {
     fn drop(&mut self) {
-        let Some(IfLeft { gateway, mut record, transcript }) = self.left.take() else { return };
-        let Some(audit) = &gateway.0.audit else { return };
-        record.tokens = tokens(&self.stream.usage());
-        // The client is gone, so nobody waits for it.
-        let _pending = audit.record(record, transcript.as_ref().map(Transcript::contents));
+        // The client is gone, or the server is: what came is what is known.
+        self.open.settle_later(&self.stream.usage().into(), RequestStatus::Cancelled);
     }
 }
 
-fn tokens(usage: &Usage) -> audit::record::TokenCounts {
-    audit::record::TokenCounts {
-        prompt: usage.prompt,
-        cached: usage.cached,
-        completion: usage.completion,
-        reasoning: usage.reasoning,
+impl Drop for Exchange {
+    fn drop(&mut self) {
+        let _nobody_waits = self.enter();
     }
+}
+
+fn outcome_word(status: RequestStatus) -> &'static str {
+    match status {
+        RequestStatus::Completed => "completed",
+        RequestStatus::Cancelled => "cancelled",
+        RequestStatus::Failed => "failed",
+    }
+}
+
+/// Work whose time is in the length of a text: where that is long, beside the runtime's threads.
+async fn aside<T: Send + 'static>(
+    num_bytes: u64,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, GatewayError> {
+    if num_bytes <= MAX_INLINE_BYTES {
+        return Ok(work());
+    }
+    tokio::task::spawn_blocking(work).await.map_err(|_| internal("a guardrail panicked"))
 }
 
 fn internal(what: &str) -> GatewayError {

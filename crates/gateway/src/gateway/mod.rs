@@ -23,7 +23,7 @@ use std::{
 };
 
 use credential::LiveEndpoint;
-pub use exchange::{Asked, Exchange, LocalModel, LocalUse, Sent, UpstreamStream, WireRoute};
+pub use exchange::{Asked, Exchange, LocalModel, LocalUse, Sent, TurnedAway, UpstreamStream, WireRoute};
 pub use filters::AnswerFilters;
 pub use start::{StartError, Surroundings};
 

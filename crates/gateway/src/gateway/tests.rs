@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use super::*;
 use crate::{
     config::GatewayConfig,
-    ledger::RequestStatus,
+    ledger::{CostColumn, CostQuery, RequestStatus, costs},
     names::NodeId,
     policy::{LocalState, Target, route::LocalName},
     store::{Durability, LogWriter, Store, StoreHeads, StoreOptions},
@@ -31,6 +31,9 @@ async fn upstream() -> Double {
     let answer = |State(calls): State<Arc<AtomicUsize>>, body: axum::Json<Value>| async move {
         calls.fetch_add(1, Ordering::SeqCst);
         let text = body["messages"][0]["content"].as_str().unwrap_or_default().to_owned();
+        if text == "broken" {
+            return ([("content-type", "application/json")], "{\"id\": ").into_response();
+        }
         if text == "fail" {
             return (StatusCode::BAD_REQUEST, axum::Json(json!({"error": {"message": "no", "type": "x"}})))
                 .into_response();
@@ -57,7 +60,17 @@ async fn upstream() -> Double {
             "usage": {"prompt_tokens": 1000, "completion_tokens": 500, "total_tokens": 1500}}))
         .into_response()
     };
-    let routes = Routes::new().route("/v1/chat/completions", post(answer)).with_state(Arc::clone(&num_calls));
+    // Another API: always prose, whatever is asked for.
+    let prose = |State(calls): State<Arc<AtomicUsize>>| async move {
+        calls.fetch_add(1, Ordering::SeqCst);
+        axum::Json(json!({"id": "m", "type": "message", "role": "assistant", "model": "claude-sonnet-5",
+            "content": [{"type": "text", "text": "Sure!"}], "stop_reason": "end_turn",
+            "usage": {"input_tokens": 1000, "output_tokens": 500}}))
+    };
+    let routes = Routes::new()
+        .route("/v1/chat/completions", post(answer))
+        .route("/v1/messages", post(prose))
+        .with_state(Arc::clone(&num_calls));
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     tokio::spawn(async move { axum::serve(listener, routes).await.unwrap() });
@@ -112,19 +125,26 @@ fn body(model: &str, text: &str) -> Value {
 /// Follows the route to its end, as a server would.
 async fn ask(gateway: &Gateway, asked: Asked<'_>) -> Result<Value, GatewayError> {
     let now = UnixMillis::now();
-    let mut exchange = gateway.begin(asked)?;
-    let route = exchange.route(idle(), now, &local).await?;
+    let mut exchange = match gateway.begin(asked) {
+        Ok(exchange) => exchange,
+        Err(turned_away) => return Err(turned_away.told().await),
+    };
+    let route = match exchange.route(idle(), now, &local).await {
+        Ok(route) => route,
+        Err(error) => return Err(exchange.give_up(error).await),
+    };
     let Target::Upstream { upstream, model } = &route.targets[0] else { return Ok(json!("local")) };
-    match exchange.send(upstream, model, false, now).await? {
-        (Sent::Whole(answer), _) => Ok(answer),
-        (Sent::Stream(mut stream), _) => {
-            let mut filters = exchange.filters();
+    let sent = match exchange.send(upstream, model, false, now).await {
+        Ok((sent, _warning)) => sent,
+        Err(error) => return Err(exchange.give_up(error).await),
+    };
+    match sent {
+        Sent::Whole(answer) => Ok(answer),
+        Sent::Stream(mut stream) => {
             let mut text = String::new();
             let mut finish = Value::Null;
             while let Some(chunk) = stream.next(&mut exchange).await {
                 let chunk = chunk?;
-                let passed = filters.as_mut().map_or(Some(chunk.clone()), |filters| filters.chunk(chunk));
-                let Some(chunk) = passed else { continue };
                 text.push_str(chunk.pointer("/choices/0/delta/content").and_then(Value::as_str).unwrap_or_default());
                 if let Some(reason) = chunk.pointer("/choices/0/finish_reason").filter(|reason| !reason.is_null()) {
                     finish = reason.clone();
@@ -178,6 +198,112 @@ async fn a_failed_call_costs_nothing_and_what_exceeds_the_budget_is_not_sent() {
     assert_eq!(double.num_calls.load(Ordering::SeqCst), before, "it was not sent");
 }
 
+/// The rows of the ledger: model, requests, and what they cost in nano-dollars.
+async fn rows(folder: &tempfile::TempDir) -> Vec<(String, u64, i64)> {
+    let query = CostQuery { by: vec![CostColumn::Model], ..CostQuery::default() };
+    let report = costs(&store(folder).await, query).await.unwrap();
+    report.rows.iter().map(|row| (row.model.clone().unwrap(), row.requests, row.upstream_cost.nanos())).collect()
+}
+
+async fn store(folder: &tempfile::TempDir) -> Store {
+    let options = StoreOptions {
+        url: format!("sqlite://{}", folder.path().join("b.db").display()).parse().unwrap(),
+        durability: Durability::ProcessKill,
+        max_bytes: None,
+        max_waiting: 16,
+        timeout: Duration::from_secs(20),
+    };
+    Store::open(options).await.unwrap().0
+}
+
+#[tokio::test]
+async fn a_call_that_failed_and_may_have_cost_something_is_charged_and_paid_twice_at_most() {
+    let double = upstream().await;
+    let claude = format!(
+        "[[upstreams]]\nname = \"claude\"\nkind = \"anthropic\"\nbase_url = \"http://{}\"\napi_key_env = \"UP_KEY\"\n\
+         models = [\"claude-sonnet-5\"]\n",
+        double.address
+    );
+    let (gateway, folder) = gateway(&double, &format!("{ACME}{claude}")).await;
+    let failed = ask(&gateway, asked("acme", &body("up/gpt-4.1", "broken"), None)).await.unwrap_err();
+    assert_eq!((failed.shown().0, double.num_calls.load(Ordering::SeqCst)), (502, 2), "{failed}");
+    let (spent, reserved) = standing(&gateway, "acme").await;
+    // Nobody counted: what was set aside, which is no less than the answer's limit at 8 dollars a million.
+    assert!(spent > 2 * 100 * 8_000 && spent % 2 == 0 && reserved == 0, "{spent} {reserved}");
+    let mut object = body("claude/claude-sonnet-5", "hello");
+    object["max_tokens"] = json!(900);
+    object["response_format"] = json!({"type": "json_object"});
+    let failed = ask(&gateway, asked("acme", &object, None)).await.unwrap_err();
+    assert_eq!(
+        (failed.shown().0, double.num_calls.load(Ordering::SeqCst)),
+        (502, 3),
+        "the budget has no room for more"
+    );
+    // 1000 tokens at 2 and 500 at 10 dollars a million.
+    assert_eq!(standing(&gateway, "acme").await, (spent + 7_000_000, 0));
+    let rows = rows(&folder).await;
+    assert_eq!(rows, [("claude/claude-sonnet-5".to_owned(), 1, 7_000_000), ("up/gpt-4.1".to_owned(), 2, spent)]);
+}
+
+#[tokio::test]
+async fn a_stream_that_is_left_costs_what_came_of_it() {
+    let double = upstream().await;
+    let (gateway, folder) = gateway(&double, ACME).await;
+    let mut streamed = body("up/gpt-4.1", "hello");
+    streamed["stream"] = json!(true);
+    let now = UnixMillis::now();
+    let mut exchange = gateway.begin(asked("acme", &streamed, None)).unwrap();
+    exchange.route(idle(), now, &local).await.unwrap();
+    let (Sent::Stream(mut stream), _) = exchange.send("up", "gpt-4.1", false, now).await.unwrap() else { panic!() };
+    assert!(stream.next(&mut exchange).await.unwrap().is_ok());
+    let (_, reserved) = standing(&gateway, "acme").await;
+    drop((stream, exchange));
+    gateway.close().await;
+    let (spent, left) = standing(&gateway, "acme").await;
+    // 15 bytes of an answer are 5 tokens; the prompt counts by its bound.
+    assert!(left == 0 && spent < reserved && spent == reserved - (100 - 5) * 8_000, "{spent} of {reserved}");
+    assert_eq!(rows(&folder).await, [("up/gpt-4.1".to_owned(), 1, spent)]);
+}
+
+#[tokio::test]
+async fn a_stream_is_settled_before_its_last_chunk() {
+    let double = upstream().await;
+    let (gateway, _folder) = gateway(&double, ACME).await;
+    let mut streamed = body("up/gpt-4.1", "hello");
+    streamed["stream"] = json!(true);
+    let now = UnixMillis::now();
+    let mut exchange = gateway.begin(asked("acme", &streamed, None)).unwrap();
+    exchange.route(idle(), now, &local).await.unwrap();
+    let (Sent::Stream(mut stream), _) = exchange.send("up", "gpt-4.1", false, now).await.unwrap() else { panic!() };
+    loop {
+        let chunk = stream.next(&mut exchange).await.unwrap().unwrap();
+        if !chunk["choices"][0]["finish_reason"].is_null() {
+            break;
+        }
+    }
+    // A client that stops reading here owes what everybody owes.
+    assert_eq!(standing(&gateway, "acme").await, (6_000_000, 0));
+}
+
+#[tokio::test]
+async fn what_is_hidden_in_a_tool_or_costs_more_by_its_tier_is_in_the_bound() {
+    let double = upstream().await;
+    let (gateway, _folder) = gateway(&double, ACME).await;
+    let mut dear = body("up/gpt-4.1", "hello");
+    let long = json!({"type": "string", "description": "x".repeat(20_000)});
+    dear["tools"] = json!([{"type": "function", "function": {"name": "f",
+        "parameters": {"type": "object", "properties": {"image_url": long}}}}]);
+    let refused = ask(&gateway, asked("acme", &dear, None)).await.unwrap_err();
+    assert_eq!(refused.shown().2, "budget_exceeded", "{refused}");
+    let mut fast = body("up/gpt-4.1", "hello");
+    fast["max_tokens"] = json!(1500);
+    assert!(ask(&gateway, asked("acme", &fast, None)).await.is_ok());
+    // 0.014 dollars are left, and 0.012 of an answer and 0.0012 of a prompt are 0.0132; by the faster service, more.
+    fast["service_tier"] = json!("priority");
+    let refused = ask(&gateway, asked("acme", &fast, None)).await.unwrap_err();
+    assert_eq!(refused.shown().2, "budget_exceeded", "{refused}");
+}
+
 #[tokio::test]
 async fn what_is_local_only_reaches_no_socket_whatever_it_asks_for() {
     let double = upstream().await;
@@ -221,8 +347,8 @@ async fn limits_are_met_before_anything_else_and_given_back() {
     let (gateway, _folder) = gateway(&double, rest).await;
     let held = gateway.begin(asked("acme", &body("base", "x"), None)).unwrap();
     let refused = gateway.begin(asked("acme", &body("base", "x"), None)).err().unwrap();
-    assert_eq!(refused.shown().0, 429);
-    assert!(refused.retry_after(UnixMillis::now()).is_some());
+    assert_eq!(refused.error.shown().0, 429);
+    assert!(refused.error.retry_after(UnixMillis::now()).is_some());
     drop(held);
     assert!(gateway.begin(asked("acme", &body("base", "x"), None)).is_ok());
 }
@@ -258,7 +384,7 @@ async fn every_request_is_in_a_log_that_verifies() {
     std::fs::write(&key_file, "ab".repeat(32)).unwrap();
     let rest = format!(
         "{ACME}[audit]\npath = {path:?}\nkey_file = {key_file:?}\n[[guardrails]]\nname = \"words\"\nkind = \"blocklist\"\n\
-         action = \"block\"\nphrases = [\"swordfish\"]\n[[tenants]]\nname = \"strict\"\nguardrails = [\"words\"]\n"
+         action = \"block\"\nphrases = [\"swordfish\"]\n[[tenants]]\nname = \"strict\"\nprivacy = \"any\"\nguardrails = [\"words\"]\n"
     );
     let (gateway, folder) = gateway(&double, &rest).await;
     ask(&gateway, asked("acme", &body("up/gpt-4.1", "hello"), None)).await.unwrap();
@@ -267,23 +393,23 @@ async fn every_request_is_in_a_log_that_verifies() {
     ask(&gateway, asked("acme", &streamed, None)).await.unwrap();
     ask(&gateway, asked("acme", &body("up/gpt-4.1", "fail"), None)).await.unwrap_err();
     ask(&gateway, asked("strict", &body("base", "swordfish"), None)).await.unwrap_err();
+    // Stopped in its answer, refused for its model, and for its budget; and one whose client left.
+    let answer = ask(&gateway, asked("strict", &streamed, None)).await.unwrap();
+    assert_eq!(answer["finish"], "content_filter");
+    ask(&gateway, asked("acme", &body("nobody", "hi"), None)).await.unwrap_err();
+    let mut dear = body("up/gpt-4.1", "hello");
+    dear["max_tokens"] = json!(30_000);
+    ask(&gateway, asked("acme", &dear, None)).await.unwrap_err();
+    drop(gateway.begin(asked("acme", &body("base", "hi"), None)).unwrap());
     let mut local_one = gateway.begin(asked("acme", &body("base", "hi"), None)).unwrap();
     local_one.route(idle(), UnixMillis::now(), &local).await.unwrap();
     let model = LocalModel { name: "base".to_owned(), digest: Some("sha256:1".to_owned()), ..LocalModel::default() };
     let used = LocalUse { num_prompt_tokens: 3, num_completion_tokens: 2, machine_time: Duration::ZERO };
     local_one.settle_local(used, RequestStatus::Completed, model, UnixMillis::now()).await.unwrap();
 
-    let options = StoreOptions {
-        url: format!("sqlite://{}", folder.path().join("b.db").display()).parse().unwrap(),
-        durability: Durability::ProcessKill,
-        max_bytes: None,
-        max_waiting: 16,
-        timeout: Duration::from_secs(20),
-    };
-    let (store, _thread) = Store::open(options).await.unwrap();
     let log = format!("here:{}", path.display());
     let writer = LogWriter { log: &log, writer: "test" };
-    let heads = StoreHeads::new(store, tokio::runtime::Handle::current(), writer);
+    let heads = StoreHeads::new(store(&folder).await, tokio::runtime::Handle::current(), writer);
     let report = tokio::task::spawn_blocking(move || {
         let head = heads.load().unwrap();
         let key = AuditKey::from_file(&key_file, &path).unwrap();
@@ -295,7 +421,7 @@ async fn every_request_is_in_a_log_that_verifies() {
     });
     let (report, text) = report.await.unwrap();
     // The first one tells of the log itself.
-    assert!(report.problems.is_empty() && report.num_records == 6, "{report:?}");
+    assert!(report.problems.is_empty() && report.num_records == 10, "{report:?}");
     for expected in [
         "\"to\":\"up\"",
         "\"to\":\"local\"",
@@ -304,6 +430,11 @@ async fn every_request_is_in_a_log_that_verifies() {
         "sha256:1",
         "\"prompt\":1000",
         "names up/gpt-4.1",
+        "\"guardrail\":\"words\"",
+        "model_not_found",
+        "budget_exceeded",
+        "cancelled",
+        "\"side\":\"answer\"",
     ] {
         assert!(text.contains(expected), "{expected} in {text}");
     }

@@ -22,8 +22,12 @@ pub struct PromptSize {
     pub num_bytes: u64,
     /// Messages, tool results among them.
     pub num_messages: u64,
+    /// What is around the texts in structures, and in texts that are written with escapes.
+    pub num_overhead_bytes: u64,
     /// Images.
     pub num_images: u64,
+    /// Documents, whose bytes say nothing of their tokens.
+    pub num_documents: u64,
 }
 
 /// The most tokens one image counts, by the beginning of the model's id; the first row that fits.
@@ -59,6 +63,7 @@ pub fn max_image_tokens(model: &str) -> u64 {
 /// The most tokens the prompt can be, where an image counts at most `max_image_tokens`.
 pub fn max_prompt_tokens(size: PromptSize, max_image_tokens: u64) -> u64 {
     size.num_bytes
+        .saturating_add(size.num_overhead_bytes)
         .saturating_add(size.num_messages.saturating_mul(TOKENS_PER_MESSAGE))
         .saturating_add(size.num_images.saturating_mul(max_image_tokens))
         .saturating_add(TOKENS_PER_REQUEST)
@@ -70,7 +75,8 @@ mod tests {
 
     #[test]
     fn a_prompt_has_no_more_tokens_than_bytes_and_what_is_around_them() {
-        let size = PromptSize { num_bytes: "héllo".len() as u64, num_messages: 2, num_images: 1 };
+        let size =
+            PromptSize { num_bytes: "héllo".len() as u64, num_messages: 2, num_images: 1, ..PromptSize::default() };
         assert_eq!(max_prompt_tokens(size, 1_600), 6 + 2 * 16 + 1_600 + 512);
         assert_eq!(max_prompt_tokens(PromptSize { num_bytes: u64::MAX, ..size }, 1), u64::MAX, "and never wraps");
     }

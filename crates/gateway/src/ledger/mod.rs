@@ -214,6 +214,12 @@ impl Ledger {
         Ok(())
     }
 
+    /// The same where nobody can wait: in a drop. Housekeeping writes it.
+    pub fn record_local_later(&self, call: &Call, outcome: Outcome, now: UnixMillis) {
+        let record = Record { held: Held::new(&self.0.incarnation, call, now), outcome };
+        self.0.leftovers.push(Leftover::Record(record));
+    }
+
     /// How a budget stands. Reads the store: for people, not for a request's way.
     pub async fn standing(&self, budget: &Budget, now: UnixMillis) -> Result<Standing, LedgerError> {
         standing(&self.0.store, budget, now).await

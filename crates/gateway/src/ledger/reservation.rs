@@ -74,6 +74,13 @@ impl Reservation {
         Ok(settled)
     }
 
+    /// The same where nobody can wait: in a drop. The ledger's housekeeping does it.
+    pub fn settle_later(mut self, outcome: Outcome) {
+        self.stage = Stage::Done;
+        let outcome = Outcome { price: outcome.price.clamp(Money::ZERO, super::MAX_AMOUNT), ..outcome };
+        self.ledger.leftovers.push(Leftover::Settle(Settle { held: self.held.clone(), outcome }));
+    }
+
     /// Gives it back: nothing was sent.
     pub async fn release(mut self) -> Result<(), LedgerError> {
         self.stage = Stage::Done;

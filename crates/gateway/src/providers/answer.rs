@@ -5,7 +5,10 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{chat::ToolCall, usage::Usage};
+use super::{
+    chat::{ToolCall, ToolCallKind},
+    usage::Usage,
+};
 
 /// Which route's shape.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -278,6 +281,18 @@ impl Choice {
 }
 
 impl AnswerMessage {
+    /// Bytes of text in it, of any kind: for estimates.
+    pub fn num_bytes(&self) -> usize {
+        let texts = [&self.content, &self.refusal, &self.reasoning];
+        let spoken: usize = texts.iter().filter_map(|text| text.as_ref()).map(String::len).sum();
+        let called = self.tool_calls.iter().map(|call| match &call.kind {
+            ToolCallKind::Function { name, arguments: text } | ToolCallKind::Custom { name, input: text } => {
+                name.len() + text.len()
+            }
+        });
+        spoken + called.sum::<usize>()
+    }
+
     /// As OpenAI writes it.
     pub fn to_json(&self) -> Value {
         let mut value = json!({"role": "assistant", "content": self.content, "refusal": self.refusal});

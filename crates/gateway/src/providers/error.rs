@@ -10,7 +10,7 @@ use std::{fmt, sync::LazyLock, time::Duration};
 use regex::Regex;
 use serde_json::{Map, Value, json};
 
-use super::secret::Secret;
+use super::{secret::Secret, usage::Usage};
 
 /// Kept of an upstream's message.
 const MAX_MESSAGE_CHARS: usize = 1000;
@@ -47,6 +47,41 @@ pub struct UpstreamError {
     pub native: Box<Native>,
     /// What else the tenant should have: categories of a content filter.
     pub details: Box<Map<String, Value>>,
+    /// What it may have cost all the same.
+    pub spent: Spent,
+}
+
+/// What a call may have cost.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Spent {
+    /// Nothing: nothing was sent.
+    NotSent,
+    /// Nothing: nobody was reached, or the upstream said no.
+    #[default]
+    Nothing,
+    /// What the upstream counted, or what is estimated from what came of the answer.
+    Known(Box<Usage>),
+    /// Whatever the request can cost at most: it was sent, and nothing that counts came back.
+    Unknown,
+}
+
+impl Spent {
+    /// Whether the upstream may bill anything.
+    pub fn may_cost(&self) -> bool {
+        matches!(self, Self::Known(_) | Self::Unknown)
+    }
+}
+
+impl From<Usage> for Spent {
+    fn from(usage: Usage) -> Self {
+        Self::Known(Box::new(usage))
+    }
+}
+
+impl From<Option<Usage>> for Spent {
+    fn from(usage: Option<Usage>) -> Self {
+        usage.map_or(Self::Unknown, Self::from)
+    }
 }
 
 /// The upstream's own words: for logs and metrics.
@@ -91,6 +126,8 @@ pub enum Cause {
     Unreachable,
     /// It answered something that is no answer.
     Malformed,
+    /// It answered as it should, and the model did not: something else than was asked for, or too much of it.
+    Unfit,
     /// The stream stopped before its end.
     Cut,
 }
@@ -139,7 +176,7 @@ impl Cause {
             Self::Timeout => (504, "api_error", "upstream_timeout"),
             Self::Failed => (502, "api_error", "upstream_error"),
             Self::Unreachable => (502, "api_error", "upstream_unreachable"),
-            Self::Malformed => (502, "api_error", "upstream_malformed_output"),
+            Self::Malformed | Self::Unfit => (502, "api_error", "upstream_malformed_output"),
             Self::Cut => (502, "api_error", "upstream_stream_cut"),
         };
         Shown { status, kind, code }
@@ -156,6 +193,7 @@ impl Cause {
             | Self::Failed
             | Self::Unreachable
             | Self::Malformed
+            | Self::Unfit
             | Self::Cut => Retry::Here,
         }
     }
@@ -171,6 +209,7 @@ impl Cause {
             | Self::Failed
             | Self::Unreachable
             | Self::Malformed
+            | Self::Unfit
             | Self::Cut => Fault::Upstream,
         }
     }
@@ -191,6 +230,7 @@ impl Cause {
             | Self::Failed
             | Self::Unreachable
             | Self::Malformed
+            | Self::Unfit
             | Self::Cut => None,
         }
     }
@@ -218,7 +258,7 @@ impl UpstreamError {
     pub fn new(cause: Cause, message: impl Into<String>) -> Self {
         let message = cause.own_message().map_or_else(|| message.into(), str::to_owned);
         let (native, details) = (Box::default(), Box::default());
-        Self { cause, message, param: None, retry_after: None, native, details }
+        Self { cause, message, param: None, retry_after: None, native, details, spent: Spent::default() }
     }
 
     /// Of a cause the upstream told; its message is cleaned. `secret` is what must not be in it.
@@ -238,7 +278,15 @@ impl UpstreamError {
                 None => "the upstream failed without saying why".to_owned(),
             },
         };
-        Self { cause, message, param: None, retry_after: None, native, details: Box::default() }
+        let (details, spent) = (Box::default(), Spent::default());
+        Self { cause, message, param: None, retry_after: None, native, details, spent }
+    }
+
+    /// With what it may have cost.
+    #[must_use]
+    pub(crate) fn having_spent(mut self, spent: impl Into<Spent>) -> Self {
+        self.spent = spent.into();
+        self
     }
 
     /// With the wait the upstream asks for.

@@ -220,6 +220,7 @@ impl Provider {
             let message = "it has no counterpart there, and this tenant's requests drop no fields; leave it out";
             return Err(Refusal::unsupported(field, message));
         }
+        let facts = reader::Facts { max_output_tokens, ..facts };
         let mut headers = call.endpoint.headers();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         if matches!(self, Self::Anthropic) {

@@ -227,6 +227,12 @@ fn read_call_delta(call: Value) -> Result<ToolCallDelta, UpstreamError> {
     Ok(ToolCallDelta { index, id, kind, name, arguments, extra: without_nulls(map) })
 }
 
+/// What was counted.
+pub(crate) fn counted(body: &Value) -> Option<Usage> {
+    let tier = body["service_tier"].as_str().map(ServedTier::from_wire).unwrap_or_default();
+    Usage::from_openai(&body["usage"]).map(|usage| Usage { tier, ..usage })
+}
+
 /// A whole answer.
 pub(crate) fn whole(facts: &Facts, body: Value) -> Result<Answer, UpstreamError> {
     let Value::Object(mut map) = body else { return Err(malformed("it is not an object")) };

@@ -11,7 +11,7 @@ use super::{
     answer::{Answer, Chunk, ChunkChoice, Delta, Finish, Head, Shape},
     anthropic,
     chat::Delivery,
-    error::{Cause, UpstreamError},
+    error::{Cause, Spent, UpstreamError},
     gemini, openai_wire,
     reply::Reply,
     usage::Usage,
@@ -42,6 +42,8 @@ pub(crate) struct Facts {
     pub(crate) usage_chunk: UsageChunk,
     pub(crate) is_streamed: bool,
     pub(crate) max_prompt_tokens: u64,
+    /// As the upstream was told.
+    pub(crate) max_output_tokens: Option<u64>,
     pub(crate) secret: Option<Secret>,
 }
 
@@ -72,12 +74,20 @@ impl Facts {
             usage_chunk: UsageChunk::NotAsked,
             is_streamed: false,
             max_prompt_tokens: call.max_prompt_tokens,
+            max_output_tokens: None,
             secret: call.endpoint.secret().cloned(),
         }
     }
 
     pub(crate) fn head(&self, id: &str) -> Head {
         Head { shape: self.shape, id: id.to_owned(), created: self.created, model: self.model.clone() }
+    }
+
+    /// Where nobody counted; an answer is no longer than the upstream was told.
+    fn estimate(&self, answer_bytes: u64) -> Usage {
+        let estimate = Usage::estimate(self.max_prompt_tokens, answer_bytes);
+        let completion = estimate.completion.min(self.max_output_tokens.unwrap_or(u64::MAX));
+        Usage { completion, ..estimate }
     }
 
     /// An error that the upstream reported.
@@ -163,15 +173,22 @@ impl AnswerReader {
         self.facts.is_streamed
     }
 
-    /// Reads a reply that is not a stream: the answer, or what went wrong.
+    /// Reads a reply that is not a stream: the answer, or what went wrong and what it cost. A success that is none costs
+    /// what the upstream counted, or as much as it can.
     pub fn whole(&self, reply: &Reply) -> Result<Answer, UpstreamError> {
         let body = reply.json();
         if !(200..300).contains(&reply.status) {
             return Err(self.wire.error(&self.facts, reply, body.as_ref()));
         }
         let Some(body) = body else {
-            return Err(UpstreamError::new(Cause::Malformed, "the upstream's answer is not JSON"));
+            let error = UpstreamError::new(Cause::Malformed, "the upstream's answer is not JSON");
+            return Err(error.having_spent(Spent::Unknown));
         };
+        let counted = self.wire.counted(&body);
+        self.success(reply, body).map_err(|error| error.having_spent(counted))
+    }
+
+    fn success(&self, reply: &Reply, body: Value) -> Result<Answer, UpstreamError> {
         if body.get("error").is_some_and(|error| !error.is_null()) {
             return Err(self.wire.error(&self.facts, reply, Some(&body)));
         }
@@ -189,8 +206,8 @@ impl AnswerReader {
             }
         }
         if answer.usage == Usage::default() {
-            let bytes: usize = answer.choices.iter().map(|choice| choice.message.to_json().to_string().len()).sum();
-            answer.usage = Usage::estimate(self.facts.max_prompt_tokens, bytes as u64);
+            let bytes: usize = answer.choices.iter().map(|choice| choice.message.num_bytes()).sum();
+            answer.usage = self.facts.estimate(bytes as u64);
         }
         Ok(answer)
     }
@@ -265,7 +282,7 @@ impl AnswerReader {
             Wire::Anthropic(reader) => reader.usage(),
             Wire::Gemini(reader) => reader.usage(),
         };
-        let estimate = Usage::estimate(self.facts.max_prompt_tokens, self.answer_bytes);
+        let estimate = self.facts.estimate(self.answer_bytes);
         match known {
             // Counts in the middle of a stream lag behind what came.
             Some(known) => Usage { completion: known.completion.max(estimate.completion), estimated: true, ..known },
@@ -285,7 +302,7 @@ impl AnswerReader {
             if let (Some(checked), Some(content)) = (&mut self.checked, &choice.delta.content) {
                 if checked.len() + content.len() > MAX_CHECKED_BYTES {
                     let message = format!("the upstream's JSON is longer than {MAX_CHECKED_BYTES} bytes");
-                    return Err(UpstreamError::new(Cause::Malformed, message));
+                    return Err(UpstreamError::new(Cause::Unfit, message));
                 }
                 checked.push_str(content);
             }
@@ -320,6 +337,15 @@ impl Wire {
         }
     }
 
+    /// What the provider counted in a whole answer, whatever else is wrong with it.
+    fn counted(&self, body: &Value) -> Option<Usage> {
+        match self {
+            Self::OpenAi(_) => openai_wire::counted(body),
+            Self::Anthropic(_) => anthropic::counted(body),
+            Self::Gemini(_) => gemini::counted(body),
+        }
+    }
+
     fn error(&self, facts: &Facts, reply: &Reply, body: Option<&Value>) -> UpstreamError {
         match self {
             Self::OpenAi(_) => openai_wire::error(facts, reply, body),
@@ -348,6 +374,11 @@ pub(crate) fn malformed(what: &str) -> UpstreamError {
     UpstreamError::new(Cause::Malformed, format!("the upstream's answer cannot be read: {what}"))
 }
 
+/// Something that the provider's wire can carry, and that a model made of a request at its own pleasure.
+pub(crate) fn unfit(what: &str) -> UpstreamError {
+    UpstreamError::new(Cause::Unfit, format!("the upstream's answer cannot be used: {what}"))
+}
+
 fn ends_by_itself(finish: &Finish) -> bool {
     finish.reason == super::answer::FinishReason::Stop
 }
@@ -356,7 +387,7 @@ fn check_json(text: &str) -> Result<(), UpstreamError> {
     match serde_json::from_str::<Value>(text) {
         Ok(Value::Object(_)) => Ok(()),
         Ok(_) | Err(_) => {
-            Err(UpstreamError::new(Cause::Malformed, "the model was asked for a JSON object and gave something else"))
+            Err(UpstreamError::new(Cause::Unfit, "the model was asked for a JSON object and gave something else"))
         }
     }
 }

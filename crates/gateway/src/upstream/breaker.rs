@@ -9,10 +9,13 @@
 //!                             |  the probe fails: open again
 //! ```
 //!
-//! Pure: time comes in as an argument. Invariant: while half open at most one request is under way; a request that gives no
-//! verdict (given up by the client) leaves the state as if it had not been.
+//! Pure: time comes in as an argument. Invariant: while half open a request is let through at most every [`PROBE_HOLDS`]; one
+//! that gives no verdict (given up by the client) leaves the state as if it had not been.
 
 use std::time::{Duration, Instant};
+
+/// A probe that has said nothing for so long may be one of the slow ones: the next request is a probe, too.
+pub const PROBE_HOLDS: Duration = Duration::from_secs(5);
 
 /// When it opens, and for how long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,7 +41,7 @@ pub struct Breaker {
 enum State {
     Closed { num_failures: u32 },
     Open { until: Instant, pause: Duration },
-    HalfOpen { pause: Duration },
+    HalfOpen { next_probe: Instant, pause: Duration },
 }
 
 /// What metrics show.
@@ -83,12 +86,16 @@ impl Breaker {
         match self.state {
             State::Closed { .. } => Ok(Pass { era: self.era }),
             State::Open { until, pause } if until <= now => {
-                self.enter(State::HalfOpen { pause });
+                self.enter(State::HalfOpen { next_probe: now + PROBE_HOLDS, pause });
                 Ok(Pass { era: self.era })
             }
             State::Open { until, .. } => Err(until - now),
-            // The probe is under way; it will have ended by then, or opened again.
-            State::HalfOpen { pause } => Err(pause),
+            // All probes are of one era: the first verdict counts, whosever it is.
+            State::HalfOpen { next_probe, pause } if next_probe <= now => {
+                self.state = State::HalfOpen { next_probe: now + PROBE_HOLDS, pause };
+                Ok(Pass { era: self.era })
+            }
+            State::HalfOpen { next_probe, .. } => Err(next_probe - now),
         }
     }
 
@@ -113,11 +120,11 @@ impl Breaker {
             }
             (State::Closed { .. }, Verdict::Failing | Verdict::Fatal) => self.open(self.limits.open_for, now),
             (State::HalfOpen { .. }, Verdict::Healthy) => self.enter(State::Closed { num_failures: 0 }),
-            (State::HalfOpen { pause }, Verdict::Failing | Verdict::Fatal) => {
+            (State::HalfOpen { pause, .. }, Verdict::Failing | Verdict::Fatal) => {
                 self.open((pause * 2).min(self.limits.max_open_for), now);
             }
             // As if it had not been: the next request is the probe.
-            (State::HalfOpen { pause }, Verdict::Unknown) => self.enter(State::Open { until: now, pause }),
+            (State::HalfOpen { pause, .. }, Verdict::Unknown) => self.enter(State::Open { until: now, pause }),
             // Nothing was learnt; and while it is open no pass is given.
             (State::Closed { .. }, Verdict::Unknown) | (State::Open { .. }, _) => {}
         }
@@ -203,6 +210,23 @@ mod tests {
         let probe = breaker.try_pass(now).unwrap();
         breaker.record(probe, Verdict::Unknown, now);
         assert!(breaker.try_pass(now).is_ok());
+    }
+
+    #[test]
+    fn a_slow_probe_does_not_hold_the_others_out() {
+        let (mut breaker, mut now) = (Breaker::new(LIMITS), Instant::now());
+        fail(&mut breaker, now, 3);
+        now += LIMITS.open_for;
+        let slow = breaker.try_pass(now).unwrap();
+        now += Duration::from_secs(2);
+        assert_eq!(breaker.try_pass(now), Err(PROBE_HOLDS - Duration::from_secs(2)), "and the wait is the true one");
+        now += PROBE_HOLDS;
+        let second = breaker.try_pass(now).unwrap();
+        assert!(breaker.try_pass(now).is_err());
+        breaker.record(slow, Verdict::Healthy, now);
+        assert_eq!(breaker.state(), BreakerState::Closed);
+        breaker.record(second, Verdict::Failing, now);
+        assert!(breaker.try_pass(now).is_ok(), "too late to count");
     }
 
     #[test]

@@ -23,7 +23,7 @@ use super::{
 };
 use crate::providers::{
     Answer, AnswerReader, Outgoing, OutgoingRequest, Reply, Secret, UpstreamError,
-    error::{Cause, Fault},
+    error::{Cause, Fault, Spent},
 };
 
 /// The way out. Cheap to clone.
@@ -109,7 +109,7 @@ impl Upstream {
                 let message = format!("the upstream `{}` failed repeatedly and is left alone for a while", self.name);
                 let mut error = UpstreamError::new(Cause::Unreachable, message);
                 error.retry_after = Some(wait);
-                Err(error)
+                Err(error.having_spent(Spent::NotSent))
             }
         }
     }
@@ -135,7 +135,9 @@ impl Attempt {
 
     pub(super) fn failed(&mut self, error: &UpstreamError) {
         self.record(match (error.cause, error.fault()) {
-            (_, Fault::Caller) | (Cause::RateLimited | Cause::ModelUnavailable, _) => Verdict::Healthy,
+            (_, Fault::Caller) | (Cause::RateLimited | Cause::ModelUnavailable | Cause::Unfit, _) => Verdict::Healthy,
+            // It may be about one model, or one place: others must not be shut out for it.
+            (Cause::Auth, _) if error.native.status == Some(403) => Verdict::Healthy,
             (_, Fault::Operator) => Verdict::Fatal,
             (_, Fault::Upstream) => Verdict::Failing,
         });
@@ -166,7 +168,8 @@ impl Door {
     }
 
     /// Sends a request and waits for its answer, or for the first piece of it. Dropping the future, or the stream it gives,
-    /// ends the call upstream.
+    /// ends the call upstream. What failed and cost nothing is tried again here; what may have cost something is handed back
+    /// at once, for whoever pays to decide ([`Door::wait_to_pay_again`]).
     pub async fn send(
         &self,
         permit: LeavesPremises,
@@ -181,10 +184,8 @@ impl Door {
         let call = CallOut { request: &outgoing.request, body, reader: &outgoing.reader, permit };
         let mut attempt = 1;
         loop {
-            let late =
-                || UpstreamError::new(Cause::Timeout, "the upstream did not answer before the request's deadline");
-            let tried = tokio::time::timeout_at(deadline, self.attempt(upstream, &call)).await;
-            let error = match tried.unwrap_or_else(|_| Err(Tried::Failed(late()))) {
+            let tried = tokio::time::timeout_at(deadline, self.attempt(upstream, &call, deadline)).await;
+            let error = match tried.unwrap_or_else(|_| Err(Tried::Failed(late().having_spent(Spent::Unknown)))) {
                 Ok(received) => return Ok(received),
                 // Waiting for a breaker would be waiting for someone else's probe.
                 Err(Tried::NotLetThrough(error)) => return Err(error),
@@ -205,7 +206,17 @@ impl Door {
         }
     }
 
-    async fn attempt(&self, upstream: &Upstream, call: &CallOut<'_>) -> Result<Received, Tried> {
+    /// How long to wait before a failed attempt is paid for a second time; `None`: it is not.
+    pub fn wait_to_pay_again(&self, error: &UpstreamError, attempt: u32, time_left: Duration) -> Option<Duration> {
+        self.limits.retry.wait_to_pay_again(&Failed { error, attempt, time_left, random: fastrand::f64() })
+    }
+
+    async fn attempt(
+        &self,
+        upstream: &Upstream,
+        call: &CallOut<'_>,
+        deadline: tokio::time::Instant,
+    ) -> Result<Received, Tried> {
         let mut attempt = upstream.pass().map_err(Tried::NotLetThrough)?;
         match self.call(upstream, call).await {
             Ok(Begun::Whole(answer)) => {
@@ -216,7 +227,7 @@ impl Door {
                 // Until the first piece is there, all of this may be done again.
                 match stream.begin().await {
                     Ok(()) => {
-                        stream.keep(attempt);
+                        stream.keep(attempt, deadline);
                         Ok(Received::Stream(stream))
                     }
                     Err(error) => {
@@ -258,14 +269,14 @@ impl Door {
             if response.status().is_success() { self.limits.max_answer_bytes } else { self.limits.max_error_bytes };
         let body = match self.body(response, max_bytes).await {
             Ok(body) => body,
-            Err(error) if (200..300).contains(&status) => return Err(error),
+            Err(error) if (200..300).contains(&status) => return Err(error.having_spent(Spent::Unknown)),
             // The status says enough.
             Err(_) => Vec::new(),
         };
         let answer = reader.whole(&Reply { status, headers: &headers, body: &body, at: Utc::now() })?;
         if reader.is_streamed() {
             let message = "the upstream was asked for a stream and sent something else";
-            return Err(UpstreamError::new(Cause::Malformed, message));
+            return Err(UpstreamError::new(Cause::Malformed, message).having_spent(answer.usage));
         }
         Ok(Begun::Whole(Box::new(answer)))
     }
@@ -279,7 +290,7 @@ impl Door {
             Ok(Err(error)) => Err(transport(&error)),
             Err(_) => {
                 let message = format!("the upstream did not begin to answer within {:?}", self.limits.first_byte);
-                Err(UpstreamError::new(Cause::Timeout, message))
+                Err(UpstreamError::new(Cause::Timeout, message).having_spent(Spent::Unknown))
             }
         }
     }
@@ -295,7 +306,7 @@ impl Door {
             };
             if body.len() + piece.len() > max_bytes {
                 let message = format!("the upstream's answer is longer than {max_bytes} bytes");
-                return Err(UpstreamError::new(Cause::Malformed, message));
+                return Err(UpstreamError::new(Cause::Unfit, message));
             }
             body.extend_from_slice(&piece);
         }
@@ -320,20 +331,28 @@ enum Tried {
     Failed(UpstreamError),
 }
 
+/// No time left.
+pub(super) fn late() -> UpstreamError {
+    UpstreamError::new(Cause::Timeout, "the upstream did not answer before the request's deadline")
+}
+
 /// Silence in the middle of a body.
 pub(super) fn idle(limit: Duration) -> UpstreamError {
     UpstreamError::new(Cause::Timeout, format!("the upstream fell silent for {limit:?} in the middle of its answer"))
 }
 
-/// What the HTTP client says; its text names URLs, so it is not repeated.
+/// What the HTTP client says; its text names URLs, so it is not repeated. Only where there was no connection is it certain
+/// that nothing arrived.
 pub(super) fn transport(error: &reqwest::Error) -> UpstreamError {
     if error.is_connect() {
-        UpstreamError::new(Cause::Unreachable, "the upstream cannot be reached")
-    } else if error.is_timeout() {
+        return UpstreamError::new(Cause::Unreachable, "the upstream cannot be reached");
+    }
+    let error = if error.is_timeout() {
         UpstreamError::new(Cause::Timeout, "the upstream did not answer in time")
     } else if error.is_body() || error.is_decode() {
         UpstreamError::new(Cause::Cut, "the upstream's answer was cut before its end")
     } else {
         UpstreamError::new(Cause::Failed, "the connection to the upstream failed")
-    }
+    };
+    error.having_spent(Spent::Unknown)
 }

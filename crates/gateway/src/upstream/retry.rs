@@ -1,11 +1,14 @@
 //! Whether to try again, and after how long.
 //!
 //! Pure: attempts, time left and a random number come in. Invariant: the wait ends before the deadline, and is never
-//! shorter than what the upstream asked for.
+//! shorter than what the upstream asked for; what may have cost something is tried again once, and only by whoever pays.
 
 use std::time::Duration;
 
-use crate::providers::error::{Retry, UpstreamError};
+use crate::providers::error::{Cause, Retry, UpstreamError};
+
+/// In all, of attempts that may have cost something: each is paid.
+const MAX_PAID_ATTEMPTS: u32 = 2;
 
 /// Bounds of trying again.
 #[derive(Clone, Debug, PartialEq)]
@@ -34,9 +37,22 @@ pub struct Failed<'a> {
 }
 
 impl RetryLimits {
-    /// How long to wait before the next attempt; `None`: there is none.
+    /// How long to wait before the next attempt of one that cost nothing; `None`: there is none.
     pub fn wait(&self, failed: &Failed) -> Option<Duration> {
-        if failed.error.retry() != Retry::Here || failed.attempt >= self.max_attempts {
+        let may_be_tried = !failed.error.spent.may_cost() && failed.attempt < self.max_attempts;
+        if may_be_tried { self.delay(failed) } else { None }
+    }
+
+    /// The same after an attempt that may have cost something. Silence is not asked twice: it costs most and says least.
+    pub fn wait_to_pay_again(&self, failed: &Failed) -> Option<Duration> {
+        let may_be_tried = failed.error.spent.may_cost()
+            && failed.error.cause != Cause::Timeout
+            && failed.attempt < self.max_attempts.min(MAX_PAID_ATTEMPTS);
+        if may_be_tried { self.delay(failed) } else { None }
+    }
+
+    fn delay(&self, failed: &Failed) -> Option<Duration> {
+        if failed.error.retry() != Retry::Here {
             return None;
         }
         let doublings = failed.attempt.saturating_sub(1).min(31);
@@ -57,7 +73,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::providers::error::Cause;
+    use crate::providers::error::Spent;
 
     const LIMITS: RetryLimits = RetryLimits {
         max_attempts: 4,
@@ -98,6 +114,21 @@ mod tests {
         assert!(wait(Cause::RateLimited, Some(7), 1, 100).unwrap() >= Duration::from_secs(7));
         assert_eq!(wait(Cause::RateLimited, Some(7), 1, 7), None);
         assert_eq!(wait(Cause::RateLimited, Some(61), 1, 1000), None);
+    }
+
+    #[test]
+    fn what_may_have_cost_something_is_paid_for_twice_at_most() {
+        let limits = RetryLimits { max_attempts: 9, ..LIMITS };
+        let waits = |cause: Cause, spent: Spent, attempt| {
+            let error = UpstreamError::new(cause, "x").having_spent(spent);
+            let failed = Failed { error: &error, attempt, time_left: Duration::from_secs(99), random: 1.0 };
+            (limits.wait(&failed).is_some(), limits.wait_to_pay_again(&failed).is_some())
+        };
+        assert_eq!(waits(Cause::Malformed, Spent::Nothing, 1), (true, false));
+        assert_eq!(waits(Cause::Malformed, Spent::Unknown, 1), (false, true));
+        assert_eq!(waits(Cause::Unfit, Spent::Unknown, 2), (false, false));
+        assert_eq!(waits(Cause::Timeout, Spent::Unknown, 1), (false, false));
+        assert_eq!(waits(Cause::Auth, Spent::Unknown, 1), (false, false));
     }
 
     proptest! {

@@ -11,7 +11,7 @@ use reqwest::Response;
 
 use super::{
     Limits,
-    door::{Attempt, idle, transport},
+    door::{Attempt, idle, late, transport},
     sse::{Events, SseError, SseLimits},
 };
 use crate::providers::{AnswerReader, Chunk, UpstreamError, Usage, error::Cause};
@@ -27,6 +27,8 @@ pub struct AnswerStream {
     waiting: VecDeque<Chunk>,
     /// The upstream's verdict is open until the end.
     attempt: Option<Attempt>,
+    /// Of the whole answer; before the first chunk it is the sender's to keep.
+    deadline: Option<tokio::time::Instant>,
     /// Once complete.
     usage: Option<Usage>,
 }
@@ -42,7 +44,7 @@ impl AnswerStream {
         let sse = SseLimits { max_event_bytes: limits.max_event_bytes, max_stream_bytes: limits.max_answer_bytes };
         let bytes: ByteStream = Box::pin(response.bytes_stream());
         let events = Some(Events::new(bytes, sse));
-        Self { events, reader, limits, waiting: VecDeque::new(), attempt: None, usage: None }
+        Self { events, reader, limits, waiting: VecDeque::new(), attempt: None, deadline: None, usage: None }
     }
 
     /// Waits for the first chunk, and keeps it for [`AnswerStream::next`].
@@ -53,8 +55,9 @@ impl AnswerStream {
         Ok(())
     }
 
-    /// From here on the stream has its own verdict to give.
-    pub(super) fn keep(&mut self, mut attempt: Attempt) {
+    /// From here on the stream has its own verdict to give, and its own deadline to keep.
+    pub(super) fn keep(&mut self, mut attempt: Attempt, deadline: tokio::time::Instant) {
+        self.deadline = Some(deadline);
         if self.events.is_none() {
             attempt.succeeded();
         } else {
@@ -88,14 +91,21 @@ impl AnswerStream {
 
     /// Reads one event, or the end.
     async fn advance(&mut self) -> Result<(), UpstreamError> {
-        let result = self.step().await;
-        if let Err(error) = &result {
+        let stepped = match self.deadline {
+            Some(deadline) => tokio::time::timeout_at(deadline, self.step()).await.unwrap_or_else(|_| {
+                // It answered all the while: that says nothing of its health.
+                self.attempt = None;
+                Err(late())
+            }),
+            None => self.step().await,
+        };
+        stepped.map_err(|error| {
             self.events = None;
             if let Some(mut attempt) = self.attempt.take() {
-                attempt.failed(error);
+                attempt.failed(&error);
             }
-        }
-        result
+            error.having_spent(self.usage())
+        })
     }
 
     async fn step(&mut self) -> Result<(), UpstreamError> {
@@ -104,7 +114,7 @@ impl AnswerStream {
             Err(_) => return Err(idle(self.limits.idle)),
             Ok(Some(Ok(event))) => Some(event),
             Ok(Some(Err(SseError::Transport(error)))) => return Err(transport(&error)),
-            Ok(Some(Err(error))) => return Err(UpstreamError::new(Cause::Malformed, error.to_string())),
+            Ok(Some(Err(error))) => return Err(UpstreamError::new(broken(&error), error.to_string())),
             Ok(None) => None,
         };
         let is_over = event.is_none();
@@ -121,5 +131,13 @@ impl AnswerStream {
             }
         }
         Ok(())
+    }
+}
+
+/// Length is the model's doing, and the bytes are the server's.
+fn broken<E>(error: &SseError<E>) -> Cause {
+    match error {
+        SseError::EventTooLong { .. } | SseError::StreamTooLong { .. } => Cause::Unfit,
+        SseError::Transport(_) | SseError::Encoding => Cause::Malformed,
     }
 }

@@ -27,7 +27,8 @@ use tokio::{
 use super::*;
 use crate::providers::{
     Call, ChatRequest, Credential, Endpoint, ModelEntry, Outgoing, Provider, Secret, UnmappedFields, UpstreamError,
-    error::Cause,
+    Usage,
+    error::{Cause, Spent},
 };
 
 /// Long enough that only a test that waits for it by intent meets it.
@@ -211,12 +212,74 @@ async fn a_second_try_may_succeed() {
             response.headers_mut().insert("retry-after-ms", "1".parse().unwrap());
             response
         }
-        1 => json_response(200, &json!("broken")),
+        1 => json_response(503, &json!("broken")),
         _ => json_response(200, &answer()),
     })
     .await;
     assert!(send(limits(), &upstream(9), outgoing(&double.base, Wanted::Whole)).await.is_ok());
     assert_eq!(double.hits(), 3);
+}
+
+#[tokio::test]
+async fn what_may_have_cost_something_is_handed_back_at_once_with_what_is_known_of_it() {
+    let mut no_choices = answer();
+    no_choices["choices"] = json!([]);
+    let counted = Spent::from(Some(Usage { prompt: 3, completion: 1, ..Usage::default() }));
+    for (status, body, spent) in [
+        (200, json!("broken"), Spent::Unknown),
+        (200, no_choices, counted),
+        (200, json!({"error": {"message": "busy", "type": "overloaded_error"}}), Spent::Unknown),
+    ] {
+        let double = Double::answering(move |_| json_response(status, &body)).await;
+        let error = send(limits(), &upstream(9), outgoing(&double.base, Wanted::Whole)).await.unwrap_err();
+        assert_eq!((error.spent, double.hits()), (spent, 1));
+    }
+    let refused = Double::answering(|_| json_response(500, &json!({"usage": {"prompt_tokens": 3}}))).await;
+    let error = send(limits(), &upstream(9), outgoing(&refused.base, Wanted::Whole)).await.unwrap_err();
+    assert_eq!((error.spent, refused.hits()), (Spent::Nothing, 3));
+    let once = Limits { retry: RetryLimits { max_attempts: 1, ..limits().retry }, ..limits() };
+    let (silent, hits) = raw("", After::Hold).await;
+    let quick = Limits { first_byte: SHORT, ..limits() };
+    let error = send(quick, &upstream(9), outgoing(&silent, Wanted::Whole)).await.unwrap_err();
+    assert_eq!((error.spent, hits.load(Ordering::SeqCst)), (Spent::Unknown, 1));
+    let (cut, _) = raw("HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{", After::Close).await;
+    let error = send(once, &upstream(9), outgoing(&cut, Wanted::Whole)).await.unwrap_err();
+    assert_eq!((error.cause, error.spent), (Cause::Cut, Spent::Unknown));
+    let (begun, _) = raw(&hello(), After::Close).await;
+    let received = send(limits(), &upstream(9), outgoing(&begun, Wanted::Stream)).await.unwrap();
+    let (_, _, error, _) = drain(received).await;
+    let Spent::Known(usage) = error.unwrap().spent else { panic!("an estimate") };
+    assert_eq!((usage.prompt, usage.completion, usage.estimated), (100, 2, true), "the bound, and a third of `hello`");
+}
+
+#[tokio::test]
+async fn what_a_model_makes_of_a_request_and_a_forbidden_model_do_not_open_the_circuit() {
+    let double = Double::answering(|hit| match hit % 2 {
+        0 => json_response(403, &json!({"error": {"message": "not this model"}})),
+        _ => Body::from(vec![b'['; 5000]).into_response(),
+    })
+    .await;
+    let upstream = upstream(1);
+    for _ in 0..4 {
+        send(limits(), &upstream, outgoing(&double.base, Wanted::Whole)).await.unwrap_err();
+    }
+    assert_eq!((upstream.state(), double.hits()), (BreakerState::Closed, 4));
+}
+
+#[tokio::test]
+async fn a_stream_has_a_deadline_in_all() {
+    let double = Double::answering(|_| {
+        let first = stream::iter([Ok::<_, Infallible>(Bytes::from(event("hello")))]);
+        events(Body::from_stream(first.chain(stream::pending())))
+    })
+    .await;
+    let permit = PrivacyClass::Any.leave().unwrap();
+    let outgoing = outgoing(&double.base, Wanted::Stream);
+    let upstream = upstream(1);
+    let received = Door::new(limits()).unwrap().send(permit, &upstream, outgoing, Duration::from_secs(2)).await;
+    let (text, has_finished, error, _) = drain(received.unwrap()).await;
+    assert_eq!((text.as_str(), has_finished, error.unwrap().cause), ("hello", false, Cause::Timeout));
+    assert_eq!(upstream.state(), BreakerState::Closed, "it had begun, and was not asked for more than it gave");
 }
 
 #[tokio::test]
@@ -238,7 +301,7 @@ async fn a_refused_key_opens_the_circuit_and_nothing_is_sent_any_more() {
     let error = send(limits(), &upstream, outgoing(&double.base, Wanted::Whole)).await.unwrap_err();
     assert_eq!((error.cause, upstream.state()), (Cause::Auth, BreakerState::Open));
     let error = send(limits(), &upstream, outgoing(&double.base, Wanted::Whole)).await.unwrap_err();
-    assert_eq!((error.cause, double.hits()), (Cause::Unreachable, 1));
+    assert_eq!((error.cause, double.hits(), &error.spent), (Cause::Unreachable, 1, &Spent::NotSent));
     assert!(error.retry_after.is_some());
 }
 
@@ -261,7 +324,7 @@ async fn a_dead_upstream_is_unreachable() {
     let base = format!("http://{}", listener.local_addr().unwrap());
     drop(listener);
     let error = send(limits(), &upstream(9), outgoing(&base, Wanted::Whole)).await.unwrap_err();
-    assert_eq!((error.cause, error.status()), (Cause::Unreachable, 502));
+    assert_eq!((error.cause, error.status(), &error.spent), (Cause::Unreachable, 502, &Spent::Nothing));
     assert!(!error.message.contains("127.0.0.1"), "{error}");
 }
 
@@ -346,10 +409,10 @@ async fn a_stream_cut_after_its_first_chunk_is_an_error_and_never_begun_again() 
 }
 
 #[tokio::test]
-async fn a_stream_cut_before_its_first_chunk_is_tried_again() {
+async fn a_stream_cut_before_its_first_chunk_is_left_to_who_pays() {
     let (base, hits) = raw(HEAD, After::Close).await;
     let error = send(limits(), &upstream(9), outgoing(&base, Wanted::Stream)).await.unwrap_err();
-    assert_eq!((error.cause, hits.load(Ordering::SeqCst)), (Cause::Cut, 3));
+    assert_eq!((error.cause, hits.load(Ordering::SeqCst), error.spent.may_cost()), (Cause::Cut, 1, true));
 }
 
 #[tokio::test]
@@ -361,17 +424,18 @@ async fn an_end_without_the_mark_is_a_cut_even_where_the_connection_ends_well() 
 }
 
 #[tokio::test]
-async fn an_error_as_the_first_event_is_tried_again_and_a_later_one_is_handed_on() {
+async fn an_error_is_handed_on_as_the_first_event_and_as_a_later_one() {
     let error = "data: {\"error\":{\"message\":\"busy\",\"type\":\"overloaded_error\"}}\n\n";
     let double = Double::answering(move |hit| match hit {
         0 => events(error),
         _ => events(event("hello") + error),
     })
     .await;
+    let first = send(limits(), &upstream(9), outgoing(&double.base, Wanted::Stream)).await.unwrap_err();
+    assert_eq!((first.cause, first.spent.may_cost(), double.hits()), (Cause::Overloaded, true, 1));
     let received = send(limits(), &upstream(9), outgoing(&double.base, Wanted::Stream)).await.unwrap();
     let (text, has_finished, error, _) = drain(received).await;
     assert_eq!((text.as_str(), has_finished, error.unwrap().cause), ("hello", false, Cause::Overloaded));
-    assert_eq!(double.hits(), 2);
 }
 
 #[tokio::test]
@@ -381,7 +445,7 @@ async fn bodies_of_any_size_are_read_within_bounds() {
     };
     let json = Double::answering(move |_| endless("[").into_response()).await;
     let error = send(limits(), &upstream(9), outgoing(&json.base, Wanted::Whole)).await.unwrap_err();
-    assert_eq!(error.cause, Cause::Malformed);
+    assert_eq!(error.cause, Cause::Unfit);
     let failure = Double::answering(move |_| (StatusCode::BAD_REQUEST, endless("[")).into_response()).await;
     let error = send(limits(), &upstream(9), outgoing(&failure.base, Wanted::Whole)).await.unwrap_err();
     assert_eq!(error.cause, Cause::Invalid);

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use bindery_engine::testing::gate;
 use bindery_gateway::{
     clock::UnixMillis,
     config::GatewayConfig,
@@ -17,7 +18,7 @@ use bindery_gateway::{
 use reqwest::{Method, RequestBuilder};
 use serde_json::{Value, json};
 
-use crate::support::{MODEL, Server, Setup, check_error, events};
+use crate::support::{MODEL, PATIENCE, Server, Setup, check_error, events, wait_for_step};
 
 /// A server with a gateway, the server it may send to, and the store that both a test and the gateway have open.
 struct House {
@@ -33,6 +34,10 @@ const TENANTS: &str = "[[tenants]]\nname = \"acme\"\nprivacy = \"any\"\n\
 
 impl House {
     async fn build(rest: &str) -> Self {
+        Self::build_on(Setup::new(), rest).await
+    }
+
+    async fn build_on(mut setup: Setup, rest: &str) -> Self {
         let upstream = Server::start();
         let folder = tempfile::tempdir().unwrap();
         let url = format!("sqlite://{}", folder.path().join("b.db").display());
@@ -57,7 +62,6 @@ impl House {
             timeout: Duration::from_secs(20),
         };
         let (store, _thread) = Store::open(options).await.unwrap();
-        let mut setup = Setup::new();
         setup.config.gateway = Some(gateway);
         Self { server: setup.start(), upstream, store, _folder: folder }
     }
@@ -293,4 +297,28 @@ async fn a_key_is_held_to_its_own_limits_and_lists_beside_its_tenants() {
         let card = house.server.request(Method::GET, &format!("/v1/models/{id}")).bearer_auth(&virtual_only);
         assert_eq!(card.send().await.unwrap().status(), status, "{id}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_local_request_that_is_left_before_its_answer_has_its_row() {
+    let (gate, keeper) = gate();
+    let mut setup = Setup::new();
+    setup.model.gate = Some(gate);
+    let house = House::build_on(setup, "").await;
+    let key = house.key("acme").await;
+    let asking = tokio::spawn(house.chat(&key, &body(MODEL)).send());
+    let keeper = wait_for_step(keeper).await;
+    asking.abort();
+    assert!(asking.await.unwrap_err().is_cancelled());
+    let row = async {
+        loop {
+            if let [row] = &house.rows().await[..] {
+                return (row.requests, row.local_requests);
+            }
+            tokio::task::yield_now().await;
+        }
+    };
+    let row = tokio::time::timeout(PATIENCE, row).await;
+    assert_eq!(row.expect("a row for a client that left"), (1, 1));
+    drop(keeper);
 }

@@ -10,7 +10,7 @@ use crate::providers::{
     catalogue::ServedTier,
     chat::{ToolCall, ToolCallKind},
     error::{Cause, Native, UpstreamError},
-    reader::{Facts, MAX_TOOL_CALLS, malformed},
+    reader::{Facts, MAX_TOOL_CALLS, malformed, unfit},
     reply::Reply,
     usage::Usage,
 };
@@ -63,7 +63,7 @@ impl Reader {
                     }
                     Format::ForcedTool(_) | Format::Text | Format::CheckedJson => {
                         if message.tool_calls.len() >= MAX_TOOL_CALLS {
-                            return Err(malformed("it has more tool calls than anyone runs"));
+                            return Err(unfit("it has more tool calls than anyone runs"));
                         }
                         let kind = ToolCallKind::Function { name: text("name").to_owned(), arguments };
                         message.tool_calls.push(ToolCall { id: text("id").to_owned(), kind, extra: Map::new() });
@@ -110,6 +110,12 @@ pub(super) fn carried(model: &str, thoughts: &[Value]) -> Map<String, Value> {
 /// Ids look like OpenAI's.
 pub(super) fn answer_id(id: &str) -> String {
     format!("chatcmpl-{id}")
+}
+
+/// What was counted in a whole answer.
+pub(crate) fn counted(body: &Value) -> Option<Usage> {
+    let usage = &body["usage"];
+    usage["output_tokens"].is_u64().then(|| read_usage(usage, Usage::default()))
 }
 
 /// Counts over earlier ones: a stream repeats them, and leaves out what has not changed.

@@ -7,7 +7,7 @@ mod answer;
 mod request;
 mod stream;
 
-pub(super) use answer::error;
+pub(super) use answer::{counted, error};
 pub(super) use request::chat;
 pub(crate) use stream::Reader;
 

@@ -15,7 +15,7 @@ use super::{
 use crate::providers::{
     answer::{ChunkChoice, Delta, Finish, ToolCallDelta},
     error::UpstreamError,
-    reader::{Ending, Facts, MAX_TOOL_CALLS, Piece, SseEvent, cut, malformed},
+    reader::{Ending, Facts, MAX_TOOL_CALLS, Piece, SseEvent, cut, malformed, unfit},
     usage::Usage,
 };
 
@@ -151,7 +151,7 @@ impl Reader {
                 Format::ForcedTool(_) | Format::Text | Format::CheckedJson => {
                     let index = self.num_calls;
                     if index as usize >= MAX_TOOL_CALLS {
-                        return Err(malformed("it has more tool calls than anyone runs"));
+                        return Err(unfit("it has more tool calls than anyone runs"));
                     }
                     self.num_calls += 1;
                     let call = ToolCallDelta {
@@ -198,7 +198,7 @@ impl Reader {
                 let more = text("thinking");
                 self.thought_bytes += more.len();
                 if self.thought_bytes > MAX_THOUGHT_BYTES {
-                    return Err(malformed("its thoughts are longer than anything it could think"));
+                    return Err(unfit("its thoughts are longer than anything it could think"));
                 }
                 append(kept, "thinking", &more);
                 Ok(thought(more))

@@ -13,7 +13,7 @@ use crate::providers::{
     catalogue::ServedTier,
     chat::{ToolCall, ToolCallKind},
     error::{Cause, Native, UpstreamError},
-    reader::{Ending, Facts, MAX_TOOL_CALLS, Piece, SseEvent, cut, malformed},
+    reader::{Ending, Facts, MAX_TOOL_CALLS, Piece, SseEvent, cut, malformed, unfit},
     reply::{self, Reply},
     usage::Usage,
 };
@@ -25,7 +25,10 @@ const UNKNOWN_LOGPROB: f64 = -9999.0;
 #[derive(Clone, Debug)]
 pub(crate) struct Reader {
     num_answers: u64,
+    /// Empty until the first event.
     id: String,
+    /// Where the provider gives none.
+    own_id: String,
     usage: Option<Usage>,
     candidates: BTreeMap<u32, Candidate>,
 }
@@ -40,7 +43,8 @@ struct Candidate {
 
 impl Reader {
     pub(super) fn new(num_answers: u64) -> Self {
-        Self { num_answers, id: String::new(), usage: None, candidates: BTreeMap::new() }
+        let own_id = uuid::Uuid::new_v4().simple().to_string();
+        Self { num_answers, id: String::new(), own_id, usage: None, candidates: BTreeMap::new() }
     }
 
     pub(crate) fn id(&self) -> String {
@@ -102,8 +106,9 @@ impl Reader {
         if !value.is_object() {
             return Err(malformed("an event is not an object"));
         }
-        if let (Some(id), true) = (value["responseId"].as_str(), self.id.is_empty()) {
-            id.clone_into(&mut self.id);
+        if self.id.is_empty() {
+            let id = value["responseId"].as_str().filter(|id| !id.is_empty());
+            self.id = id.unwrap_or(&self.own_id).to_owned();
         }
         if value["usageMetadata"].is_object() {
             self.usage = Some(read_usage(&value["usageMetadata"]));
@@ -180,7 +185,7 @@ impl Candidate {
         let call = &part["functionCall"];
         let Some(name) = call["name"].as_str() else { return Ok(None) };
         if self.num_calls as usize >= MAX_TOOL_CALLS {
-            return Err(malformed("it has more tool calls than anyone runs"));
+            return Err(unfit("it has more tool calls than anyone runs"));
         }
         let arguments = match &call["args"] {
             Value::Object(args) => Value::Object(args.clone()).to_string(),
@@ -244,7 +249,7 @@ fn finish(facts: &Facts, reason: &str, num_calls: u32) -> Result<Finish, Upstrea
         | "TOO_MANY_TOOL_CALLS"
         | "MISSING_THOUGHT_SIGNATURE" => {
             let native = Native { code: Some(reason.to_owned()), ..Native::default() };
-            let mut error = facts.told(Cause::Malformed, &native);
+            let mut error = facts.told(Cause::Unfit, &native);
             error.message = format!("the model gave an answer that is none ({reason}); ask again");
             return Err(error);
         }
@@ -255,6 +260,12 @@ fn finish(facts: &Facts, reason: &str, num_calls: u32) -> Result<Finish, Upstrea
         _ => FinishReason::Stop,
     };
     Ok(Finish { reason: word, native: Some(reason.to_owned()) })
+}
+
+/// What was counted in a whole answer.
+pub(crate) fn counted(body: &Value) -> Option<Usage> {
+    let usage = &body["usageMetadata"];
+    usage.is_object().then(|| read_usage(usage))
 }
 
 fn read_usage(usage: &Value) -> Usage {

@@ -9,7 +9,7 @@ mod request;
 mod schema;
 
 pub(crate) use answer::Reader;
-pub(super) use answer::error;
+pub(super) use answer::{counted, error};
 pub(super) use request::chat;
 
 /// Where a signature of thoughts rides in a tool call, as Google's own OpenAI endpoint has it.

@@ -294,7 +294,9 @@ fn json_is_asked_for_in_three_ways() {
     assert!(object_.request.body["system"].as_str().unwrap().contains("JSON object"));
     let text = |text: &str, stop: &str| message(&json!([{"type": "text", "text": text}]), stop);
     assert!(whole(&object_, &text("{\"a\": 1}", "end_turn")).is_ok());
-    assert_eq!(whole(&object_, &text("Sure! {}", "end_turn")).unwrap_err().cause, Cause::Malformed);
+    let prose = whole(&object_, &text("Sure! {}", "end_turn")).unwrap_err();
+    assert_eq!(prose.cause, Cause::Unfit);
+    assert!(matches!(prose.spent, Spent::Known(usage) if usage.completion > 0), "what was counted is told");
     // Cut by the limit it cannot be whole, and says so itself.
     assert!(whole(&object_, &text("{\"a\"", "max_tokens")).is_ok());
 }
@@ -464,7 +466,7 @@ fn an_object_that_is_none_fails_at_the_end_of_a_stream() {
     let last = events.len() - 2;
     events[last] =
         event(&json!({"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 4}}));
-    assert_eq!(stream(outgoing.reader, &events).err().unwrap().cause, Cause::Malformed);
+    assert_eq!(stream(outgoing.reader, &events).err().unwrap().cause, Cause::Unfit);
 }
 
 #[test]

@@ -207,6 +207,22 @@ fn a_whole_answer_becomes_openai_s() {
 }
 
 #[test]
+fn an_answer_without_an_id_gets_one_that_no_other_has() {
+    let call = json!([{"functionCall": {"name": "time"}}]);
+    let mut body = answer(&json!([candidate(&call, Some("STOP"))]));
+    body.as_object_mut().unwrap().shift_remove("responseId");
+    let ids = || {
+        let outgoing = gemini("gemini-3.8-flash").send(hi(json!({}))).unwrap();
+        let answer = whole(&outgoing, &body).unwrap().to_json();
+        let id = |pointer: &str| answer.pointer(pointer).unwrap().as_str().unwrap().to_owned();
+        (id("/id"), id("/choices/0/message/tool_calls/0/id"))
+    };
+    let (first, second) = (ids(), ids());
+    assert!(first.0.len() > "chatcmpl-".len() && first.0 != second.0, "{first:?} {second:?}");
+    assert_ne!(first.1, second.1);
+}
+
+#[test]
 fn every_ending_has_its_word_or_is_an_error() {
     let outgoing = gemini("gemini-3.8-flash").send(hi(json!({}))).unwrap();
     let end = |reason: &str| whole(&outgoing, &answer(&json!([candidate(&json!([{"text": "x"}]), Some(reason))])));
@@ -231,7 +247,8 @@ fn every_ending_has_its_word_or_is_an_error() {
         "MISSING_THOUGHT_SIGNATURE",
     ] {
         let error = end(native).unwrap_err();
-        assert_eq!((error.cause, error.code()), (Cause::Malformed, "upstream_malformed_output"));
+        assert_eq!((error.cause, error.code()), (Cause::Unfit, "upstream_malformed_output"));
+        assert!(matches!(error.spent, Spent::Known(usage) if usage.prompt > 0), "what was counted is told");
         assert!(error.message.contains(native));
     }
     assert_eq!(end("PUP_LIMITED_DISABLED").unwrap_err().cause, Cause::Auth);

@@ -13,7 +13,10 @@ use http::HeaderMap;
 use serde_json::{Map, Value, json};
 
 use super::*;
-use crate::providers::{answer::Answer, error::Cause};
+use crate::providers::{
+    answer::Answer,
+    error::{Cause, Spent},
+};
 
 /// Long before any retirement that matters here.
 pub(super) fn now() -> DateTime<Utc> {

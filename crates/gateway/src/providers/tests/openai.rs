@@ -137,6 +137,11 @@ fn a_server_that_does_not_count_is_estimated() {
     body.as_object_mut().unwrap().shift_remove("usage");
     let usage = whole(&outgoing, &body).unwrap().usage;
     assert!(usage.estimated && usage.prompt == 1000 && usage.completion > 0);
+    // By its text, not by what JSON puts around it; and no more than was allowed.
+    let message = |text: &str| json!({"id": "x", "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}]});
+    assert_eq!(whole(&outgoing, &message("one two")).unwrap().usage.completion, 3);
+    let limited = Asked::of(Provider::Compatible, "llama").send(hi(json!({"max_tokens": 20}))).unwrap();
+    assert_eq!(whole(&limited, &message(&"x".repeat(999))).unwrap().usage.completion, 20);
 }
 
 pub(super) fn chunk(delta: &Value, finish: Option<&str>) -> SseEvent {
