@@ -22,7 +22,9 @@ pub fn size_of(body: &Value) -> PromptSize {
                 size.num_bytes += name.len() as u64;
                 match (name.as_str(), value) {
                     ("messages", Value::Array(messages)) => {
-                        messages.iter().for_each(|message| measure_message(message, &mut size));
+                        for message in messages {
+                            measure_message(message, &mut size);
+                        }
                     }
                     ("prompt", prompt) => measure(prompt, Written::Plain, &mut size),
                     (_, value) => measure(value, Written::AsJson, &mut size),
@@ -47,7 +49,11 @@ fn measure_message(message: &Value, size: &mut PromptSize) {
     for (name, value) in map {
         size.num_bytes += name.len() as u64;
         match (name.as_str(), value) {
-            ("content", Value::Array(parts)) => parts.iter().for_each(|part| measure_part(part, size)),
+            ("content", Value::Array(parts)) => {
+                for part in parts {
+                    measure_part(part, size);
+                }
+            }
             (_, value) => measure(value, Written::Plain, size),
         }
     }
@@ -93,7 +99,9 @@ fn measure(value: &Value, written: Written, size: &mut PromptSize) {
         }
         Value::Array(items) => {
             size.num_overhead_bytes += 2 + items.len() as u64;
-            items.iter().for_each(|item| measure(item, written, size));
+            for item in items {
+                measure(item, written, size);
+            }
         }
         Value::Object(map) => {
             // Braces; and for each member quotes, a colon, a comma and blanks.
