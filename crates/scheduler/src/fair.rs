@@ -11,8 +11,8 @@
 //! by moves the counter when the request ends: its next requests pay or are paid back.
 //!
 //! Invariants: a tenant's turns never fall, so its own requests keep their order; a waiting request is passed by finitely many
-//! later ones, since every tenant's turns grow past its own; in which order a step's requests end changes nothing. Four numbers are kept of each tenant that ever asked; whoever
-//! makes ids up bounds how many there are.
+//! later ones, since every tenant's turns grow past its own; in which order a step's requests end changes nothing. Four
+//! numbers are kept of each tenant that ever asked; whoever makes ids up bounds how many there are.
 
 use std::num::NonZeroU32;
 
@@ -45,12 +45,17 @@ impl Default for Share {
     }
 }
 
-/// What a request was charged when it came.
+/// What a request was charged when it came, and what it turned out to be.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Charge {
     share: Share,
-    /// In prompt tokens.
+    /// By the guess, in prompt tokens.
     cost: u64,
+    num_samples: usize,
+    /// 0 until it runs.
+    pub(crate) num_prompt_tokens: usize,
+    /// In all of its samples.
+    pub(crate) num_generated: u64,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -87,7 +92,8 @@ impl FairShares {
             tenant.num_tokens /= 2;
         }
         let num_guessed = (tenant.num_tokens / tenant.num_answers).min(max_new as u64) * num_samples as u64;
-        let charge = Charge { share, cost: cost(num_prompt, num_guessed) };
+        let cost = cost(num_prompt, num_guessed);
+        let charge = Charge { share, cost, num_samples, num_prompt_tokens: 0, num_generated: 0 };
         let turn = tenant.next.max(self.virtual_time).max(tenant.last);
         tenant.last = turn;
         tenant.next = turn.saturating_add(units(charge.cost, share));
@@ -99,11 +105,11 @@ impl FairShares {
         self.virtual_time = self.virtual_time.max(turn);
     }
 
-    /// A request is gone: its tenant pays for what was computed and for no more. `num_prompt` is 0 where it never ran.
-    pub(crate) fn settle(&mut self, charge: Charge, num_prompt: usize, num_generated: u64, num_samples: usize) {
-        let Charge { share, cost: charged } = charge;
+    /// A request is gone: its tenant pays for what was computed and for no more.
+    pub(crate) fn settle(&mut self, charge: Charge) {
+        let Charge { share, cost: charged, num_samples, num_prompt_tokens, num_generated } = charge;
         let Some(tenant) = self.tenants.get_mut(&share.tenant) else { return };
-        let actual = cost(num_prompt, num_generated);
+        let actual = cost(num_prompt_tokens, num_generated);
         tenant.next = tenant.next.saturating_add(units(actual, share)).saturating_sub(units(charged, share));
         if num_generated > 0 {
             tenant.num_answers += num_samples as u64;

@@ -135,12 +135,8 @@ pub(crate) struct Request {
     pub(crate) num_live: usize,
     /// Sequences of it that run.
     pub(crate) num_running: usize,
-    /// What its tenant was charged for it, and what it turned out to be.
+    /// What its tenant pays for it.
     pub(crate) charge: Charge,
-    pub(crate) num_samples: usize,
-    /// 0 until it runs.
-    pub(crate) num_prompt_tokens: usize,
-    pub(crate) num_generated: u64,
 }
 
 /// A sequence of the step in flight.
@@ -217,14 +213,7 @@ impl Scheduler {
         let SequenceSpec { samples, prompt, max_new_tokens, priority, share, adapter, prompt_logits } = spec;
 
         let (turn, charge) = self.fair.admit(share, prompt.len(), max_new_tokens, samples.len());
-        let request = self.requests.insert(Request {
-            num_live: samples.len(),
-            num_running: 0,
-            charge,
-            num_samples: samples.len(),
-            num_prompt_tokens: 0,
-            num_generated: 0,
-        });
+        let request = self.requests.insert(Request { num_live: samples.len(), num_running: 0, charge });
         let key = OrderKey { priority, turn, arrival: self.num_arrivals, sample: 0 };
         self.num_arrivals += 1;
         let pending_samples: Vec<PendingSample> =
@@ -323,7 +312,7 @@ impl Scheduler {
                     continue; // A fork made above, or a namesake of an aborted one, added since.
                 }
                 sequence.generated.push(sampled.token);
-                self.requests[sequence.request].num_generated += 1;
+                self.requests[sequence.request].charge.num_generated += 1;
                 if sampled.finished {
                     self.remove(index);
                 }
@@ -552,7 +541,7 @@ impl Scheduler {
         debug_assert!(sequence.generated.is_empty() && sequence.num_uncomputed_tokens() == 0);
         let at = sequence.pending_samples.iter().position(|pending| pending.id == sampled.id);
         let PendingSample { id, sample } = sequence.pending_samples.remove(at.expect("the index of a pending sample"));
-        self.requests[sequence.request].num_generated += 1;
+        self.requests[sequence.request].charge.num_generated += 1;
         if sampled.finished {
             self.forget_sample(carrier, id);
             return;
@@ -610,8 +599,7 @@ impl Scheduler {
         let request = &mut self.requests[sequence.request];
         request.num_live -= num_gone;
         if request.num_live == 0 {
-            let Request { charge, num_prompt_tokens, num_generated, num_samples, .. } = *request;
-            self.fair.settle(charge, num_prompt_tokens, num_generated, num_samples);
+            self.fair.settle(request.charge);
             self.requests.remove(sequence.request);
         }
         if self.requests.len() == 0 {

@@ -5,10 +5,8 @@
 
 use std::time::Duration;
 
-use bindery_engine::{
-    AdapterError, AdapterLease, AdapterPool, EngineError, Share, TenantId, TextRequest, adapters::AdapterSpec,
-};
-use bindery_gateway::{gateway::LocalShare, keys::NameOf};
+use bindery_engine::{AdapterError, AdapterLease, AdapterPool, EngineError, adapters::AdapterSpec};
+use bindery_gateway::keys::NameOf;
 
 use crate::{error::ApiError, router::Serving, state::AppState};
 
@@ -31,26 +29,6 @@ pub(crate) enum NamedKind {
 }
 
 impl Serving {
-    /// What the caller's requests may claim of the machine beside others'.
-    ///
-    /// # Errors
-    /// Where a tenant would go ahead of others by its own word.
-    pub(crate) fn claim(&self, state: &AppState, requests: &mut [TextRequest]) -> Result<(), ApiError> {
-        let Some(gateway) = &state.config.gateway else { return Ok(()) };
-        let LocalShare { tenant, weight } = gateway.local_share(self.caller.tenant.as_deref());
-        for request in requests {
-            if self.caller.tenant.is_some() && request.priority < 0 {
-                let message = format!(
-                    "priority is {}: a tenant's requests take 0 or more (later), since a better one would go ahead of other tenants'",
-                    request.priority
-                );
-                return Err(ApiError::invalid("priority", message));
-            }
-            request.share = Share { tenant: TenantId(tenant), weight };
-        }
-        Ok(())
-    }
-
     /// Adapters that the caller may name, in the order of their names.
     pub(crate) fn adapters(&self, state: &AppState) -> Vec<AdapterSpec> {
         let mut specs = self.model.adapters.specs();

@@ -12,9 +12,10 @@ use std::{
 
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use bindery_engine::{
-    EngineError, FinishReason, PreparedRequest, RequestTimings, StopReason as EngineStopReason, TextEvent, TextRequest,
-    TextStream, TokenText,
+    EngineError, FinishReason, PreparedRequest, RequestTimings, Share, StopReason as EngineStopReason, TenantId,
+    TextEvent, TextRequest, TextStream, TokenText,
 };
+use bindery_gateway::gateway::LocalShare;
 use bindery_protocol::openai::{PromptTokensDetails, StopReason, Usage};
 use futures::{
     StreamExt,
@@ -118,6 +119,26 @@ fn scores_per_prompt_token(request: &TextRequest) -> usize {
     request.params.prompt_logprobs.map_or(0, |num_top| (num_top as usize + 1) * request.num_samples as usize)
 }
 
+/// What the caller's requests may claim of the machine beside others'.
+///
+/// # Errors
+/// Where a tenant would go ahead of others by its own word.
+fn claim_share(state: &SharedState, serving: &Serving, requests: &mut [TextRequest]) -> Result<(), ApiError> {
+    let Some(gateway) = &state.config.gateway else { return Ok(()) };
+    let LocalShare { tenant, weight } = gateway.local_share(serving.caller.tenant.as_deref());
+    for request in requests {
+        if serving.caller.tenant.is_some() && request.priority < 0 {
+            let message = format!(
+                "priority is {}: a tenant's requests take 0 or more (later), since a better one would go ahead of other tenants'",
+                request.priority
+            );
+            return Err(ApiError::invalid("priority", message));
+        }
+        request.share = Share { tenant: TenantId(tenant), weight };
+    }
+    Ok(())
+}
+
 impl Generation {
     /// Queues every prompt, or none: all are tokenised and what they cost together is checked before the first is queued.
     pub(crate) async fn start(
@@ -128,7 +149,7 @@ impl Generation {
         mut requests: Vec<TextRequest>,
         prompt_text: PromptText,
     ) -> Result<Self, ApiError> {
-        serving.claim(state, &mut requests)?;
+        claim_share(state, serving, &mut requests)?;
         let max_queued = serving.model.engine.max_queued_requests();
         if requests.len() > max_queued {
             let message = format!(

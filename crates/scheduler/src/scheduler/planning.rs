@@ -451,7 +451,7 @@ impl Scheduler {
             sequence.was_scheduled = true;
             plan.first_scheduled.push(sequence.id);
             self.fair.start(sequence.key.turn);
-            self.requests[sequence.request].num_prompt_tokens = sequence.prompt.len();
+            self.requests[sequence.request].charge.num_prompt_tokens = sequence.prompt.len();
         }
 
         let start = sequence.num_computed_tokens;

@@ -20,7 +20,7 @@ const TENANTS: [&str; 2] = ["crowd", "lone"];
 async fn gateway() -> Gateway {
     let text = "[[tenants]]\nname = \"crowd\"\n[[tenants]]\nname = \"lone\"\nweight = 2\n";
     let config = GatewayConfig::parse(text).unwrap_or_else(|problems| panic!("{problems:?}"));
-    let surroundings = Surroundings { env: &|_| None, node: NodeId::new("test").unwrap() };
+    let surroundings = Surroundings { env: &|_| None, node: NodeId::new("test").unwrap(), host: "here" };
     Gateway::start(config, &surroundings, UnixMillis::now()).await.unwrap()
 }
 

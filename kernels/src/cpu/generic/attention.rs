@@ -387,9 +387,9 @@ pub(in crate::cpu) unsafe fn walk_queries<L: Lanes, T: Element, const Q: usize, 
         // queries have head_dim components, values have `width` floats a query.
         unsafe {
             if Q >= MIN_INTERLEAVED && task.interleaved && count == block {
-                let first = task.query_scratch[first / block * head_dim * MAX_QUERIES..].as_ptr();
+                let components = task.query_scratch[first / block * head_dim * MAX_QUERIES..].as_ptr();
                 for (q, query) in queries.iter_mut().enumerate() {
-                    *query = first.add(q);
+                    *query = components.add(q);
                 }
                 if count == MIN_INTERLEAVED {
                     score_by::<L, T, MIN_INTERLEAVED, V, MAX_QUERIES>(tile, &queries, head_dim, vectors, &mut scores);
