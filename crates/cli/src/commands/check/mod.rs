@@ -20,6 +20,7 @@ use crate::{
     },
     config::{self, keys::KEYS},
     failure::Failure,
+    gateway::ConfigFile,
     local,
     settings::{Settings, merge, model_from_environment},
     terminal::{self, Style, thousands},
@@ -58,8 +59,14 @@ pub(crate) async fn run(args: CheckArgs) -> anyhow::Result<()> {
     }
     let mut text = format!("{}\n\n", show(&mut table));
     let gateway = file.tables.gateway.as_deref().map(gateway::meaning).unwrap_or_default();
+    let strangers = match file.tables.gateway.clone() {
+        Some(gateway) => {
+            gateway::strangers(&ConfigFile { path: path.clone(), gateway, settings: file.clone() }).await?
+        }
+        None => Vec::new(),
+    };
     let lines = listening(&settings, &address).into_iter().chain(model.meaning(&settings));
-    for line in lines.chain(adapters(&settings)?).chain(gateway) {
+    for line in lines.chain(adapters(&settings)?).chain(gateway).chain(strangers) {
         let _ = writeln!(text, "{line}");
     }
     let so_far = if model.report.is_some() { "" } else { ", as far as could be seen without the model's files" };
