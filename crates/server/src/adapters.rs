@@ -5,9 +5,9 @@
 
 use std::time::Duration;
 
-use bindery_engine::{AdapterError, AdapterLease, AdapterPool, EngineError, adapters::AdapterSpec};
+use bindery_engine::{AdapterError, AdapterLease, AdapterPool, adapters::AdapterSpec};
 
-use crate::{error::ApiError, router::Serving, state::AppState};
+use crate::{error::ApiError, generation::Deadline, router::Serving, state::AppState};
 
 /// Names listed in an error at most.
 const MAX_OFFERED: usize = 32;
@@ -59,7 +59,7 @@ impl Serving {
     pub(crate) fn unknown(&self, state: &AppState, asked: String) -> ApiError {
         let adapters = self.adapters().into_iter().map(|spec| spec.name);
         let elsewhere = state.config.gateway.as_ref().map(|gateway| gateway.models(self.caller.tenant.as_deref()));
-        let elsewhere = elsewhere.into_iter().flatten().map(|(name, _)| name);
+        let elsewhere = elsewhere.into_iter().flatten().map(|model| model.name);
         let names = state.config.served_model_names.iter().cloned().chain(adapters).chain(elsewhere);
         let offered = names.take(MAX_OFFERED).collect();
         ApiError::UnknownModel { asked, offered }
@@ -79,10 +79,7 @@ impl Serving {
         let lease = pool.acquire(&named.name, self.caller.tenant.as_ref());
         let lease = match timeout {
             None => lease.await,
-            Some(timeout) => tokio::time::timeout(timeout, lease).await.map_err(|_| {
-                let timeout_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
-                ApiError::DeadlineExceeded { message: EngineError::DeadlineExceeded { timeout_ms }.to_string() }
-            })?,
+            Some(timeout) => tokio::time::timeout(timeout, lease).await.map_err(|_| Deadline::error(timeout))?,
         };
         match lease {
             Ok(lease) => Ok(Some(lease)),

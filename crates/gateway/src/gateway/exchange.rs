@@ -3,7 +3,11 @@
 //! Knows bodies as JSON and places by name; it must not know sockets or engines. Invariant: whatever becomes of an exchange,
 //! its place under the limits is given back, and money set aside for a call that was sent is settled or charged in full.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    hash::{BuildHasher as _, RandomState},
+    sync::Arc,
+    time::Duration,
+};
 
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
@@ -62,10 +66,12 @@ pub struct Asked<'a> {
     pub default_model: &'a str,
     /// `x-bindery-task`
     pub task: Option<&'a str>,
-    /// `x-bindery-privacy`
+    /// `x-bindery-privacy`: a class, or several with commas between, the tightest of which counts.
     pub privacy: Option<&'a str>,
-    /// Its id: decides draws by weight.
+    /// Its id.
     pub request_id: &'a str,
+    /// How long its sender waits from now; None: as long as it takes.
+    pub time_left: Option<Duration>,
     /// Now.
     pub now: UnixMillis,
 }
@@ -90,6 +96,8 @@ pub struct Exchange {
     /// Of the route.
     why: String,
     started: UnixMillis,
+    /// From then on.
+    time_left: Option<Duration>,
 }
 
 /// Which weights answered here.
@@ -147,7 +155,7 @@ impl Gateway {
     /// # Errors
     /// A limit that is met, a guardrail that blocks, a header that is none.
     pub fn begin(&self, asked: Asked<'_>) -> Result<Exchange, GatewayError> {
-        let tenant = Arc::clone(self.tenant(asked.tenant));
+        let tenant = Arc::clone(self.tenant(asked.tenant)?);
         let privacy = class_of(tenant.config.routing.privacy, asked.privacy)?;
         let model = asked.body.get("model").and_then(Value::as_str).unwrap_or(asked.default_model).to_owned();
         let mut body = Value::Object(asked.body);
@@ -179,7 +187,7 @@ impl Gateway {
             task: asked.task.map(str::to_owned),
             privacy,
             must_stay,
-            draw: draw_of(asked.request_id),
+            draw: draw(),
             size,
             permit,
             vault,
@@ -187,6 +195,7 @@ impl Gateway {
             request_id: asked.request_id.to_owned(),
             why: String::new(),
             started: asked.now,
+            time_left: asked.time_left,
         })
     }
 
@@ -278,6 +287,11 @@ impl Exchange {
         self.permit.headers().pairs()
     }
 
+    /// Tokens of its prompt, about.
+    pub fn estimated_prompt_tokens(&self) -> usize {
+        facts::estimated_tokens(self.size)
+    }
+
     /// What guardrails said.
     pub fn verdicts(&self) -> &[Verdict] {
         &self.verdicts
@@ -321,7 +335,7 @@ impl Exchange {
         now: UnixMillis,
     ) -> Result<(), GatewayError> {
         self.permit.settle(used.num_prompt_tokens + used.num_completion_tokens, now);
-        self.enter_local(&used, status, model.adapter.as_ref().map(|(name, _)| name.clone()), now).await;
+        self.enter_local(&used, status, &model, now).await;
         let LocalModel { name, digest, licence, adapter } = model;
         let adapter = adapter.map(|(name, digest)| AdapterUsed { name, digest, licence: None });
         let model = ModelUsed { name, digest, licence, adapter };
@@ -357,7 +371,7 @@ impl Exchange {
     }
 
     /// The ledger's row, where there is a ledger.
-    async fn enter_local(&self, used: &LocalUse, status: RequestStatus, adapter: Option<String>, now: UnixMillis) {
+    async fn enter_local(&self, used: &LocalUse, status: RequestStatus, model: &LocalModel, now: UnixMillis) {
         let Some(ledger) = &self.gateway.0.ledger else { return };
         let local = &self.gateway.0.local;
         let usage =
@@ -371,7 +385,10 @@ impl Exchange {
             price,
             reference_price: local.reference.as_ref().and_then(|model| model.price(&usage, at).ok()).map(money),
         };
-        let call = self.call(LedgerRoute::Local, self.model.clone(), adapter);
+        // What ran, by its own name: of a virtual model or an alias the books say nothing.
+        let adapter = model.adapter.as_ref().map(|(name, _)| name.clone());
+        let name = adapter.clone().unwrap_or_else(|| model.name.clone());
+        let call = self.call(LedgerRoute::Local, name, adapter);
         if let Err(error) = ledger.record_local(&call, outcome, now).await {
             tracing::warn!(%error, "a local request's row waits for the store");
         }
@@ -410,7 +427,7 @@ impl Exchange {
             reservation.mark_sent();
         }
         let door = &gateway.0.door;
-        match door.send(leaves, &live.health, outgoing, MAX_CALL).await {
+        match door.send(leaves, &live.health, outgoing, self.max_call(now)).await {
             Ok(Received::Whole(answer)) => {
                 let usage = answer.usage;
                 self.permit.settle(usage.total(), now);
@@ -427,6 +444,12 @@ impl Exchange {
                 Err(GatewayError::Upstream(error))
             }
         }
+    }
+
+    /// The longest a call may take that begins now.
+    fn max_call(&self, now: UnixMillis) -> Duration {
+        let left = self.time_left.map(|time| time.saturating_sub(now.since(self.started)));
+        left.map_or(MAX_CALL, |left| left.min(MAX_CALL))
     }
 
     fn translate(
@@ -550,11 +573,10 @@ fn key_id(credential: &Credential) -> String {
     }
 }
 
-/// Evenly spread over 0..1, the same for the same id.
-pub(super) fn draw_of(request_id: &str) -> f64 {
-    use sha2::{Digest, Sha256};
-    let digest = Sha256::digest(request_id.as_bytes());
-    let bits = digest.iter().take(6).fold(0_u64, |bits, &byte| bits << 8 | u64::from(byte));
+/// Evenly spread over 0..1, and nothing that a request brings decides it: who could would choose its arm of a comparison.
+pub(super) fn draw() -> f64 {
+    // Keyed anew at each call, by the process's own random numbers.
+    let bits = RandomState::new().hash_one(()) >> 16;
     bits as f64 / (1_u64 << 48) as f64
 }
 
