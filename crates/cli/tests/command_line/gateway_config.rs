@@ -199,3 +199,19 @@ fn a_key_that_goes_over_plain_http_is_warned_of() {
     assert!(check("http://vllm:8000/v1").contains("Warning: the upstream up is asked over http://"));
     assert!(!check("http://127.0.0.1:8000/v1").contains("asked over http://"));
 }
+
+#[test]
+fn models_of_a_tenant_that_fit_nothing_are_warned_of() {
+    let home = Home::new(
+        "[server]\nserved_model_name = [\"base\"]\n[[upstreams]]\nname = \"up\"\nkind = \"openai\"\nmodels = [\"gpt-4.1\"]\n\
+         [[routes]]\nmodel = \"auto\"\nrules = [{ to = \"local\" }]\n\
+         [[tenants]]\nname = \"t\"\nmodels = [\"ba*\", \"auto\", \"up/*\", \"bsae\"]\n",
+    );
+    let ended = home.run(&["check", "bindery.toml"]);
+    assert_eq!(ended.code, 0, "{}", ended.stderr);
+    let warnings: Vec<&str> = ended.stdout.lines().filter(|line| line.contains("fits no model")).collect();
+    assert!(
+        warnings.len() == 1 && warnings[0].starts_with("Warning: \"bsae\" among the models of the tenant t"),
+        "{warnings:?}"
+    );
+}

@@ -17,6 +17,7 @@ use bindery_gateway::{
     policy::{
         Choice, Condition, PrivacyClass, Rule, VirtualModel,
         route::{Otherwise, WEEKDAYS},
+        target::fits,
     },
     providers::{ModelEntry, Provider},
     store::{Durability, StoreKind},
@@ -58,6 +59,23 @@ pub(super) fn meaning(config: &GatewayConfig) -> Vec<String> {
     lines.extend(config.guardrails.iter().map(|guardrail| self::guardrail(guardrail, &config.tenants)));
     lines.extend(config.audit.as_ref().map(audit));
     lines.extend(config.issuers.iter().map(issuer));
+    lines
+}
+
+/// Patterns of tenants' lists that fit nothing known: neither `local` names nor what the file offers. An adapter of that name
+/// may still come, so it is no mistake.
+pub(super) fn lost_patterns(config: &GatewayConfig, local: &[String]) -> Vec<String> {
+    let upstream: Vec<String> = config.router.upstream_models.iter().map(ToString::to_string).collect();
+    let rules = config.router.virtual_models.keys().map(AsRef::as_ref);
+    let known: Vec<&str> = local.iter().chain(&upstream).map(String::as_str).chain(rules).collect();
+    let mut lines = Vec::new();
+    for TenantConfig { id, routing, .. } in &config.tenants {
+        for pattern in routing.models.iter().filter(|pattern| !known.iter().any(|name| fits(pattern, name))) {
+            lines.push(format!(
+                "Warning: {pattern:?} among the models of the tenant {id} fits no model, adapter or rule that is known now."
+            ));
+        }
+    }
     lines
 }
 
