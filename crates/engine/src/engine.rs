@@ -206,13 +206,14 @@ impl EngineHandle {
         requests.into_iter().zip(tickets).map(|(request, ticket)| self.send(request, ticket)).collect()
     }
 
-    fn send(&self, request: TokenRequest, ticket: Ticket) -> Result<TokenStream, EngineError> {
+    fn send(&self, request: TokenRequest, mut ticket: Ticket) -> Result<TokenStream, EngineError> {
         let config = &self.shared.config;
         let TokenRequest { request_id, prompt, mut params, grammar, adapter, num_samples, priority, share, deadline } =
             request;
         params.ignore_eos &= grammar.is_none();
         let max_buffered = config.max_buffered_tokens * num_samples as usize;
         let key = ticket.key();
+        ticket.expect(prompt.len());
         let (outbox, stream) = stream::channel(self.commands.clone(), key, num_samples, max_buffered);
         let submission = Submission {
             ticket,
@@ -293,6 +294,12 @@ impl EngineHandle {
     /// Most requests that wait at one time.
     pub fn max_queued_requests(&self) -> usize {
         self.door.max_queued_requests()
+    }
+
+    /// Tokens of prompts that are neither computed nor given up: what a new request's prompt stands behind. Of this
+    /// moment, not of the newest step's end as [`EngineHandle::stats`].
+    pub fn num_pending_prompt_tokens(&self) -> usize {
+        self.door.num_pending_tokens()
     }
 
     /// The state after the newest step.

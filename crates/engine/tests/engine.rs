@@ -470,6 +470,28 @@ async fn a_deadline_ends_a_request_in_any_state() {
     assert_idle(&handle).await;
 }
 
+#[tokio::test]
+async fn prompt_tokens_are_pending_from_their_submission_until_they_are_computed() {
+    let limits = Limits { max_num_batched_tokens: 16, ..small_limits() };
+    let (_engine, handle, keeper) = start_gated(&limits, FakeModelOptions::default());
+    assert_eq!(handle.num_pending_prompt_tokens(), 0);
+    let first = handle.submit(request(prompt(0, 40), greedy(1))).await.unwrap();
+    keeper.wait_for_step();
+    let second = handle.submit(request(prompt(50, 10), greedy(1))).await.unwrap();
+    assert_eq!(handle.num_pending_prompt_tokens(), 50, "no step has ended, and the second is only on its way");
+    keeper.let_go();
+    keeper.wait_for_step();
+    assert_eq!(handle.num_pending_prompt_tokens(), 34, "sixteen of the first are computed");
+    drop(second);
+    keeper.let_go();
+    keeper.wait_for_step();
+    assert_eq!(handle.num_pending_prompt_tokens(), 8);
+    drop(keeper);
+    assert!(collect(first, 1).await.error.is_none());
+    assert_idle(&handle).await;
+    assert_eq!(handle.num_pending_prompt_tokens(), 0);
+}
+
 /// The refusal comes while a step is held, so it did not wait for it.
 #[tokio::test]
 async fn a_full_queue_refuses_at_once_and_has_room_again_later() {

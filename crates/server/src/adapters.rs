@@ -5,10 +5,10 @@
 
 use std::time::Duration;
 
-use bindery_engine::{AdapterError, AdapterLease, AdapterPool, EngineError, adapters::AdapterSpec};
-use bindery_gateway::keys::NameOf;
+use bindery_engine::{AdapterError, AdapterLease, AdapterPool, adapters::AdapterSpec};
+use bindery_gateway::{gateway::ListedModel, keys::NameOf};
 
-use crate::{error::ApiError, router::Serving, state::AppState};
+use crate::{error::ApiError, generation::Deadline, router::Serving, state::AppState};
 
 /// Names listed in an error at most.
 const MAX_OFFERED: usize = 32;
@@ -43,8 +43,8 @@ impl Serving {
         state.config.served_model_names.iter().filter(move |name| self.may_name(state, name, NameOf::Model))
     }
 
-    /// Names beside the local ones that the caller may use, each with what it is.
-    pub(crate) fn elsewhere(&self, state: &AppState) -> Vec<(String, &'static str)> {
+    /// Models beside the local ones that the caller may name.
+    pub(crate) fn elsewhere(&self, state: &AppState) -> Vec<ListedModel> {
         let Some(gateway) = &state.config.gateway else { return Vec::new() };
         gateway.models(self.caller.tenant.as_deref(), self.caller.grant.as_deref())
     }
@@ -85,7 +85,7 @@ impl Serving {
 
     pub(crate) fn unknown(&self, state: &AppState, asked: String) -> ApiError {
         let adapters = self.adapters(state).into_iter().map(|spec| spec.name);
-        let elsewhere = self.elsewhere(state).into_iter().map(|(name, _)| name);
+        let elsewhere = self.elsewhere(state).into_iter().map(|model| model.name);
         let names = self.bases(state).cloned().chain(adapters).chain(elsewhere);
         let offered = names.take(MAX_OFFERED).collect();
         ApiError::UnknownModel { asked, offered }
@@ -105,10 +105,7 @@ impl Serving {
         let lease = pool.acquire(&named.name, self.caller.tenant.as_ref());
         let lease = match timeout {
             None => lease.await,
-            Some(timeout) => tokio::time::timeout(timeout, lease).await.map_err(|_| {
-                let timeout_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
-                ApiError::DeadlineExceeded { message: EngineError::DeadlineExceeded { timeout_ms }.to_string() }
-            })?,
+            Some(timeout) => tokio::time::timeout(timeout, lease).await.map_err(|_| Deadline::error(timeout))?,
         };
         match lease {
             Ok(lease) => Ok(Some(lease)),

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use axum::http::{HeaderMap, header};
 use bindery_gateway::{
     clock::UnixMillis,
-    gateway::{Gateway, configured_credential},
+    gateway::{Gateway, GatewayError, configured_credential},
     keys::{AuthError, Credential, KeyError, KeyGrant},
 };
 use sha2::{Digest, Sha256};
@@ -47,9 +47,21 @@ impl ApiKeys {
         Self { keys: all, admin: admin.map(|key| digest(key.as_bytes())) }
     }
 
-    /// Whose key it is, whether configured or known to the gateway; anybody's where neither has any.
+    /// Whose key it is, whether configured or known to the gateway; anybody's where neither has any. A tenant that the
+    /// gateway does not know has no limits, no budget and no privacy class, so its key opens nothing.
     pub(crate) async fn check_all(&self, gateway: Option<&Gateway>, headers: &HeaderMap) -> Result<Caller, ApiError> {
         let Some(gateway) = gateway else { return self.check(headers) };
+        let caller = self.identify(gateway, headers).await?;
+        match &caller.tenant {
+            Some(tenant) if !gateway.knows(tenant) => {
+                let error = GatewayError::UnknownTenant { name: tenant.to_string() };
+                Err(ApiError::from_gateway(&error, UnixMillis::now()))
+            }
+            _ => Ok(caller),
+        }
+    }
+
+    async fn identify(&self, gateway: &Gateway, headers: &HeaderMap) -> Result<Caller, ApiError> {
         let is_open = self.keys.is_empty() && !gateway.needs_key();
         if is_open {
             return Ok(Caller::default());
@@ -66,7 +78,8 @@ impl ApiKeys {
                 let tenant = Some(identity.tenant.as_str().into());
                 Ok(Caller { tenant, credential: identity.credential, grant: identity.grant })
             }
-            Some(Err(error)) if error.is_ours() => Err(ApiError::KeysUnavailable { message: error.to_string() }),
+            // Why is for the log, where it is told once for all who ask: these may be anybody.
+            Some(Err(error)) if error.is_ours() => Err(ApiError::KeysUnavailable),
             // Only who holds a key that was one is told more.
             Some(Err(error @ AuthError::Key(KeyError::Revoked { .. } | KeyError::Expired { .. }))) => {
                 Err(ApiError::KeyEnded { message: error.to_string() })

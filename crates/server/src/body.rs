@@ -12,6 +12,7 @@ use axum::{
 };
 use http_body_util::BodyExt;
 use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
 
 use crate::{
     config::Limits,
@@ -67,7 +68,7 @@ impl<T: DeserializeOwned + Send + 'static> FromRequest<SharedState> for ApiJson<
 }
 
 /// None is taken as JSON; another type is refused, as a form or plain text is what a web page may send across origins.
-fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {
+pub(crate) fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {
     let Some(value) = headers.get(header::CONTENT_TYPE) else { return Ok(()) };
     let text = value.to_str().unwrap_or_default();
     let kind = text.split(';').next().unwrap_or_default().trim();
@@ -82,7 +83,7 @@ fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {
 
 /// A compressed body is not decompressed, as the body limit would have to hold for both forms of it; read as it is, it
 /// would only look like broken JSON.
-fn check_content_encoding(headers: &HeaderMap) -> Result<(), ApiError> {
+pub(crate) fn check_content_encoding(headers: &HeaderMap) -> Result<(), ApiError> {
     let codings = headers.get_all(header::CONTENT_ENCODING).iter();
     let coded = codings.map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned()).find(|value| {
         !value.split(',').map(str::trim).all(|coding| coding.is_empty() || coding.eq_ignore_ascii_case("identity"))
@@ -91,7 +92,7 @@ fn check_content_encoding(headers: &HeaderMap) -> Result<(), ApiError> {
 }
 
 /// Seconds (`30`, `2.5`) or a duration as people write it (`30s`, `500ms`).
-fn request_timeout(headers: &HeaderMap, limits: &Limits) -> Result<Option<Duration>, ApiError> {
+pub(crate) fn request_timeout(headers: &HeaderMap, limits: &Limits) -> Result<Option<Duration>, ApiError> {
     let Some(value) = headers.get(X_REQUEST_TIMEOUT) else { return Ok(None) };
     let text = value.to_str().unwrap_or_default().trim();
     let timeout = match text.parse::<f64>() {
@@ -152,6 +153,12 @@ async fn read_within_limit(headers: &HeaderMap, mut body: Body, limits: &Limits)
         return Err(ApiError::BodyTooLarge { limit_bytes: limits.max_body_bytes });
     }
     Ok(bytes.into())
+}
+
+/// A body as the object that it is, all of it: what no value can hold is refused, also in fields that no route reads.
+pub(crate) fn object(bytes: &[u8]) -> Result<Map<String, Value>, ApiError> {
+    // The plain parser is the fast one; the other one knows the words.
+    serde_json::from_slice(bytes).or_else(|_| parse::<Map<String, Value>>(bytes).map(|(object, _)| object))
 }
 
 /// Parses a body, and collects the names of the fields that `T` does not know.

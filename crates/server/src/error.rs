@@ -38,7 +38,7 @@ pub(crate) enum ApiError {
     /// It was one: it was revoked, or its time is over.
     KeyEnded { message: String },
     /// Keys cannot be checked now.
-    KeysUnavailable { message: String },
+    KeysUnavailable,
     /// A route that changes the server, and no admin key is configured.
     NoAdminKey,
     /// Another key than the admin's.
@@ -175,7 +175,7 @@ impl ApiError {
             | Self::Loading
             | Self::LoadFailed { .. }
             | Self::AdapterUnreadable { .. }
-            | Self::KeysUnavailable { .. }
+            | Self::KeysUnavailable
             | Self::Draining
             | Self::CutByShutdown => StatusCode::SERVICE_UNAVAILABLE,
             Self::Gateway(refusal) => refusal.status,
@@ -187,7 +187,7 @@ impl ApiError {
         match self {
             Self::QueueFull { retry_after, .. } => Some(*retry_after),
             Self::Gateway(refusal) => refusal.retry_after,
-            Self::Loading | Self::KeysUnavailable { .. } => Some(RETRY_LOADING),
+            Self::Loading | Self::KeysUnavailable => Some(RETRY_LOADING),
             Self::Draining | Self::CutByShutdown => Some(RETRY_DRAINING),
             _ => None,
         }
@@ -201,7 +201,7 @@ impl ApiError {
             Self::Unsupported { .. } => Some("unsupported_parameter"),
             Self::ContextLength { .. } => Some("context_length_exceeded"),
             Self::MissingKey | Self::WrongKey | Self::KeyEnded { .. } => Some("invalid_api_key"),
-            Self::KeysUnavailable { .. } => Some("keys_unavailable"),
+            Self::KeysUnavailable => Some("keys_unavailable"),
             Self::NoAdminKey | Self::NotAdmin => Some("admin_key_required"),
             Self::Forbidden { .. } => Some("forbidden"),
             Self::Conflict { .. } => Some("conflict"),
@@ -231,7 +231,7 @@ impl ApiError {
             | Self::Loading
             | Self::LoadFailed { .. }
             | Self::AdapterUnreadable { .. }
-            | Self::KeysUnavailable { .. }
+            | Self::KeysUnavailable
             | Self::Draining
             | Self::CutByShutdown => "service_unavailable_error",
             Self::Internal { .. } => "server_error",
@@ -264,10 +264,12 @@ impl ApiError {
             | Self::UnknownAdapter { message }
             | Self::AdapterUnreadable { message }
             | Self::KeyEnded { message }
-            | Self::KeysUnavailable { message }
             | Self::SlowReader { message }
             | Self::QueueFull { message, .. } => message.clone(),
             Self::Gateway(refusal) => refusal.message.clone(),
+            Self::KeysUnavailable => {
+                "keys and tokens cannot be checked just now: try again in a moment; the server's log tells why".into()
+            }
             Self::MissingKey => "no API key: send one in the header `Authorization: Bearer KEY`".into(),
             Self::WrongKey => "the API key is not known to this server: check the key after `Bearer`".into(),
             Self::NoAdminKey => {

@@ -6,17 +6,14 @@
 //! elsewhere, and no answer ends well before its row is committed or waits for the store.
 
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
 use axum::{
     body::{Body, Bytes},
     extract::{Request, State},
-    http::{HeaderName, HeaderValue, StatusCode, header, request::Parts},
+    http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header, request::Parts},
     middleware::Next,
     response::{IntoResponse, Response},
 };
@@ -34,9 +31,10 @@ use serde_json::{Map, Value};
 
 use crate::{
     adapters::NamedKind,
-    body::read_body,
+    body::{check_content_encoding, check_content_type, object, read_body, request_timeout},
     context::RequestContext,
     error::ApiError,
+    generation::Deadline,
     router::{Serving, X_BINDERY_ROUTE},
     sse,
     state::{AppState, Job, SharedState},
@@ -47,25 +45,6 @@ const X_BINDERY_PRIVACY: &str = "x-bindery-privacy";
 const X_BINDERY_TASK: &str = "x-bindery-task";
 /// The largest answer of a local model that is held whole to be filtered.
 const MAX_LOCAL_ANSWER_BYTES: usize = 256 << 20;
-
-/// Prompts that were answered here: what a waiting one is likely to cost.
-#[derive(Debug, Default)]
-pub(crate) struct PromptMeter {
-    num_prompts: AtomicU64,
-    num_tokens: AtomicU64,
-}
-
-impl PromptMeter {
-    fn count(&self, num_tokens: u64) {
-        self.num_prompts.fetch_add(1, Ordering::Relaxed);
-        self.num_tokens.fetch_add(num_tokens, Ordering::Relaxed);
-    }
-
-    fn mean(&self) -> f64 {
-        let num_prompts = self.num_prompts.load(Ordering::Relaxed).max(1);
-        self.num_tokens.load(Ordering::Relaxed) as f64 / num_prompts as f64
-    }
-}
 
 /// Stands before the generation routes; without a gateway it is not there.
 pub(crate) async fn through_gateway(State(state): State<SharedState>, request: Request, next: Next) -> Response {
@@ -89,13 +68,10 @@ async fn answer(
     else {
         return Err(ApiError::internal("unknown", &"a generation route stands before its gate"));
     };
-    let bytes = read_body(&parts.headers, body, &state.limits).await?;
-    let Some(object) = parse(state, &bytes).await else {
-        // What is no JSON object the route itself refuses, in its own words.
-        return Ok(next.run(Request::from_parts(parts, Body::from(bytes))).await);
-    };
-    let mut exchange = begin(state, gateway, &parts, (&serving, &context), object).await?;
-    let local = local_state(state, &serving);
+    let Incoming { bytes, object, timeout } = read(state, &context, &parts.headers, body).await?;
+    let is_late = || timeout.is_some_and(|timeout| context.started.elapsed() >= timeout);
+    let mut exchange = begin(state, gateway, &parts, (&serving, &context), (object, timeout)).await?;
+    let local = local_state(&serving, exchange.estimated_prompt_tokens());
     let local_name = |name: &str| match serving.kind_of(state, name) {
         Some(NamedKind::Base) => LocalName::Base,
         Some(NamedKind::Adapter) => LocalName::Adapter,
@@ -117,10 +93,11 @@ async fn answer(
     tracing::debug!(targets = ?route.targets, why = ?route.why, "routed");
     let rate_headers = exchange.rate_headers();
     let num_targets = route.targets.len();
-    let starts_local = route.targets.first().is_some_and(Target::is_local);
-    let overflows = !starts_local && route.targets.iter().any(Target::is_local);
     let mut parts = Some(parts);
     for (at, target) in route.targets.iter().enumerate() {
+        if let (true, Some(timeout)) = (is_late(), timeout) {
+            return Err(Deadline::error(timeout));
+        }
         let is_last = at + 1 == num_targets;
         let mut response = match target {
             Target::Local | Target::LocalModel(_) => {
@@ -157,16 +134,24 @@ async fn answer(
             }
             Target::Upstream { upstream, model } => {
                 let _ = context.counts.model.set(target.to_string());
-                match exchange.send(upstream, model, overflows && at == 0, UnixMillis::now()).await {
+                match exchange.send(upstream, model, route.is_overflow && at == 0, UnixMillis::now()).await {
                     Ok((Sent::Whole(answer), warning)) => with_warning(axum::Json(answer).into_response(), warning),
                     Ok((Sent::Stream(stream), warning)) => {
-                        with_warning(upstream_stream(*stream, exchange, context.clone(), state), warning)
+                        let deadline = timeout.map(|timeout| Deadline::new(&context, timeout));
+                        with_warning(upstream_stream(*stream, exchange, (context.clone(), deadline), state), warning)
                     }
-                    Err(error) if error.lets_others_try() && !is_last => {
+                    Err(error) if error.lets_others_try() && !is_last && !is_late() => {
                         tracing::info!(target = %target, error = %error, "the next place of the route is tried");
                         continue;
                     }
-                    Err(error) => return Err(refused(&context, exchange.give_up(error).await)),
+                    Err(error) => match (exchange.give_up(error).await, timeout.filter(|_| is_late())) {
+                        // It ran there, or failed to.
+                        (GatewayError::Upstream(_), Some(timeout)) => Deadline::error(timeout).into_response(),
+                        (error @ (GatewayError::Upstream(_) | GatewayError::Audit(_)), _) => {
+                            refused(&context, error).into_response()
+                        }
+                        (error, _) => return Err(refused(&context, error)),
+                    },
                 }
             }
         };
@@ -182,14 +167,42 @@ async fn answer(
     Err(ApiError::internal(&context.id, &"a route had no target"))
 }
 
-/// The body as a JSON object. A large one is parsed on a blocking thread.
-async fn parse(state: &AppState, bytes: &Bytes) -> Option<Map<String, Value>> {
-    let parse = |bytes: &[u8]| serde_json::from_slice::<Map<String, Value>>(bytes).ok();
-    if bytes.len() <= state.limits.max_inline_parse_bytes {
-        return parse(bytes);
-    }
-    let bytes = bytes.clone();
-    state.run_blocking(Job::Parse, move || parse(&bytes)).await?
+/// A request as it came: the bytes for the route here, the object for all that decides.
+struct Incoming {
+    bytes: Bytes,
+    object: Map<String, Value>,
+    /// From `x-request-timeout`.
+    timeout: Option<Duration>,
+}
+
+/// What the routes here check of a request before they read it, for requests that may never come to one. What the object
+/// cannot hold is refused: no body goes on that was not looked at. A large one is parsed on a blocking thread.
+async fn read(
+    state: &AppState,
+    context: &RequestContext,
+    headers: &HeaderMap,
+    body: Body,
+) -> Result<Incoming, ApiError> {
+    check_content_type(headers)?;
+    check_content_encoding(headers)?;
+    let timeout = request_timeout(headers, &state.limits)?;
+    let bytes = read_body(headers, body, &state.limits).await?;
+    let object = if bytes.len() <= state.limits.max_inline_parse_bytes {
+        object(&bytes)
+    } else {
+        let bytes = bytes.clone();
+        let parsed = state.run_blocking(Job::Parse, move || object(&bytes)).await;
+        parsed.ok_or_else(|| ApiError::internal(&context.id, &"the parser panicked"))?
+    };
+    Ok(Incoming { bytes, object: object?, timeout })
+}
+
+/// A header's values as one list (RFC 9110, 5.3). One that cannot be read is refused, for it may be what keeps a request here.
+fn list(headers: &HeaderMap, name: &'static str) -> Result<Option<String>, ApiError> {
+    let values: Result<Vec<&str>, _> = headers.get_all(name).iter().map(HeaderValue::to_str).collect();
+    let values =
+        values.map_err(|_| ApiError::invalid(name, format!("{name} holds more than visible ASCII: correct it")))?;
+    Ok((!values.is_empty()).then(|| values.join(", ")))
 }
 
 /// Limits and guardrails. Those of a large body, whose time is in its length, run on a blocking thread.
@@ -198,11 +211,11 @@ async fn begin(
     gateway: &Gateway,
     parts: &Parts,
     (serving, context): (&Serving, &RequestContext),
-    body: Map<String, Value>,
+    (body, timeout): (Map<String, Value>, Option<Duration>),
 ) -> Result<Exchange, ApiError> {
-    let text = |name: &str| parts.headers.get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
     let wire = if parts.uri.path().ends_with("/chat/completions") { WireRoute::Chat } else { WireRoute::Completions };
-    let (task, privacy) = (text(X_BINDERY_TASK), text(X_BINDERY_PRIVACY));
+    let (task, privacy) = (list(&parts.headers, X_BINDERY_TASK)?, list(&parts.headers, X_BINDERY_PRIVACY)?);
+    let time_left = timeout.map(|timeout| timeout.saturating_sub(context.started.elapsed()));
     let default_model = state.config.primary_model_name().to_owned();
     let (caller, request_id) = (serving.caller.clone(), Arc::clone(&context.id));
     let is_large = parts
@@ -222,6 +235,7 @@ async fn begin(
             task: task.as_deref(),
             privacy: privacy.as_deref(),
             request_id: &request_id,
+            time_left,
             now: UnixMillis::now(),
         })
     };
@@ -237,20 +251,26 @@ async fn begin(
     }
 }
 
-/// What would happen here now.
-fn local_state(state: &AppState, serving: &Serving) -> LocalState {
-    let stats = serving.model.engine.stats();
-    // Nothing measured yet: nothing is predicted.
-    let predicted_ttft = stats.seconds_per_token().map(|seconds_per_token| {
-        let num_tokens = (stats.num_requests_waiting + 1) as f64 * state.prompts.mean();
-        Duration::from_secs_f64((num_tokens * seconds_per_token).min(86_400.0))
-    });
+/// What would happen here now to a prompt of about so many tokens.
+fn local_state(serving: &Serving, num_prompt_tokens: usize) -> LocalState {
+    let engine = &serving.model.engine;
+    let stats = engine.stats();
     LocalState {
         max_prompt_tokens: serving.model.max_model_len,
-        predicted_ttft,
+        predicted_ttft: predicted_ttft(
+            stats.seconds_per_token(),
+            engine.num_pending_prompt_tokens().saturating_add(num_prompt_tokens),
+        ),
         is_exhausted: stats.num_used_blocks >= stats.num_blocks && stats.num_requests_waiting > 0,
         cannot: None,
     }
+}
+
+/// All prompts before a request's own last token are computed first: those that wait, what is left of those that run, and
+/// its own. None: nothing was measured yet, so nothing is predicted.
+fn predicted_ttft(seconds_per_token: Option<f64>, num_tokens: usize) -> Option<Duration> {
+    const MAX_SECONDS: f64 = 86_400.0;
+    seconds_per_token.map(|seconds| Duration::from_secs_f64((seconds * num_tokens as f64).clamp(0.0, MAX_SECONDS)))
 }
 
 /// The request for this process's own route. Only the last place of a route uses the head up.
@@ -369,7 +389,6 @@ impl Account {
             num_completion_tokens: counts.num_completion_tokens.load(Ordering::Relaxed) as u64,
             machine_time: Duration::ZERO,
         };
-        self.state.prompts.count(used.num_prompt_tokens);
         LocalUse { machine_time: machine_time(&self.state, &used), ..used }
     }
 }
@@ -486,26 +505,31 @@ struct OpenAnswer {
     stream: UpstreamStream,
     exchange: Exchange,
     context: RequestContext,
+    deadline: Option<Deadline>,
 }
 
 /// An upstream's answer as our own events. Dropping it ends the call.
 fn upstream_stream(
     stream: UpstreamStream,
     exchange: Exchange,
-    context: RequestContext,
+    (context, deadline): (RequestContext, Option<Deadline>),
     state: &SharedState,
 ) -> Response {
     let cut = state.lifecycle.cut_token().clone();
-    let progress = Some(OpenAnswer { stream, exchange, context });
+    let progress = Some(OpenAnswer { stream, exchange, context, deadline });
     let texts = stream::unfold(progress, move |progress| {
         let cut = cut.clone();
         async move {
             let mut open = progress?;
             let next = tokio::select! {
                 biased;
-                next = open.stream.next(&mut open.exchange) => next,
-                () = cut.cancelled() => {
-                    let error = ApiError::CutByShutdown;
+                next = open.stream.next(&mut open.exchange) => Ok(next),
+                () = cut.cancelled() => Err(ApiError::CutByShutdown),
+                error = Deadline::passed(&mut open.deadline) => Err(error),
+            };
+            let next = match next {
+                Ok(next) => next,
+                Err(error) => {
                     let _ = open.context.counts.stream_error.set(error.status().as_u16());
                     return Some((error.to_json(), None));
                 }
@@ -521,4 +545,17 @@ fn upstream_stream(
         }
     });
     sse::events(texts)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_first_token_is_predicted_by_all_that_stands_before_it_and_its_own_prompt() {
+        assert_eq!(predicted_ttft(None, 1_000), None, "nothing was measured");
+        assert_eq!(predicted_ttft(Some(0.002), 1_000), Some(Duration::from_secs(2)));
+        assert_eq!(predicted_ttft(Some(0.002), 0), Some(Duration::ZERO));
+        assert_eq!(predicted_ttft(Some(1.0), usize::MAX), Some(Duration::from_hours(24)), "a bound");
+    }
 }

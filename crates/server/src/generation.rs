@@ -94,22 +94,27 @@ pub(crate) struct Generation {
 }
 
 /// When the client no longer wants an answer. The engine keeps it, too, but looks between two steps only.
-struct Deadline {
+pub(crate) struct Deadline {
     passes: Pin<Box<Sleep>>,
     timeout: Duration,
 }
 
 impl Deadline {
     /// Counted from the request's arrival.
-    fn new(context: &RequestContext, timeout: Duration) -> Self {
+    pub(crate) fn new(context: &RequestContext, timeout: Duration) -> Self {
         Self { passes: Box::pin(sleep_until((context.started + timeout).into())), timeout }
     }
 
     /// Pending for ever without a deadline.
-    async fn passed(deadline: &mut Option<Self>) -> ApiError {
+    pub(crate) async fn passed(deadline: &mut Option<Self>) -> ApiError {
         let Some(deadline) = deadline else { return std::future::pending().await };
         deadline.passes.as_mut().await;
-        let timeout_ms = u64::try_from(deadline.timeout.as_millis()).unwrap_or(u64::MAX);
+        Self::error(deadline.timeout)
+    }
+
+    /// What is told where it has passed.
+    pub(crate) fn error(timeout: Duration) -> ApiError {
+        let timeout_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
         ApiError::DeadlineExceeded { message: EngineError::DeadlineExceeded { timeout_ms }.to_string() }
     }
 }

@@ -143,9 +143,9 @@ mod tests {
             }
         };
         for path in ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"] {
-            check(path, "post", &["200", "400", "401", "404", "408", "413", "415", "503"]);
+            check(path, "post", &["200", "400", "401", "403", "404", "408", "413", "415", "503"]);
         }
-        check("/v1/models", "get", &["200", "401", "503"]);
-        check("/v1/models/{id}", "get", &["200", "401", "404", "503"]);
+        check("/v1/models", "get", &["200", "401", "403", "503"]);
+        check("/v1/models/{id}", "get", &["200", "401", "403", "404", "503"]);
     }
 }

@@ -83,7 +83,10 @@ async fn gate(State(state): State<SharedState>, mut request: Request, next: Next
         response = next.run(request) => response,
         () = state.lifecycle.cut_token().cancelled() => ApiError::CutByShutdown.into_response(),
     };
-    response.headers_mut().entry(X_BINDERY_ROUTE).or_insert(HeaderValue::from_static("local"));
+    // What was refused ran nowhere; where an upstream failed, that is said already.
+    if response.status().is_success() {
+        response.headers_mut().entry(X_BINDERY_ROUTE).or_insert(HeaderValue::from_static("local"));
+    }
     response.map(|body| axum::body::Body::new(GuardedBody { body, span: None, guard: in_flight }))
 }
 

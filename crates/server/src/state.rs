@@ -10,7 +10,6 @@ use tokio::sync::Semaphore;
 use crate::{
     auth::ApiKeys,
     config::{Limits, ServerConfig},
-    exchange::PromptMeter,
     lifecycle::Lifecycle,
     metrics::Metrics,
     slot::ModelSlot,
@@ -29,8 +28,6 @@ pub(crate) struct AppState {
     pub(crate) metrics: Metrics,
     /// Turns at long jobs on blocking threads, by kind.
     pub(crate) turns: Turns,
-    /// What prompts are like here.
-    pub(crate) prompts: PromptMeter,
     /// Unix seconds.
     pub(crate) started_at: u64,
 }
@@ -42,7 +39,6 @@ impl AppState {
             metrics: Metrics::new(config.primary_model_name()),
             turns: Turns::new(limits.max_blocking_jobs),
             lifecycle: Arc::new(Lifecycle::new()),
-            prompts: PromptMeter::default(),
             started_at: unix_seconds(),
             config,
             limits,

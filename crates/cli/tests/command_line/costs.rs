@@ -111,6 +111,10 @@ fn json_and_csv_hold_every_column() {
 #[test]
 fn days_that_are_none_and_empty_ledgers_are_told() {
     let home = Home::new(CONFIG);
+    let missing = home.run(&["costs"]);
+    assert_eq!((missing.code, missing.stdout.as_str()), (1, ""));
+    assert!(missing.stderr.contains("there is no store yet at sqlite://bindery.db"), "{}", missing.stderr);
+    home.in_store(async |_| ());
     let empty = home.run(&["costs"]);
     assert_eq!((empty.code, empty.stdout.as_str()), (0, "no requests\n"), "{}", empty.stderr);
     let no_day = home.run(&["costs", "--from", "yesterday"]);

@@ -1,5 +1,11 @@
 //! The gateway's sections of the config file: what `check` says of them, and all that is wrong at once.
 
+use bindery_gateway::{
+    clock::UnixMillis,
+    keys::{KeyGrant, NewKey, table},
+    names::TenantId,
+};
+
 use crate::{gateway::Home, support::run};
 
 const WHOLE: &str = r#"
@@ -159,4 +165,54 @@ fn explain_documents_the_gateways_sections() {
     ] {
         assert!(explained.contains(expected), "{expected}: {explained}");
     }
+}
+
+#[test]
+fn keys_of_tenants_that_are_not_named_are_listed() {
+    let home = Home::new("[store]\nurl = \"sqlite://bindery.db\"\n[[tenants]]\nname = \"acme\"\n");
+    let keys = home.in_store(async |store| {
+        let mut ids = Vec::new();
+        for (tenant, is_revoked) in [("acme", false), ("ghost", false), ("ghost", true)] {
+            let (tenant, grant) = (TenantId::new(tenant).unwrap(), KeyGrant::default());
+            let new = NewKey { tenant, name: String::new(), expires_at: None, grant };
+            let id = table::create(&store, new, UnixMillis::now()).await.unwrap().id();
+            if is_revoked {
+                table::revoke(&store, &id, UnixMillis::now()).await.unwrap();
+            }
+            ids.push(id.to_string());
+        }
+        ids
+    });
+    let ended = home.run(&["check", "bindery.toml"]);
+    assert_eq!(ended.code, 0, "{}", ended.stderr);
+    let warnings: Vec<&str> = ended.stdout.lines().filter(|line| line.contains("Warning: the key")).collect();
+    assert!(warnings.len() == 1 && warnings[0].contains(&keys[1]) && warnings[0].contains("\"ghost\""), "{warnings:?}");
+}
+
+#[test]
+fn a_key_that_goes_over_plain_http_is_warned_of() {
+    let text = |url: &str| {
+        format!(
+            "[[upstreams]]\nname = \"up\"\nkind = \"openai-compatible\"\nbase_url = \"{url}\"\nmodels = [\"m\"]\napi_key_env = \"K\"\n"
+        )
+    };
+    let check = |url: &str| Home::new(&text(url)).run(&["check", "bindery.toml"]).stdout;
+    assert!(check("http://vllm:8000/v1").contains("Warning: the upstream up is asked over http://"));
+    assert!(!check("http://127.0.0.1:8000/v1").contains("asked over http://"));
+}
+
+#[test]
+fn models_of_a_tenant_that_fit_nothing_are_warned_of() {
+    let home = Home::new(
+        "[server]\nserved_model_name = [\"base\"]\n[[upstreams]]\nname = \"up\"\nkind = \"openai\"\nmodels = [\"gpt-4.1\"]\n\
+         [[routes]]\nmodel = \"auto\"\nrules = [{ to = \"local\" }]\n\
+         [[tenants]]\nname = \"t\"\nmodels = [\"ba*\", \"auto\", \"up/*\", \"bsae\"]\n",
+    );
+    let ended = home.run(&["check", "bindery.toml"]);
+    assert_eq!(ended.code, 0, "{}", ended.stderr);
+    let warnings: Vec<&str> = ended.stdout.lines().filter(|line| line.contains("fits no model")).collect();
+    assert!(
+        warnings.len() == 1 && warnings[0].starts_with("Warning: \"bsae\" among the models of the tenant t"),
+        "{warnings:?}"
+    );
 }

@@ -30,6 +30,8 @@ pub(crate) struct Door {
     max_queued_requests: usize,
     num_queued: AtomicUsize,
     num_unfinished: AtomicUsize,
+    /// Of the unfinished ones' prompts, not computed yet.
+    num_pending_tokens: AtomicUsize,
     next_key: AtomicU64,
     /// Of [`QueuePace`], in microseconds; 0 before the first one is known.
     interval_us: AtomicU64,
@@ -45,6 +47,7 @@ impl Door {
             max_queued_requests,
             num_queued: AtomicUsize::new(0),
             num_unfinished: AtomicUsize::new(0),
+            num_pending_tokens: AtomicUsize::new(0),
             next_key: AtomicU64::new(0),
             interval_us: AtomicU64::new(0),
             last_start_us: AtomicU64::new(0),
@@ -68,7 +71,8 @@ impl Door {
         self.num_unfinished.fetch_add(num_asked, Ordering::AcqRel);
         let first_key = self.next_key.fetch_add(num_asked as u64, Ordering::Relaxed);
         let keys = first_key..first_key + num_asked as u64;
-        Ok(keys.map(|key| Ticket { door: Arc::clone(self), key, is_queued: true }).collect())
+        let ticket = |key| Ticket { door: Arc::clone(self), key, is_queued: true, num_pending_tokens: 0 };
+        Ok(keys.map(ticket).collect())
     }
 
     /// Lets nobody in any more.
@@ -92,6 +96,11 @@ impl Door {
         self.num_unfinished.load(Ordering::Acquire)
     }
 
+    /// Prompt tokens that stand before a new request, in the queue or in prompts that are half computed.
+    pub(crate) fn num_pending_tokens(&self) -> usize {
+        self.num_pending_tokens.load(Ordering::Acquire)
+    }
+
     /// When the queue as it stands will have been worked off at the recent pace. A pace that has stalled counts as slow
     /// as the stall is long.
     fn retry_after(&self, num_queued: usize) -> Duration {
@@ -111,6 +120,8 @@ pub(crate) struct Ticket {
     door: Arc<Door>,
     key: u64,
     is_queued: bool,
+    /// Of its prompt, still to be computed.
+    num_pending_tokens: usize,
 }
 
 impl Ticket {
@@ -121,6 +132,19 @@ impl Ticket {
 
     pub(crate) fn is_queued(&self) -> bool {
         self.is_queued
+    }
+
+    /// So long is its prompt.
+    pub(crate) fn expect(&mut self, num_tokens: usize) {
+        self.num_pending_tokens += num_tokens;
+        self.door.num_pending_tokens.fetch_add(num_tokens, Ordering::AcqRel);
+    }
+
+    /// So much of its prompt was computed.
+    pub(crate) fn computed(&mut self, num_tokens: usize) {
+        let num_tokens = num_tokens.min(self.num_pending_tokens);
+        self.num_pending_tokens -= num_tokens;
+        self.door.num_pending_tokens.fetch_sub(num_tokens, Ordering::AcqRel);
     }
 
     /// The request was first scheduled: its place in the queue is free. False where it had been before.
@@ -137,6 +161,7 @@ impl Ticket {
 impl Drop for Ticket {
     fn drop(&mut self) {
         self.leave_queue();
+        self.computed(self.num_pending_tokens);
         self.door.num_unfinished.fetch_sub(1, Ordering::AcqRel);
     }
 }
@@ -191,6 +216,22 @@ mod tests {
         assert_eq!((door.num_queued(), door.num_unfinished()), (0, 0));
         door.close();
         assert!(matches!(door.enter(1), Err(EngineError::ShuttingDown)));
+    }
+
+    #[test]
+    fn pending_tokens_are_what_was_expected_and_neither_computed_nor_given_up() {
+        let door = Door::new(3);
+        let (mut first, mut second) = (enter_alone(&door).unwrap(), enter_alone(&door).unwrap());
+        first.expect(100);
+        second.expect(20);
+        assert_eq!(door.num_pending_tokens(), 120);
+        first.computed(64);
+        assert!(first.leave_queue());
+        assert_eq!(door.num_pending_tokens(), 56, "half computed, and out of the queue");
+        first.computed(64);
+        assert_eq!(door.num_pending_tokens(), 20, "no more than there was");
+        drop(second);
+        assert_eq!(door.num_pending_tokens(), 0);
     }
 
     #[test]

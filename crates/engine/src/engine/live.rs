@@ -105,6 +105,7 @@ impl Live {
     pub(crate) fn count_prompt_tokens(&mut self, num_computed_tokens: usize) -> u64 {
         let num_new = num_computed_tokens.min(self.num_prompt_tokens).saturating_sub(self.num_counted_prompt_tokens);
         self.num_counted_prompt_tokens += num_new;
+        self.ticket.computed(num_new);
         num_new as u64
     }
 

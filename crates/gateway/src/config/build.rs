@@ -1,7 +1,9 @@
 //! What the tables mean, and where they contradict each other or themselves.
 //!
 //! Knows every name in the file; it must not know the world outside of it. Invariant: all mistakes of a file are reported,
-//! in the order of their lines, not only the first.
+//! in the order of their lines, not only the first. [`reach`] finds what is well-formed and leads nowhere.
+
+mod reach;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -19,6 +21,7 @@ use super::{
 };
 use crate::{
     audit::config::KeepContents,
+    gateway::facts,
     guardrails::{Policy, config::Kind},
     keys::{IssuerOptions, SigningAlgorithm, TenantFrom},
     ledger::{Budget, BudgetScope, Period},
@@ -44,6 +47,8 @@ struct Builder<'a> {
     upstream_models: BTreeSet<String>,
     tenants: BTreeSet<String>,
     virtual_models: BTreeSet<String>,
+    /// Of the tenants that could be read.
+    routings: BTreeMap<String, TenantRouting>,
 }
 
 pub(super) fn build(file: File, text: &str) -> Result<GatewayConfig, Vec<Problem>> {
@@ -54,6 +59,7 @@ pub(super) fn build(file: File, text: &str) -> Result<GatewayConfig, Vec<Problem
         upstream_models: BTreeSet::new(),
         tenants: file.tenants.iter().map(|table| table.get_ref().name.get_ref().clone()).collect(),
         virtual_models: file.routes.iter().map(|table| table.get_ref().model.get_ref().clone()).collect(),
+        routings: BTreeMap::new(),
     };
     let config = builder.file(file);
     builder.problems.sort_by_key(|problem| problem.line);
@@ -198,23 +204,23 @@ impl Builder<'_> {
         if !is_plain(name) || name == "local" {
             let message = format!("{name:?} cannot name an upstream");
             self.problem(&upstream.name.span(), message, "use letters, digits, -, _ and ., and not the word local");
-            return None;
-        }
-        let provider = self.provider(upstream)?;
-        if upstream.base_url.is_none() && provider.default_base_url().is_none() {
-            let message = format!("the upstream {name:?} of kind {:?} has no base_url", upstream.kind.get_ref());
-            self.problem(&table.span(), message, "add base_url: where the server answers");
         }
         let models = self.models(upstream, catalogue);
         for model in &models {
             self.upstream_models.insert(format!("{name}/{}", model.id));
         }
         let budgets = self.budgets(upstream.budget.as_ref(), &BudgetScope::Upstream(name.clone()));
+        let credential = self.credential(table);
+        let provider = self.provider(upstream)?;
+        if upstream.base_url.is_none() && provider.default_base_url().is_none() {
+            let message = format!("the upstream {name:?} of kind {:?} has no base_url", upstream.kind.get_ref());
+            self.problem(&table.span(), message, "add base_url: where the server answers");
+        }
         Some(UpstreamConfig {
             name: name.as_str().into(),
             provider,
             base_url: upstream.base_url.clone(),
-            credential: self.credential(table)?,
+            credential: credential?,
             account: (upstream.organization.clone(), upstream.project.clone()),
             models,
             budgets,
@@ -351,24 +357,28 @@ impl Builder<'_> {
                 let message = format!("the tenant {:?} is in line {first} already", name.get_ref());
                 self.problem(&name.span(), message, "give each a name of its own");
             }
-            built.extend(self.tenant(table.get_ref()));
+            built.push(self.tenant(table.get_ref()));
         }
         built
     }
 
-    fn tenant(&mut self, table: &Tenant) -> Option<TenantConfig> {
+    fn tenant(&mut self, table: &Tenant) -> TenantConfig {
         let name = table.name.get_ref();
-        let id = match TenantId::new(name) {
-            Ok(id) => id,
-            Err(error) => {
-                self.problem(&table.name.span(), error.to_string(), "choose another name");
-                return None;
-            }
-        };
+        let id = TenantId::new(name);
+        if let Err(error) = &id {
+            self.problem(&table.name.span(), error.to_string(), "choose another name");
+        }
+        if *name == *facts::nobodys_routing().name {
+            let message = format!("{name:?} is what requests without a tenant count as, and cannot name one");
+            self.problem(&table.name.span(), message, "choose another name");
+        }
+        // What follows is looked at for its own mistakes.
+        let id = id.unwrap_or_else(|_| TenantId::new("unnamed").expect("a plain word is a name"));
         if let Some(variable) = &table.api_key_env {
             self.check_variable(variable);
         }
-        let privacy = table.privacy.as_ref().map_or(Some(PrivacyClass::LocalFirst), |word| self.privacy(word))?;
+        let class = table.privacy.as_ref().map_or(Some(PrivacyClass::LocalFirst), |word| self.privacy(word));
+        let privacy = class.unwrap_or(PrivacyClass::LocalFirst);
         if let Some(weight) = table.weight.as_ref().filter(|weight| *weight.get_ref() == 0) {
             self.problem(&weight.span(), "a weight of 0 would leave the tenant nothing", "use 1 or more");
         }
@@ -381,10 +391,16 @@ impl Builder<'_> {
         let routing = TenantRouting {
             name: name.as_str().into(),
             privacy,
-            models: table.models.clone().unwrap_or_else(|| vec!["*".to_owned()]),
+            models: table.models.as_ref().map_or_else(|| vec!["*".to_owned()], |models| models.get_ref().clone()),
             overflow,
         };
-        Some(TenantConfig {
+        if let Some(models) = &table.models {
+            self.check_models(models, &routing);
+        }
+        if class.is_some() {
+            self.routings.insert(name.clone(), routing.clone());
+        }
+        TenantConfig {
             routing,
             api_key_env: table.api_key_env.as_ref().map(|name| name.get_ref().clone()),
             limits: table.limits,
@@ -396,7 +412,7 @@ impl Builder<'_> {
             weight: table.weight.as_ref().map_or(1, |weight| *weight.get_ref()),
             store_contents: table.store_contents.as_ref().is_some_and(|stores| *stores.get_ref()),
             id,
-        })
+        }
     }
 
     /// What a tenant has stored must be kept somewhere, and encrypted.
@@ -431,8 +447,9 @@ impl Builder<'_> {
             let hint = "remove overflow, or choose the class local-first";
             self.problem(&table.span(), "a local-only tenant sends nothing out, and has an overflow", hint);
         }
-        let to = self.target(overflow.to.get_ref(), &overflow.to.span())?;
-        if to.is_local() {
+        let to = self.target(overflow.to.get_ref(), &overflow.to.span());
+        let when_ttft_over = self.duration(&overflow.when_ttft_over);
+        if to.as_ref().is_some_and(Target::is_local) {
             let message = format!("an overflow leads to an upstream, and {:?} is none", overflow.to.get_ref());
             self.problem(&overflow.to.span(), message, "write UPSTREAM/MODEL");
         }
@@ -444,7 +461,7 @@ impl Builder<'_> {
                 return None;
             }
         };
-        let when_ttft_over = self.duration(&overflow.when_ttft_over)?;
+        let (when_ttft_over, to) = (when_ttft_over?, to?);
         Some(OverflowRule { when_ttft_over, to, adapters: overflow.adapters.clone(), otherwise })
     }
 
@@ -500,6 +517,10 @@ impl Builder<'_> {
                 self.problem(&route.model.span(), message, "give each a name of its own");
                 continue;
             }
+            if self.upstream_models.contains(&*name) {
+                let message = format!("the virtual model {name:?} hides the model of an upstream that has this name");
+                self.problem(&route.model.span(), message, "give it another name");
+            }
             let rules = self.rules(&route.rules);
             virtual_models.insert(Arc::clone(&name), VirtualModel { name, rules });
         }
@@ -524,8 +545,11 @@ impl Builder<'_> {
                 let message = format!("rule {} is never asked: the one before it applies to every request", at + 1);
                 self.problem(&table.span(), message, "put it in front, or remove it");
             }
-            let (Some(when), Some(to)) = (self.condition(&rule.when), self.choices(&rule.to)) else { continue };
-            rules.push(crate::policy::Rule { when, to });
+            let (when, to) = (self.condition(&rule.when), self.choices(&rule.to));
+            let (Some(when), Some(to)) = (when, to) else { continue };
+            let rule = crate::policy::Rule { when, to };
+            self.check_rule(at + 1, &table.span(), &rule);
+            rules.push(rule);
         }
         rules
     }
@@ -542,24 +566,22 @@ impl Builder<'_> {
         let mut choices = Vec::new();
         for link in links {
             choices.push(match link {
-                Link::One(text) => Choice::One(self.target(text, &span)?),
+                Link::One(text) => self.target(text, &span).map(Choice::One),
                 Link::Weighted(weights) => {
                     if weights.values().all(|&weight| weight == 0) {
                         self.problem(&span, "all weights are 0", "give at least one place a weight above it");
                     }
-                    let mut targets = Vec::new();
-                    for (text, &weight) in weights {
-                        targets.push((self.target(text, &span)?, weight));
-                    }
-                    Choice::Weighted(targets)
+                    let targets: Vec<_> =
+                        weights.iter().map(|(text, &weight)| Some((self.target(text, &span)?, weight))).collect();
+                    targets.into_iter().collect::<Option<Vec<_>>>().map(Choice::Weighted)
                 }
             });
         }
-        Some(choices)
+        choices.into_iter().collect()
     }
 
     fn condition(&mut self, when: &When) -> Option<Condition> {
-        let words = |words: &Option<Words>| words.as_ref().map(Words::list);
+        let words = |words: &Option<Spanned<Words>>| words.as_ref().map(|words| words.get_ref().list());
         let mut tenants = None;
         if let Some(names) = &when.tenant {
             let list = names.get_ref().list();
@@ -574,29 +596,20 @@ impl Builder<'_> {
         let mut privacy = None;
         if let Some(names) = &when.privacy {
             let spanned = |word: String| Spanned::new(names.span(), word);
-            let classes = names.get_ref().list().into_iter().map(|word| self.privacy(&spanned(word)));
-            privacy = Some(classes.collect::<Option<Vec<_>>>()?);
+            let classes: Vec<_> = names.get_ref().list().into_iter().map(|word| self.privacy(&spanned(word))).collect();
+            privacy = Some(classes.into_iter().collect::<Option<Vec<_>>>());
         }
-        let ttft_over = match &when.ttft_over {
-            Some(text) => Some(self.duration(text)?),
-            None => None,
-        };
-        let budget_left_under = match &when.budget_left_under {
-            Some(dollars) => Some(self.money(*dollars.get_ref(), &dollars.span())?),
-            None => None,
-        };
-        let time = match &when.time {
-            Some(text) => Some(self.time_of_day(text)?),
-            None => None,
-        };
-        let weekdays = match &when.weekdays {
-            Some(words) => Some(self.weekdays(words)?),
-            None => None,
-        };
+        // All are read before the first mistake ends it.
+        let ttft_over = when.ttft_over.as_ref().map(|text| self.duration(text));
+        let budget_left_under =
+            when.budget_left_under.as_ref().map(|dollars| self.money(*dollars.get_ref(), &dollars.span()));
+        let time = when.time.as_ref().map(|text| self.time_of_day(text));
+        let weekdays = when.weekdays.as_ref().map(|words| self.weekdays(words));
+        self.check_words(when);
         Some(Condition {
             tenants,
-            privacy,
-            tasks: words(&when.task),
+            privacy: all_or_none(privacy)?,
+            tasks: when.task.as_ref().map(Words::list),
             reasoning_effort: words(&when.reasoning_effort),
             tools: when.tools,
             images: when.images,
@@ -604,10 +617,10 @@ impl Builder<'_> {
             prompt_tokens_over: when.prompt_tokens_over,
             personal_data: when.pii,
             languages: words(&when.language),
-            ttft_over,
-            budget_left_under,
-            time,
-            weekdays,
+            ttft_over: all_or_none(ttft_over)?,
+            budget_left_under: all_or_none(budget_left_under)?,
+            time: all_or_none(time)?,
+            weekdays: all_or_none(weekdays)?,
         })
     }
 
@@ -625,6 +638,10 @@ impl Builder<'_> {
         if time.is_none() {
             let message = format!("{:?} is no time of day", text.get_ref());
             self.problem(&text.span(), message, "write it as 22:00-06:00, in UTC");
+        }
+        if time.is_some_and(|time| time.from == time.to) {
+            let message = format!("{:?} ends where it begins, so it is no time at all", text.get_ref());
+            self.problem(&text.span(), message, "leave it out for the whole day");
         }
         time
     }
@@ -678,5 +695,14 @@ impl Builder<'_> {
             tenant: from,
             leeway: LEEWAY,
         })
+    }
+}
+
+/// `None` where the file says nothing; nothing at all where what it says is a mistake, which is told already.
+#[allow(clippy::option_option, reason = "absent and wrong are two things")]
+fn all_or_none<T>(read: Option<Option<T>>) -> Option<Option<T>> {
+    match read {
+        None => Some(None),
+        Some(value) => value.map(Some),
     }
 }

@@ -108,6 +108,22 @@ pub struct UpstreamConfig {
     pub budgets: Vec<Budget>,
 }
 
+impl UpstreamConfig {
+    /// Whether its credential, and prompts, cross a network that anybody on the way can read.
+    pub fn is_in_the_clear(&self) -> bool {
+        let Some(url) = self.base_url.as_deref().and_then(|url| url.trim().parse::<url::Url>().ok()) else {
+            return false;
+        };
+        let is_here = match url.host() {
+            Some(url::Host::Domain(name)) => name == "localhost",
+            Some(url::Host::Ipv4(address)) => address.is_loopback(),
+            Some(url::Host::Ipv6(address)) => address.is_loopback(),
+            None => false,
+        };
+        url.scheme() == "http" && !is_here && self.credential != CredentialSource::None
+    }
+}
+
 /// `[[tenants]]`
 #[derive(Clone, Debug)]
 pub struct TenantConfig {

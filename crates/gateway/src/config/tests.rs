@@ -198,6 +198,96 @@ fn every_mistake_is_found_with_its_line_and_a_way_out() {
 }
 
 #[test]
+fn what_can_lead_nowhere_is_a_mistake() {
+    let upstream = "[[upstreams]]\nname = \"up\"\nkind = \"openai\"\nmodels = [\"gpt-4.1\"]\n";
+    let tenant = |rest: &str| format!("{upstream}[[tenants]]\nname = \"t\"\n{rest}\n");
+    let rule = |rule: &str, rest: &str| format!("{}[[routes]]\nmodel = \"auto\"\nrules = [{rule}]\n", tenant(rest));
+    let local_only = "privacy = \"local-only\"";
+    for (text, expected) in [
+        (
+            rule("{ when = { tenant = \"t\" }, to = \"up/gpt-4.1\" }", local_only),
+            "10: rule 1 leads nowhere: t may use none of its places (add a place",
+        ),
+        (
+            rule("{ when = { tenant = \"t\" }, to = [\"up/gpt-4.1\", \"other\"] }", "models = [\"mine*\"]"),
+            "10: rule 1 leads nowhere: t may use none of its places (add a place",
+        ),
+        (
+            rule("{ when = { privacy = \"local-only\" }, to = [{ \"up/gpt-4.1\" = 1 }] }", ""),
+            "10: rule 1 leads nowhere: what is local-only stays here",
+        ),
+        (
+            rule("{ when = { privacy = \"any\", tenant = \"t\" }, to = \"local\" }", local_only),
+            "10: rule 1 never applies: no request of t has such a privacy class",
+        ),
+        (rule("{ when = { time = \"10:00-10:00\" }, to = \"local\" }", ""), "10: \"10:00-10:00\" ends where it begins"),
+        (
+            rule("{ when = { reasoning_effort = [\"high\", \"hihg\"] }, to = \"local\" }", ""),
+            "10: \"hihg\" is no reasoning_effort, so the rule never applies to it (it must be one of none, minimal,",
+        ),
+        (rule("{ when = { language = \"fr\" }, to = \"local\" }", ""), "10: \"fr\" is no language that is recognised"),
+        (
+            format!("{upstream}[[routes]]\nmodel = \"up/gpt-4.1\"\nrules = [{{ to = \"local\" }}]\n"),
+            "6: the virtual model \"up/gpt-4.1\" hides the model of an upstream",
+        ),
+        (tenant("models = [\"*\", \"up/gpt-9*\"]"), "7: \"up/gpt-9*\" fits no model of its upstream (correct it"),
+        (tenant("models = []"), "7: the tenant \"t\" may use no model at all"),
+        (
+            tenant(&format!("models = [\"up/*\"]\n{local_only}")),
+            "7: the local-only tenant \"t\" may use models of upstreams alone",
+        ),
+        ("[[tenants]]\nname = \"default\"\n".to_owned(), "2: \"default\" is what requests without a tenant count as"),
+    ] {
+        let found = problems(&text);
+        assert!(found.len() == 1 && found[0].starts_with(expected), "{text}\nexpected {expected}\nfound {found:#?}");
+    }
+    // Each of these some request can use.
+    for right in [
+        rule("{ when = { tenant = \"t\" }, to = [\"up/gpt-4.1\", \"local\"] }", local_only),
+        rule("{ when = { privacy = [\"local-only\", \"any\"] }, to = \"up/gpt-4.1\" }", ""),
+        rule("{ when = { privacy = \"local-only\", tenant = \"t\" }, to = \"local\" }", "privacy = \"any\""),
+        rule("{ when = { time = \"00:00-24:00\", language = \"fra\" }, to = \"local\" }", ""),
+        tenant("models = [\"up/gpt-4*\", \"org/model-of-tomorrow\"]"),
+    ] {
+        assert!(GatewayConfig::parse(&right).is_ok(), "{right}: {:?}", GatewayConfig::parse(&right));
+    }
+}
+
+#[test]
+fn all_mistakes_of_one_table_are_told_at_once() {
+    let found = problems(
+        "[[tenants]]\nname = \"\"\nprivacy = \"x\"\nweight = 0\noverflow = { when_ttft_over = \"soon\", to = \"no/where\" }\n\
+         [[upstreams]]\nname = \"local\"\nkind = \"y\"\nmodels = []\napi_key_env = \"a b\"\n\
+         [[routes]]\nmodel = \"auto\"\nrules = [{ when = { privacy = \"y\", time = \"z\", weekdays = \"w\" }, to = [\"a/b\", \"no/c\"] }]\n\
+         [[upstreams]]\nname = \"no\"\nkind = \"openai\"\nmodels = [\"m\"]\n",
+    );
+    let lines: Vec<&str> = found.iter().map(|problem| problem.split(':').next().unwrap()).collect();
+    assert_eq!(lines, ["2", "3", "4", "5", "5", "7", "8", "9", "10", "13", "13", "13", "13"], "{found:#?}");
+}
+
+#[test]
+fn a_key_that_would_cross_a_network_in_the_clear_is_known() {
+    let is_in_the_clear = |url: &str, key: &str| {
+        let text = format!(
+            "[[upstreams]]\nname = \"up\"\nkind = \"openai-compatible\"\nbase_url = \"{url}\"\nmodels = [\"m\"]\n{key}"
+        );
+        GatewayConfig::parse(&text).unwrap().upstreams[0].is_in_the_clear()
+    };
+    let key = "api_key_env = \"KEY\"";
+    for (url, key, expected) in [
+        ("http://vllm:8000/v1", key, true),
+        ("http://10.0.0.1/v1", "token_file = \"t\"", true),
+        ("http://10.0.0.1/v1", "", false),
+        ("https://api.example/v1", key, false),
+        ("http://localhost:1/v1", key, false),
+        ("http://127.0.0.2/v1", key, false),
+        ("http://[::1]:1/v1", key, false),
+    ] {
+        assert_eq!(is_in_the_clear(url, key), expected, "{url} {key}");
+    }
+}
+
+#[test]
 fn several_mistakes_are_told_at_once_in_the_order_of_their_lines() {
     let found = problems(
         "[[tenants]]\nname = \"a\"\nprivacy = \"x\"\n[[upstreams]]\nname = \"up\"\nkind = \"y\"\nmodels = [\"m\"]",

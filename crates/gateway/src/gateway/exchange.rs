@@ -6,6 +6,7 @@
 
 use std::{
     collections::VecDeque,
+    hash::{BuildHasher as _, RandomState},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -78,10 +79,12 @@ pub struct Asked<'a> {
     pub default_model: &'a str,
     /// `x-bindery-task`
     pub task: Option<&'a str>,
-    /// `x-bindery-privacy`
+    /// `x-bindery-privacy`: a class, or several with commas between, the tightest of which counts.
     pub privacy: Option<&'a str>,
-    /// Its id: decides draws by weight.
+    /// Its id.
     pub request_id: &'a str,
+    /// How long its sender waits from now; None: as long as it takes.
+    pub time_left: Option<Duration>,
     /// Now.
     pub now: UnixMillis,
 }
@@ -113,6 +116,8 @@ pub struct Exchange {
     num_used_tokens: u64,
     told: SharedTold,
     is_logged: bool,
+    /// From then on.
+    time_left: Option<Duration>,
 }
 
 /// What is known of an exchange's end, by the last call that knew. Its stream and the exchange itself may drop in any order.
@@ -222,7 +227,11 @@ impl Gateway {
     /// # Errors
     /// A limit that is met, a guardrail that blocks, a header that is none: each in the log.
     pub fn begin(&self, asked: Asked<'_>) -> Result<Exchange, TurnedAway> {
-        let tenant = Arc::clone(self.tenant(asked.tenant));
+        let tenant = match self.tenant(asked.tenant) {
+            Ok(tenant) => Arc::clone(tenant),
+            // Nobody here, so nobody's log.
+            Err(error) => return Err(TurnedAway { error, record: None }),
+        };
         let mut record = RequestRecord {
             request_id: asked.request_id.to_owned(),
             tenant: tenant.config.id.to_string(),
@@ -278,7 +287,7 @@ impl Gateway {
             task: asked.task.map(str::to_owned),
             privacy,
             must_stay,
-            draw: draw_of(asked.request_id),
+            draw: draw(),
             size,
             permit,
             vault,
@@ -289,6 +298,7 @@ impl Gateway {
             num_used_tokens: 0,
             told: SharedTold::default(),
             is_logged: false,
+            time_left: asked.time_left,
         })
     }
 
@@ -371,6 +381,11 @@ impl Exchange {
     /// Headers that tell the tenant how its limits stand.
     pub fn rate_headers(&self) -> Vec<(&'static str, String)> {
         self.permit.headers().pairs()
+    }
+
+    /// Tokens of its prompt, about.
+    pub fn estimated_prompt_tokens(&self) -> usize {
+        facts::estimated_tokens(self.size)
     }
 
     /// What guardrails said.
@@ -528,7 +543,9 @@ impl Exchange {
             reference_price: local.reference.as_ref().and_then(|model| model.price(&usage, at).ok()).map(money),
         };
         let LocalModel { name, digest, licence, adapter } = model;
-        let call = self.call(LedgerRoute::Local, self.model.clone(), adapter.as_ref().map(|(name, _)| name.clone()));
+        // What ran, by its own name: of a virtual model or an alias the books say nothing.
+        let adapter_name = adapter.as_ref().map(|(name, _)| name.clone());
+        let call = self.call(LedgerRoute::Local, adapter_name.clone().unwrap_or_else(|| name.clone()), adapter_name);
         let adapter = adapter.map(|(name, digest)| AdapterUsed { name, digest, licence: None });
         let model = ModelUsed { name, digest, licence, adapter };
         let (to, word) = ("local".to_owned(), Some(outcome_word(status).to_owned()));
@@ -552,7 +569,7 @@ impl Exchange {
         overflows: bool,
         now: UnixMillis,
     ) -> Result<(Sent, Option<String>), GatewayError> {
-        let deadline = tokio::time::Instant::now() + MAX_CALL;
+        let deadline = tokio::time::Instant::now() + self.max_call(now);
         let (mut attempt, mut now) = (1, now);
         let mut failed: Option<UpstreamError> = None;
         loop {
@@ -641,6 +658,12 @@ impl Exchange {
                 Err(GatewayError::Upstream(error))
             }
         }
+    }
+
+    /// The longest a call may take that begins now.
+    fn max_call(&self, now: UnixMillis) -> Duration {
+        let left = self.time_left.map(|time| time.saturating_sub(now.since(self.started)));
+        left.map_or(MAX_CALL, |left| left.min(MAX_CALL))
     }
 
     fn translate(
@@ -869,11 +892,10 @@ fn key_id(credential: &Credential) -> String {
     }
 }
 
-/// Evenly spread over 0..1, the same for the same id.
-pub(super) fn draw_of(request_id: &str) -> f64 {
-    use sha2::{Digest, Sha256};
-    let digest = Sha256::digest(request_id.as_bytes());
-    let bits = digest.iter().take(6).fold(0_u64, |bits, &byte| bits << 8 | u64::from(byte));
+/// Evenly spread over 0..1, and nothing that a request brings decides it: who could would choose its arm of a comparison.
+pub(super) fn draw() -> f64 {
+    // Keyed anew at each call, by the process's own random numbers.
+    let bits = RandomState::new().hash_one(()) >> 16;
     bits as f64 / (1_u64 << 48) as f64
 }
 

@@ -37,7 +37,7 @@ use crate::{
     limits::{Limiter, Refused as LimitRefused},
     money::Money,
     names::TenantId,
-    policy::{Moment, PrivacyClass, Refused, Router, target::fits},
+    policy::{Moment, PrivacyClass, Refused, Router, Target, target::fits},
     providers::{ModelEntry, Refusal, UpstreamError},
     store::{Store, StoreThread},
     upstream::{BreakerState, Door, Upstream},
@@ -95,6 +95,17 @@ struct LiveUpstream {
     health: Upstream,
 }
 
+/// A model that a tenant may name and that does not run here, or not always.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ListedModel {
+    /// As requests name it.
+    pub name: String,
+    /// `virtual` or `upstream`.
+    pub owner: &'static str,
+    /// The longest prompt, where the table of models or the config says.
+    pub max_context_tokens: Option<u64>,
+}
+
 /// What local tokens cost, and what they are compared with.
 struct LocalCosts {
     per_hour: Option<Money>,
@@ -104,6 +115,12 @@ struct LocalCosts {
 /// Why a request goes no further, by what its sender can do about it.
 #[derive(Debug, thiserror::Error)]
 pub enum GatewayError {
+    /// 403: whose key it is, nobody has configured.
+    #[error("the key is of the tenant {name:?}, which this server's config does not name: ask whoever runs the server")]
+    UnknownTenant {
+        /// As the store or the token has it.
+        name: String,
+    },
     /// 429
     #[error(transparent)]
     Limited(#[from] Box<LimitRefused>),
@@ -138,6 +155,7 @@ impl GatewayError {
     pub fn shown(&self) -> (u16, &'static str, String) {
         let fixed = |status, kind, code: &str| (status, kind, code.to_owned());
         match self {
+            Self::UnknownTenant { .. } => fixed(403, "permission_error", "unknown_tenant"),
             Self::Limited(_) => fixed(429, "rate_limit_error", "rate_limit_exceeded"),
             Self::Blocked { .. } => fixed(400, "invalid_request_error", "content_filter"),
             Self::Route(Refused::UnknownModel { .. }) => fixed(404, "invalid_request_error", "model_not_found"),
@@ -230,19 +248,27 @@ impl Gateway {
 
     /// Whether a tenant, by this key of its, may name something that is served here: for the routes that ask no router.
     pub fn may_name(&self, tenant: Option<&str>, grant: Option<&KeyGrant>, (name, of): (&str, NameOf)) -> bool {
-        let models = &self.tenant(tenant).config.routing.models;
-        models.iter().any(|pattern| fits(pattern, name)) && grant.is_none_or(|grant| grant.admits(name, of))
+        let Ok(tenant) = self.tenant(tenant) else { return false };
+        tenant.config.routing.models.iter().any(|pattern| fits(pattern, name))
+            && grant.is_none_or(|grant| grant.admits(name, of))
     }
 
-    /// Models beside the local ones that a tenant, by this key of its, may name: virtual ones and upstreams', each with what it is.
-    pub fn models(&self, tenant: Option<&str>, grant: Option<&KeyGrant>) -> Vec<(String, &'static str)> {
+    /// Models beside the local ones that a tenant, by this key of its, may name: virtual ones and upstreams'. None for a
+    /// stranger.
+    pub fn models(&self, tenant: Option<&str>, grant: Option<&KeyGrant>) -> Vec<ListedModel> {
         let may = |name: &str| self.may_name(tenant, grant, (name, NameOf::Model));
-        let routing = &self.tenant(tenant).config.routing;
-        let virtual_models = self.0.router.virtual_models.keys().map(|name| (name.to_string(), "virtual"));
+        let Ok(tenant) = self.tenant(tenant) else { return Vec::new() };
+        let routing = &tenant.config.routing;
+        let rules = self.0.router.virtual_models.keys();
+        let virtual_models =
+            rules.map(|name| ListedModel { name: name.to_string(), owner: "virtual", max_context_tokens: None });
         let leaves = routing.privacy.leave().is_some();
-        let upstream =
-            self.0.router.upstream_models.iter().filter(|_| leaves).map(|target| (target.to_string(), "upstream"));
-        virtual_models.chain(upstream).filter(|(name, _)| may(name)).collect()
+        let upstream = self.0.router.upstream_models.iter().filter(|_| leaves).map(|target| ListedModel {
+            name: target.to_string(),
+            owner: "upstream",
+            max_context_tokens: self.entry(target).and_then(|entry| entry.max_input_tokens),
+        });
+        virtual_models.chain(upstream).filter(|model| may(&model.name)).collect()
     }
 
     /// Each upstream and whether requests pass.
@@ -287,14 +313,22 @@ impl Gateway {
 
     /// What a caller may claim of the local machine.
     pub fn local_share(&self, tenant: Option<&str>) -> LocalShare {
-        let tenant = self.tenant(tenant);
+        // A stranger gets no further than the gate.
+        let tenant = self.tenant(tenant).unwrap_or(&self.0.anonymous);
         let weight = NonZeroU32::new(tenant.config.weight).unwrap_or(NonZeroU32::MIN);
         LocalShare { tenant: tenant.number, weight }
     }
 
-    fn tenant(&self, name: Option<&str>) -> &Arc<Tenant> {
-        let id = name.and_then(|name| TenantId::new(name).ok());
-        id.and_then(|id| self.0.tenants.get(&id)).unwrap_or(&self.0.anonymous)
+    fn entry(&self, target: &Target) -> Option<&ModelEntry> {
+        let Target::Upstream { upstream, model } = target else { return None };
+        self.0.upstreams.get(upstream)?.config.models.iter().find(|entry| entry.id == **model)
+    }
+
+    /// Nobody's in particular is what nobody was named for; a name that is not configured is nobody at all.
+    fn tenant(&self, name: Option<&str>) -> Result<&Arc<Tenant>, GatewayError> {
+        let Some(name) = name else { return Ok(&self.0.anonymous) };
+        let found = TenantId::new(name).ok().and_then(|id| self.0.tenants.get(&id));
+        found.ok_or_else(|| GatewayError::UnknownTenant { name: name.to_owned() })
     }
 }
 
@@ -307,17 +341,19 @@ pub fn moment(now: UnixMillis) -> Moment {
     Moment { minute_of_day: minutes.rem_euclid(MINUTES_PER_DAY) as u16, weekday: weekday as u8 }
 }
 
-/// The class of a request: its tenant's, tightened by what its header asks for; `Err`: not the name of a class.
+/// The class of a request: its tenant's, tightened by all that its header asks for; `Err`: not the name of a class.
 fn class_of(own: PrivacyClass, header: Option<&str>) -> Result<PrivacyClass, GatewayError> {
     let Some(header) = header else { return Ok(own) };
-    let asked = PrivacyClass::parse(header.trim()).ok_or_else(|| {
-        let shown: String = header.chars().take(40).collect();
-        GatewayError::Refusal(Refusal::invalid(
-            "x-bindery-privacy",
-            format!("x-bindery-privacy is {shown:?}: it must be local-only, local-first or any"),
-        ))
-    })?;
-    Ok(own.tightened_by(asked))
+    header.split(',').try_fold(own, |class, word| {
+        let asked = PrivacyClass::parse(word.trim()).ok_or_else(|| {
+            let shown: String = header.chars().take(40).collect();
+            GatewayError::Refusal(Refusal::invalid(
+                "x-bindery-privacy",
+                format!("x-bindery-privacy is {shown:?}: it must be local-only, local-first or any"),
+            ))
+        })?;
+        Ok(class.tightened_by(asked))
+    })
 }
 
 /// A credential that is none of the store's: of the configuration, or of nobody.

@@ -151,6 +151,11 @@ impl Gateway {
                 )
                 .await?;
                 ring.watch();
+                for (tenant, num_keys) in ring.num_live_by_tenant(now) {
+                    if !ready.contains_key(&tenant) {
+                        tracing::warn!(%tenant, num_keys, "keys in the store are of a tenant that the config does not name: they open nothing");
+                    }
+                }
                 door_of_keys = Some(Authenticator::new(ring, tokens));
                 let options = LedgerOptions { node: surroundings.node.clone(), beat_every: BEAT, lease: LEASE, keep };
                 let books = Ledger::open(store.clone(), options, now).await?;
@@ -289,7 +294,7 @@ fn live_upstream(config: UpstreamConfig, surroundings: &Surroundings<'_>) -> Res
     if let LiveEndpoint::File(file) = &endpoint {
         health = health.with_renewal(Arc::clone(file) as Arc<dyn Renew>);
     }
-    Ok(LiveUpstream { health, endpoint, config })
+    Ok(LiveUpstream { config, endpoint, health })
 }
 
 fn endpoint(config: &UpstreamConfig, credential: Credential) -> Result<Endpoint, EndpointError> {

@@ -106,6 +106,7 @@ fn asked<'a>(tenant: &'a str, body: &Value, privacy: Option<&'a str>) -> Asked<'
         task: None,
         privacy,
         request_id: "r",
+        time_left: None,
         now: UnixMillis::now(),
     }
 }
@@ -638,12 +639,44 @@ async fn closing_writes_what_was_accepted_and_waits_for_nobody_else() {
 }
 
 #[test]
-fn draws_are_spread_and_fixed() {
-    let draws: Vec<f64> = (0..1000).map(|at| exchange::draw_of(&format!("request-{at}"))).collect();
+fn draws_are_spread() {
+    let draws: Vec<f64> = (0..10_000).map(|_| exchange::draw()).collect();
     assert!(draws.iter().all(|draw| (0.0..1.0).contains(draw)));
+    // Fourteen standard deviations to either side.
     let below = draws.iter().filter(|&&draw| draw < 0.1).count();
-    assert!((60..150).contains(&below), "{below} of 1000 in the first tenth");
-    assert_eq!(exchange::draw_of("a"), exchange::draw_of("a"));
+    assert!((580..1420).contains(&below), "{below} of 10000 in the first tenth");
+}
+
+#[tokio::test]
+async fn a_client_does_not_choose_its_arm_by_its_requests_id() {
+    let double = upstream().await;
+    let rules = "[[routes]]\nmodel = \"ab\"\nrules = [{ to = [{ \"up/gpt-4.1\" = 1, \"local\" = 1 }] }]\n";
+    let (gateway, _folder) = gateway(&double, &format!("{ACME}{rules}")).await;
+    let mut arms = std::collections::BTreeSet::new();
+    // Two of the same in each of a hundred draws: less than once in 2^99.
+    for _ in 0..100 {
+        let mut exchange = gateway.begin(asked("acme", &body("ab", "hello"), None)).unwrap();
+        let route = exchange.route(idle(), UnixMillis::now(), &local).await.unwrap();
+        arms.insert(route.targets[0].to_string());
+    }
+    assert_eq!(arms.len(), 2, "{arms:?}");
+}
+
+#[tokio::test]
+async fn a_tenant_that_is_not_configured_is_nobody() {
+    let double = upstream().await;
+    let (gateway, _folder) = gateway(&double, ACME).await;
+    for stranger in ["ghost", "default", ""] {
+        let refused = gateway.begin(asked(stranger, &body("base", "x"), None)).err().unwrap();
+        assert_eq!(
+            (refused.error.shown().0, refused.error.shown().2),
+            (403, "unknown_tenant".to_owned()),
+            "{stranger}"
+        );
+        assert!(gateway.models(Some(stranger), None).is_empty());
+    }
+    let nobody = Asked { tenant: None, ..asked("acme", &body("base", "x"), None) };
+    assert!(gateway.begin(nobody).is_ok());
 }
 
 #[test]

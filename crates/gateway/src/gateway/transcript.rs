@@ -202,7 +202,7 @@ mod tests {
 
     use super::*;
 
-    fn delta(index: u64, delta: Value) -> Value {
+    fn delta(index: u64, delta: &Value) -> Value {
         json!({"choices": [{"index": index, "delta": delta, "finish_reason": null}]})
     }
 
@@ -213,7 +213,7 @@ mod tests {
         whole.add(&json!({"choices": [{"index": 0, "message": {"content": "nobody"}, "finish_reason": "stop"}]}));
         let pieces = Transcript::of(&json!({"prompt": "who?"}), 1000);
         for piece in [json!({"role": "assistant"}), json!({"content": "no"}), json!({"content": "body"}), json!({})] {
-            pieces.add(&delta(0, piece));
+            pieces.add(&delta(0, &piece));
         }
         assert_eq!(whole.contents().prompt, r#"[{"role":"user","content":"who?"}]"#);
         assert_eq!((whole.contents().answer.as_str(), pieces.contents().answer.as_str()), ("nobody", "nobody"));
@@ -229,8 +229,8 @@ mod tests {
     fn calls_of_tools_are_joined_from_their_pieces() {
         let transcript = Transcript::of(&json!({}), 1000);
         let call =
-            |index: u64, function: Value| delta(0, json!({"tool_calls": [{"index": index, "function": function}]}));
-        transcript.add(&delta(0, json!({"reasoning_content": "hm", "reasoning": "hm"})));
+            |index: u64, function: Value| delta(0, &json!({"tool_calls": [{"index": index, "function": function}]}));
+        transcript.add(&delta(0, &json!({"reasoning_content": "hm", "reasoning": "hm"})));
         transcript.add(&call(0, json!({"name": "look", "arguments": ""})));
         transcript.add(&call(1, json!({"name": "go", "arguments": "{}"})));
         transcript.add(&call(0, json!({"arguments": "{\"at\":"})));
@@ -251,7 +251,9 @@ mod tests {
             prompt in "\\PC{0,60}", pieces in prop::collection::vec("\\PC{0,20}", 0..8), max_bytes in 32_usize..80
         ) {
             let transcript = Transcript::of(&json!({"prompt": prompt}), max_bytes);
-            pieces.iter().for_each(|piece| transcript.add(&delta(0, json!({"content": piece}))));
+            for piece in &pieces {
+                transcript.add(&delta(0, &json!({"content": piece})));
+            }
             let contents = transcript.contents();
             let answer = pieces.concat();
             prop_assert!(contents.prompt.len() <= max_bytes && contents.answer.len() <= max_bytes);

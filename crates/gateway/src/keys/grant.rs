@@ -66,28 +66,28 @@ impl KeyGrant {
 mod tests {
     use super::*;
 
-    fn list(names: &[&str]) -> Option<Vec<String>> {
-        Some(names.iter().map(|&name| name.to_owned()).collect())
+    fn list(names: &[&str]) -> Vec<String> {
+        names.iter().map(|&name| name.to_owned()).collect()
     }
 
     #[test]
     fn an_adapter_is_a_model_unless_it_has_a_list_of_its_own() {
-        let models = KeyGrant { models: list(&["base", "fr-*"]), ..KeyGrant::default() };
+        let models = KeyGrant { models: Some(list(&["base", "fr-*"])), ..KeyGrant::default() };
         assert!(models.admits("base", NameOf::Model) && !models.admits("openai/gpt-4.1", NameOf::Model));
         assert!(models.admits("fr-legal", NameOf::Adapter) && !models.admits("de", NameOf::Adapter));
-        let adapters = KeyGrant { adapters: list(&["de"]), ..models.clone() };
+        let adapters = KeyGrant { adapters: Some(list(&["de"])), ..models.clone() };
         assert!(adapters.admits("de", NameOf::Adapter) && !adapters.admits("fr-legal", NameOf::Adapter));
         assert!(!adapters.admits("de", NameOf::Model), "the list of adapters opens no model");
-        let only = KeyGrant { adapters: list(&["de"]), ..KeyGrant::default() };
+        let only = KeyGrant { adapters: Some(list(&["de"])), ..KeyGrant::default() };
         assert!(only.admits("anything", NameOf::Model) && !only.admits("fr", NameOf::Adapter));
     }
 
     #[test]
     fn lists_are_bounded() {
         let of = |models| KeyGrant { models, ..KeyGrant::default() }.check();
-        assert!(of(list(&["a", "b*"])).is_ok() && of(None).is_ok());
-        assert!(matches!(of(list(&[])), Err(KeyError::BadList { .. })));
+        assert!(of(Some(list(&["a", "b*"]))).is_ok() && of(None).is_ok());
+        assert!(matches!(of(Some(list(&[]))), Err(KeyError::BadList { .. })));
         assert!(matches!(of(Some(vec!["a".to_owned(); 101])), Err(KeyError::BadList { count: 101, .. })));
-        assert!(matches!(of(list(&["a\n"])), Err(KeyError::BadPattern { .. })));
+        assert!(matches!(of(Some(list(&["a\n"]))), Err(KeyError::BadPattern { .. })));
     }
 }

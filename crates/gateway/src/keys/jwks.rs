@@ -85,10 +85,8 @@ impl IssuerKeys {
                 if let Ok(asked) = self.asked.try_lock() {
                     match self.fetch(asked, now).await {
                         Ok(()) => {}
-                        Err(error) => {
-                            tracing::warn!(issuer = %self.issuer, %error, "an issuer's keys could not be fetched anew");
-                            return Ok(key);
-                        }
+                        // Which was logged.
+                        Err(_) => return Ok(key),
                     }
                 } else {
                     return Ok(key);
@@ -126,6 +124,13 @@ impl IssuerKeys {
             return if usable { Ok(()) } else { Err(self.unavailable("they were asked for a moment ago".to_owned())) };
         }
         *asked = Some(now);
+        // Told once for each time the issuer was asked: whoever sends a token that it might have signed is told nothing.
+        self.ask(now)
+            .await
+            .inspect_err(|error| tracing::warn!(issuer = %self.issuer, %error, "an issuer's keys could not be fetched"))
+    }
+
+    async fn ask(&self, now: UnixMillis) -> Result<(), JwtError> {
         let url = match &self.jwks_url {
             Some(url) => url.clone(),
             None => self.discover().await?,

@@ -7,7 +7,7 @@
 //! know what was revoked, and refuses.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     sync::{Arc, PoisonError, RwLock, Weak},
     time::Duration,
 };
@@ -125,6 +125,18 @@ impl KeyRing {
             Some(at) if at <= now => Err(KeyError::Expired { id: entry.owner.key.clone(), at }),
             _ => Ok(entry.owner.clone()),
         }
+    }
+
+    /// How many keys in force each tenant has, as far as they were read.
+    pub fn num_live_by_tenant(&self, now: UnixMillis) -> BTreeMap<TenantId, usize> {
+        let mut by_tenant = BTreeMap::new();
+        let known = self.0.known.read().unwrap_or_else(PoisonError::into_inner);
+        for entry in known.keys.values() {
+            if entry.revoked_at.is_none() && entry.expires_at.is_none_or(|end| end > now) {
+                *by_tenant.entry(entry.owner.tenant.clone()).or_default() += 1;
+            }
+        }
+        by_tenant
     }
 
     /// Whether any key is known, revoked or not: then every route asks for one.

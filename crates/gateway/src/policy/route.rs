@@ -116,6 +116,8 @@ pub struct Route {
     pub targets: Vec<Target>,
     /// What led there, a sentence each, without anything of the request's text.
     pub why: Vec<String>,
+    /// The first place is the tenant's overflow: what goes there is paid from the overflow's budget, too.
+    pub is_overflow: bool,
 }
 
 /// Why there is no route.
@@ -212,7 +214,10 @@ impl Router {
             // To a tenant that may not use it a model is as good as not there.
             Some(Forbidden::NotOffered) => Err(unknown()),
             Some(Forbidden::Leaves(why)) => Err(Refused::NotAllowed { why }),
-            None => Ok(Route { why: vec![format!("the request names {target}")], targets: vec![target] }),
+            None => {
+                let why = vec![format!("the request names {target}")];
+                Ok(Route { why, targets: vec![target], is_overflow: false })
+            }
         }
     }
 
@@ -261,7 +266,7 @@ impl Router {
                 why.push("the privacy class local-first puts what runs here in front".to_owned());
             }
             why.push(format!("rule {number} of {} applies", model.name));
-            return Ok(Route { targets, why });
+            return Ok(Route { targets, why, is_overflow: false });
         }
         let reasons = why.join("; ");
         Err(Refused::NotAllowed {
@@ -368,6 +373,7 @@ fn with_overflow(
             route.why.push(format!("{pressed}: it overflows to {}", overflow.to));
             route.targets.retain(|target| *target != overflow.to);
             route.targets.insert(0, overflow.to.clone());
+            route.is_overflow = true;
             Ok(route)
         }
         (Some(why), Otherwise::Wait) => {

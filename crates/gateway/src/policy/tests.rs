@@ -163,6 +163,10 @@ fn a_request_overflows_before_it_waits_too_long() {
     assert_eq!(names(&router.route("base", &slow(1), &local)), ["base"]);
     // The local model stays as what is tried when the upstream fails.
     assert_eq!(names(&router.route("base", &slow(3), &local)), ["openai/gpt-4.1", "base"]);
+    assert!(router.route("base", &slow(3), &local).unwrap().is_overflow);
+    assert!(!router.route("base", &slow(1), &local).unwrap().is_overflow);
+    let named = Facts { local: LocalState::default(), ..slow(3) };
+    assert!(!router.route("openai/gpt-4.1", &named, &local).unwrap().is_overflow, "it goes where it was asked to go");
     let mut full = facts(&tenant);
     full.local.is_exhausted = true;
     assert_eq!(names(&router.route("base", &full, &local)), ["openai/gpt-4.1", "base"]);

@@ -142,11 +142,10 @@ impl Save {
     /// Whether the row is this writer's already, or still what it has read.
     fn may_follow(&self, row: Option<&Row>) -> bool {
         match (row, self.loaded) {
-            (None, None) => true,
-            (None, Some(_)) => false,
+            (None, loaded) => loaded.is_none(),
             (Some(row), _) if row.owner.as_ref() == Some(&self.owner) => true,
-            (Some(row), Some(loaded)) => u64::try_from(row.seq) == Ok(loaded.seq) && row.mac == loaded.mac.to_string(),
-            (Some(_), None) => false,
+            (Some(row), loaded) => loaded
+                .is_some_and(|loaded| u64::try_from(row.seq) == Ok(loaded.seq) && row.mac == loaded.mac.to_string()),
         }
     }
 }

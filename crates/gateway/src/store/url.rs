@@ -43,6 +43,11 @@ impl StoreUrl {
         self.path.as_ref().is_none_or(|path| std::fs::metadata(path).is_ok_and(|file| file.len() > 0))
     }
 
+    /// Whether it can be looked into without making it or asking another machine: SQLite's file is there.
+    pub fn is_file_here(&self) -> bool {
+        self.file.as_ref().is_some_and(|file| file.is_file())
+    }
+
     /// As it may be shown.
     pub(super) fn shown(&self) -> &Arc<str> {
         &self.shown

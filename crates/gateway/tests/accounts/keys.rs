@@ -27,6 +27,21 @@ async fn ring(store: &Store) -> KeyRing {
 }
 
 on_every_store! {
+    async fn keys_in_force_are_counted_by_tenant(place) {
+        let (store, _thread) = place.open().await;
+        let of = |name: &str, expires_at| NewKey { tenant: tenant(name), ..new("ci", expires_at) };
+        for (name, expires_at) in [("acme", None), ("ghost", Some(later(60))), ("ghost", None), ("gone", None)] {
+            let key = table::create(&store, of(name, expires_at), NOON).await.unwrap();
+            if name == "gone" {
+                table::revoke(&store, &key.id(), NOON).await.unwrap();
+            }
+        }
+        let ring = ring(&store).await;
+        let count = |now| ring.num_live_by_tenant(now).into_iter().collect::<Vec<_>>();
+        assert_eq!(count(later(10)), [(tenant("acme"), 1), (tenant("ghost"), 2)]);
+        assert_eq!(count(later(60)), [(tenant("acme"), 1), (tenant("ghost"), 1)]);
+    }
+
     async fn a_key_opens_until_it_expires(place) {
         let (store, _thread) = place.open().await;
         let key = table::create(&store, new("ci", Some(later(60))), NOON).await.unwrap();

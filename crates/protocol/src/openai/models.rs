@@ -27,8 +27,9 @@ pub struct ModelCard {
     pub root: Option<String>,
     /// The base of an adapter (vLLM).
     pub parent: Option<String>,
-    /// Prompt and generated tokens of one sequence (vLLM).
-    pub max_model_len: usize,
+    /// Prompt and generated tokens of one sequence (vLLM); of a model elsewhere its context, absent where nobody knows it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_model_len: Option<usize>,
     /// sha256 of the weights, where known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub digest: Option<String>,

@@ -5,6 +5,7 @@ use axum::{
     extract::{Path, State},
 };
 use bindery_engine::adapters::AdapterSpec;
+use bindery_gateway::gateway::ListedModel;
 use bindery_protocol::openai::{ErrorResponse, ModelCard, ModelList};
 
 use crate::{
@@ -26,8 +27,7 @@ pub(crate) async fn list(State(state): State<SharedState>, Extension(serving): E
     // The base's own names win.
     adapters.retain(|spec| !state.config.served_model_names.contains(&spec.name));
     let adapters = adapters.iter().map(|spec| adapter_card(&state, &serving, spec));
-    let elsewhere = serving.elsewhere(&state);
-    let elsewhere = elsewhere.into_iter().map(|(name, what)| elsewhere_card(&state, &serving, name, what));
+    let elsewhere = serving.elsewhere(&state).into_iter().map(|model| elsewhere_card(&state, &serving, model));
     let data = bases.chain(adapters).chain(elsewhere).collect();
     Json(ModelList { object: "list".into(), data })
 }
@@ -46,9 +46,9 @@ pub(crate) async fn get(
 ) -> Result<Json<ModelCard>, ApiError> {
     let Path(id) = id.map_err(|_| ApiError::invalid("id", "the model's name in the path is not UTF-8"))?;
     if serving.kind_of(&state, &id).is_none()
-        && let Some((name, what)) = serving.elsewhere(&state).into_iter().find(|(name, _)| *name == id)
+        && let Some(model) = serving.elsewhere(&state).into_iter().find(|model| model.name == id)
     {
-        return Ok(Json(elsewhere_card(&state, &serving, name, what)));
+        return Ok(Json(elsewhere_card(&state, &serving, model)));
     }
     let named = serving.resolve(&state, Some(id))?;
     let spec = match named.kind {
@@ -69,18 +69,19 @@ fn card(state: &AppState, serving: &Serving, name: &str) -> ModelCard {
         owned_by: "bindery".into(),
         root: Some(state.config.primary_model_name().to_owned()),
         parent: None,
-        max_model_len: serving.model.max_model_len,
+        max_model_len: Some(serving.model.max_model_len),
         digest: state.config.digest.clone(),
         license: state.config.license.clone(),
     }
 }
 
 /// A model that does not run here, or not always: `owned_by` says `upstream` or `virtual`.
-fn elsewhere_card(state: &AppState, serving: &Serving, name: String, what: &str) -> ModelCard {
+fn elsewhere_card(state: &AppState, serving: &Serving, model: ListedModel) -> ModelCard {
     ModelCard {
-        id: name,
-        owned_by: what.to_owned(),
+        id: model.name,
+        owned_by: model.owner.to_owned(),
         root: None,
+        max_model_len: model.max_context_tokens.and_then(|tokens| usize::try_from(tokens).ok()),
         digest: None,
         license: None,
         ..card(state, serving, "")

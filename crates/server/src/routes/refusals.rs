@@ -12,6 +12,9 @@ pub(crate) enum GateRefusals {
     /// No key, or a wrong one.
     #[response(status = 401)]
     Key(ErrorResponse),
+    /// A key of a tenant that the config does not name.
+    #[response(status = 403)]
+    Tenant(ErrorResponse),
     /// The model is loading, the server stops, or too many requests wait.
     #[response(status = 503)]
     Unavailable(ErrorResponse),

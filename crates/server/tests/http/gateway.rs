@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use bindery_engine::testing::gate;
+use bindery_engine::testing::{FakeModelOptions, gate};
 use bindery_gateway::{
     clock::UnixMillis,
     config::GatewayConfig,
@@ -37,8 +37,16 @@ impl House {
         Self::build_on(Setup::new(), rest).await
     }
 
-    async fn build_on(mut setup: Setup, rest: &str) -> Self {
-        let upstream = Server::start();
+    async fn build_on(setup: Setup, rest: &str) -> Self {
+        Self::of(setup, &format!("{TENANTS}{rest}"), Server::start()).await
+    }
+
+    /// Tenants and all else, and who plays the upstream.
+    async fn with(rest: &str, upstream: Server) -> Self {
+        Self::of(Setup::new(), rest, upstream).await
+    }
+
+    async fn of(mut setup: Setup, rest: &str, upstream: Server) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let url = format!("sqlite://{}", folder.path().join("b.db").display());
         // A port on which nobody listens any more.
@@ -48,7 +56,7 @@ impl House {
              [[upstreams]]\nname = \"up\"\nkind = \"openai-compatible\"\nbase_url = \"http://{}/v1\"\nmodels = [\"{MODEL}\"]\n\
              prices = {{ \"{MODEL}\" = {{ input = 1.0, output = 2.0 }} }}\n\
              [[upstreams]]\nname = \"dead\"\nkind = \"openai-compatible\"\nbase_url = \"http://{dead}/v1\"\nmodels = [\"m\"]\n\
-             {TENANTS}{rest}",
+             {rest}",
             upstream.address
         );
         let config = GatewayConfig::parse(&text).unwrap_or_else(|problems| panic!("{problems:?}"));
@@ -68,25 +76,33 @@ impl House {
 
     /// A new key of a tenant, once the server knows it.
     async fn key(&self, tenant: &str) -> String {
-        self.granted_key(tenant, KeyGrant::default()).await
+        self.key_that_gets(tenant, KeyGrant::default(), 200).await
     }
 
     async fn granted_key(&self, tenant: &str, grant: KeyGrant) -> String {
+        self.key_that_gets(tenant, grant, 200).await
+    }
+
+    /// Likewise, where what it opens may be nothing.
+    async fn key_that_gets(&self, tenant: &str, grant: KeyGrant, status: u16) -> String {
         let new = NewKey { tenant: TenantId::new(tenant).unwrap(), name: "test".to_owned(), expires_at: None, grant };
         let key = table::create(&self.store, new, UnixMillis::now()).await.unwrap();
         let text = key.expose().to_owned();
-        self.wait_for_status(&text, 200).await;
+        self.wait_for_status(&text, status).await;
         text
     }
 
     async fn wait_for_status(&self, key: &str, status: u16) {
-        loop {
-            let response = self.server.request(Method::GET, "/v1/models").bearer_auth(key).send().await.unwrap();
-            if response.status() == status {
-                return;
+        let asking = async {
+            loop {
+                let response = self.server.request(Method::GET, "/v1/models").bearer_auth(key).send().await.unwrap();
+                if response.status() == status {
+                    return;
+                }
+                tokio::task::yield_now().await;
             }
-            tokio::task::yield_now().await;
-        }
+        };
+        tokio::time::timeout(PATIENCE, asking).await.unwrap_or_else(|_| panic!("a key never got {status}"));
     }
 
     fn chat(&self, key: &str, body: &Value) -> RequestBuilder {
@@ -321,4 +337,191 @@ async fn a_local_request_that_is_left_before_its_answer_has_its_row() {
     let row = tokio::time::timeout(PATIENCE, row).await;
     assert_eq!(row.expect("a row for a client that left"), (1, 1));
     drop(keeper);
+}
+/// What the routes' own parsers pass over in fields that nobody reads, and no JSON value can hold.
+#[tokio::test]
+async fn no_body_goes_round_the_gateway() {
+    let house = House::build("").await;
+    let key = house.key("acme").await;
+    let deep = format!("{}{}", "[".repeat(200), "]".repeat(200));
+    for odd in ["1e999", "\"\\ud800\"", &deep] {
+        for (path, prompt) in [
+            ("chat/completions", "\"messages\":[{\"role\":\"user\",\"content\":\"x\"}]"),
+            ("completions", "\"prompt\":\"x\""),
+        ] {
+            let body = format!("{{\"model\":\"{MODEL}\",{prompt},\"max_tokens\":1,\"zz\":{odd}}}");
+            let request = house.server.request(Method::POST, &format!("/v1/{path}")).bearer_auth(&key);
+            let response = request.header("content-type", "application/json").body(body).send().await.unwrap();
+            assert_eq!(check_error(response, 400, None, odd).await, None, "{path} {odd}");
+        }
+    }
+    for (body, message) in [("[1]", "expected an object"), ("", "the body is empty"), ("{", "not valid JSON")] {
+        let request = house.server.request(Method::POST, "/v1/chat/completions").bearer_auth(&key);
+        let response = request.header("content-type", "application/json").body(body).send().await.unwrap();
+        let error: Value = response.json().await.unwrap();
+        assert!(error["error"]["message"].as_str().unwrap().contains(message), "{error}");
+    }
+    assert!(house.rows().await.is_empty());
+}
+
+#[tokio::test]
+async fn a_key_of_a_tenant_that_is_not_configured_opens_nothing() {
+    let house = House::build("").await;
+    let key = house.key_that_gets("ghost", KeyGrant::default(), 403).await;
+    for model in [MODEL, "up/fake-model"] {
+        let response = house.chat(&key, &body(model)).send().await.unwrap();
+        assert_eq!(check_error(response, 403, None, model).await.as_deref(), Some("unknown_tenant"));
+    }
+    let listed = house.server.request(Method::GET, "/v1/models").bearer_auth(&key).send().await.unwrap();
+    assert_eq!(check_error(listed, 403, None, "models").await.as_deref(), Some("unknown_tenant"));
+    assert_eq!(house.num_upstream_requests().await, 0.0);
+    assert!(house.rows().await.is_empty());
+}
+
+/// A form or plain text crosses origins without a question, and a server on loopback may ask for no key.
+#[tokio::test]
+async fn what_a_web_page_can_send_reaches_no_upstream() {
+    let house = House::with("", Server::start()).await;
+    let send = async |name: &str, value: &str| {
+        let request = house.server.request(Method::POST, "/v1/chat/completions").header(name, value);
+        let request = if name == "content-type" { request } else { request.header("content-type", "application/json") };
+        request.body(body("up/fake-model").to_string()).send().await.unwrap()
+    };
+    for kind in ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"] {
+        check_error(send("content-type", kind).await, 400, Some("content-type"), kind).await;
+    }
+    check_error(send("content-encoding", "gzip").await, 415, Some("content-encoding"), "gzip").await;
+    check_error(send("x-request-timeout", "soon").await, 400, Some("x-request-timeout"), "soon").await;
+    assert_eq!(house.num_upstream_requests().await, 0.0);
+    assert_eq!(send("content-type", "application/json; charset=utf-8").await.status(), 200, "JSON is answered");
+}
+
+#[tokio::test]
+async fn a_requests_own_deadline_ends_its_call_upstream() {
+    let (gate, keeper) = gate();
+    let mut slow = Setup::new();
+    slow.model = FakeModelOptions { gate: Some(gate), ..slow.model };
+    let house = House::with(TENANTS, slow.start()).await;
+    let key = house.key("acme").await;
+    // No step passes.
+    let mut request = body("up/fake-model");
+    let response = house.chat(&key, &request).header("x-request-timeout", "100ms").send().await.unwrap();
+    assert_eq!(response.headers()["x-bindery-route"], "upstream:up");
+    assert_eq!(check_error(response, 408, None, "no step").await.as_deref(), Some("request_timeout"));
+    // A stream begins before its first token. Long enough for that, on any machine: else it would be a 408 as well.
+    request["stream"] = json!(true);
+    let response = house.chat(&key, &request).header("x-request-timeout", "3s").send().await.unwrap();
+    assert_eq!(response.status(), 200);
+    let (chunks, done) = events(&response.text().await.unwrap());
+    assert!(!done && chunks.last().unwrap()["error"]["code"] == "request_timeout", "{chunks:?}");
+    drop(keeper);
+}
+
+#[tokio::test]
+async fn the_tightest_privacy_header_counts_and_an_unreadable_one_is_refused() {
+    let house = House::build("").await;
+    let key = house.key("acme").await;
+    let ask = |classes: &[&[u8]]| {
+        let mut request = house.chat(&key, &body("up/fake-model"));
+        for class in classes {
+            request = request.header("x-bindery-privacy", reqwest::header::HeaderValue::from_bytes(class).unwrap());
+        }
+        request.send()
+    };
+    for classes in [&[&b"any"[..], b"local-only"][..], &[b"local-only", b"any"], &[b"any, local-only"]] {
+        check_error(ask(classes).await.unwrap(), 403, Some("model"), "one of them is local-only").await;
+    }
+    for classes in [&[&b"local-\xe9nly"[..]][..], &[b"any", b"\xff"], &[b"any,"], &[b"any", b"secret"]] {
+        check_error(ask(classes).await.unwrap(), 400, Some("x-bindery-privacy"), "no class").await;
+    }
+    assert_eq!(house.num_upstream_requests().await, 0.0);
+    assert_eq!(ask(&[b"any", b"local-first"]).await.unwrap().status(), 200);
+}
+
+/// Only what a request's own overflow sends up draws on the overflow's budget.
+#[tokio::test]
+async fn a_chain_that_begins_upstream_is_no_overflow() {
+    let rest = "[[tenants]]\nname = \"over\"\nprivacy = \"any\"\n\
+                overflow = { when_ttft_over = \"1h\", to = \"up/fake-model\", usd_per_day = 0.0 }\n\
+                [[routes]]\nmodel = \"auto\"\nrules = [{ to = [\"up/fake-model\", \"local\"] }]\n";
+    let house = House::build(rest).await;
+    let key = house.key("over").await;
+    let response = house.chat(&key, &body("auto")).send().await.unwrap();
+    assert_eq!(
+        (response.status().as_u16(), &response.headers()["x-bindery-route"]),
+        (200, &"upstream:up".parse().unwrap())
+    );
+}
+
+#[tokio::test]
+async fn a_route_is_told_only_where_something_ran() {
+    let house = House::build("").await;
+    let key = house.key("acme").await;
+    let route = |response: &reqwest::Response| {
+        response.headers().get("x-bindery-route").map(|route| route.to_str().unwrap().to_owned())
+    };
+    let failed = house.chat(&key, &body("dead/m")).send().await.unwrap();
+    assert_eq!(route(&failed).as_deref(), Some("upstream:dead"), "{}", failed.status());
+    assert_eq!(route(&house.chat(&key, &body("nothing")).send().await.unwrap()), None);
+    assert_eq!(route(&house.chat(&key, &json!({"model": MODEL})).send().await.unwrap()), None);
+    assert_eq!(route(&house.chat("wrong", &body(MODEL)).send().await.unwrap()), None);
+    let local_only = house.chat(&key, &body("up/fake-model")).header("x-bindery-privacy", "local-only");
+    assert_eq!(route(&local_only.send().await.unwrap()), None);
+    assert_eq!(route(&house.chat(&key, &body(MODEL)).send().await.unwrap()).as_deref(), Some("local"));
+}
+
+#[tokio::test]
+async fn each_listed_model_can_be_got_by_its_name() {
+    let rest = "[[upstreams]]\nname = \"oa\"\nkind = \"openai-compatible\"\nbase_url = \"http://127.0.0.1:9/v1\"\nmodels = [\"gpt-4o\"]\n\
+                [[routes]]\nmodel = \"auto\"\nrules = [{ to = \"local\" }]\n";
+    let house = House::build(rest).await;
+    let (acme, vault) = (house.key("acme").await, house.key("vault").await);
+    let get =
+        async |key: &str, path: String| house.server.request(Method::GET, &path).bearer_auth(key).send().await.unwrap();
+    let list: Value = get(&acme, "/v1/models".to_owned()).await.json().await.unwrap();
+    let context = |name: &str| {
+        let models = list["data"].as_array().unwrap();
+        models.iter().find(|model| model["id"] == name).unwrap()["max_model_len"].as_u64()
+    };
+    for listed in list["data"].as_array().unwrap() {
+        let got = get(&acme, format!("/v1/models/{}", listed["id"].as_str().unwrap())).await;
+        assert_eq!(got.status(), 200, "{listed}");
+        assert_eq!(got.json::<Value>().await.unwrap(), *listed);
+    }
+    assert_eq!(context(MODEL), Some(house.server.model.max_model_len as u64));
+    assert_eq!(context("oa/gpt-4o"), Some(128_000), "by the table");
+    assert_eq!((context("up/fake-model"), context("auto")), (None, None), "nobody knows");
+    check_error(get(&vault, "/v1/models/up/fake-model".to_owned()).await, 404, Some("model"), "not for it").await;
+    assert_eq!(get(&vault, "/v1/models/auto".to_owned()).await.status(), 200);
+}
+
+#[tokio::test]
+async fn the_ledger_calls_local_models_by_their_own_names() {
+    let house = House::build("[[routes]]\nmodel = \"auto\"\nrules = [{ to = \"local\" }]\n").await;
+    let key = house.key("acme").await;
+    for model in ["auto", "org/alias", MODEL] {
+        assert_eq!(house.chat(&key, &body(model)).send().await.unwrap().status(), 200, "{model}");
+    }
+    let rows = house.rows().await;
+    let [row] = &rows[..] else { panic!("{rows:?}") };
+    assert_eq!((row.model.as_deref(), row.requests), (Some(MODEL), 3));
+}
+
+#[tokio::test]
+async fn an_issuer_that_fails_is_not_described_to_strangers() {
+    let dead = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let issuer = format!(
+        "[[identity]]\nissuer = \"https://id.example\"\naudience = \"b\"\njwks_url = \"http://{dead}/set.json\"\ntenant = \"acme\"\n"
+    );
+    let house = House::build(&issuer).await;
+    // {"alg":"RS256","kid":"a"}.{"iss":"https://id.example"}, signed by nobody.
+    let token = "eyJhbGciOiJSUzI1NiIsImtpZCI6ImEifQ.eyJpc3MiOiJodHRwczovL2lkLmV4YW1wbGUifQ.c2lnbmF0dXJl";
+    let response = house.chat(token, &body(MODEL)).send().await.unwrap();
+    assert_eq!(response.status(), 503);
+    assert!(response.headers().contains_key("retry-after"));
+    let text = response.text().await.unwrap();
+    assert!(text.contains("keys_unavailable"), "{text}");
+    for private in ["127.0.0.1", "set.json", "id.example", "connect", "error sending"] {
+        assert!(!text.contains(private), "{private}: {text}");
+    }
 }

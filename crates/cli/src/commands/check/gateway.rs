@@ -8,21 +8,23 @@ use std::path::Path;
 
 use bindery_gateway::{
     audit::config::{AuditConfig, FailureMeans, KeepContents},
+    clock::UnixMillis,
     config::{CredentialSource, GatewayConfig, StoreConfig, TenantConfig, UpstreamConfig},
     guardrails::{Action, Side, config::GuardrailConfig},
-    keys::{IssuerOptions, TenantFrom},
+    keys::{IssuerOptions, KeyInfo, TenantFrom, table::list},
     ledger::{Budget, Period},
     limits::RateLimits,
     policy::{
         Choice, Condition, PrivacyClass, Rule, VirtualModel,
         route::{Otherwise, WEEKDAYS},
+        target::fits,
     },
     providers::{ModelEntry, Provider},
-    store::Durability,
+    store::{Durability, StoreKind},
 };
 use chrono::Utc;
 
-use crate::terminal::thousands;
+use crate::{gateway::ConfigFile, terminal::thousands};
 
 /// The variable of the audit log's key, unless another is named.
 const AUDIT_KEY_ENV: &str = "BINDERY_AUDIT_KEY";
@@ -32,7 +34,16 @@ pub(super) fn meaning(config: &GatewayConfig) -> Vec<String> {
     let mut lines = Vec::new();
     lines.extend(config.store.as_ref().map(store));
     lines.extend(local(config));
-    lines.extend(config.upstreams.iter().map(upstream));
+    for upstream in &config.upstreams {
+        lines.push(self::upstream(upstream));
+        if upstream.is_in_the_clear() {
+            lines.push(format!(
+                "Warning: the upstream {} is asked over http://, so its key, prompts and answers can be read on the way: use \
+                 https://, unless you trust all of that network.",
+                upstream.name
+            ));
+        }
+    }
     for tenant in &config.tenants {
         lines.push(self::tenant(tenant, config));
         if tenant.api_key_env.is_none() && config.store.is_none() && config.issuers.is_empty() {
@@ -49,6 +60,49 @@ pub(super) fn meaning(config: &GatewayConfig) -> Vec<String> {
     lines.extend(config.audit.as_ref().map(audit));
     lines.extend(config.issuers.iter().map(issuer));
     lines
+}
+
+/// Patterns of tenants' lists that fit nothing known: neither `local` names nor what the file offers. An adapter of that name
+/// may still come, so it is no mistake.
+pub(super) fn lost_patterns(config: &GatewayConfig, local: &[String]) -> Vec<String> {
+    let upstream: Vec<String> = config.router.upstream_models.iter().map(ToString::to_string).collect();
+    let rules = config.router.virtual_models.keys().map(AsRef::as_ref);
+    let known: Vec<&str> = local.iter().chain(&upstream).map(String::as_str).chain(rules).collect();
+    let mut lines = Vec::new();
+    for TenantConfig { id, routing, .. } in &config.tenants {
+        for pattern in routing.models.iter().filter(|pattern| !known.iter().any(|name| fits(pattern, name))) {
+            lines.push(format!(
+                "Warning: {pattern:?} among the models of the tenant {id} fits no model, adapter or rule that is known now."
+            ));
+        }
+    }
+    lines
+}
+
+/// Keys that open nothing, as nobody is configured whose they are. A store that is not there yet is not made, and no other
+/// machine is asked.
+pub(super) async fn strangers(file: &ConfigFile) -> anyhow::Result<Vec<String>> {
+    let Some(store) = &file.gateway.store else { return Ok(Vec::new()) };
+    if !store.url.is_file_here() {
+        let is_elsewhere = matches!(store.url.kind(), StoreKind::Postgres);
+        let not_checked =
+            "Not checked, as that takes the database: whether its keys are of tenants that are configured.";
+        return Ok(is_elsewhere.then(|| not_checked.to_owned()).into_iter().collect());
+    }
+    let open = file.open_store().await?;
+    let listed = list(&open.store).await;
+    open.close().await?;
+    let now = UnixMillis::now().0;
+    let is_live = |key: &KeyInfo| key.revoked_at.is_none() && key.expires_at.is_none_or(|end| end > now);
+    let keys = listed?.into_iter().filter(|key| is_live(key) && file.tenant(&key.tenant).is_err());
+    Ok(keys
+        .map(|KeyInfo { id, tenant, .. }| {
+            format!(
+                "Warning: the key {id} is of the tenant {tenant:?}, which the file does not name, and opens nothing: add the \
+                 tenant, or end the key with `bindery keys revoke {id}`."
+            )
+        })
+        .collect())
 }
 
 fn store(store: &StoreConfig) -> String {

@@ -20,6 +20,7 @@ use crate::{
     },
     config::{self, keys::KEYS},
     failure::Failure,
+    gateway::ConfigFile,
     local,
     settings::{Settings, merge, model_from_environment},
     terminal::{self, Style, thousands},
@@ -57,15 +58,32 @@ pub(crate) async fn run(args: CheckArgs) -> anyhow::Result<()> {
         table.add_row([format!("{}.{}", key.section, key.name), value, origin]);
     }
     let mut text = format!("{}\n\n", show(&mut table));
-    let gateway = file.tables.gateway.as_deref().map(gateway::meaning).unwrap_or_default();
+    let mut gateway_lines = file.tables.gateway.as_deref().map(gateway::meaning).unwrap_or_default();
+    if let Some(config) = &file.tables.gateway {
+        gateway_lines.extend(gateway::lost_patterns(config, &local_names(&settings)?));
+    }
+    let strangers = match file.tables.gateway.clone() {
+        Some(gateway) => {
+            gateway::strangers(&ConfigFile { path: path.clone(), gateway, settings: file.clone() }).await?
+        }
+        None => Vec::new(),
+    };
     let lines = listening(&settings, &address).into_iter().chain(model.meaning(&settings));
-    for line in lines.chain(adapters(&settings)?).chain(gateway) {
+    for line in lines.chain(adapters(&settings)?).chain(gateway_lines).chain(strangers) {
         let _ = writeln!(text, "{line}");
     }
     let so_far = if model.report.is_some() { "" } else { ", as far as could be seen without the model's files" };
     let _ = writeln!(text, "{}", style.good(&format!("{} is valid{so_far}", path.display())));
     terminal::print(&text)?;
     Ok(())
+}
+
+/// The base's names and those of the adapters that are known before the start.
+fn local_names(settings: &Settings) -> anyhow::Result<Vec<String>> {
+    let mut names = served_names(settings)?;
+    names.extend(settings.adapters.adapters.iter().map(|adapter| adapter.name.clone()));
+    names.extend(settings.adapters.in_folder()?.into_iter().map(|(name, _)| name));
+    Ok(names)
 }
 
 /// What the environment alone says.

@@ -5,7 +5,7 @@
 use serde_json::{Map, Value, json};
 
 use crate::providers::{
-    fields::{Fields, shorten, words, wrong_type},
+    fields::{Fields, Word, shorten, words, wrong_type},
     refusal::Refusal,
 };
 
@@ -26,6 +26,13 @@ words! {
         XHigh = "xhigh",
         /// As long as it can.
         Max = "max",
+    }
+}
+
+impl Effort {
+    /// All words there are.
+    pub fn words() -> impl Iterator<Item = &'static str> {
+        <Self as Word>::ALL.iter().map(|effort| effort.as_str())
     }
 }
 
