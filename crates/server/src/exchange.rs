@@ -24,6 +24,7 @@ use bindery_gateway::{
     clock::UnixMillis,
     gateway::{
         AnswerFilters, Asked, Exchange, Gateway, GatewayError, LocalModel, LocalUse, Sent, UpstreamStream, WireRoute,
+        facts,
     },
     ledger::RequestStatus,
     policy::{LocalState, Target, route::LocalName},
@@ -38,6 +39,7 @@ use crate::{
     context::RequestContext,
     error::ApiError,
     router::{Serving, X_BINDERY_ROUTE},
+    slot::ModelSlot,
     sse,
     state::{AppState, Job, SharedState},
 };
@@ -94,8 +96,10 @@ async fn answer(
         // What is no JSON object the route itself refuses, in its own words.
         return Ok(next.run(Request::from_parts(parts, Body::from(bytes))).await);
     };
+    let cannot = facts::beyond_text(&object);
     let mut exchange = begin(state, gateway, &parts, (&serving, &context), object).await?;
-    let local = local_state(state, &serving);
+    exchange.ask_about_prompt().await.map_err(|error| refused(&context, error))?;
+    let local = LocalState { cannot, ..local_state(state, &serving) };
     let local_name = |name: &str| match serving.kind_of(state, name) {
         Some(NamedKind::Base) => LocalName::Base,
         Some(NamedKind::Adapter) => LocalName::Adapter,
@@ -143,12 +147,7 @@ async fn answer(
             Target::Upstream { upstream, model } => {
                 let _ = context.counts.model.set(target.to_string());
                 match exchange.send(upstream, model, overflows && at == 0, UnixMillis::now()).await {
-                    Ok((Sent::Whole(mut answer), warning)) => {
-                        if let Some(mut filters) = exchange.filters() {
-                            filters.whole(&mut answer);
-                        }
-                        with_warning(axum::Json(answer).into_response(), warning)
-                    }
+                    Ok((Sent::Whole(answer), warning)) => with_warning(axum::Json(answer).into_response(), warning),
                     Ok((Sent::Stream(stream), warning)) => {
                         with_warning(upstream_stream(*stream, exchange, context.clone(), state), warning)
                     }
@@ -291,7 +290,14 @@ async fn local_answer(
         .is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream"));
     let (parts, body) = response.into_parts();
     if is_stream {
-        return Response::from_parts(parts, Body::from_stream(local_stream(body, filters, account)));
+        let is_filtered = filters.is_some();
+        let events = local_stream(body, filters, account);
+        let body = if is_filtered {
+            Body::from_stream(sse::kept_alive(sse::KEEP_ALIVE_INTERVAL, events))
+        } else {
+            Body::from_stream(events)
+        };
+        return Response::from_parts(parts, body);
     }
     whole_local_answer(parts, body, filters, account).await
 }
@@ -305,17 +311,22 @@ async fn whole_local_answer(
     let Ok(bytes) = axum::body::to_bytes(body, MAX_LOCAL_ANSWER_BYTES).await else {
         return ApiError::internal(&account.context.id, &"a whole answer could not be read").into_response();
     };
-    let filtered = filters.and_then(|mut filters| {
-        let mut answer = serde_json::from_slice(&bytes).ok()?;
-        filters.whole(&mut answer);
-        serde_json::to_vec(&answer).ok().map(Bytes::from)
-    });
+    let filtered = match filters {
+        Some(filters) => filtered(filters, &mut account.exchange, &bytes).await,
+        None => None,
+    };
     if let Err(error) = account.settle(RequestStatus::Completed).await {
         return error.into_response();
     }
     let bytes = filtered.unwrap_or(bytes);
     parts.headers.insert(header::CONTENT_LENGTH, HeaderValue::from(bytes.len()));
     Response::from_parts(parts, Body::from(bytes))
+}
+
+async fn filtered(mut filters: AnswerFilters, exchange: &mut Exchange, bytes: &[u8]) -> Option<Bytes> {
+    let mut answer = serde_json::from_slice(bytes).ok()?;
+    filters.whole(exchange, &mut answer).await;
+    serde_json::to_vec(&answer).ok().map(Bytes::from)
 }
 
 /// What a local request used, for when it ends; one that is dropped before is accounted for all the same.
@@ -335,7 +346,7 @@ impl Account {
             machine_time: Duration::ZERO,
         };
         self.state.prompts.count(used.num_prompt_tokens);
-        let used = LocalUse { machine_time: machine_time(&self.state, &used), ..used };
+        let used = LocalUse { machine_time: machine_time(&self.state.slot, &used), ..used };
         let model = std::mem::take(&mut self.model);
         let settled = self.exchange.settle_local(used, status, model, UnixMillis::now()).await;
         settled.map_err(|error| refused(&self.context, error))
@@ -343,8 +354,8 @@ impl Account {
 }
 
 /// A request's share of the time that this machine has computed for all.
-fn machine_time(state: &AppState, used: &LocalUse) -> Duration {
-    let Some(model) = state.slot.model() else { return Duration::ZERO };
+pub(crate) fn machine_time(slot: &ModelSlot, used: &LocalUse) -> Duration {
+    let Some(model) = slot.model() else { return Duration::ZERO };
     let num_tokens = (used.num_prompt_tokens + used.num_completion_tokens) as f64;
     let seconds_per_token = model.engine.stats().seconds_per_token().unwrap_or_default();
     Duration::try_from_secs_f64(seconds_per_token * num_tokens).unwrap_or_default()
@@ -384,6 +395,7 @@ impl LocalStream {
                 None => {
                     self.body = None;
                     if let Some(mut account) = self.account.take() {
+                        account.exchange.note(self.filters.as_ref().map(AnswerFilters::verdicts).unwrap_or_default());
                         let _it_failed_anyway = account.settle(RequestStatus::Failed).await;
                     }
                     return (!self.text.is_empty()).then(|| Ok(Bytes::from(std::mem::take(&mut self.text))));
@@ -406,6 +418,11 @@ impl LocalStream {
     async fn event(&mut self, event: Vec<u8>, out: &mut Vec<u8>) {
         let data = event.strip_prefix(b"data: ").map(<[u8]>::trim_ascii_end);
         if data == Some(b"[DONE]") {
+            if let (Some(filters), Some(account)) = (&mut self.filters, &mut self.account) {
+                for chunk in filters.end(&mut account.exchange).await {
+                    out.extend_from_slice(format!("data: {chunk}\n\n").as_bytes());
+                }
+            }
             let settled = match self.account.take() {
                 Some(mut account) => account.settle(RequestStatus::Completed).await,
                 None => Ok(()),
@@ -420,7 +437,7 @@ impl LocalStream {
         let chunk = data.filter(|_| self.filters.is_some()).and_then(|data| serde_json::from_slice::<Value>(data).ok());
         match (chunk, &mut self.filters) {
             (Some(chunk), Some(filters)) => {
-                if let Some(chunk) = filters.chunk(chunk) {
+                for chunk in filters.chunk(chunk) {
                     out.extend_from_slice(format!("data: {chunk}\n\n").as_bytes());
                 }
             }
@@ -433,6 +450,7 @@ impl Drop for LocalStream {
     fn drop(&mut self) {
         // The client is gone: what was computed is accounted for without it.
         if let (Some(mut account), Ok(runtime)) = (self.account.take(), tokio::runtime::Handle::try_current()) {
+            account.exchange.note(self.filters.as_ref().map(AnswerFilters::verdicts).unwrap_or_default());
             runtime.spawn(async move {
                 let _nobody_is_there_to_be_told = account.settle(RequestStatus::Cancelled).await;
             });
@@ -447,39 +465,28 @@ fn upstream_stream(
     context: RequestContext,
     state: &SharedState,
 ) -> Response {
-    let filters = exchange.filters();
     let cut = state.lifecycle.cut_token().clone();
-    let progress = Some((stream, exchange, filters, context));
+    let progress = Some((stream, exchange, context));
     let texts = stream::unfold(progress, move |progress| {
         let cut = cut.clone();
         async move {
-            let (mut stream, mut exchange, mut filters, context) = progress?;
-            loop {
-                let next = tokio::select! {
-                    biased;
-                    next = stream.next(&mut exchange) => next,
-                    () = cut.cancelled() => {
-                        let error = ApiError::CutByShutdown;
-                        let _ = context.counts.stream_error.set(error.status().as_u16());
-                        return Some((error.to_json(), None));
-                    }
-                };
-                match next {
-                    Some(Ok(chunk)) => {
-                        let passed = match &mut filters {
-                            Some(filters) => filters.chunk(chunk),
-                            None => Some(chunk),
-                        };
-                        if let Some(chunk) = passed {
-                            return Some((chunk.to_string(), Some((stream, exchange, filters, context))));
-                        }
-                    }
-                    Some(Err(error)) => {
-                        let _ = context.counts.stream_error.set(error.status());
-                        return Some((error.to_json().to_string(), None));
-                    }
-                    None => return Some(("[DONE]".to_owned(), None)),
+            let (mut stream, mut exchange, context) = progress?;
+            let next = tokio::select! {
+                biased;
+                next = stream.next(&mut exchange) => next,
+                () = cut.cancelled() => {
+                    let error = ApiError::CutByShutdown;
+                    let _ = context.counts.stream_error.set(error.status().as_u16());
+                    return Some((error.to_json(), None));
                 }
+            };
+            match next {
+                Some(Ok(chunk)) => Some((chunk.to_string(), Some((stream, exchange, context)))),
+                Some(Err(error)) => {
+                    let _ = context.counts.stream_error.set(error.status());
+                    Some((error.to_json().to_string(), None))
+                }
+                None => Some(("[DONE]".to_owned(), None)),
             }
         }
     });

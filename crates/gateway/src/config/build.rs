@@ -18,7 +18,7 @@ use super::{
     tables::{Ceilings, File, Identity, Link, Overflow, Rule, Tenant, To, Upstream, When, Words, line_of},
 };
 use crate::{
-    guardrails::{Policy, config::Kind},
+    guardrails::{Policy, language, no_secrets},
     keys::{IssuerOptions, SigningAlgorithm, TenantFrom},
     ledger::{Budget, BudgetScope, Period},
     money::Money,
@@ -318,12 +318,14 @@ impl Builder<'_> {
                 let message = format!("the guardrail {:?} is there already", config.name);
                 self.problem(&table.span(), message, "give each a name of its own");
             }
-            if matches!(config.kind, Kind::Webhook | Kind::Model) {
-                let message =
-                    format!("the guardrail {:?} asks somebody else, which is not in this version yet", config.name);
-                self.problem(&table.span(), message, "use another kind, or leave it out");
+            let names = config.allow.iter().chain(&config.deny);
+            let num_unknown = names.filter(|name| self.language(name.get_ref(), &name.span()).is_none()).count();
+            if let Some(model) = config.model.as_ref().filter(|model| !model.get_ref().is_empty()) {
+                self.target(model.get_ref(), &model.span());
             }
-            if let Err(error) = Policy::compile(std::slice::from_ref(config)) {
+            if num_unknown == 0
+                && let Err(error) = Policy::compile(std::slice::from_ref(config), &no_secrets)
+            {
                 self.problem(&table.span(), error.to_string(), "correct the guardrail");
             }
         }
@@ -335,6 +337,18 @@ impl Builder<'_> {
                     let hint = format!("add a [[guardrails]] with name = {:?}, or correct the name", name.get_ref());
                     self.problem(&name.span(), message, hint);
                 }
+            }
+        }
+    }
+
+    /// As ISO 639-3 calls it.
+    fn language(&mut self, name: &str, span: &Range<usize>) -> Option<String> {
+        match language::parse(name) {
+            Ok(lang) => Some(lang.code().to_owned()),
+            Err(why) => {
+                let (message, hint) = why.split_once("; ").unwrap_or((&why, "use a code of ISO 639"));
+                self.problem(span, message, hint);
+                None
             }
         }
     }
@@ -557,6 +571,12 @@ impl Builder<'_> {
             let classes = names.get_ref().list().into_iter().map(|word| self.privacy(&spanned(word)));
             privacy = Some(classes.collect::<Option<Vec<_>>>()?);
         }
+        let mut languages = None;
+        if let Some(names) = &when.language {
+            let list = names.get_ref().list();
+            let codes: Option<Vec<String>> = list.iter().map(|name| self.language(name, &names.span())).collect();
+            languages = Some(codes?);
+        }
         let ttft_over = match &when.ttft_over {
             Some(text) => Some(self.duration(text)?),
             None => None,
@@ -583,7 +603,7 @@ impl Builder<'_> {
             over_local_context: when.over_local_context,
             prompt_tokens_over: when.prompt_tokens_over,
             personal_data: when.pii,
-            languages: words(&when.language),
+            languages,
             ttft_over,
             budget_left_under,
             time,

@@ -143,7 +143,7 @@ pub(super) struct When {
     pub(super) over_local_context: Option<bool>,
     pub(super) prompt_tokens_over: Option<usize>,
     pub(super) pii: Option<bool>,
-    pub(super) language: Option<Words>,
+    pub(super) language: Option<Spanned<Words>>,
     pub(super) ttft_over: Option<Spanned<String>>,
     pub(super) budget_left_under: Option<Spanned<f64>>,
     pub(super) time: Option<Spanned<String>>,

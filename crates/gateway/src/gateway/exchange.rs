@@ -3,13 +3,15 @@
 //! Knows bodies as JSON and places by name; it must not know sockets or engines. Invariant: whatever becomes of an exchange,
 //! its place under the limits is given back, and money set aside for a call that was sent is settled or charged in full.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
 use serde_json::{Map, Value};
 
-use super::{AnswerFilters, Gateway, GatewayError, LiveUpstream, MAX_CALL, Tenant, class_of, facts, moment};
+use super::{
+    AnswerFilters, BlockedBecause, Gateway, GatewayError, LiveUpstream, MAX_CALL, Tenant, class_of, facts, moment,
+};
 use crate::{
     audit::{
         self,
@@ -34,9 +36,6 @@ use crate::{
 
 /// Output tokens that are assumed for limits where neither request, tenant nor model says how many there can be.
 const ASSUMED_OUTPUT_TOKENS: u64 = 4096;
-
-/// So much of a text tells its language.
-const MAX_LANGUAGE_CHARS: usize = 1000;
 
 /// Which of OpenAI's routes a request came by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,21 +71,21 @@ pub struct Asked<'a> {
 
 /// One request on its way.
 pub struct Exchange {
-    gateway: Gateway,
-    tenant: Arc<Tenant>,
-    credential: Credential,
+    pub(super) gateway: Gateway,
+    pub(super) tenant: Arc<Tenant>,
+    pub(super) credential: Credential,
     wire: WireRoute,
-    body: Value,
+    pub(super) body: Value,
     model: String,
     task: Option<String>,
-    privacy: PrivacyClass,
-    must_stay: bool,
+    pub(super) privacy: PrivacyClass,
+    pub(super) must_stay: bool,
     draw: f64,
     size: PromptSize,
     permit: Permit,
     vault: Arc<Vault>,
-    verdicts: Vec<Verdict>,
-    request_id: String,
+    pub(super) verdicts: Vec<Verdict>,
+    pub(super) request_id: String,
     /// Of the route.
     why: String,
     started: UnixMillis,
@@ -128,17 +127,28 @@ pub enum Sent {
 pub struct UpstreamStream {
     stream: AnswerStream,
     open: OpenCall,
-    is_logged: bool,
+    filters: Option<AnswerFilters>,
+    /// What has passed the filters.
+    ready: VecDeque<Value>,
+    stage: StreamStage,
+}
+
+/// How far a stream has come.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum StreamStage {
+    Open,
+    /// Settled and logged.
+    Over,
 }
 
 /// A call that was sent and is to be settled.
-struct OpenCall {
-    reservation: Option<Reservation>,
+pub(super) struct OpenCall {
+    pub(super) reservation: Option<Reservation>,
     /// The upstream's name.
-    to: String,
-    model: providers::ModelEntry,
-    at: DateTime<Utc>,
-    started: UnixMillis,
+    pub(super) to: String,
+    pub(super) model: providers::ModelEntry,
+    pub(super) at: DateTime<Utc>,
+    pub(super) started: UnixMillis,
 }
 
 impl Gateway {
@@ -165,7 +175,7 @@ impl Gateway {
                 Decision::RouteLocal => must_stay = true,
                 Decision::Block { guardrail } => {
                     self.log_blocked(&tenant, &asked.credential, asked.request_id, verdicts);
-                    return Err(GatewayError::Blocked { guardrail });
+                    return Err(GatewayError::Blocked { guardrail, because: BlockedBecause::Found });
                 }
             }
         }
@@ -191,7 +201,13 @@ impl Gateway {
     }
 
     /// Nobody waits for it: the request ends here in any case.
-    fn log_blocked(&self, tenant: &Tenant, credential: &Credential, request_id: &str, verdicts: Vec<Verdict>) {
+    pub(super) fn log_blocked(
+        &self,
+        tenant: &Tenant,
+        credential: &Credential,
+        request_id: &str,
+        verdicts: Vec<Verdict>,
+    ) {
         if let Some(audit) = &self.0.audit {
             let record = RequestRecord {
                 request_id: request_id.to_owned(),
@@ -225,7 +241,7 @@ impl Exchange {
         };
         let personal = self.verdicts.iter().any(|verdict| verdict.kind == "pii")
             || wanted(&|when| when.personal_data.is_some()) && self.holds_personal_data();
-        let language = if wanted(&|when| when.languages.is_some()) { self.language() } else { None };
+        let language = if wanted(&|when| when.languages.is_some()) { facts::language(&self.body) } else { None };
         let budget_left =
             if wanted(&|when| when.budget_left_under.is_some()) { self.budget_left(now).await? } else { None };
         let facts = Facts {
@@ -252,19 +268,6 @@ impl Exchange {
     /// Whether there is personal data that no guardrail of the tenant has looked for.
     fn holds_personal_data(&self) -> bool {
         !self.gateway.0.personal_data.check_prompt(&mut self.body.clone()).verdicts.is_empty()
-    }
-
-    /// Of the newest text that is long enough to tell, as an ISO 639-3 code.
-    fn language(&self) -> Option<&'static str> {
-        let messages = self.body.get("messages").and_then(Value::as_array);
-        let newest = messages.and_then(|messages| messages.iter().rev().find(|message| message["role"] == "user"));
-        let text = match newest {
-            Some(message) => message["content"].as_str().or_else(|| message.pointer("/content/0/text")?.as_str())?,
-            None => self.body.get("prompt")?.as_str()?,
-        };
-        let end = text.char_indices().nth(MAX_LANGUAGE_CHARS).map_or(text.len(), |(end, _)| end);
-        let found = whatlang::detect(&text[..end])?;
-        found.is_reliable().then(|| found.lang().code())
     }
 
     /// The least of what is left of the tenant's budgets; None: it has none.
@@ -377,7 +380,7 @@ impl Exchange {
         }
     }
 
-    fn call(&self, route: LedgerRoute, model: String, adapter: Option<String>) -> Call {
+    pub(super) fn call(&self, route: LedgerRoute, model: String, adapter: Option<String>) -> Call {
         Call { tenant: self.tenant.config.id.clone(), credential: self.credential.clone(), model, adapter, route }
     }
 
@@ -393,10 +396,7 @@ impl Exchange {
         now: UnixMillis,
     ) -> Result<(Sent, Option<String>), GatewayError> {
         let gateway = self.gateway.clone();
-        let live =
-            gateway.0.upstreams.get(upstream).ok_or_else(|| internal("a route names an upstream that is not there"))?;
-        let entry = live.config.models.iter().find(|entry| entry.id == model);
-        let entry = entry.ok_or_else(|| internal("a route names a model that its upstream does not offer"))?.clone();
+        let (live, entry) = gateway.offer(upstream, model)?;
         // The one place where a request gets the right to leave.
         let leaves = self.privacy.leave().filter(|_| !self.must_stay);
         let leaves = leaves.ok_or_else(|| internal("a request that must stay was about to leave"))?;
@@ -415,11 +415,16 @@ impl Exchange {
                 let usage = answer.usage;
                 self.permit.settle(usage.total(), now);
                 open.settle(&usage, RequestStatus::Completed).await;
+                let mut answer = answer.to_json();
+                if let Some(mut filters) = self.filters() {
+                    filters.whole(self, &mut answer).await;
+                }
                 self.log(open.model_used(), &open.to, &usage, RequestStatus::Completed).await?;
-                Ok((Sent::Whole(answer.to_json()), warning))
+                Ok((Sent::Whole(answer), warning))
             }
             Ok(Received::Stream(stream)) => {
-                Ok((Sent::Stream(Box::new(UpstreamStream { stream: *stream, open, is_logged: false })), warning))
+                let (filters, ready, stage) = (self.filters(), VecDeque::new(), StreamStage::Open);
+                Ok((Sent::Stream(Box::new(UpstreamStream { stream: *stream, open, filters, ready, stage })), warning))
             }
             Err(error) => {
                 open.settle(&Usage::default(), RequestStatus::Failed).await;
@@ -452,7 +457,7 @@ impl Exchange {
         })
     }
 
-    async fn reserve(
+    pub(super) async fn reserve(
         &self,
         live: &LiveUpstream,
         entry: &providers::ModelEntry,
@@ -475,11 +480,11 @@ impl Exchange {
 }
 
 impl OpenCall {
-    fn model_used(&self) -> ModelUsed {
+    pub(super) fn model_used(&self) -> ModelUsed {
         ModelUsed { name: format!("{}/{}", self.to, self.model.id), ..ModelUsed::default() }
     }
 
-    async fn settle(&mut self, usage: &Usage, status: RequestStatus) {
+    pub(super) async fn settle(&mut self, usage: &Usage, status: RequestStatus) {
         let Some(reservation) = self.reservation.take() else { return };
         let price = match status {
             // Nothing came back, so nothing is owed.
@@ -495,17 +500,37 @@ impl OpenCall {
 }
 
 impl UpstreamStream {
-    /// The next chunk as OpenAI writes it; `None`: complete, and settled. After an error, which ends it, it is settled, too.
+    /// The next chunk as OpenAI writes it, through the tenant's filters; `None`: complete, and settled. After an error, which ends
+    /// it, it is settled, too.
     pub async fn next(&mut self, exchange: &mut Exchange) -> Option<Result<Value, UpstreamError>> {
-        match self.stream.next().await {
-            Some(Ok(chunk)) => Some(Ok(chunk.to_json())),
-            Some(Err(error)) => {
-                let _told_by_the_error = self.end(exchange, RequestStatus::Failed).await;
-                Some(Err(error))
+        loop {
+            if let Some(chunk) = self.ready.pop_front() {
+                return Some(Ok(chunk));
             }
-            None => {
-                let logged = self.end(exchange, RequestStatus::Completed).await;
-                logged.err().map(|error| Err(UpstreamError::new(Cause::Failed, error.to_string())))
+            if self.stage == StreamStage::Over {
+                return None;
+            }
+            match self.stream.next().await {
+                Some(Ok(chunk)) => match &mut self.filters {
+                    Some(filters) => self.ready.extend(filters.chunk(chunk.to_json())),
+                    None => return Some(Ok(chunk.to_json())),
+                },
+                Some(Err(error)) => {
+                    exchange.note(self.filters.as_ref().map(AnswerFilters::verdicts).unwrap_or_default());
+                    let _told_by_the_error = self.end(exchange, RequestStatus::Failed).await;
+                    return Some(Err(error));
+                }
+                None => {
+                    // Settled after the last verdict, so that the log holds it, and before the last byte.
+                    let held = match &mut self.filters {
+                        Some(filters) => filters.end(exchange).await,
+                        None => Vec::new(),
+                    };
+                    if let Err(error) = self.end(exchange, RequestStatus::Completed).await {
+                        return Some(Err(UpstreamError::new(Cause::Failed, error.to_string())));
+                    }
+                    self.ready.extend(held);
+                }
             }
         }
     }
@@ -514,26 +539,27 @@ impl UpstreamStream {
         let usage = self.stream.usage();
         exchange.permit.settle(usage.total(), UnixMillis::now());
         self.open.settle(&usage, status).await;
-        if std::mem::replace(&mut self.is_logged, true) {
+        if self.stage == StreamStage::Over {
             return Ok(());
         }
+        self.stage = StreamStage::Over;
         exchange.log(self.open.model_used(), &self.open.to, &usage, status).await
     }
 }
 
-fn internal(what: &str) -> GatewayError {
+pub(super) fn internal(what: &str) -> GatewayError {
     GatewayError::Internal(what.to_owned())
 }
 
-fn date(at: UnixMillis) -> DateTime<Utc> {
+pub(super) fn date(at: UnixMillis) -> DateTime<Utc> {
     DateTime::from_timestamp_millis(at.0).unwrap_or_default()
 }
 
-fn money(cost: Cost) -> Money {
+pub(super) fn money(cost: Cost) -> Money {
     Money::from_nanos(i64::try_from(cost.nanodollars()).unwrap_or(i64::MAX))
 }
 
-fn counts(usage: &Usage) -> TokenCounts {
+pub(super) fn counts(usage: &Usage) -> TokenCounts {
     TokenCounts {
         num_prompt_tokens: usage.prompt,
         num_cached_tokens: usage.cached,
@@ -543,7 +569,7 @@ fn counts(usage: &Usage) -> TokenCounts {
 }
 
 /// The key's id; a token's issuer and subject.
-fn key_id(credential: &Credential) -> String {
+pub(super) fn key_id(credential: &Credential) -> String {
     match credential {
         Credential::Key(id) => id.to_string(),
         Credential::Jwt { issuer, subject } => format!("{issuer}#{subject}"),

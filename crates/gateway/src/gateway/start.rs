@@ -6,7 +6,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     path::Path,
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::Duration,
 };
 
@@ -129,7 +129,7 @@ impl Gateway {
             issuers,
             audit,
         } = config;
-        let compiled = Policy::compile(&guardrails)?;
+        let compiled = Policy::compile(&guardrails, surroundings.env)?;
         let mut ready = HashMap::new();
         for config in tenants {
             let policy = Policy::named(&compiled, &config.guardrails)?;
@@ -178,6 +178,7 @@ impl Gateway {
             },
             local: LocalCosts { per_hour: local_cost_per_hour, reference },
             personal_data: facts::personal_data()?,
+            local_judge: OnceLock::new(),
         })))
     }
 }

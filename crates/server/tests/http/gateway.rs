@@ -19,9 +19,9 @@ use serde_json::{Value, json};
 use crate::support::{MODEL, Server, Setup, check_error, events};
 
 /// A server with a gateway, the server it may send to, and the store that both a test and the gateway have open.
-struct House {
-    server: Server,
-    upstream: Server,
+pub(crate) struct House {
+    pub(crate) server: Server,
+    pub(crate) upstream: Server,
     store: Store,
     _folder: tempfile::TempDir,
 }
@@ -31,7 +31,11 @@ const TENANTS: &str = "[[tenants]]\nname = \"acme\"\nprivacy = \"any\"\n\
                        [[tenants]]\nname = \"small\"\nlimits = { requests_per_minute = 1 }\n";
 
 impl House {
-    async fn build(rest: &str) -> Self {
+    pub(crate) async fn build(rest: &str) -> Self {
+        Self::build_with(rest, Setup::new()).await
+    }
+
+    pub(crate) async fn build_with(rest: &str, mut setup: Setup) -> Self {
         let upstream = Server::start();
         let folder = tempfile::tempdir().unwrap();
         let url = format!("sqlite://{}", folder.path().join("b.db").display());
@@ -56,13 +60,12 @@ impl House {
             timeout: Duration::from_secs(20),
         };
         let (store, _thread) = Store::open(options).await.unwrap();
-        let mut setup = Setup::new();
         setup.config.gateway = Some(gateway);
         Self { server: setup.start(), upstream, store, _folder: folder }
     }
 
     /// A new key of a tenant, once the server knows it.
-    async fn key(&self, tenant: &str) -> String {
+    pub(crate) async fn key(&self, tenant: &str) -> String {
         let new = NewKey { tenant: TenantId::new(tenant).unwrap(), name: "test".to_owned(), expires_at: None };
         let key = table::create(&self.store, new, UnixMillis::now()).await.unwrap();
         let text = key.expose().to_owned();
@@ -80,17 +83,17 @@ impl House {
         }
     }
 
-    fn chat(&self, key: &str, body: &Value) -> RequestBuilder {
+    pub(crate) fn chat(&self, key: &str, body: &Value) -> RequestBuilder {
         self.server.request(Method::POST, "/v1/chat/completions").bearer_auth(key).json(body)
     }
 
     /// By tenant and model.
-    async fn rows(&self) -> Vec<CostRow> {
+    pub(crate) async fn rows(&self) -> Vec<CostRow> {
         let query = CostQuery { by: vec![CostColumn::Tenant, CostColumn::Model], ..CostQuery::default() };
         costs(&self.store, query).await.unwrap().rows
     }
 
-    async fn num_upstream_requests(&self) -> f64 {
+    pub(crate) async fn num_upstream_requests(&self) -> f64 {
         let text = self.upstream.get("/metrics").await.text().await.unwrap();
         let of_chats = |line: &&str| line.starts_with("vllm:request_success_total");
         text.lines().filter(of_chats).map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum()

@@ -12,3 +12,4 @@ mod gateway;
 mod hostile;
 mod lifecycle;
 mod operations;
+mod outside;
