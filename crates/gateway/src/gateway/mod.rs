@@ -5,6 +5,7 @@
 //! happen here and carries out what is local. Invariant: nothing is sent upstream without a committed reservation where
 //! there is a store, and what was sent is settled, if not in time then later.
 
+mod choice;
 mod exchange;
 pub mod facts;
 mod filters;
