@@ -3,7 +3,10 @@
 //! It knows the engine's way from a text to tokens; who is judged, and what a verdict means, is the gateway's. Invariant: a
 //! question is bounded as every prompt is, and one that is dropped ends in the engine, too.
 
-use std::sync::{Arc, Weak};
+use std::{
+    fmt::Display,
+    sync::{Arc, Weak},
+};
 
 use bindery_engine::{EngineError, Grammar, Prompt, RenderRequest, SamplingParams, TextEvent, TextRequest};
 use bindery_gateway::{
@@ -36,22 +39,22 @@ impl HouseJudge {
 impl LocalJudge for HouseJudge {
     fn ask(&self, question: LocalQuestion) -> BoxFuture<'_, Result<LocalAnswer, JudgeFailed>> {
         Box::pin(async move {
-            let state = self.0.upgrade().ok_or_else(|| failed("the server has stopped"))?;
+            let state = self.0.upgrade().ok_or_else(|| failed(&"the server has stopped"))?;
             answer(&state, question).await
         })
     }
 }
 
-fn failed(what: impl ToString) -> JudgeFailed {
+fn failed(what: &dyn Display) -> JudgeFailed {
     JudgeFailed(what.to_string())
 }
 
 fn of_api(error: &ApiError) -> JudgeFailed {
-    failed(error.to_body().error.message)
+    failed(&error.to_body().error.message)
 }
 
 async fn answer(state: &SharedState, question: LocalQuestion) -> Result<LocalAnswer, JudgeFailed> {
-    let model = state.slot.model().ok_or_else(|| failed("the model is not loaded"))?;
+    let model = state.slot.model().ok_or_else(|| failed(&"the model is not loaded"))?;
     // Nobody in particular asks: an adapter that judges must be everybody's.
     let serving = Serving { model: Arc::clone(model), caller: Caller::default() };
     let named = serving.resolve(state, question.model).map_err(|error| of_api(&error))?;
@@ -66,15 +69,15 @@ async fn answer(state: &SharedState, question: LocalQuestion) -> Result<LocalAns
         grammar: grammar.map(|grammar| (grammar, "guardrails")),
         ..TextRequest::new(prompt)
     };
-    let mut prepared = model.prepare(request).await.map_err(failed)?;
+    let mut prepared = model.prepare(request).await.map_err(|error| failed(&error))?;
     if let Some(adapter) = serving.lease(state, &named, None).await.map_err(|error| of_api(&error))? {
         prepared.set_adapter(adapter);
     }
-    let mut streams = model.submit_all(vec![prepared]).await.map_err(failed)?;
+    let mut streams = model.submit_all(vec![prepared]).await.map_err(|error| failed(&error))?;
     let mut answer = LocalAnswer::default();
     for stream in &mut streams {
         while let Some(event) = stream.next().await {
-            if let TextEvent::Delta { text, .. } = event.map_err(failed)? {
+            if let TextEvent::Delta { text, .. } = event.map_err(|error| failed(&error))? {
                 answer.text.push_str(&text);
             }
         }
@@ -99,6 +102,6 @@ async fn prompt(state: &SharedState, serving: &Serving, text: String) -> Result<
     };
     let rendered: Option<Result<String, EngineError>> =
         state.run_blocking(Job::Render, move || model.render_chat(&render)).await;
-    let text = rendered.ok_or_else(|| failed("the template engine panicked"))?.map_err(failed)?;
+    let text = rendered.ok_or_else(|| failed(&"the template engine panicked"))?.map_err(|error| failed(&error))?;
     Ok(Prompt::Text { text, add_special_tokens: false })
 }

@@ -206,7 +206,7 @@ async fn a_hook_that_never_answers_is_waited_for_no_longer_than_its_timeout() {
     let key = house.key("slow").await;
     let got = answered(&house, &key, true).await;
     assert_eq!((got.0, got.2), (400, json!("content_filter")));
-    wait_until("the question is withdrawn", || hook.seen.num_dropped.load(Ordering::SeqCst) == 1);
+    wait_until("the question is withdrawn", || hook.seen.num_dropped.load(Ordering::SeqCst) == 1).await;
 }
 
 #[tokio::test]
