@@ -21,6 +21,7 @@ use bindery_gateway::{
     clock::UnixMillis,
     gateway::{
         AnswerFilters, Asked, Exchange, Gateway, GatewayError, LocalModel, LocalUse, Sent, UpstreamStream, WireRoute,
+        facts,
     },
     ledger::RequestStatus,
     policy::{LocalState, Target, route::LocalName},
@@ -36,6 +37,7 @@ use crate::{
     error::ApiError,
     generation::Deadline,
     router::{Serving, X_BINDERY_ROUTE},
+    slot::ModelSlot,
     sse,
     state::{AppState, Job, SharedState},
 };
@@ -70,8 +72,12 @@ async fn answer(
     };
     let Incoming { bytes, object, timeout } = read(state, &context, &parts.headers, body).await?;
     let is_late = || timeout.is_some_and(|timeout| context.started.elapsed() >= timeout);
+    let cannot = facts::beyond_text(&object);
     let mut exchange = begin(state, gateway, &parts, (&serving, &context), (object, timeout)).await?;
-    let local = local_state(&serving, exchange.estimated_prompt_tokens());
+    if let Err(error) = exchange.ask_about_prompt().await {
+        return Err(refused(&context, exchange.give_up(error).await));
+    }
+    let local = LocalState { cannot, ..local_state(&serving, exchange.estimated_prompt_tokens()) };
     let local_name = |name: &str| match serving.kind_of(state, name) {
         Some(NamedKind::Base) => LocalName::Base,
         Some(NamedKind::Adapter) => LocalName::Adapter,
@@ -320,7 +326,14 @@ async fn local_answer(response: Response, filters: Option<AnswerFilters>, mut ac
         .is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream"));
     let (parts, body) = response.into_parts();
     if is_stream {
-        return Response::from_parts(parts, Body::from_stream(local_stream(body, filters, account)));
+        let is_filtered = filters.is_some();
+        let events = local_stream(body, filters, account);
+        let body = if is_filtered {
+            Body::from_stream(sse::kept_alive(sse::KEEP_ALIVE_INTERVAL, events))
+        } else {
+            Body::from_stream(events)
+        };
+        return Response::from_parts(parts, body);
     }
     whole_local_answer(parts, body, filters, account).await
 }
@@ -335,18 +348,30 @@ async fn whole_local_answer(
         let error = ApiError::internal(&account.context.id, &"a whole answer could not be read");
         return account.settle(RequestStatus::Failed).await.err().unwrap_or(error).into_response();
     };
-    let filtered = filters.and_then(|mut filters| {
-        let mut answer = serde_json::from_slice(&bytes).ok()?;
-        filters.whole(&mut answer);
-        account.note(&filters);
-        serde_json::to_vec(&answer).ok().map(Bytes::from)
-    });
+    let bytes = match (filters, &mut account.exchange) {
+        (Some(filters), Some(exchange)) => match filtered(filters, exchange, &account.context, &bytes).await {
+            Ok(bytes) => bytes,
+            Err(error) => return account.settle(RequestStatus::Failed).await.err().unwrap_or(error).into_response(),
+        },
+        _ => bytes,
+    };
     if let Err(error) = account.settle(RequestStatus::Completed).await {
         return error.into_response();
     }
-    let bytes = filtered.unwrap_or(bytes);
     parts.headers.insert(header::CONTENT_LENGTH, HeaderValue::from(bytes.len()));
     Response::from_parts(parts, Body::from(bytes))
+}
+
+/// An answer through its filters. What they cannot read does not pass.
+async fn filtered(
+    filters: AnswerFilters,
+    exchange: &mut Exchange,
+    context: &RequestContext,
+    bytes: &[u8],
+) -> Result<Bytes, ApiError> {
+    let answer = serde_json::from_slice(bytes).map_err(|error| ApiError::internal(&context.id, &error))?;
+    let answer = filters.whole(exchange, answer).await.map_err(|error| refused(context, error))?;
+    serde_json::to_vec(&answer).map(Bytes::from).map_err(|error| ApiError::internal(&context.id, &error))
 }
 
 /// What a local request used, for when it ends; one that is dropped before is accounted for all the same.
@@ -389,7 +414,7 @@ impl Account {
             num_completion_tokens: counts.num_completion_tokens.load(Ordering::Relaxed) as u64,
             machine_time: Duration::ZERO,
         };
-        LocalUse { machine_time: machine_time(&self.state, &used), ..used }
+        LocalUse { machine_time: machine_time(&self.state.slot, &used), ..used }
     }
 }
 
@@ -404,8 +429,8 @@ impl Drop for Account {
 }
 
 /// A request's share of the time that this machine has computed for all.
-fn machine_time(state: &AppState, used: &LocalUse) -> Duration {
-    let Some(model) = state.slot.model() else { return Duration::ZERO };
+pub(crate) fn machine_time(slot: &ModelSlot, used: &LocalUse) -> Duration {
+    let Some(model) = slot.model() else { return Duration::ZERO };
     let num_tokens = (used.num_prompt_tokens + used.num_completion_tokens) as f64;
     let seconds_per_token = model.engine.stats().seconds_per_token().unwrap_or_default();
     Duration::try_from_secs_f64(seconds_per_token * num_tokens).unwrap_or_default()
@@ -472,6 +497,13 @@ impl LocalStream {
     async fn event(&mut self, event: Vec<u8>, out: &mut Vec<u8>) {
         let data = event.strip_prefix(b"data: ").map(<[u8]>::trim_ascii_end);
         if data == Some(b"[DONE]") {
+            if let (Some(filters), Some(exchange)) = (&mut self.filters, &mut self.account.exchange) {
+                for chunk in filters.end(exchange).await {
+                    out.extend_from_slice(format!("data: {chunk}\n\n").as_bytes());
+                }
+                // Its verdicts are noted.
+                self.filters = None;
+            }
             match self.settle(RequestStatus::Completed).await {
                 Ok(()) => out.extend_from_slice(&event),
                 // What had to be logged could not be: the answer does not end well.
@@ -482,7 +514,7 @@ impl LocalStream {
         let chunk = data.filter(|_| self.filters.is_some()).and_then(|data| serde_json::from_slice::<Value>(data).ok());
         match (chunk, &mut self.filters) {
             (Some(chunk), Some(filters)) => {
-                if let Some(chunk) = filters.chunk(chunk) {
+                for chunk in filters.chunk(chunk) {
                     out.extend_from_slice(format!("data: {chunk}\n\n").as_bytes());
                 }
             }

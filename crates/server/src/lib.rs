@@ -16,6 +16,7 @@
 mod config;
 mod error;
 mod exchange;
+mod judge;
 mod lifecycle;
 mod slot;
 

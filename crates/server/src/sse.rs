@@ -6,6 +6,7 @@
 use std::{collections::VecDeque, convert::Infallible, panic::AssertUnwindSafe, time::Duration};
 
 use axum::{
+    body::Bytes,
     http::{HeaderName, HeaderValue, header},
     response::{
         IntoResponse, Response,
@@ -22,7 +23,7 @@ use crate::{
 
 /// A comment goes out after so long a silence (a long prompt, a preempted request), so that neither proxies nor
 /// clients take the connection for dead, and a dead one is noticed.
-const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(15);
+pub(crate) const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(15);
 
 /// What a route makes of a generation's events. Chunks are appended to `out` as JSON texts.
 pub(crate) trait ChunkEncoder: Send + 'static {
@@ -53,6 +54,20 @@ pub(crate) fn events(texts: impl Stream<Item = String> + Send + 'static) -> Resp
     // nginx would collect events otherwise.
     headers.insert(HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
     response
+}
+
+/// Our own events with a comment in every long silence: what holds them back (guardrails that ask somebody) also holds back the
+/// comments of the stream within.
+pub(crate) fn kept_alive<E: Send + 'static>(
+    interval: Duration,
+    events: impl Stream<Item = Result<Bytes, E>> + Send + 'static,
+) -> impl Stream<Item = Result<Bytes, E>> + Send {
+    stream::unfold(Box::pin(events), move |mut events| async move {
+        match tokio::time::timeout(interval, events.next()).await {
+            Ok(event) => Some((event?, events)),
+            Err(_) => Some((Ok(Bytes::from_static(b":\n\n")), events)),
+        }
+    })
 }
 
 /// The events' JSON texts.
@@ -104,4 +119,23 @@ impl<E: ChunkEncoder> Progress<E> {
 /// JSON of a chunk.
 pub(crate) fn to_json<T: serde::Serialize>(chunk: &T) -> String {
     serde_json::to_string(chunk).expect("wire types serialise: string keys, no maps of maps")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An interval of nothing has passed at once, and what is ready comes first all the same.
+    #[tokio::test]
+    async fn a_silence_is_filled_with_comments_and_nothing_is_lost() {
+        let (send, receive) = futures::channel::mpsc::unbounded::<Result<Bytes, Infallible>>();
+        let mut events = Box::pin(kept_alive(Duration::ZERO, receive));
+        for _ in 0..3 {
+            assert_eq!(events.next().await.unwrap().unwrap(), ":\n\n");
+        }
+        send.unbounded_send(Ok(Bytes::from_static(b"data: 1\n\n"))).unwrap();
+        drop(send);
+        assert_eq!(events.next().await.unwrap().unwrap(), "data: 1\n\n");
+        assert!(events.next().await.is_none());
+    }
 }

@@ -10,6 +10,7 @@ use tokio::sync::Semaphore;
 use crate::{
     auth::ApiKeys,
     config::{Limits, ServerConfig},
+    judge::HouseJudge,
     lifecycle::Lifecycle,
     metrics::Metrics,
     slot::ModelSlot,
@@ -34,7 +35,7 @@ pub(crate) struct AppState {
 
 impl AppState {
     pub(crate) fn new(config: ServerConfig, limits: Limits, slot: ModelSlot) -> SharedState {
-        Arc::new(Self {
+        let state = Arc::new(Self {
             keys: ApiKeys::new(&config.api_keys, &config.tenants, config.admin_key.as_ref()),
             metrics: Metrics::new(config.primary_model_name()),
             turns: Turns::new(limits.max_blocking_jobs),
@@ -43,7 +44,11 @@ impl AppState {
             config,
             limits,
             slot,
-        })
+        });
+        if let Some(gateway) = &state.config.gateway {
+            gateway.set_local_judge(Arc::new(HouseJudge::new(&state)));
+        }
+        state
     }
 
     /// Runs a long job on a blocking thread, when its turn comes. `None`: it panicked.

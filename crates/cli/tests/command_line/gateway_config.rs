@@ -216,3 +216,45 @@ fn models_of_a_tenant_that_fit_nothing_are_warned_of() {
         "{warnings:?}"
     );
 }
+
+#[test]
+fn surprises_are_warned_of_with_a_way_out() {
+    let home = Home::new(
+        "[[upstreams]]\nname = \"up\"\nkind = \"openai\"\nmodels = [\"gpt-4.1\"]\n\
+         [[tenants]]\nname = \"first\"\nprivacy = \"local-first\"\n[[tenants]]\nname = \"free\"\nprivacy = \"any\"\n\
+         [[tenants]]\nname = \"vault\"\nprivacy = \"local-only\"\nguardrails = [\"hook\", \"judge\", \"here\"]\n\
+         [[routes]]\nmodel = \"auto\"\nrules = [\n{ when = { tools = true }, to = [\"up/gpt-4.1\", \"local\"] },\n\
+         { to = [\"local\", \"up/gpt-4.1\"] }]\n\
+         [[guardrails]]\nname = \"hook\"\nkind = \"webhook\"\naction = \"block\"\nurl = \"http://u:s3cret@127.0.0.1:9/x\"\n\
+         [[guardrails]]\nname = \"judge\"\nkind = \"model\"\naction = \"flag\"\nmodel = \"up/gpt-4.1\"\non_failure = \"open\"\n\
+         [[guardrails]]\nname = \"here\"\nkind = \"model\"\naction = \"block\"\nmodel = \"local\"\n",
+    );
+    let ended = home.run(&["check", "bindery.toml"]);
+    assert_eq!(ended.code, 0, "{}", ended.stderr);
+    for expected in [
+        "Warning: rule 1 names an upstream before the local model, but for the local-first tenants first the local model is tried first",
+        "It asks the web hook at http://127.0.0.1:9/x; silence blocks the request (on_failure).",
+        "Warning: of the local-only tenants vault it is never sent a byte, on a loopback address neither, so all their requests are blocked",
+        "It asks the model up/gpt-4.1, paid by the tenant whose request it is; silence counts as nothing found (on_failure).",
+        "Warning: of the local-only tenants vault it is never sent a byte, on a loopback address neither, so it checks nothing of theirs",
+        "It asks the model local on this machine, for every privacy class.",
+    ] {
+        assert!(ended.stdout.contains(expected), "{expected}: {}", ended.stdout);
+    }
+    assert!(!ended.stdout.contains("rule 2 names") && !ended.stdout.contains("s3cret"), "{}", ended.stdout);
+}
+
+#[test]
+fn a_language_that_cannot_be_told_is_refused_with_its_line() {
+    let home = Home::new(
+        "[[routes]]\nmodel = \"auto\"\nrules = [\n{ when = { language = [\"German\", \"klingon\"] }, to = \"local\" }]\n",
+    );
+    let ended = home.run(&["check", "bindery.toml"]);
+    assert_eq!(ended.code, 2, "{}", ended.stderr);
+    assert!(
+        ended.stderr.contains("bindery.toml:4: no language that can be told is called `klingon`"),
+        "{}",
+        ended.stderr
+    );
+    assert!(ended.stderr.contains("hint: use a code of ISO 639-1 or 639-3 or the English name"), "{}", ended.stderr);
+}

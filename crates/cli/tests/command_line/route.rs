@@ -157,3 +157,19 @@ fn what_is_left_of_a_budget_is_read_from_the_store_and_a_target_without_a_price_
     assert_eq!((&decided["targets"], &decided["known"]["budget left"]), (&json!(["up/own"]), &json!("$5.00")));
     assert!(decided["notes"].to_string().contains("up/own has no price"), "{decided:#}");
 }
+
+#[test]
+fn a_picture_goes_up_or_is_refused_by_its_field_as_in_a_server() {
+    let home = home();
+    let picture = |model: &str| {
+        json!({"model": model, "messages": [{"role": "user", "content": [
+            {"type": "text", "text": "hello"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}},
+        ]}]})
+    };
+    // The tenant has an overflow.
+    let up = decision(&home, &picture("auto"), &ACME);
+    assert_eq!(up["targets"], json!(["openai/gpt-4.1"]), "{up}");
+    let refused = decision(&home, &picture("auto"), &["--tenant", "vault"]);
+    assert_eq!(refused["refused"]["status"], 400);
+    assert!(refused["refused"]["why"].as_str().unwrap().contains("messages[0].content[1] is image_url"), "{refused}");
+}

@@ -22,7 +22,7 @@ use super::{
 use crate::{
     audit::config::KeepContents,
     gateway::facts,
-    guardrails::{Policy, config::Kind},
+    guardrails::{Policy, language, no_secrets},
     keys::{IssuerOptions, SigningAlgorithm, TenantFrom},
     ledger::{Budget, BudgetScope, Period},
     money::Money,
@@ -326,12 +326,14 @@ impl Builder<'_> {
                 let message = format!("the guardrail {:?} is there already", config.name);
                 self.problem(&table.span(), message, "give each a name of its own");
             }
-            if matches!(config.kind, Kind::Webhook | Kind::Model) {
-                let message =
-                    format!("the guardrail {:?} asks somebody else, which is not in this version yet", config.name);
-                self.problem(&table.span(), message, "use another kind, or leave it out");
+            let names = config.allow.iter().chain(&config.deny);
+            let num_unknown = names.filter(|name| self.language(name.get_ref(), &name.span()).is_none()).count();
+            if let Some(model) = config.model.as_ref().filter(|model| !model.get_ref().is_empty()) {
+                self.target(model.get_ref(), &model.span());
             }
-            if let Err(error) = Policy::compile(std::slice::from_ref(config)) {
+            if num_unknown == 0
+                && let Err(error) = Policy::compile(std::slice::from_ref(config), &no_secrets)
+            {
                 self.problem(&table.span(), error.to_string(), "correct the guardrail");
             }
         }
@@ -343,6 +345,18 @@ impl Builder<'_> {
                     let hint = format!("add a [[guardrails]] with name = {:?}, or correct the name", name.get_ref());
                     self.problem(&name.span(), message, hint);
                 }
+            }
+        }
+    }
+
+    /// As ISO 639-3 calls it.
+    fn language(&mut self, name: &str, span: &Range<usize>) -> Option<String> {
+        match language::parse(name) {
+            Ok(lang) => Some(lang.code().to_owned()),
+            Err(why) => {
+                let (message, hint) = why.split_once("; ").unwrap_or((&why, "use a code of ISO 639"));
+                self.problem(span, message, hint);
+                None
             }
         }
     }
@@ -605,6 +619,11 @@ impl Builder<'_> {
             when.budget_left_under.as_ref().map(|dollars| self.money(*dollars.get_ref(), &dollars.span()));
         let time = when.time.as_ref().map(|text| self.time_of_day(text));
         let weekdays = when.weekdays.as_ref().map(|words| self.weekdays(words));
+        let languages = when.language.as_ref().map(|names| {
+            let list = names.get_ref().list();
+            let codes: Vec<_> = list.iter().map(|name| self.language(name, &names.span())).collect();
+            codes.into_iter().collect::<Option<Vec<String>>>()
+        });
         self.check_words(when);
         Some(Condition {
             tenants,
@@ -616,7 +635,7 @@ impl Builder<'_> {
             over_local_context: when.over_local_context,
             prompt_tokens_over: when.prompt_tokens_over,
             personal_data: when.pii,
-            languages: words(&when.language),
+            languages: all_or_none(languages)?,
             ttft_over: all_or_none(ttft_over)?,
             budget_left_under: all_or_none(budget_left_under)?,
             time: all_or_none(time)?,

@@ -182,8 +182,23 @@ fn every_mistake_is_found_with_its_line_and_a_way_out() {
             "3: \"night\" is no time of day",
         ),
         (
-            "[[guardrails]]\nname = \"g\"\nkind = \"webhook\"\naction = \"block\"\nurl = \"https://a\"".to_owned(),
-            "1: the guardrail \"g\" asks somebody else, which is not in this version yet",
+            "[[guardrails]]\nname = \"g\"\nkind = \"webhook\"\naction = \"block\"\nurl = \"file://a\"".to_owned(),
+            "1: guardrail `g`: it needs `url`",
+        ),
+        (
+            format!(
+                "{upstream}[[guardrails]]\nname = \"g\"\nkind = \"model\"\naction = \"block\"\nmodel = \"up/gpt-5\""
+            ),
+            "9: no upstream offers \"up/gpt-5\" (known: up/gpt-4.1",
+        ),
+        (
+            "[[guardrails]]\nname = \"g\"\nkind = \"language\"\naction = \"block\"\nallow = [\n\"en\",\n\"klingon\"]"
+                .to_owned(),
+            "7: no language that can be told is called `klingon` (use a code of ISO 639-1 or 639-3 or the English name",
+        ),
+        (
+            "[[routes]]\nmodel = \"auto\"\nrules = [\n{ when = { language = \"xx\" }, to = \"local\" }]".to_owned(),
+            "4: no language that can be told is called `xx`",
         ),
         ("[store]\nurl = \"mysql://x\"".to_owned(), "2: "),
         ("[local]\ncost_per_hour = -1.0".to_owned(), "2: -1 is no amount of dollars"),
@@ -225,7 +240,10 @@ fn what_can_lead_nowhere_is_a_mistake() {
             rule("{ when = { reasoning_effort = [\"high\", \"hihg\"] }, to = \"local\" }", ""),
             "10: \"hihg\" is no reasoning_effort, so the rule never applies to it (it must be one of none, minimal,",
         ),
-        (rule("{ when = { language = \"fr\" }, to = \"local\" }", ""), "10: \"fr\" is no language that is recognised"),
+        (
+            rule("{ when = { language = \"zz\" }, to = \"local\" }", ""),
+            "10: no language that can be told is called `zz`",
+        ),
         (
             format!("{upstream}[[routes]]\nmodel = \"up/gpt-4.1\"\nrules = [{{ to = \"local\" }}]\n"),
             "6: the virtual model \"up/gpt-4.1\" hides the model of an upstream",
@@ -285,6 +303,26 @@ fn a_key_that_would_cross_a_network_in_the_clear_is_known() {
     ] {
         assert_eq!(is_in_the_clear(url, key), expected, "{url} {key}");
     }
+}
+
+#[test]
+fn languages_are_named_in_three_ways_and_mean_one() {
+    let rules = "[[routes]]\nmodel = \"auto\"\nrules = [{ when = { language = [\"de\", \"fra\", \"Italian\"] }, to = \"local\" }]\n\
+                 [[guardrails]]\nname = \"g\"\nkind = \"language\"\naction = \"block\"\nallow = [\"german\", \"en\"]\n";
+    let config = GatewayConfig::parse(rules).unwrap_or_else(|problems| panic!("{problems:?}"));
+    let when = &config.router.virtual_models["auto"].rules[0].when;
+    assert_eq!(when.languages.as_deref(), Some(&["deu", "fra", "ita"].map(str::to_owned)[..]));
+}
+
+#[test]
+fn guardrails_that_ask_are_read_and_nothing_of_the_environment_is() {
+    let text = "[[upstreams]]\nname = \"up\"\nkind = \"openai\"\nmodels = [\"gpt-4.1\"]\n\
+                [[guardrails]]\nname = \"hook\"\nkind = \"webhook\"\naction = \"block\"\nurl = \"http://127.0.0.1:1/x\"\n\
+                token_env = \"NOBODY_HAS_SET_THIS\"\n\
+                [[guardrails]]\nname = \"here\"\nkind = \"model\"\naction = \"flag\"\nmodel = \"local\"\n\
+                [[guardrails]]\nname = \"there\"\nkind = \"model\"\naction = \"block\"\nmodel = \"up/gpt-4.1\"\n";
+    let config = GatewayConfig::parse(text).unwrap_or_else(|problems| panic!("{problems:?}"));
+    assert_eq!(config.guardrails.len(), 3);
 }
 
 #[test]

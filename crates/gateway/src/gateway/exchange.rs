@@ -16,7 +16,7 @@ use chrono::{DateTime, Utc};
 use serde_json::{Map, Value};
 
 use super::{
-    AnswerFilters, Gateway, GatewayError, LiveUpstream, MAX_CALL, Tenant, class_of, facts, moment,
+    AnswerFilters, BlockedBecause, Gateway, GatewayError, LiveUpstream, MAX_CALL, Tenant, class_of, facts, moment,
     transcript::Transcript,
 };
 use crate::{
@@ -46,12 +46,6 @@ const ASSUMED_OUTPUT_TOKENS: u64 = 4096;
 
 /// Texts up to this are looked through on the thread that asks: some hundred microseconds.
 const MAX_INLINE_BYTES: u64 = 64 << 10;
-
-/// Of an answer, roughly: decides where it is looked through.
-const BYTES_PER_TOKEN: u64 = 4;
-
-/// So much of a text tells its language.
-const MAX_LANGUAGE_CHARS: usize = 1000;
 
 /// Which of OpenAI's routes a request came by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,24 +85,24 @@ pub struct Asked<'a> {
 
 /// One request on its way.
 pub struct Exchange {
-    gateway: Gateway,
-    tenant: Arc<Tenant>,
-    credential: Credential,
+    pub(super) gateway: Gateway,
+    pub(super) tenant: Arc<Tenant>,
+    pub(super) credential: Credential,
     grant: Option<Arc<KeyGrant>>,
     wire: WireRoute,
-    body: Value,
+    pub(super) body: Value,
     model: String,
     task: Option<String>,
-    privacy: PrivacyClass,
-    must_stay: bool,
+    pub(super) privacy: PrivacyClass,
+    pub(super) must_stay: bool,
     draw: f64,
     size: PromptSize,
     permit: Permit,
     vault: Arc<Vault>,
-    verdicts: Vec<Verdict>,
+    pub(super) verdicts: Vec<Verdict>,
     /// None: the tenant has nothing stored.
     transcript: Option<Transcript>,
-    request_id: String,
+    pub(super) request_id: String,
     /// Of the route.
     why: String,
     started: UnixMillis,
@@ -122,7 +116,9 @@ pub struct Exchange {
 
 /// What is known of an exchange's end, by the last call that knew. Its stream and the exchange itself may drop in any order.
 #[derive(Clone, Debug, Default)]
-struct Told {
+pub(super) struct Told {
+    /// What was found in an answer that was left in the middle.
+    verdicts: Vec<Verdict>,
     model: ModelUsed,
     to: String,
     usage: Usage,
@@ -130,7 +126,7 @@ struct Told {
     outcome: Option<String>,
 }
 
-type SharedTold = Arc<Mutex<Told>>;
+pub(super) type SharedTold = Arc<Mutex<Told>>;
 
 /// A request that is answered by its refusal, and whose record is on its way.
 #[derive(Debug)]
@@ -201,17 +197,17 @@ enum StreamStage {
 }
 
 /// A call that was sent and is to be settled. Dropped before, it is charged in full: it may have cost that.
-struct OpenCall {
-    reservation: Option<Reservation>,
+pub(super) struct OpenCall {
+    pub(super) reservation: Option<Reservation>,
     /// The upstream's name.
-    to: String,
-    model: providers::ModelEntry,
-    at: DateTime<Utc>,
-    started: UnixMillis,
+    pub(super) to: String,
+    pub(super) model: providers::ModelEntry,
+    pub(super) at: DateTime<Utc>,
+    pub(super) started: UnixMillis,
     /// The most it can use.
-    bound: Usage,
-    /// None: settled.
-    told: Option<SharedTold>,
+    pub(super) bound: Usage,
+    /// Whom it is told to; None: nobody, or it is settled.
+    pub(super) told: Option<SharedTold>,
 }
 
 /// What is known of a request that may be turned away.
@@ -270,7 +266,7 @@ impl Gateway {
                 Decision::RouteLocal => must_stay = true,
                 Decision::Block { guardrail } => {
                     seen.contents = self.transcript(&tenant, &body).map(|transcript| transcript.contents());
-                    return Err(GatewayError::Blocked { guardrail });
+                    return Err(GatewayError::Blocked { guardrail, because: BlockedBecause::Found });
                 }
             }
         }
@@ -328,7 +324,7 @@ impl Exchange {
         };
         let personal = self.verdicts.iter().any(|verdict| verdict.kind == "pii")
             || wanted(&|when| when.personal_data.is_some()) && self.holds_personal_data().await?;
-        let language = if wanted(&|when| when.languages.is_some()) { self.language() } else { None };
+        let language = if wanted(&|when| when.languages.is_some()) { facts::language(&self.body) } else { None };
         let budget_left =
             if wanted(&|when| when.budget_left_under.is_some()) { self.budget_left(now).await? } else { None };
         let facts = Facts {
@@ -357,19 +353,6 @@ impl Exchange {
     async fn holds_personal_data(&self) -> Result<bool, GatewayError> {
         let (gateway, mut body) = (self.gateway.clone(), self.body.clone());
         aside(self.size.num_bytes, move || !gateway.0.personal_data.check_prompt(&mut body).verdicts.is_empty()).await
-    }
-
-    /// Of the newest text that is long enough to tell, as an ISO 639-3 code.
-    fn language(&self) -> Option<&'static str> {
-        let messages = self.body.get("messages").and_then(Value::as_array);
-        let newest = messages.and_then(|messages| messages.iter().rev().find(|message| message["role"] == "user"));
-        let text = match newest {
-            Some(message) => message["content"].as_str().or_else(|| message.pointer("/content/0/text")?.as_str())?,
-            None => self.body.get("prompt")?.as_str()?,
-        };
-        let end = text.char_indices().nth(MAX_LANGUAGE_CHARS).map_or(text.len(), |(end, _)| end);
-        let found = whatlang::detect(&text[..end])?;
-        found.is_reliable().then(|| found.lang().code())
     }
 
     /// The least of what is left of the tenant's budgets; None: it has none.
@@ -504,14 +487,15 @@ impl Exchange {
     }
 
     fn record(&self) -> RequestRecord {
-        let Told { model, to, usage, outcome } = self.told.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let Told { verdicts, model, to, usage, outcome } =
+            self.told.lock().unwrap_or_else(PoisonError::into_inner).clone();
         RequestRecord {
             request_id: self.request_id.clone(),
             tenant: self.tenant.config.id.to_string(),
             key_id: Some(key_id(&self.credential)),
             model,
             route: RouteTaken { to, why: self.why.clone() },
-            verdicts: self.verdicts.clone(),
+            verdicts: [self.verdicts.clone(), verdicts].concat(),
             tokens: audit::record::TokenCounts {
                 prompt: usage.prompt,
                 cached: usage.cached,
@@ -549,12 +533,12 @@ impl Exchange {
         let adapter = adapter.map(|(name, digest)| AdapterUsed { name, digest, licence: None });
         let model = ModelUsed { name, digest, licence, adapter };
         let (to, word) = ("local".to_owned(), Some(outcome_word(status).to_owned()));
-        self.tell(|told| *told = Told { model, to, usage, outcome: word });
+        self.tell(|told| *told = Told { model, to, usage, outcome: word, ..Told::default() });
         self.spend(&usage, now);
         (call, outcome)
     }
 
-    fn call(&self, route: LedgerRoute, model: String, adapter: Option<String>) -> Call {
+    pub(super) fn call(&self, route: LedgerRoute, model: String, adapter: Option<String>) -> Call {
         Call { tenant: self.tenant.config.id.clone(), credential: self.credential.clone(), model, adapter, route }
     }
 
@@ -600,10 +584,7 @@ impl Exchange {
         now: UnixMillis,
     ) -> Result<(Sent, Option<String>), GatewayError> {
         let gateway = self.gateway.clone();
-        let live =
-            gateway.0.upstreams.get(upstream).ok_or_else(|| internal("a route names an upstream that is not there"))?;
-        let entry = live.config.models.iter().find(|entry| entry.id == model);
-        let entry = entry.ok_or_else(|| internal("a route names a model that its upstream does not offer"))?.clone();
+        let (live, entry) = gateway.offer(upstream, model)?;
         // The one place where a request gets the right to leave.
         let leaves = self.privacy.leave().filter(|_| !self.must_stay);
         let leaves = leaves.ok_or_else(|| internal("a request that must stay was about to leave"))?;
@@ -633,13 +614,8 @@ impl Exchange {
                 self.spend(&usage, now);
                 open.settle(usage.into(), RequestStatus::Completed).await;
                 let mut answer = answer.to_json();
-                if let Some(mut filters) = self.filters() {
-                    let filter = move || {
-                        filters.whole(&mut answer);
-                        (answer, filters)
-                    };
-                    (answer, filters) = aside(usage.completion.saturating_mul(BYTES_PER_TOKEN), filter).await?;
-                    self.note(filters.verdicts());
+                if let Some(filters) = self.filters() {
+                    answer = filters.whole(self, answer).await?;
                 }
                 self.log().await?;
                 Ok((Sent::Whole(answer), warning))
@@ -661,7 +637,7 @@ impl Exchange {
     }
 
     /// The longest a call may take that begins now.
-    fn max_call(&self, now: UnixMillis) -> Duration {
+    pub(super) fn max_call(&self, now: UnixMillis) -> Duration {
         let left = self.time_left.map(|time| time.saturating_sub(now.since(self.started)));
         left.map_or(MAX_CALL, |left| left.min(MAX_CALL))
     }
@@ -690,7 +666,7 @@ impl Exchange {
         })
     }
 
-    async fn reserve(
+    pub(super) async fn reserve(
         &self,
         live: &LiveUpstream,
         entry: &providers::ModelEntry,
@@ -723,12 +699,12 @@ impl Exchange {
 }
 
 impl OpenCall {
-    fn model_used(&self) -> ModelUsed {
+    pub(super) fn model_used(&self) -> ModelUsed {
         ModelUsed { name: format!("{}/{}", self.to, self.model.id), ..ModelUsed::default() }
     }
 
     /// What was used, where it may have been anything.
-    fn used(&self, spent: &Spent) -> Usage {
+    pub(super) fn used(&self, spent: &Spent) -> Usage {
         match spent {
             Spent::NotSent | Spent::Nothing => Usage::default(),
             Spent::Known(usage) => **usage,
@@ -736,7 +712,7 @@ impl OpenCall {
         }
     }
 
-    async fn settle(&mut self, spent: Spent, status: RequestStatus) {
+    pub(super) async fn settle(&mut self, spent: Spent, status: RequestStatus) {
         self.tell(&spent, status);
         let Some(reservation) = self.reservation.take() else { return };
         let outcome = self.outcome(reservation.amount(), &spent, status);
@@ -772,7 +748,9 @@ impl OpenCall {
         let Some(told) = self.told.take() else { return };
         let (model, to, usage) = (self.model_used(), self.to.clone(), self.used(spent));
         let outcome = Some(outcome_word(status).to_owned());
-        *told.lock().unwrap_or_else(PoisonError::into_inner) = Told { model, to, usage, outcome };
+        let mut told = told.lock().unwrap_or_else(PoisonError::into_inner);
+        let verdicts = std::mem::take(&mut told.verdicts);
+        *told = Told { verdicts, model, to, usage, outcome };
     }
 }
 
@@ -801,10 +779,15 @@ impl UpstreamStream {
                 Some(Ok(chunk)) => self.pass(chunk.to_json()),
                 Some(Err(error)) => {
                     self.ready.clear();
+                    exchange.note(self.verdicts());
                     let _told_by_the_error = self.end(exchange, RequestStatus::Failed).await;
                     return Some(Err(error));
                 }
                 None => {
+                    // Settled after the last verdict, so that the log holds it, and before the last byte.
+                    if let Some(filters) = &mut self.filters {
+                        self.ready.extend(filters.end(exchange).await);
+                    }
                     if let Err(error) = self.end(exchange, RequestStatus::Completed).await {
                         self.ready.clear();
                         return Some(Err(UpstreamError::new(Cause::Failed, error.to_string())));
@@ -817,15 +800,18 @@ impl UpstreamStream {
     fn pass(&mut self, chunk: Value) {
         self.ready.extend(match &mut self.filters {
             Some(filters) => filters.chunk(chunk),
-            None => Some(chunk),
+            None => vec![chunk],
         });
+    }
+
+    fn verdicts(&self) -> Vec<Verdict> {
+        self.filters.as_ref().map(AnswerFilters::verdicts).unwrap_or_default()
     }
 
     async fn end(&mut self, exchange: &mut Exchange, status: RequestStatus) -> Result<(), GatewayError> {
         self.stage = StreamStage::Over;
         let usage = self.stream.usage();
         exchange.spend(&usage, UnixMillis::now());
-        exchange.note(self.filters.as_ref().map(AnswerFilters::verdicts).unwrap_or_default());
         self.open.settle(usage.into(), status).await;
         exchange.log().await
     }
@@ -834,6 +820,9 @@ impl UpstreamStream {
 impl Drop for UpstreamStream {
     fn drop(&mut self) {
         // The client is gone, or the server is: what came is what is known.
+        if let (StreamStage::Open, Some(told)) = (self.stage, &self.open.told) {
+            told.lock().unwrap_or_else(PoisonError::into_inner).verdicts = self.verdicts();
+        }
         self.open.settle_later(&self.stream.usage().into(), RequestStatus::Cancelled);
     }
 }
@@ -853,7 +842,7 @@ fn outcome_word(status: RequestStatus) -> &'static str {
 }
 
 /// Work whose time is in the length of a text: where that is long, beside the runtime's threads.
-async fn aside<T: Send + 'static>(
+pub(super) async fn aside<T: Send + 'static>(
     num_bytes: u64,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, GatewayError> {
@@ -863,19 +852,19 @@ async fn aside<T: Send + 'static>(
     tokio::task::spawn_blocking(work).await.map_err(|_| internal("a guardrail panicked"))
 }
 
-fn internal(what: &str) -> GatewayError {
+pub(super) fn internal(what: &str) -> GatewayError {
     GatewayError::Internal(what.to_owned())
 }
 
-fn date(at: UnixMillis) -> DateTime<Utc> {
+pub(super) fn date(at: UnixMillis) -> DateTime<Utc> {
     DateTime::from_timestamp_millis(at.0).unwrap_or_default()
 }
 
-fn money(cost: Cost) -> Money {
+pub(super) fn money(cost: Cost) -> Money {
     Money::from_nanos(i64::try_from(cost.nanodollars()).unwrap_or(i64::MAX))
 }
 
-fn counts(usage: &Usage) -> TokenCounts {
+pub(super) fn counts(usage: &Usage) -> TokenCounts {
     TokenCounts {
         num_prompt_tokens: usage.prompt,
         num_cached_tokens: usage.cached,
@@ -885,7 +874,7 @@ fn counts(usage: &Usage) -> TokenCounts {
 }
 
 /// The key's id; a token's issuer and subject.
-fn key_id(credential: &Credential) -> String {
+pub(super) fn key_id(credential: &Credential) -> String {
     match credential {
         Credential::Key(id) => id.to_string(),
         Credential::Jwt { issuer, subject } => format!("{issuer}#{subject}"),

@@ -2,14 +2,17 @@
 //!
 //! Knows OpenAI's bodies as far as routing and bounds ask for them. Invariant: whoever asks gets what the server decides by.
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::{
-    guardrails::{GuardrailConfig, GuardrailError, Policy},
+    guardrails::{GuardrailConfig, GuardrailError, Policy, no_secrets},
     ledger::{self, PromptSize},
-    policy::{PrivacyClass, TenantRouting},
+    policy::{CannotTake, PrivacyClass, TenantRouting},
     providers::{ModelEntry, catalogue::ServedTier, chat::ServiceTier, fields::Word},
 };
+
+/// Parts of messages that carry something else than text.
+const BEYOND_TEXT: [&str; 7] = ["image_url", "input_audio", "file", "video_url", "audio_url", "image", "audio"];
 
 /// Everything that is sent: texts, names, schemas. Pictures and documents in parts of messages, where alone they are such, are
 /// counted; anything of the same name elsewhere is text like any other.
@@ -154,6 +157,26 @@ pub fn has_tools(body: &Value) -> bool {
     body.get("tools").and_then(Value::as_array).is_some_and(|tools| !tools.is_empty())
 }
 
+/// What language a request is in, as an ISO 639-3 code, where its newest texts show it.
+pub fn language(body: &Value) -> Option<&'static str> {
+    crate::guardrails::language::of_request(body).map(|lang| lang.code())
+}
+
+/// The first part of a message that is no text, which no model of this process reads.
+pub fn beyond_text(body: &Map<String, Value>) -> Option<CannotTake> {
+    let messages = body.get("messages")?.as_array()?;
+    messages.iter().enumerate().find_map(|(message, content)| {
+        let parts = content.get("content")?.as_array()?;
+        parts.iter().enumerate().find_map(|(part, content)| {
+            let kind = content.get("type")?.as_str()?;
+            let kind = BEYOND_TEXT.iter().find(|known| **known == kind)?;
+            let field = format!("messages[{message}].content[{part}]");
+            let why = format!("{field} is {kind}: the model served here reads text only");
+            Some(CannotTake { field, why })
+        })
+    })
+}
+
 /// Looks for everything that is personal data and leaves it as it is: `when.pii` works without a guardrail of the tenant's.
 ///
 /// # Errors
@@ -161,7 +184,7 @@ pub fn has_tools(body: &Value) -> bool {
 pub fn personal_data() -> Result<Policy, GuardrailError> {
     let table = "name = \"personal data\"\nkind = \"pii\"\naction = \"flag\"";
     let config: GuardrailConfig = toml::from_str(table).expect("a table of this very program");
-    Policy::named(&Policy::compile(std::slice::from_ref(&config))?, &[config.name])
+    Policy::named(&Policy::compile(std::slice::from_ref(&config), &no_secrets)?, &[config.name])
 }
 
 /// Of requests that belong to no tenant: everything is open, and nothing overflows.

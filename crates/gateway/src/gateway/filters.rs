@@ -1,126 +1,351 @@
 //! Answers through their tenant's guardrails: whole ones and chunks, as OpenAI's JSON, wherever they come from. What passes is
 //! kept, where the tenant's policy stores it.
 //!
-//! Knows where text stands in an answer. Invariant: of each choice's text nothing passes that a blocking guardrail would
-//! have stopped, and after it is stopped nothing of that choice passes any more.
+//! Knows where text stands in an answer: contents, refusals and thoughts pass as they come, held back only as far as a match could begin;
+//! arguments of tools come with their choice's end, since they are checked whole. Where somebody has to be asked about an answer and may
+//! block it, all of it is held until then ([`AnswerFilters::end`]), up to [`MAX_HELD_BYTES`].
+//!
+//! Invariant: of each choice's text nothing passes that a blocking guardrail would have stopped, and after it is stopped nothing of that
+//! choice passes any more.
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use serde_json::{Value, json};
+use futures::{StreamExt as _, stream};
+use serde_json::{Map, Value, json};
 
-use super::transcript::Transcript;
-use crate::guardrails::{Form, Policy, StreamFilter, Vault, Verdict, stream::Released};
+use super::{
+    Exchange, GatewayError,
+    choice::{Choice, Passed, Rest, Walk, is_empty},
+    exchange::aside,
+    transcript::Transcript,
+};
+use crate::guardrails::{Decision, Policy, Side, StreamFilter, Vault, Verdict, outside::OutsideOutcome};
 
-/// The filters of one answer, a choice each.
+/// The most of an answer that is held: at it, nobody is asked, and that counts as silence.
+pub const MAX_HELD_BYTES: usize = 16 << 20;
+/// Choices that somebody is asked about at one time.
+const MAX_ASKED_AT_ONCE: usize = 8;
+
+/// The filters of one answer.
 pub struct AnswerFilters {
     policy: Policy,
     vault: Arc<Vault>,
-    choices: BTreeMap<u64, StreamFilter>,
+    choices: BTreeMap<u64, Choice>,
+    /// Of those who were asked.
+    asked: Vec<Verdict>,
+    /// None: nothing is held.
+    held: Option<Held>,
+    /// A chunk without its choices, for what comes after all others.
+    last: Option<Map<String, Value>>,
     transcript: Option<Transcript>,
+}
+
+/// Chunks that wait for a verdict.
+#[derive(Default)]
+struct Held {
+    chunks: Vec<Value>,
+    num_bytes: usize,
 }
 
 impl AnswerFilters {
     pub(super) fn new(policy: Policy, vault: Arc<Vault>, transcript: Option<Transcript>) -> Self {
-        Self { policy, vault, choices: BTreeMap::new(), transcript }
+        let held = policy.holds_answers().then(Held::default);
+        Self { policy, vault, choices: BTreeMap::new(), asked: Vec::new(), held, last: None, transcript }
     }
 
     /// What was found so far.
     pub fn verdicts(&self) -> Vec<Verdict> {
-        self.choices.values().flat_map(StreamFilter::verdicts).collect()
+        let found = |choice: &Choice| {
+            let texts = choice.texts.values().flat_map(StreamFilter::verdicts);
+            texts.chain(choice.verdicts.clone()).collect::<Vec<_>>()
+        };
+        self.choices.values().flat_map(found).chain(self.asked.clone()).collect()
     }
 
-    fn of(&mut self, index: u64) -> &mut StreamFilter {
-        let (policy, vault) = (&self.policy, &self.vault);
-        self.choices.entry(index).or_insert_with(|| StreamFilter::new(policy, vault, Form::Plain))
-    }
-
-    /// A whole answer, in place.
-    pub fn whole(&mut self, answer: &mut Value) {
-        if !self.policy.is_empty() {
-            self.filter_whole(answer);
-        }
-        self.keep(answer);
-    }
-
-    fn keep(&self, answer: &Value) {
-        if let Some(transcript) = &self.transcript {
-            transcript.add(answer);
-        }
-    }
-
-    fn filter_whole(&mut self, answer: &mut Value) {
-        let Some(choices) = answer.get_mut("choices").and_then(Value::as_array_mut) else { return };
-        for choice in choices {
-            let index = choice.get("index").and_then(Value::as_u64).unwrap_or(0);
-            let filter = self.of(index);
-            let place = if choice.get("message").is_some() { "/message/content" } else { "/text" };
-            let Some(text) = choice.pointer_mut(place) else { continue };
-            let Some(before) = text.as_str() else { continue };
-            let mut released = filter.push(before);
-            released.extend(filter.finish());
-            let (passed, is_blocked) = join(released);
-            *text = Value::String(passed);
-            if is_blocked {
-                choice["finish_reason"] = json!("content_filter");
+    /// A whole answer; where somebody is to be asked about it, after they have answered. Its verdicts are in the exchange then.
+    ///
+    /// # Errors
+    /// [`GatewayError::Internal`] where a guardrail panics.
+    pub async fn whole(self, exchange: &mut Exchange, answer: Value) -> Result<Value, GatewayError> {
+        let num_bytes = weight(&answer) as u64;
+        let (mut filters, mut answer) = aside(num_bytes, move || self.looked_through(answer)).await?;
+        let blocked = filters.ask(exchange).await;
+        if let Some(choices) = answer.get_mut("choices").and_then(Value::as_array_mut) {
+            for choice in choices.iter_mut().filter(|choice| blocked.contains(&index_of(choice))) {
+                empty(choice);
             }
         }
+        filters.keep(std::slice::from_ref(&answer));
+        exchange.note(filters.verdicts());
+        Ok(answer)
     }
 
-    /// A chunk of a stream: what may pass of it, and with a choice's last one what was held back.
-    pub fn chunk(&mut self, chunk: Value) -> Option<Value> {
-        let passed = if self.policy.is_empty() { Some(chunk) } else { self.filter_chunk(chunk) };
-        if let Some(chunk) = &passed {
-            self.keep(chunk);
+    fn looked_through(mut self, mut answer: Value) -> (Self, Value) {
+        if !self.policy.is_empty()
+            && let Some(choices) = answer.get_mut("choices").and_then(Value::as_array_mut)
+        {
+            for choice in choices.iter_mut() {
+                self.choice(choice, Rest::IsNone);
+            }
         }
-        passed
+        (self, answer)
     }
 
-    fn filter_chunk(&mut self, mut chunk: Value) -> Option<Value> {
-        let Some(choices) = chunk.get_mut("choices").and_then(Value::as_array_mut) else { return Some(chunk) };
+    /// A chunk of a stream: what may pass, in order.
+    pub fn chunk(&mut self, chunk: Value) -> Vec<Value> {
+        let mut out = Vec::new();
+        if self.policy.is_empty() {
+            out.push(chunk);
+        } else {
+            for chunk in self.pass(chunk, Rest::MayCome) {
+                self.hold(chunk, &mut out);
+            }
+        }
+        self.keep(&out);
+        out
+    }
+
+    fn keep(&self, passed: &[Value]) {
+        if let Some(transcript) = &self.transcript {
+            passed.iter().for_each(|chunk| transcript.add(chunk));
+        }
+    }
+
+    /// The stream is complete: what was held, after those who are asked have answered. Its verdicts are in the exchange then.
+    pub async fn end(&mut self, exchange: &mut Exchange) -> Vec<Value> {
+        // A stream may end without having said so of each choice.
+        let open = self.choices.iter().filter(|(_, choice)| !choice.is_over).map(|(&index, _)| index);
+        let open: Vec<u64> = open.collect();
+        let mut out = Vec::new();
+        for index in open {
+            let Some(head) = &self.last else { break };
+            let last = with_last_piece(head, index, &Value::Null);
+            for chunk in self.pass(last, Rest::IsNone) {
+                self.hold(chunk, &mut out);
+            }
+        }
+        let blocked = self.ask(exchange).await;
+        exchange.note(self.verdicts());
+        out.extend(self.held.take().into_iter().flat_map(|held| held.chunks));
+        if !blocked.is_empty() {
+            out = without(out, &blocked, self.last.as_ref());
+        }
+        self.keep(&out);
+        out
+    }
+
+    /// What the guardrails of this machine let pass of a chunk.
+    fn pass(&mut self, mut chunk: Value, rest: Rest) -> Vec<Value> {
+        let Some(choices) = chunk.get_mut("choices").and_then(Value::as_array_mut) else { return vec![chunk] };
         let had_choices = !choices.is_empty();
-        choices.retain_mut(|choice| self.choice(choice));
-        (!had_choices || !choices.is_empty()).then_some(chunk)
+        let mut calls = Vec::new();
+        choices.retain_mut(|choice| {
+            let rest = match choice.get("finish_reason") {
+                None | Some(Value::Null) => rest,
+                Some(_) => Rest::IsNone,
+            };
+            let (is_passed, whole_calls) = self.choice(choice, rest);
+            calls.extend(whole_calls);
+            is_passed
+        });
+        let has_choices = !choices.is_empty();
+        if had_choices && let Some(map) = chunk.as_object() {
+            let head = map.iter().filter(|(name, _)| !matches!(name.as_str(), "choices" | "usage"));
+            self.last = Some(head.map(|(name, value)| (name.clone(), value.clone())).collect());
+        }
+        let mut out = Vec::new();
+        // Arguments come before the end of their choice, in a chunk of their own: not everybody reads the last one's delta.
+        if let (false, Some(head)) = (calls.is_empty(), &self.last) {
+            let mut head = head.clone();
+            head.insert("choices".to_owned(), Value::Array(calls));
+            out.push(Value::Object(head));
+        }
+        if !had_choices || has_choices {
+            out.push(chunk);
+        }
+        out
     }
 
-    /// Whether anything of the choice is to be handed on.
-    fn choice(&mut self, choice: &mut Value) -> bool {
-        let index = choice.get("index").and_then(Value::as_u64).unwrap_or(0);
-        let filter = self.of(index);
-        if filter.blocked_by().is_some() {
-            return false;
+    /// What passes of one choice, in place; whether any of it is to be handed on, and in a stream the choice of its whole arguments.
+    fn choice(&mut self, choice: &mut Value, rest: Rest) -> (bool, Option<Value>) {
+        let index = index_of(choice);
+        let progress = self.choices.entry(index).or_default();
+        if progress.blocked_by.is_some() || progress.is_over {
+            return (false, None);
         }
-        let place = if choice.get("delta").is_some() { "/delta/content" } else { "/text" };
-        let is_last = choice.get("finish_reason").is_some_and(|reason| !reason.is_null());
-        let text = choice.pointer(place).and_then(Value::as_str).map(str::to_owned);
-        let mut released = text.as_deref().map_or_else(Vec::new, |text| filter.push(text));
-        if is_last {
-            released.extend(filter.finish());
+        progress.is_over = rest == Rest::IsNone;
+        let is_delta = choice.get("delta").is_some();
+        let mut walk = Walk { policy: &self.policy, vault: &self.vault, progress, rest, passed: Passed::default() };
+        walk.texts(choice);
+        let calls = walk.calls(choice);
+        let passed = walk.passed;
+        if self.policy.changes_answers() && choice.get("logprobs").is_some_and(|logprobs| !logprobs.is_null()) {
+            // They spell the text as it was.
+            choice["logprobs"] = Value::Null;
         }
-        let (passed, is_blocked) = join(released);
-        if is_blocked {
+        if progress.blocked_by.is_some() {
             choice["finish_reason"] = json!("content_filter");
+            progress.is_over = true;
+            if let Some(message) = choice.get_mut("message").and_then(Value::as_object_mut) {
+                message.remove("tool_calls");
+                message.remove("function_call");
+            }
+            return (true, None);
         }
-        let had_text = text.as_deref().is_some_and(|text| !text.is_empty());
-        match choice.pointer_mut(place) {
-            Some(slot) => *slot = Value::String(passed.clone()),
-            None if !passed.is_empty() => match choice.get_mut("delta") {
-                Some(delta) => delta["content"] = Value::String(passed.clone()),
-                None => choice["text"] = Value::String(passed.clone()),
-            },
-            None => {}
-        }
+        let calls = calls
+            .filter(|_| is_delta)
+            .map(|delta| json!({"index": index, "delta": delta, "logprobs": null, "finish_reason": null}));
         // A piece of which everything is held back says nothing.
-        is_last || is_blocked || !had_text || !passed.is_empty()
+        (rest == Rest::IsNone || !passed.had_text || passed.has_text || passed.has_more, calls)
+    }
+
+    /// Keeps a chunk where an answer is held, or lets it go.
+    fn hold(&mut self, chunk: Value, out: &mut Vec<Value>) {
+        let Some(held) = &mut self.held else {
+            out.push(chunk);
+            return;
+        };
+        let choices = chunk.get("choices").and_then(Value::as_array);
+        let says_nothing = |choice: &Value| {
+            let delta = choice.get("delta").and_then(Value::as_object);
+            delta.is_some_and(|delta| delta.iter().all(|(name, value)| name == "role" || is_empty(value)))
+                && choice.get("finish_reason").is_none_or(Value::is_null)
+                && choice.get("logprobs").is_none_or(Value::is_null)
+        };
+        let is_open = match choices {
+            // An error, or what else is no part of an answer.
+            None => true,
+            // The first chunk tells that the answer has begun.
+            Some(choices) => held.chunks.is_empty() && !choices.is_empty() && choices.iter().all(says_nothing),
+        };
+        if is_open {
+            out.push(chunk);
+            return;
+        }
+        held.num_bytes += weight(&chunk);
+        held.chunks.push(chunk);
+        if held.num_bytes > MAX_HELD_BYTES {
+            out.extend(self.give_up());
+        }
+    }
+
+    /// The answer is longer than may be held: what silence means, decides.
+    fn give_up(&mut self) -> Vec<Value> {
+        let OutsideOutcome { decision, verdicts } = self.policy.unasked(Side::Answer);
+        self.asked.extend(verdicts);
+        let chunks = self.held.take().map(|held| held.chunks).unwrap_or_default();
+        // Nobody is asked any more.
+        let Decision::Block { guardrail } = decision else { return chunks };
+        let all: Vec<u64> = self.choices.keys().copied().collect();
+        for choice in self.choices.values_mut() {
+            choice.blocked_by.get_or_insert_with(|| Arc::clone(&guardrail));
+            choice.is_over = true;
+        }
+        without(chunks, &all, self.last.as_ref())
+    }
+
+    /// Asks about every choice that has come through; those that are blocked.
+    async fn ask(&mut self, exchange: &Exchange) -> Vec<u64> {
+        let is_given_up = self.policy.holds_answers() && self.held.is_none();
+        if is_given_up || !self.policy.asks_outside(Side::Answer) {
+            return Vec::new();
+        }
+        let texts: Vec<(u64, String)> = self
+            .choices
+            .iter()
+            .filter(|(_, choice)| choice.blocked_by.is_none())
+            .map(|(&index, choice)| (index, choice.redacted()))
+            .filter(|(_, text)| !text.is_empty())
+            .collect();
+        let ask = |(index, text): (u64, String)| async move { (index, exchange.ask_about(Side::Answer, &text).await) };
+        let outcomes: Vec<(u64, OutsideOutcome)> =
+            stream::iter(texts).map(ask).buffered(MAX_ASKED_AT_ONCE).collect().await;
+        let mut blocked = Vec::new();
+        for (index, outcome) in outcomes {
+            self.asked.extend(outcome.verdicts);
+            if let (Decision::Block { guardrail }, Some(choice)) = (outcome.decision, self.choices.get_mut(&index)) {
+                choice.blocked_by = Some(guardrail);
+                blocked.push(index);
+            }
+        }
+        blocked
     }
 }
 
-fn join(released: Vec<Released>) -> (String, bool) {
-    let (mut text, mut is_blocked) = (String::new(), false);
-    for piece in released {
-        match piece {
-            Released::Text(piece) => text.push_str(&piece),
-            Released::Blocked { .. } => is_blocked = true,
+fn index_of(choice: &Value) -> u64 {
+    choice.get("index").and_then(Value::as_u64).unwrap_or(0)
+}
+
+/// A choice about which somebody said no: nothing of it is left but how it ended.
+fn empty(choice: &mut Value) {
+    if let Some(choice) = choice.as_object_mut() {
+        for (name, value) in choice.iter_mut() {
+            match name.as_str() {
+                "message" => *value = json!({"role": "assistant", "content": ""}),
+                "delta" => *value = json!({}),
+                "text" => *value = json!(""),
+                "index" => {}
+                _ => *value = Value::Null,
+            }
         }
+        choice.insert("finish_reason".to_owned(), json!("content_filter"));
     }
-    (text, is_blocked)
+}
+
+/// The chunks without those choices, of which each gets an end of its own.
+fn without(chunks: Vec<Value>, blocked: &[u64], head: Option<&Map<String, Value>>) -> Vec<Value> {
+    let mut ended: Vec<u64> = Vec::new();
+    let mut out = Vec::new();
+    for mut chunk in chunks {
+        if let Some(choices) = chunk.get_mut("choices").and_then(Value::as_array_mut) {
+            let had_choices = !choices.is_empty();
+            choices.retain_mut(|choice| {
+                let index = index_of(choice);
+                if !blocked.contains(&index) {
+                    return true;
+                }
+                let is_end = choice.get("finish_reason").is_some_and(|reason| !reason.is_null());
+                if is_end && !ended.contains(&index) {
+                    ended.push(index);
+                    empty(choice);
+                    return true;
+                }
+                false
+            });
+            if had_choices && choices.is_empty() {
+                continue;
+            }
+        }
+        out.push(chunk);
+    }
+    let Some(head) = head else { return out };
+    for &index in blocked.iter().filter(|index| !ended.contains(index)) {
+        out.push(with_last_piece(head, index, &json!("content_filter")));
+    }
+    out
+}
+
+/// A chunk with a choice's last piece, in the shape that its head names.
+fn with_last_piece(head: &Map<String, Value>, index: u64, reason: &Value) -> Value {
+    let is_chat = head.get("object").is_none_or(|object| object != "text_completion");
+    let (name, nothing) = if is_chat { ("delta", json!({})) } else { ("text", json!("")) };
+    let mut chunk = head.clone();
+    chunk.insert(
+        "choices".to_owned(),
+        json!([{"index": index, name: nothing, "logprobs": null, "finish_reason": reason}]),
+    );
+    Value::Object(chunk)
+}
+
+/// What a chunk takes in memory, roughly.
+fn weight(value: &Value) -> usize {
+    const NODE_BYTES: usize = 32;
+    match value {
+        Value::String(text) => NODE_BYTES + text.len(),
+        Value::Array(items) => NODE_BYTES + items.iter().map(weight).sum::<usize>(),
+        Value::Object(map) => {
+            NODE_BYTES + map.iter().map(|(name, value)| NODE_BYTES + name.len() + weight(value)).sum::<usize>()
+        }
+        Value::Null | Value::Bool(_) | Value::Number(_) => NODE_BYTES,
+    }
 }

@@ -5,10 +5,14 @@
 //! happen here and carries out what is local. Invariant: nothing is sent upstream without a committed reservation where
 //! there is a store, and what was sent is settled, if not in time then later.
 
+mod choice;
 mod credential;
 mod exchange;
 pub mod facts;
 mod filters;
+#[cfg(test)]
+mod guardrail_tests;
+mod judging;
 mod start;
 #[cfg(test)]
 mod tests;
@@ -18,13 +22,14 @@ use std::{
     collections::{BTreeMap, HashMap},
     fmt,
     num::NonZeroU32,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     time::Duration,
 };
 
 use credential::LiveEndpoint;
 pub use exchange::{Asked, Exchange, LocalModel, LocalUse, Sent, TurnedAway, UpstreamStream, WireRoute};
-pub use filters::AnswerFilters;
+pub use filters::{AnswerFilters, MAX_HELD_BYTES};
+pub use judging::{LocalAnswer, LocalJudge, LocalQuestion};
 pub use start::{StartError, Surroundings};
 
 use crate::{
@@ -69,6 +74,8 @@ struct Inner {
     local: LocalCosts,
     /// Looks for personal data where rules ask and no guardrail of the tenant does.
     personal_data: Policy,
+    /// Given by the server once it has a model; until then a local judge is silent.
+    local_judge: OnceLock<Arc<dyn LocalJudge>>,
 }
 
 /// A tenant, ready.
@@ -125,10 +132,12 @@ pub enum GatewayError {
     #[error(transparent)]
     Limited(#[from] Box<LimitRefused>),
     /// 400: a guardrail.
-    #[error("the request was blocked by the guardrail {guardrail:?}: change its text")]
+    #[error("the request was blocked by the guardrail {guardrail:?}: {because}")]
     Blocked {
         /// Which.
         guardrail: Arc<str>,
+        /// What it found, or that it could not look.
+        because: BlockedBecause,
     },
     /// By the decision.
     #[error(transparent)]
@@ -150,6 +159,27 @@ pub enum GatewayError {
     Internal(String),
 }
 
+/// Why a guardrail blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BlockedBecause {
+    /// It found something.
+    Found,
+    /// Whoever it asks said nothing, and that counts as found.
+    Silence,
+}
+
+impl fmt::Display for BlockedBecause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Found => "change its text",
+            Self::Silence => {
+                "whoever it asks gave no verdict, which is configured to count as a block; try again later, or tell whoever \
+                 runs this server"
+            }
+        })
+    }
+}
+
 impl GatewayError {
     /// HTTP status, `type` and `code` of OpenAI's error object.
     pub fn shown(&self) -> (u16, &'static str, String) {
@@ -161,6 +191,7 @@ impl GatewayError {
             Self::Route(Refused::UnknownModel { .. }) => fixed(404, "invalid_request_error", "model_not_found"),
             Self::Route(Refused::NotAllowed { .. }) => fixed(403, "permission_error", "forbidden"),
             Self::Route(Refused::NoPlace { .. }) => fixed(400, "invalid_request_error", "no_place"),
+            Self::Route(Refused::CannotTake(_)) => fixed(400, "invalid_request_error", "unsupported_parameter"),
             Self::Route(Refused::TooSlow { .. }) => fixed(429, "rate_limit_error", "overloaded"),
             Self::Refusal(refusal) => fixed(400, "invalid_request_error", refusal.code()),
             Self::Upstream(error) => (error.status(), error.kind(), error.code().to_owned()),
@@ -179,6 +210,7 @@ impl GatewayError {
             Self::Upstream(error) => error.param.clone(),
             Self::Route(Refused::UnknownModel { .. } | Refused::NotAllowed { .. }) => Some("model".to_owned()),
             Self::Blocked { .. } => Some("messages".to_owned()),
+            Self::Route(Refused::CannotTake(what)) => Some(what.field.clone()),
             _ => None,
         }
     }
@@ -322,6 +354,16 @@ impl Gateway {
     fn entry(&self, target: &Target) -> Option<&ModelEntry> {
         let Target::Upstream { upstream, model } = target else { return None };
         self.0.upstreams.get(upstream)?.config.models.iter().find(|entry| entry.id == **model)
+    }
+
+    /// An upstream and a model that it offers.
+    fn offer(&self, upstream: &str, model: &str) -> Result<(&LiveUpstream, ModelEntry), GatewayError> {
+        let internal = |what: &str| GatewayError::Internal(what.to_owned());
+        let live =
+            self.0.upstreams.get(upstream).ok_or_else(|| internal("a route names an upstream that is not there"))?;
+        let entry = live.config.models.iter().find(|entry| entry.id == model);
+        let entry = entry.ok_or_else(|| internal("a route names a model that its upstream does not offer"))?;
+        Ok((live, entry.clone()))
     }
 
     /// Nobody's in particular is what nobody was named for; a name that is not configured is nobody at all.

@@ -6,7 +6,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     path::PathBuf,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, OnceLock},
     time::Duration,
 };
 
@@ -127,7 +127,7 @@ impl Gateway {
             issuers,
             audit,
         } = config;
-        let compiled = Policy::compile(&guardrails)?;
+        let compiled = Policy::compile(&guardrails, surroundings.env)?;
         let mut ready = HashMap::new();
         for (number, config) in (1..).zip(tenants) {
             let policy = Policy::named(&compiled, &config.guardrails)?;
@@ -185,6 +185,7 @@ impl Gateway {
             store: opened,
             local: LocalCosts { per_hour: local_cost_per_hour, reference },
             personal_data: facts::personal_data()?,
+            local_judge: OnceLock::new(),
         })))
     }
 }

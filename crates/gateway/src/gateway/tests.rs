@@ -20,13 +20,13 @@ use crate::{
     store::{Durability, LogWriter, Store, StoreHeads, StoreOptions},
 };
 
-struct Double {
-    address: SocketAddr,
-    num_calls: Arc<AtomicUsize>,
+pub(super) struct Double {
+    pub(super) address: SocketAddr,
+    pub(super) num_calls: Arc<AtomicUsize>,
 }
 
 /// An upstream that speaks OpenAI's API; a prompt of "fail" is answered with 500, "stream" follows the body.
-async fn upstream() -> Double {
+pub(super) async fn upstream() -> Double {
     let num_calls = Arc::new(AtomicUsize::new(0));
     let answer = |State(calls): State<Arc<AtomicUsize>>, body: axum::Json<Value>| async move {
         calls.fetch_add(1, Ordering::SeqCst);
@@ -37,6 +37,13 @@ async fn upstream() -> Double {
         if text == "fail" {
             return (StatusCode::BAD_REQUEST, axum::Json(json!({"error": {"message": "no", "type": "x"}})))
                 .into_response();
+        }
+        if text.contains("verdict:") {
+            let word = text.rsplit(' ').next().unwrap_or_default();
+            return axum::Json(json!({"id": "c", "object": "chat.completion", "created": 1, "model": "gpt-4.1",
+                "choices": [{"index": 0, "message": {"role": "assistant", "content": word}, "finish_reason": "stop"}],
+                "usage": {"prompt_tokens": 1000, "completion_tokens": 500, "total_tokens": 1500}}))
+            .into_response();
         }
         if body["stream"] == json!(true) {
             let chunk = |delta: Value, finish: Value| {
@@ -77,7 +84,7 @@ async fn upstream() -> Double {
     Double { address, num_calls }
 }
 
-async fn gateway(double: &Double, rest: &str) -> (Gateway, tempfile::TempDir) {
+pub(super) async fn gateway(double: &Double, rest: &str) -> (Gateway, tempfile::TempDir) {
     let folder = tempfile::tempdir().unwrap();
     let text = format!(
         "[store]\nurl = \"sqlite://{}\"\n[[upstreams]]\nname = \"up\"\nkind = \"openai-compatible\"\nbase_url = \"http://{}/v1\"\n\
@@ -95,7 +102,7 @@ async fn gateway(double: &Double, rest: &str) -> (Gateway, tempfile::TempDir) {
     (Gateway::start(config, &surroundings, UnixMillis::now()).await.unwrap(), folder)
 }
 
-fn asked<'a>(tenant: &'a str, body: &Value, privacy: Option<&'a str>) -> Asked<'a> {
+pub(super) fn asked<'a>(tenant: &'a str, body: &Value, privacy: Option<&'a str>) -> Asked<'a> {
     Asked {
         tenant: Some(tenant),
         credential: configured_credential(),
@@ -111,25 +118,28 @@ fn asked<'a>(tenant: &'a str, body: &Value, privacy: Option<&'a str>) -> Asked<'
     }
 }
 
-fn local(name: &str) -> LocalName {
+pub(super) fn local(name: &str) -> LocalName {
     if name == "base" { LocalName::Base } else { LocalName::Unknown }
 }
 
-fn idle() -> LocalState {
+pub(super) fn idle() -> LocalState {
     LocalState { max_prompt_tokens: 1000, ..LocalState::default() }
 }
 
-fn body(model: &str, text: &str) -> Value {
+pub(super) fn body(model: &str, text: &str) -> Value {
     json!({"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 100})
 }
 
 /// Follows the route to its end, as a server would.
-async fn ask(gateway: &Gateway, asked: Asked<'_>) -> Result<Value, GatewayError> {
+pub(super) async fn ask(gateway: &Gateway, asked: Asked<'_>) -> Result<Value, GatewayError> {
     let now = UnixMillis::now();
     let mut exchange = match gateway.begin(asked) {
         Ok(exchange) => exchange,
         Err(turned_away) => return Err(turned_away.told().await),
     };
+    if let Err(error) = exchange.ask_about_prompt().await {
+        return Err(exchange.give_up(error).await);
+    }
     let route = match exchange.route(idle(), now, &local).await {
         Ok(route) => route,
         Err(error) => return Err(exchange.give_up(error).await),
@@ -157,7 +167,7 @@ async fn ask(gateway: &Gateway, asked: Asked<'_>) -> Result<Value, GatewayError>
 }
 
 /// `(spent, reserved)` of the tenant today, in nano-dollars.
-async fn standing(gateway: &Gateway, tenant: &str) -> (i64, i64) {
+pub(super) async fn standing(gateway: &Gateway, tenant: &str) -> (i64, i64) {
     let id = TenantId::new(tenant).unwrap();
     let budget = gateway.0.tenants[&id].config.budgets[0].clone();
     let standing = gateway.0.ledger.as_ref().unwrap().standing(&budget, UnixMillis::now()).await.unwrap();
@@ -486,8 +496,8 @@ async fn prompts_and_answers_are_kept_of_whom_it_is_configured_for_and_after_gua
     let mut local_one =
         gateway.begin(Asked { request_id: "local", ..asked("plain", &body("base", "hi"), None) }).unwrap();
     local_one.route(idle(), UnixMillis::now(), &local).await.unwrap();
-    let mut answer = json!({"choices": [{"index": 0, "message": {"content": "from here"}, "finish_reason": "stop"}]});
-    local_one.filters().unwrap().whole(&mut answer);
+    let answer = json!({"choices": [{"index": 0, "message": {"content": "from here"}, "finish_reason": "stop"}]});
+    local_one.filters().unwrap().whole(&mut local_one, answer).await.unwrap();
     let used = LocalUse { num_prompt_tokens: 3, num_completion_tokens: 2, machine_time: Duration::ZERO };
     local_one.settle_local(used, RequestStatus::Completed, LocalModel::default(), UnixMillis::now()).await.unwrap();
     gateway.close().await;

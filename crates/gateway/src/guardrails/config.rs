@@ -6,6 +6,7 @@
 use std::{path::PathBuf, sync::Arc};
 
 use serde::Deserialize;
+use toml::Spanned;
 
 use super::{
     Action, GuardrailError, PiiKind, Side, WordMatch,
@@ -13,7 +14,7 @@ use super::{
     blocklist::Blocklist,
     injection,
     language::Languages,
-    outside::Outside,
+    outside::{Outside, Secrets},
     pattern, pii,
     policy::{Check, Guardrail},
     stage::Detector,
@@ -107,16 +108,16 @@ pub struct GuardrailConfig {
     pub max_chars: Option<u64>,
     /// `language`: these and no others.
     #[serde(default)]
-    pub allow: Vec<String>,
+    pub allow: Vec<Spanned<String>>,
     /// `language`: all but these.
     #[serde(default)]
-    pub deny: Vec<String>,
+    pub deny: Vec<Spanned<String>>,
     /// `webhook`: where to ask.
     pub url: Option<String>,
     /// `webhook`: the environment variable that holds its bearer token.
     pub token_env: Option<String>,
-    /// `model`: who to ask.
-    pub model: Option<String>,
+    /// `model`: who to ask: `local`, a local name or `UPSTREAM/MODEL`.
+    pub model: Option<Spanned<String>>,
     /// `model`: what to ask, as a Jinja template over `text` and `side`; absent: a built-in one.
     pub template: Option<String>,
     /// `webhook`, `model`: how long to wait, in milliseconds; absent: 2000, 10000.
@@ -127,10 +128,10 @@ pub struct GuardrailConfig {
 
 impl GuardrailConfig {
     /// Checks it and builds what it needs.
-    pub(super) fn compile(&self) -> Result<Guardrail, GuardrailError> {
+    pub(super) fn compile(&self, secrets: Secrets<'_>) -> Result<Guardrail, GuardrailError> {
         self.check_keys()?;
         let check = match self.kind {
-            Kind::Webhook => Check::Outside(Outside::webhook(self)?),
+            Kind::Webhook => Check::Outside(Outside::webhook(self, secrets)?),
             Kind::Model => Check::Outside(Outside::model(self)?),
             _ => Check::Local(self.detector()?),
         };
@@ -224,7 +225,11 @@ impl GuardrailConfig {
                 Some(max) if max > 0 => Ok(Detector::MaxChars(max)),
                 _ => Err(self.bad("it needs `max_chars`, the most characters a text may have")),
             },
-            Kind::Language => Ok(Detector::Languages(Languages::new(&self.name, &self.allow, &self.deny)?)),
+            Kind::Language => {
+                let words =
+                    |list: &[Spanned<String>]| list.iter().map(|name| name.get_ref().clone()).collect::<Vec<_>>();
+                Ok(Detector::Languages(Languages::new(&self.name, &words(&self.allow), &words(&self.deny))?))
+            }
             Kind::Webhook | Kind::Model => Err(self.bad("it looks at no letters")),
         }
     }

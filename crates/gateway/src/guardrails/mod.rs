@@ -12,11 +12,12 @@
 //! let go before the match is known to be none.
 
 mod anchored;
+mod arguments;
 mod blocklist;
 mod checks;
 pub mod config;
 mod injection;
-mod language;
+pub mod language;
 mod normalise;
 pub mod outside;
 mod parts;
@@ -37,7 +38,7 @@ use serde::{Deserialize, Serialize};
 pub use self::{
     blocklist::WordMatch,
     config::GuardrailConfig,
-    outside::{Judge, JudgeFailed, JudgePlace, OutsidePermit},
+    outside::{Judge, JudgeFailed, JudgePlace, Question, no_secrets},
     pii::PiiKind,
     policy::{Decision, Guardrail, Policy, PromptOutcome},
     stream::{Released, StreamFilter},
@@ -100,6 +101,13 @@ pub struct Verdict {
     pub action: Action,
     /// What was found, by label.
     pub findings: Vec<Finding>,
+}
+
+impl Verdict {
+    /// Whether nobody found anything: whoever was asked said nothing, and that counts as found.
+    pub fn is_silence(&self) -> bool {
+        self.findings.iter().all(|finding| finding.label == outside::NO_VERDICT)
+    }
 }
 
 /// serde knows shared strings only with a feature that no other crate here needs.

@@ -1,11 +1,13 @@
 //! Guardrails that ask: a web hook, or a model as judge.
 //!
-//! They see a whole text at once, after all others have redacted it. Whether a text may leave this machine is not decided here: whoever knows
-//! the request's privacy class issues an [`OutsidePermit`], and without one a web hook or an upstream judge counts as
-//! silent. What silence means is configured: `closed` (as if it had found something) unless said otherwise.
+//! They see a whole text at once, after all others have redacted it. A text leaves for a web hook or an upstream judge only by a
+//! [`LeavesPremises`], which a `local-only` class cannot make; without one they count as silent. A web hook on a loopback
+//! address is outside like any other: what listens there may be a proxy or a tunnel, and what becomes of a text in another
+//! process cannot be promised here. What silence means is configured: `closed` (as if it had found something) unless said
+//! otherwise.
 //!
-//! **Invariant**: no byte of a text is sent without a permit; no answer, however long or late, holds a request up for longer than the
-//! timeout.
+//! **Invariant**: no byte of a text is sent without a [`LeavesPremises`]; no answer, however long or late, holds a request up for longer
+//! than the timeout.
 
 use std::{sync::Arc, time::Duration};
 
@@ -15,11 +17,13 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{
-    Action, Decision, Finding, GuardrailConfig, GuardrailError, Policy, Side, Verdict, config::OnFailure, policy::Check,
+    Action, Decision, Finding, Guardrail, GuardrailConfig, GuardrailError, Policy, Side, Verdict, config::OnFailure,
+    policy::Check,
 };
+use crate::upstream::{LeavesPremises, PrivacyClass};
 
 /// The longest text that is sent; a longer one counts as unanswered.
-const MAX_TEXT_BYTES: usize = 1 << 20;
+pub(super) const MAX_TEXT_BYTES: usize = 1 << 20;
 /// The longest answer that is read.
 const MAX_ANSWER_BYTES: usize = 64 * 1024;
 /// Bounds what a template's loops may cost.
@@ -33,23 +37,17 @@ const TEMPLATE: &str = "You check texts for an organisation. The text below, bet
                         Is it harmful: does it ask for or contain help with violence, abuse, crime, self-harm or hatred?\n\
                         Answer with one word: allow or block.\n-----\n{{ text }}\n-----\nallow or block?";
 
-/// Whoever holds it has found that this request's texts may leave the machine.
-#[derive(Debug)]
-pub struct OutsidePermit(());
-
-impl OutsidePermit {
-    /// For the code that has asked the request's privacy class, and for no other.
-    pub fn issued_after_privacy_check() -> Self {
-        Self(())
-    }
-}
+/// The label of a finding that nobody made: whoever was asked said nothing.
+pub const NO_VERDICT: &str = "no-verdict";
+/// What the built-in question is to be answered with.
+const VERDICTS: [&str; 2] = ["allow", "block"];
 
 /// Where a judge's model runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum JudgePlace {
     /// In this process.
     Local,
-    /// Anywhere else: a permit is needed.
+    /// Anywhere else: only a request that may leave is told there.
     Outside,
 }
 
@@ -58,22 +56,38 @@ pub enum JudgePlace {
 #[error("the judge gave no answer: {0}")]
 pub struct JudgeFailed(pub String);
 
+/// What a judge is asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Question {
+    /// By this guardrail.
+    pub guardrail: Arc<str>,
+    /// One user message.
+    pub text: String,
+    /// The only answers that make sense; empty: anything may come.
+    pub answers: &'static [&'static str],
+}
+
 /// Runs the models that judge.
 pub trait Judge: Send + Sync {
     /// Where this model runs.
     fn place(&self, model: &str) -> JudgePlace;
 
-    /// One user message in, the answer's text out. Dropping the future cancels the request.
-    fn ask<'a>(&'a self, model: &'a str, question: String) -> BoxFuture<'a, Result<String, JudgeFailed>>;
+    /// The answer's text. `leaves` is there where the model is outside, and used up by the one call. Dropping the future cancels it.
+    fn ask<'a>(
+        &'a self,
+        model: &'a str,
+        question: Question,
+        leaves: Option<LeavesPremises>,
+    ) -> BoxFuture<'a, Result<String, JudgeFailed>>;
 }
 
 /// Who may be asked.
 #[derive(Clone, Copy)]
 pub struct Asking<'a> {
-    /// Runs judges; none: they count as silent.
-    pub judge: Option<&'a dyn Judge>,
-    /// Whether texts may leave the machine.
-    pub permit: Option<&'a OutsidePermit>,
+    /// Runs judges.
+    pub judge: &'a dyn Judge,
+    /// How far the texts may travel: the request's class, `local-only` where a guardrail keeps it here.
+    pub class: PrivacyClass,
 }
 
 /// What those who were asked say.
@@ -85,27 +99,63 @@ pub struct OutsideOutcome {
     pub verdicts: Vec<Verdict>,
 }
 
-impl Policy {
-    /// Whether anyone has to be asked about texts of this side. An answer's filters hold nothing back for them: where this says
-    /// yes and the action is to block, the caller keeps the answer until it has asked.
-    pub fn asks_outside(&self, side: Side) -> bool {
-        self.on(side).any(|guardrail| matches!(guardrail.check, Check::Outside(_)))
+impl OutsideOutcome {
+    fn nothing() -> Self {
+        Self { decision: Decision::Pass, verdicts: Vec::new() }
     }
 
-    /// Asks, in order, about a whole text; the first block ends it.
+    /// Takes what one guardrail found; says whether that ends the check.
+    fn take(&mut self, guardrail: &Guardrail, side: Side, finding: Finding) -> bool {
+        self.verdicts.extend(guardrail.verdict(side, vec![finding]));
+        match guardrail.action {
+            Action::Block => self.decision = Decision::Block { guardrail: Arc::clone(&guardrail.name) },
+            Action::RouteLocal => self.decision = Decision::RouteLocal,
+            Action::Flag | Action::Redact => {}
+        }
+        guardrail.action == Action::Block
+    }
+}
+
+impl Policy {
+    /// Those that ask, of one side.
+    fn outside(&self, side: Side) -> impl Iterator<Item = (&Arc<Guardrail>, &Outside)> {
+        self.on(side).filter_map(|guardrail| match &guardrail.check {
+            Check::Outside(outside) => Some((guardrail, outside)),
+            Check::Local(_) => None,
+        })
+    }
+
+    /// Whether anyone has to be asked about texts of this side.
+    pub fn asks_outside(&self, side: Side) -> bool {
+        self.outside(side).next().is_some()
+    }
+
+    /// Whether an answer has to be kept until someone has been asked: where all that is found is counted, it may go on.
+    pub fn holds_answers(&self) -> bool {
+        self.outside(Side::Answer).any(|(guardrail, _)| guardrail.action == Action::Block)
+    }
+
+    /// Asks, in order, about a whole text; the first block ends it, and after a `route-local` the text stays here.
     pub async fn ask_outside(&self, side: Side, text: &str, asking: Asking<'_>) -> OutsideOutcome {
-        let mut outcome = OutsideOutcome { decision: Decision::Pass, verdicts: Vec::new() };
-        for guardrail in self.on(side) {
-            let Check::Outside(outside) = &guardrail.check else { continue };
+        let mut outcome = OutsideOutcome::nothing();
+        for (guardrail, outside) in self.outside(side) {
+            let class = if outcome.decision == Decision::RouteLocal { PrivacyClass::LocalOnly } else { asking.class };
+            let asking = Asking { class, ..asking };
             let Some(finding) = outside.ask(&guardrail.name, side, text, asking).await else { continue };
-            outcome.verdicts.extend(guardrail.verdict(side, vec![finding]));
-            match guardrail.action {
-                Action::Block => {
-                    outcome.decision = Decision::Block { guardrail: Arc::clone(&guardrail.name) };
-                    break;
-                }
-                Action::RouteLocal => outcome.decision = Decision::RouteLocal,
-                Action::Flag | Action::Redact => {}
+            if outcome.take(guardrail, side, finding) {
+                break;
+            }
+        }
+        outcome
+    }
+
+    /// What is said of a text that nobody can be asked about, as it is too long.
+    pub fn unasked(&self, side: Side) -> OutsideOutcome {
+        let mut outcome = OutsideOutcome::nothing();
+        for (guardrail, outside) in self.outside(side) {
+            let Some(finding) = outside.silence() else { continue };
+            if outcome.take(guardrail, side, finding) {
+                break;
             }
         }
         outcome
@@ -123,7 +173,15 @@ pub(super) struct Outside {
 #[derive(Debug)]
 enum Whom {
     Webhook { client: reqwest::Client, url: reqwest::Url, token: Option<Token> },
-    Model { model: String, template: Box<Environment<'static>> },
+    Model { model: String, template: Box<Environment<'static>>, answers: &'static [&'static str] },
+}
+
+/// Reads a variable of the environment.
+pub type Secrets<'a> = &'a dyn Fn(&str) -> Option<String>;
+
+/// For those who ask nobody, as `check` does: every variable is there, and empty.
+pub fn no_secrets(_: &str) -> Option<String> {
+    Some(String::new())
 }
 
 /// Not shown.
@@ -142,19 +200,18 @@ struct WebhookAnswer {
 }
 
 impl Outside {
-    pub(super) fn webhook(config: &GuardrailConfig) -> Result<Self, GuardrailError> {
+    pub(super) fn webhook(config: &GuardrailConfig, secrets: Secrets<'_>) -> Result<Self, GuardrailError> {
         let url = config.url.as_deref().unwrap_or_default();
         let url = reqwest::Url::parse(url)
             .ok()
             .filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host())
             .ok_or_else(|| config.bad("it needs `url`, like https://guard.example.org/check"))?;
-        let token =
-            match &config.token_env {
-                None => None,
-                Some(name) => Some(Token(std::env::var(name).map_err(|_| {
-                    config.bad(format!("the environment has no `{name}`; set it, or remove `token_env`"))
-                })?)),
-            };
+        let token = match &config.token_env {
+            None => None,
+            Some(name) => Some(Token(secrets(name).ok_or_else(|| {
+                config.bad(format!("the environment has no `{name}`; set it, or remove `token_env`"))
+            })?)),
+        };
         // A redirect would take the text somewhere that nobody configured.
         let client = reqwest::Client::builder()
             .redirect(reqwest::redirect::Policy::none())
@@ -164,10 +221,11 @@ impl Outside {
     }
 
     pub(super) fn model(config: &GuardrailConfig) -> Result<Self, GuardrailError> {
-        let model = config.model.clone().filter(|model| !model.is_empty());
+        let model = config.model.as_ref().map(|model| model.get_ref().clone()).filter(|model| !model.is_empty());
         let model = model.ok_or_else(|| config.bad("it needs `model`, the name of the model that judges"))?;
         let mut template = Environment::new();
         template.set_fuel(Some(TEMPLATE_FUEL));
+        let answers: &[_] = if config.template.is_none() { &VERDICTS } else { &[] };
         let source = config.template.clone().unwrap_or_else(|| TEMPLATE.to_owned());
         if !source.contains("text") {
             return Err(config.bad("its `template` does not show the text; write {{ text }} where it belongs"));
@@ -175,7 +233,7 @@ impl Outside {
         template
             .add_template_owned("question", source)
             .map_err(|error| config.bad(format!("its `template` cannot be read: {error}")))?;
-        Self::new(config, Whom::Model { model, template: Box::new(template) }, MODEL_TIMEOUT_MS)
+        Self::new(config, Whom::Model { model, template: Box::new(template), answers }, MODEL_TIMEOUT_MS)
     }
 
     fn new(config: &GuardrailConfig, whom: Whom, default_ms: u64) -> Result<Self, GuardrailError> {
@@ -187,44 +245,50 @@ impl Outside {
         Ok(Self { whom, timeout, on_failure: config.on_failure.unwrap_or_default() })
     }
 
-    async fn ask(&self, name: &str, side: Side, text: &str, asking: Asking<'_>) -> Option<Finding> {
+    async fn ask(&self, name: &Arc<str>, side: Side, text: &str, asking: Asking<'_>) -> Option<Finding> {
         let answer = tokio::time::timeout(self.timeout, self.answer(name, side, text, asking)).await;
         match answer.unwrap_or_else(|_| Err(format!("no answer within {} ms", self.timeout.as_millis()))) {
             Ok(true) => Some(Finding { label: "found", count: 1 }),
             Ok(false) => None,
             Err(why) => {
-                tracing::warn!(guardrail = name, ?side, why, on_failure = ?self.on_failure, "a guardrail gave no verdict");
-                (self.on_failure == OnFailure::Closed).then_some(Finding { label: "no-verdict", count: 1 })
+                tracing::warn!(guardrail = %name, ?side, why, on_failure = ?self.on_failure, "a guardrail gave no verdict");
+                self.silence()
             }
         }
     }
 
-    async fn answer(&self, name: &str, side: Side, text: &str, asking: Asking<'_>) -> Result<bool, String> {
+    fn silence(&self) -> Option<Finding> {
+        (self.on_failure == OnFailure::Closed).then_some(Finding { label: NO_VERDICT, count: 1 })
+    }
+
+    async fn answer(&self, name: &Arc<str>, side: Side, text: &str, asking: Asking<'_>) -> Result<bool, String> {
         if text.len() > MAX_TEXT_BYTES {
             return Err(format!("the text has {} bytes and the limit is {MAX_TEXT_BYTES}", text.len()));
         }
+        let leave = || {
+            asking.class.leave().ok_or_else(|| "the request's privacy class keeps its text on this machine".to_owned())
+        };
         match &self.whom {
             Whom::Webhook { client, url, token } => {
-                if asking.permit.is_none() {
-                    return Err("the request's privacy class keeps its text on this machine".to_owned());
-                }
+                let leaves = leave()?;
                 let mut request =
-                    client.post(url.clone()).json(&json!({"guardrail": name, "side": side, "text": text}));
+                    client.post(url.clone()).json(&json!({"guardrail": name.as_ref(), "side": side, "text": text}));
                 if let Some(Token(token)) = token {
                     request = request.bearer_auth(token);
                 }
-                ask_webhook(request).await
+                ask_webhook(request, leaves).await
             }
-            Whom::Model { model, template } => {
-                let judge = asking.judge.ok_or("no judge is there")?;
-                if judge.place(model) == JudgePlace::Outside && asking.permit.is_none() {
-                    return Err("the request's privacy class keeps its text on this machine".to_owned());
-                }
-                let question = template
+            Whom::Model { model, template, answers } => {
+                let leaves = match asking.judge.place(model) {
+                    JudgePlace::Local => None,
+                    JudgePlace::Outside => Some(leave()?),
+                };
+                let text = template
                     .get_template("question")
                     .and_then(|template| template.render(context! { text => text, side => side_name(side) }))
                     .map_err(|error| format!("the template failed: {error}"))?;
-                let answer = judge.ask(model, question).await.map_err(|error| error.to_string())?;
+                let question = Question { guardrail: Arc::clone(name), text, answers };
+                let answer = asking.judge.ask(model, question, leaves).await.map_err(|error| error.to_string())?;
                 parse_verdict(&answer).ok_or_else(|| "the judge's answer holds no verdict".to_owned())
             }
         }
@@ -238,7 +302,8 @@ fn side_name(side: Side) -> &'static str {
     }
 }
 
-async fn ask_webhook(request: reqwest::RequestBuilder) -> Result<bool, String> {
+/// Holding a [`LeavesPremises`] is what allows this; the one call uses it up.
+async fn ask_webhook(request: reqwest::RequestBuilder, LeavesPremises { .. }: LeavesPremises) -> Result<bool, String> {
     // The errors' texts hold the URL, which may hold a secret.
     let response = request.send().await.map_err(|error| error.without_url().to_string())?;
     if !response.status().is_success() {

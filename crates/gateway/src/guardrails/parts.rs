@@ -102,6 +102,7 @@ pub(super) fn texts(body: &mut Value) -> Vec<Part<'_>> {
         match name.as_str() {
             "messages" => each(member, |message| message_texts(message, &mut parts)),
             "prompt" | "suffix" | "system" | "instructions" => strings(member, &mut parts),
+            "prediction" => content_texts(member, &mut parts),
             "tools" | "functions" | "documents" | "response_format" => descriptions(member, &mut parts),
             _ => {}
         }
@@ -130,8 +131,14 @@ fn message_texts<'a>(message: &'a mut Value, parts: &mut Vec<Part<'a>>) {
         match name.as_str() {
             "content" | "refusal" | "reasoning_content" | "reasoning" | "name" => content_texts(member, parts),
             "tool_calls" => each(member, |call| {
-                if let Some(function) = call.get_mut("function") {
-                    arguments(function, parts);
+                let Value::Object(members) = call else { return };
+                for (name, member) in members {
+                    match name.as_str() {
+                        "function" => arguments(member, parts),
+                        // A custom tool takes a text of any form.
+                        "custom" => strings(&mut member["input"], parts),
+                        _ => {}
+                    }
                 }
             }),
             "function_call" => arguments(member, parts),
@@ -195,6 +202,7 @@ mod tests {
                 ]},
                 {"role": "assistant", "content": null, "reasoning_content": "t7", "tool_calls": [
                     {"id": "no", "type": "function", "function": {"name": "no", "arguments": "{\"a\": [\"t8\", 1]}"}},
+                    {"id": "no", "type": "custom", "custom": {"name": "no", "input": "t13"}},
                 ]},
                 {"role": "tool", "tool_call_id": "no", "content": "t9"},
                 {"role": "function", "function_call": {"arguments": "not json t10"}},
@@ -209,7 +217,7 @@ mod tests {
                 None
             });
         }
-        for number in 1..=12 {
+        for number in 1..=13 {
             let name = format!("t{number}");
             assert_eq!(
                 seen.iter().filter(|text| text.split(' ').any(|word| word == name)).count(),

@@ -9,8 +9,8 @@ use serde_json::Value;
 
 use super::{
     Action, Finding, Form, GuardrailConfig, GuardrailError, Side, Verdict,
-    language::SAMPLE_CHARS,
-    outside::Outside,
+    language::{self, Languages},
+    outside::{MAX_TEXT_BYTES, Outside, Secrets},
     parts::{self, Part},
     scan::End,
     stage::{Detector, Stage},
@@ -51,6 +51,10 @@ impl Guardrail {
             Check::Local(detector) => Some(detector),
             Check::Outside(_) => None,
         }
+    }
+
+    fn asks_language(&self) -> bool {
+        matches!(self.detector(), Some(Detector::Languages(_)))
     }
 
     /// Nothing found is no verdict.
@@ -110,11 +114,14 @@ impl Policy {
         Ok(Self { guardrails: names.iter().map(find).collect::<Result<_, _>>()? })
     }
 
-    /// All guardrails of a config, compiled.
-    pub fn compile(configs: &[GuardrailConfig]) -> Result<HashMap<String, Arc<Guardrail>>, GuardrailError> {
+    /// All guardrails of a config, compiled; `secrets` gives the tokens of web hooks.
+    pub fn compile(
+        configs: &[GuardrailConfig],
+        secrets: Secrets<'_>,
+    ) -> Result<HashMap<String, Arc<Guardrail>>, GuardrailError> {
         let mut known = HashMap::new();
         for config in configs {
-            let guardrail = config.compile()?;
+            let guardrail = config.compile(secrets)?;
             if known.insert(config.name.clone(), Arc::new(guardrail)).is_some() {
                 let why = "there are two of this name; rename one".to_owned();
                 return Err(GuardrailError::Config { guardrail: config.name.clone(), why });
@@ -141,6 +148,8 @@ impl Policy {
     /// Checks and redacts every text of a request's body: messages' texts, arguments and results of tools, prompts. Takes
     /// time in the length of the texts; callers of long ones move it off their async threads.
     pub fn check_prompt(&self, body: &mut Value) -> PromptOutcome {
+        let sample =
+            self.on(Side::Prompt).any(|guardrail| guardrail.asks_language()).then(|| language::sample_of(body));
         let mut vault = Arc::new(Vault::default());
         let mut texts = parts::texts(body);
         if self.on(Side::Prompt).any(|guardrail| guardrail.action == Action::Redact) {
@@ -149,28 +158,62 @@ impl Policy {
                 vault.reserve(text.text());
             }
         }
-        let mut outcome = PromptOutcome { decision: Decision::Pass, verdicts: Vec::new(), vault: Arc::clone(&vault) };
-        for guardrail in self.on(Side::Prompt) {
+        let (decision, verdicts) = self.check_parts(Side::Prompt, &mut texts, sample.as_deref(), &mut vault);
+        PromptOutcome { decision, verdicts, vault }
+    }
+
+    /// Goes through all guardrails of a side that look on this machine. Languages are told by the sample; without one nobody looks
+    /// for them.
+    pub(super) fn check_parts(
+        &self,
+        side: Side,
+        texts: &mut [Part<'_>],
+        sample: Option<&str>,
+        vault: &mut Arc<Vault>,
+    ) -> (Decision, Vec<Verdict>) {
+        let (mut decision, mut verdicts) = (Decision::Pass, Vec::new());
+        for guardrail in self.on(side) {
             let Some(detector) = guardrail.detector() else { continue };
             let (findings, is_blocked) = match detector {
-                Detector::MaxChars(max) => check_length(*max, &texts),
-                Detector::Languages(_) => check_sample(guardrail, detector, &texts),
-                Detector::Rules(_) | Detector::Blocklists(_) => {
-                    check_texts(guardrail, detector, &mut texts, &mut vault)
-                }
+                Detector::MaxChars(max) => check_length(*max, texts),
+                Detector::Languages(languages) => check_sample(languages, sample.unwrap_or_default()),
+                Detector::Rules(_) | Detector::Blocklists(_) => check_texts(guardrail, detector, texts, vault),
             };
             let has_findings = !findings.is_empty();
-            outcome.verdicts.extend(guardrail.verdict(Side::Prompt, findings));
+            verdicts.extend(guardrail.verdict(side, findings));
             if is_blocked || (has_findings && guardrail.action == Action::Block) {
-                outcome.decision = Decision::Block { guardrail: Arc::clone(&guardrail.name) };
+                decision = Decision::Block { guardrail: Arc::clone(&guardrail.name) };
                 break;
             }
             if has_findings && guardrail.action == Action::RouteLocal {
-                outcome.decision = Decision::RouteLocal;
+                decision = Decision::RouteLocal;
             }
         }
-        outcome.vault = vault;
-        outcome
+        (decision, verdicts)
+    }
+
+    /// All texts of a request that its model reads, for those who are asked about them: as they stand in the body.
+    pub fn prompt_text(body: &mut Value) -> String {
+        let mut all = String::new();
+        for part in parts::texts(body) {
+            if !all.is_empty() {
+                all.push_str("\n\n");
+            }
+            all.push_str(part.text());
+            // More is too long to be asked about in any case.
+            if all.len() > MAX_TEXT_BYTES {
+                break;
+            }
+        }
+        all
+    }
+
+    /// Whether answers come out other than they went in, so that what tells of their tokens must not pass beside them.
+    pub fn changes_answers(&self) -> bool {
+        let changes = |guardrail: &Arc<Guardrail>| {
+            guardrail.detector().is_some() && matches!(guardrail.action, Action::Block | Action::Redact)
+        };
+        self.on(Side::Answer).any(changes) || self.restores()
     }
 }
 
@@ -181,21 +224,10 @@ fn check_length(max: u64, texts: &[Part<'_>]) -> (Vec<Finding>, bool) {
     (findings, false)
 }
 
-/// A language is told by what stands in the newest texts.
-fn check_sample(guardrail: &Arc<Guardrail>, detector: &Detector, texts: &[Part<'_>]) -> (Vec<Finding>, bool) {
-    let mut sample: Vec<&str> = Vec::new();
-    let mut num_bytes = 0;
-    for part in texts.iter().rev() {
-        sample.push(part.text());
-        num_bytes += part.text().len();
-        if num_bytes > SAMPLE_CHARS * 4 {
-            break;
-        }
-    }
-    sample.reverse();
-    let mut stage = Stage::new(Arc::clone(guardrail), detector, Form::Plain);
-    let step = stage.push(&sample.join("\n"), End::Last, &mut Arc::default());
-    (stage.findings(), step.is_blocked)
+/// All of the sample counts.
+fn check_sample(languages: &Languages, sample: &str) -> (Vec<Finding>, bool) {
+    let is_admitted = languages.admit(sample);
+    (if is_admitted { Vec::new() } else { vec![Finding { label: "language", count: 1 }] }, false)
 }
 
 fn check_texts(

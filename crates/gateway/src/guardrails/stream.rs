@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use super::{
     Form, Side, Verdict,
+    outside::MAX_TEXT_BYTES,
     policy::Policy,
     scan::End,
     stage::Stage,
@@ -33,7 +34,10 @@ pub enum Released {
 pub struct StreamFilter {
     stages: Vec<Stage>,
     restorer: Option<Restorer>,
+    /// The prompt's values, and what was put away in this answer.
     vault: Arc<Vault>,
+    /// What has passed the stages, before values were put back: for those who are asked about the whole. None: nobody is.
+    redacted: Option<String>,
     blocked_by: Option<Arc<str>>,
     is_finished: bool,
 }
@@ -49,7 +53,18 @@ impl StreamFilter {
             })
             .collect();
         let restorer = (policy.restores() && !vault.is_empty()).then(|| Restorer::new(Arc::clone(vault), form));
-        Self { stages, restorer, vault: Arc::clone(vault), blocked_by: None, is_finished: false }
+        let redacted = policy.asks_outside(Side::Answer).then(String::new);
+        Self { stages, restorer, vault: Arc::clone(vault), redacted, blocked_by: None, is_finished: false }
+    }
+
+    /// What the prompt's check and this answer have put away so far; other texts of the same answer go on with it.
+    pub(crate) fn vault_mut(&mut self) -> &mut Arc<Vault> {
+        &mut self.vault
+    }
+
+    /// What has passed so far as those see it who are asked about it, with placeholders; a bit more than may be asked at most.
+    pub(crate) fn redacted(&self) -> &str {
+        self.redacted.as_deref().unwrap_or_default()
     }
 
     /// Takes a piece of the answer.
@@ -88,6 +103,9 @@ impl StreamFilter {
                 end = End::Last;
                 self.blocked_by = Some(Arc::clone(stage.guardrail().name()));
             }
+        }
+        if let Some(redacted) = self.redacted.as_mut().filter(|redacted| redacted.len() <= MAX_TEXT_BYTES) {
+            redacted.push_str(&text);
         }
         if let Some(restorer) = &mut self.restorer {
             text = restorer.push(&text, end);

@@ -13,6 +13,7 @@ use super::{
     outside::{Asking, OutsideOutcome},
     *,
 };
+use crate::upstream::{LeavesPremises, PrivacyClass};
 
 fn policy(tables: &str) -> Policy {
     #[derive(serde::Deserialize)]
@@ -21,7 +22,7 @@ fn policy(tables: &str) -> Policy {
     }
     let file: File = toml::from_str(tables).unwrap();
     let names: Vec<String> = file.guardrails.iter().map(|guardrail| guardrail.name.clone()).collect();
-    Policy::named(&Policy::compile(&file.guardrails).unwrap(), &names).unwrap()
+    Policy::named(&Policy::compile(&file.guardrails, &no_secrets).unwrap(), &names).unwrap()
 }
 
 fn table(kind: &str, action: &str, more: &str) -> String {
@@ -34,7 +35,7 @@ fn refusal(tables: &str) -> String {
         guardrails: Vec<GuardrailConfig>,
     }
     match toml::from_str::<File>(tables) {
-        Ok(file) => Policy::compile(&file.guardrails).unwrap_err().to_string(),
+        Ok(file) => Policy::compile(&file.guardrails, &no_secrets).unwrap_err().to_string(),
         Err(error) => error.to_string(),
     }
 }
@@ -380,34 +381,63 @@ impl Judge for Scripted {
     fn ask<'a>(
         &'a self,
         model: &'a str,
-        question: String,
+        question: Question,
+        leaves: Option<LeavesPremises>,
     ) -> futures::future::BoxFuture<'a, Result<String, JudgeFailed>> {
-        assert!(model == "judge" && question.contains("how do I"), "{question}");
+        assert!(model == "judge" && question.text.contains("how do I"), "{question:?}");
+        assert_eq!(leaves.is_some(), self.place == JudgePlace::Outside);
+        assert_eq!(question.answers, ["allow", "block"]);
         self.num_asked.fetch_add(1, Ordering::Relaxed);
         Box::pin(async { Ok(self.answer.to_owned()) })
     }
 }
 
+fn scripted(place: JudgePlace, answer: &'static str) -> Scripted {
+    Scripted { place, answer, num_asked: AtomicUsize::new(0) }
+}
+
 #[tokio::test]
-async fn a_judge_decides_and_one_outside_needs_a_permit() {
+async fn a_judge_decides_and_one_outside_sees_nothing_that_must_stay() {
     let judged = policy(&table("model", "block", "model = \"judge\""));
-    let permit = OutsidePermit::issued_after_privacy_check();
-    for (place, answer, with_permit, is_blocked, num_asked) in [
-        (JudgePlace::Local, "allow", false, false, 1),
-        (JudgePlace::Local, "block", false, true, 1),
-        (JudgePlace::Local, "hm", false, true, 1),
-        (JudgePlace::Outside, "allow", true, false, 1),
-        (JudgePlace::Outside, "allow", false, true, 0),
+    use PrivacyClass::{Any, LocalFirst, LocalOnly};
+    for (place, answer, class, is_blocked, num_asked) in [
+        (JudgePlace::Local, "allow", LocalOnly, false, 1),
+        (JudgePlace::Local, "block", LocalOnly, true, 1),
+        (JudgePlace::Local, "hm", LocalOnly, true, 1),
+        (JudgePlace::Outside, "allow", LocalFirst, false, 1),
+        (JudgePlace::Outside, "block", Any, true, 1),
+        (JudgePlace::Outside, "allow", LocalOnly, true, 0),
     ] {
-        let judge = Scripted { place, answer, num_asked: AtomicUsize::new(0) };
-        let asking = Asking { judge: Some(&judge), permit: with_permit.then_some(&permit) };
-        let outcome = judged.ask_outside(Side::Prompt, "how do I", asking).await;
-        assert_eq!(matches!(outcome.decision, Decision::Block { .. }), is_blocked, "{place:?} {answer} {with_permit}");
+        let judge = scripted(place, answer);
+        let outcome = judged.ask_outside(Side::Prompt, "how do I", Asking { judge: &judge, class }).await;
+        assert_eq!(matches!(outcome.decision, Decision::Block { .. }), is_blocked, "{place:?} {answer} {class:?}");
         assert_eq!(judge.num_asked.load(Ordering::Relaxed), num_asked);
     }
 }
 
-async fn ask_hook(more: &str, answer: axum::response::Response, with_permit: bool) -> (OutsideOutcome, Vec<Value>) {
+#[tokio::test]
+async fn what_one_guardrail_keeps_here_the_next_one_does_not_send() {
+    let first = table("model", "route-local", "model = \"judge\"").replace("name = \"model\"", "name = \"first\"");
+    // Nobody listens there; it must not be tried.
+    let hook = table("webhook", "flag", "url = \"http://127.0.0.1:9/\"");
+    let judge = scripted(JudgePlace::Local, "block");
+    let asking = Asking { judge: &judge, class: PrivacyClass::Any };
+    let outcome = policy(&(first + &hook)).ask_outside(Side::Prompt, "how do I", asking).await;
+    assert_eq!(outcome.decision, Decision::RouteLocal);
+    assert!(outcome.verdicts[1].is_silence() && !outcome.verdicts[0].is_silence(), "{:?}", outcome.verdicts);
+}
+
+#[test]
+fn of_a_text_too_long_to_ask_about_silence_decides() {
+    let unasked = |on_failure: &str| {
+        let more = format!("url = \"http://127.0.0.1:9/\"\non_failure = \"{on_failure}\"");
+        policy(&table("webhook", "block", &more)).unasked(Side::Answer).decision
+    };
+    assert_eq!(unasked("open"), Decision::Pass);
+    assert_eq!(unasked("closed"), Decision::Block { guardrail: "webhook".into() });
+}
+
+async fn ask_hook(more: &str, answer: axum::response::Response, class: PrivacyClass) -> (OutsideOutcome, Vec<Value>) {
     let asked = Arc::new(std::sync::Mutex::new(Vec::new()));
     let answer = Arc::new(std::sync::Mutex::new(Some(answer)));
     let seen = Arc::clone(&asked);
@@ -420,9 +450,8 @@ async fn ask_hook(more: &str, answer: axum::response::Response, with_permit: boo
     let url = format!("http://{}/check", listener.local_addr().unwrap());
     let server = tokio::spawn(async move { axum::serve(listener, axum::Router::new().route("/check", route)).await });
     let hook = policy(&table("webhook", "block", &format!("url = \"{url}\"\n{more}")));
-    let permit = OutsidePermit::issued_after_privacy_check();
-    let asking = Asking { judge: None, permit: with_permit.then_some(&permit) };
-    let outcome = hook.ask_outside(Side::Answer, "the text", asking).await;
+    let judge = scripted(JudgePlace::Local, "allow");
+    let outcome = hook.ask_outside(Side::Answer, "the text", Asking { judge: &judge, class }).await;
     server.abort();
     let asked = asked.lock().unwrap().clone();
     (outcome, asked)
@@ -432,23 +461,24 @@ async fn ask_hook(more: &str, answer: axum::response::Response, with_permit: boo
 async fn a_web_hook_decides_and_silence_means_what_was_configured() {
     use axum::{http::StatusCode, response::IntoResponse as _};
     let found = |found: bool| axum::Json(json!({"found": found, "more": 1})).into_response();
-    let (outcome, asked) = ask_hook("", found(true), true).await;
+    let (outcome, asked) = ask_hook("", found(true), PrivacyClass::Any).await;
     assert_eq!(outcome.decision, Decision::Block { guardrail: "webhook".into() });
     assert_eq!(asked, [json!({"guardrail": "webhook", "side": "answer", "text": "the text"})]);
-    assert_eq!(ask_hook("", found(false), true).await.0.decision, Decision::Pass);
+    assert_eq!(ask_hook("", found(false), PrivacyClass::LocalFirst).await.0.decision, Decision::Pass);
     for broken in [StatusCode::BAD_GATEWAY.into_response(), "{}".into_response(), "x".repeat(100_000).into_response()] {
-        let (outcome, _) = ask_hook("", broken, true).await;
+        let (outcome, _) = ask_hook("", broken, PrivacyClass::Any).await;
         assert_eq!(outcome.verdicts[0].findings[0].label, "no-verdict");
         assert!(matches!(outcome.decision, Decision::Block { .. }));
     }
-    let (outcome, _) = ask_hook("on_failure = \"open\"", StatusCode::BAD_GATEWAY.into_response(), true).await;
+    let (outcome, _) =
+        ask_hook("on_failure = \"open\"", StatusCode::BAD_GATEWAY.into_response(), PrivacyClass::Any).await;
     assert_eq!(outcome.decision, Decision::Pass);
 }
 
 #[tokio::test]
-async fn without_a_permit_no_byte_reaches_a_web_hook() {
+async fn no_byte_of_a_local_only_request_reaches_a_web_hook() {
     let answer = axum::response::IntoResponse::into_response(axum::Json(json!({"found": false})));
-    let (outcome, asked) = ask_hook("", answer, false).await;
+    let (outcome, asked) = ask_hook("", answer, PrivacyClass::LocalOnly).await;
     assert_eq!((asked.len(), outcome.verdicts[0].findings[0].label), (0, "no-verdict"));
 }
 

@@ -69,8 +69,17 @@ pub struct LocalState {
     pub predicted_ttft: Option<Duration>,
     /// No block of the cache is free and others wait already.
     pub is_exhausted: bool,
-    /// Why it cannot be answered here at all ("the local model takes no images").
-    pub cannot: Option<String>,
+    /// What the local model cannot take of it.
+    pub cannot: Option<CannotTake>,
+}
+
+/// A part of a request that a place cannot take.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CannotTake {
+    /// Its field, as `messages[0].content[1]`.
+    pub field: String,
+    /// What stands there, and why that is too much.
+    pub why: String,
 }
 
 /// What is known of a request.
@@ -135,6 +144,9 @@ pub enum Refused {
         /// What forbids it, and the next step.
         why: String,
     },
+    /// 400: something in it that no place takes which it may go to.
+    #[error("{}; no other place that this request may go to takes it: leave it out, or name a model that takes it", .0.why)]
+    CannotTake(CannotTake),
     /// 400: no place that is allowed can answer it.
     #[error("{why}")]
     NoPlace {
@@ -321,9 +333,10 @@ fn local_able(mut route: Route, facts: &Facts<'_>) -> Result<Route, Refused> {
             facts.prompt_tokens, local.max_prompt_tokens
         )
     });
-    let Some(cannot) = local.cannot.clone().or(too_long) else { return Ok(route) };
+    let cannot = local.cannot.as_ref().map(|cannot| cannot.why.clone());
+    let Some(cannot) = cannot.or(too_long) else { return Ok(route) };
     if route.targets.iter().all(Target::is_local) {
-        // The local route itself says what is wrong, in its own words and with the field's name.
+        // Of a prompt that is too long the local route itself says how much, in tokens that it has counted.
         return Ok(route);
     }
     let before = route.targets.len();
@@ -337,23 +350,31 @@ fn local_able(mut route: Route, facts: &Facts<'_>) -> Result<Route, Refused> {
     Ok(route)
 }
 
-/// Sends what would wait too long here to the tenant's overflow, where that is open to it.
+/// Sends what would wait too long here, or could never be answered, to the tenant's overflow, where that is open to it.
 fn with_overflow(
     mut route: Route,
     asked: &str,
     facts: &Facts<'_>,
     local_name: &dyn Fn(&str) -> LocalName,
 ) -> Result<Route, Refused> {
-    let Some(overflow) = &facts.tenant.overflow else { return Ok(route) };
     let Some(Target::Local | Target::LocalModel(_)) = route.targets.first() else { return Ok(route) };
+    let cannot = &facts.local.cannot;
+    let stays = |route: Route| match cannot {
+        Some(cannot) => Err(Refused::CannotTake(cannot.clone())),
+        None => Ok(route),
+    };
+    let Some(overflow) = &facts.tenant.overflow else { return stays(route) };
     let limit = overflow.when_ttft_over;
     let predicted = facts.local.predicted_ttft;
     let is_slow = predicted.is_some_and(|time| time > limit);
-    if !is_slow && !facts.local.is_exhausted {
+    if !is_slow && !facts.local.is_exhausted && cannot.is_none() {
         return Ok(route);
     }
-    let pressed = match predicted {
-        Some(time) if is_slow => format!("the first token would take about {time:.1?} here, the limit is {limit:.1?}"),
+    let pressed = match (cannot, predicted) {
+        (Some(cannot), _) => cannot.why.clone(),
+        (None, Some(time)) if is_slow => {
+            format!("the first token would take about {time:.1?} here, the limit is {limit:.1?}")
+        }
         _ => "the cache has no free block here".to_owned(),
     };
     let name = match &route.targets[0] {
@@ -365,17 +386,20 @@ fn with_overflow(
     let closed = match forbidden(&overflow.to, facts, local_name) {
         Some(Forbidden::NotOffered) => Some(format!("the tenant, or its key, may not use {}", overflow.to)),
         Some(Forbidden::Leaves(why)) => Some(why),
+        None if cannot.is_some() && overflow.to.is_local() => Some(format!("{} is here, too", overflow.to)),
         None if !is_equal => Some(format!("{} is not declared to answer like the adapter {name:?}", overflow.to)),
         None => None,
     };
     match (closed, overflow.otherwise) {
         (None, _) => {
             route.why.push(format!("{pressed}: it overflows to {}", overflow.to));
-            route.targets.retain(|target| *target != overflow.to);
+            route.targets.retain(|target| *target != overflow.to && (cannot.is_none() || !target.is_local()));
             route.targets.insert(0, overflow.to.clone());
             route.is_overflow = true;
             Ok(route)
         }
+        // Neither waiting nor coming back would help.
+        (Some(_), _) if cannot.is_some() => stays(route),
         (Some(why), Otherwise::Wait) => {
             route.why.push(format!("{pressed}, and it waits: {why}"));
             Ok(route)

@@ -151,6 +151,39 @@ fn what_cannot_run_here_goes_where_it_can() {
     assert_eq!(names(&router.route("base", &long, &local)), ["base"]);
 }
 
+fn picture() -> CannotTake {
+    CannotTake { field: "messages[0].content[1]".to_owned(), why: "messages[0].content[1] is image_url".to_owned() }
+}
+
+#[test]
+fn a_picture_goes_where_it_is_taken_or_is_refused_by_its_field() {
+    let router = router(vec![rule(Condition::default(), &["local", "openai/gpt-4.1"])]);
+    let plain = tenant();
+    fn with_picture(tenant: &TenantRouting) -> Facts<'_> {
+        let mut facts = facts(tenant);
+        facts.local.cannot = Some(picture());
+        facts
+    }
+    let seen = with_picture(&plain);
+    assert_eq!(names(&router.route("auto", &seen, &local)), ["openai/gpt-4.1"]);
+    assert_eq!(names(&router.route("claude/opus", &seen, &local)), ["claude/opus"]);
+    let refused = |facts: &Facts<'_>, asked: &str| match router.route(asked, facts, &local) {
+        Err(Refused::CannotTake(what)) => what.field,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(refused(&seen, "base"), "messages[0].content[1]");
+    let private = Facts { privacy: PrivacyClass::LocalOnly, ..with_picture(&plain) };
+    assert_eq!(refused(&private, "auto"), "messages[0].content[1]");
+    // An overflow is where requests go that cannot be answered here in time, and never is not in time.
+    for otherwise in [Otherwise::Wait, Otherwise::Refuse] {
+        let overflowing = TenantRouting { overflow: Some(overflow(&[], otherwise)), ..tenant() };
+        assert_eq!(names(&router.route("base", &with_picture(&overflowing), &local)), ["openai/gpt-4.1"]);
+        let kept = Facts { must_stay: true, ..with_picture(&overflowing) };
+        assert_eq!(refused(&kept, "base"), "messages[0].content[1]");
+        assert_eq!(refused(&with_picture(&overflowing), "support-fr"), "messages[0].content[1]");
+    }
+}
+
 #[test]
 fn a_request_overflows_before_it_waits_too_long() {
     let router = router(vec![]);
@@ -280,12 +313,15 @@ proptest! {
                 max_prompt_tokens: 8000,
                 predicted_ttft: ttft.map(Duration::from_secs),
                 is_exhausted,
-                cannot: cannot.then(|| "it takes no images".to_owned()),
+                cannot: cannot.then(picture),
             },
             ..facts(&tenant)
         };
         let route = router.route(asked, &facts, &local);
         prop_assert_eq!(&route, &router.route(asked, &facts, &local));
+        if let (true, Ok(route)) = (cannot, &route) {
+            prop_assert!(!route.targets.iter().any(Target::is_local), "{route:?}");
+        }
         if let Ok(route) = route {
             prop_assert!(!route.targets.is_empty());
             for target in &route.targets {

@@ -21,9 +21,9 @@ use serde_json::{Value, json};
 use crate::support::{MODEL, PATIENCE, Server, Setup, check_error, events, wait_for_step};
 
 /// A server with a gateway, the server it may send to, and the store that both a test and the gateway have open.
-struct House {
-    server: Server,
-    upstream: Server,
+pub(crate) struct House {
+    pub(crate) server: Server,
+    pub(crate) upstream: Server,
     store: Store,
     _folder: tempfile::TempDir,
 }
@@ -33,11 +33,11 @@ const TENANTS: &str = "[[tenants]]\nname = \"acme\"\nprivacy = \"any\"\n\
                        [[tenants]]\nname = \"small\"\nlimits = { requests_per_minute = 1 }\n";
 
 impl House {
-    async fn build(rest: &str) -> Self {
-        Self::build_on(Setup::new(), rest).await
+    pub(crate) async fn build(rest: &str) -> Self {
+        Self::build_with(rest, Setup::new()).await
     }
 
-    async fn build_on(setup: Setup, rest: &str) -> Self {
+    pub(crate) async fn build_with(rest: &str, setup: Setup) -> Self {
         Self::of(setup, &format!("{TENANTS}{rest}"), Server::start()).await
     }
 
@@ -75,7 +75,7 @@ impl House {
     }
 
     /// A new key of a tenant, once the server knows it.
-    async fn key(&self, tenant: &str) -> String {
+    pub(crate) async fn key(&self, tenant: &str) -> String {
         self.key_that_gets(tenant, KeyGrant::default(), 200).await
     }
 
@@ -105,17 +105,17 @@ impl House {
         tokio::time::timeout(PATIENCE, asking).await.unwrap_or_else(|_| panic!("a key never got {status}"));
     }
 
-    fn chat(&self, key: &str, body: &Value) -> RequestBuilder {
+    pub(crate) fn chat(&self, key: &str, body: &Value) -> RequestBuilder {
         self.server.request(Method::POST, "/v1/chat/completions").bearer_auth(key).json(body)
     }
 
     /// By tenant and model.
-    async fn rows(&self) -> Vec<CostRow> {
+    pub(crate) async fn rows(&self) -> Vec<CostRow> {
         let query = CostQuery { by: vec![CostColumn::Tenant, CostColumn::Model], ..CostQuery::default() };
         costs(&self.store, query).await.unwrap().rows
     }
 
-    async fn num_upstream_requests(&self) -> f64 {
+    pub(crate) async fn num_upstream_requests(&self) -> f64 {
         let text = self.upstream.get("/metrics").await.text().await.unwrap();
         let of_chats = |line: &&str| line.starts_with("vllm:request_success_total");
         text.lines().filter(of_chats).map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum()
@@ -320,7 +320,7 @@ async fn a_local_request_that_is_left_before_its_answer_has_its_row() {
     let (gate, keeper) = gate();
     let mut setup = Setup::new();
     setup.model.gate = Some(gate);
-    let house = House::build_on(setup, "").await;
+    let house = House::build_with("", setup).await;
     let key = house.key("acme").await;
     let asking = tokio::spawn(house.chat(&key, &body(MODEL)).send());
     let keeper = wait_for_step(keeper).await;

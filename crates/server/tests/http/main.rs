@@ -13,3 +13,4 @@ mod gateway;
 mod hostile;
 mod lifecycle;
 mod operations;
+mod outside;

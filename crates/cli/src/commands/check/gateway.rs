@@ -10,12 +10,15 @@ use bindery_gateway::{
     audit::config::{AuditConfig, FailureMeans, KeepContents},
     clock::UnixMillis,
     config::{CredentialSource, GatewayConfig, StoreConfig, TenantConfig, UpstreamConfig},
-    guardrails::{Action, Side, config::GuardrailConfig},
+    guardrails::{
+        Action, Side,
+        config::{GuardrailConfig, Kind, OnFailure},
+    },
     keys::{IssuerOptions, KeyInfo, TenantFrom, table::list},
     ledger::{Budget, Period},
     limits::RateLimits,
     policy::{
-        Choice, Condition, PrivacyClass, Rule, VirtualModel,
+        Choice, Condition, PrivacyClass, Rule, Target, VirtualModel,
         route::{Otherwise, WEEKDAYS},
         target::fits,
     },
@@ -55,8 +58,12 @@ pub(super) fn meaning(config: &GatewayConfig) -> Vec<String> {
     }
     for model in config.router.virtual_models.values() {
         lines.extend(virtual_model(model));
+        lines.extend(turned_round(model, &config.tenants));
     }
-    lines.extend(config.guardrails.iter().map(|guardrail| self::guardrail(guardrail, &config.tenants)));
+    for guardrail in &config.guardrails {
+        lines.push(self::guardrail(guardrail, &config.tenants));
+        lines.extend(asked_outside(guardrail, config));
+    }
     lines.extend(config.audit.as_ref().map(audit));
     lines.extend(config.issuers.iter().map(issuer));
     lines
@@ -271,6 +278,79 @@ fn virtual_model(model: &VirtualModel) -> Vec<String> {
     lines.extend(model.rules.iter().enumerate().map(rule));
     if !model.rules.last().is_some_and(|rule| rule.when.is_always()) {
         lines.push("  Otherwise the request is refused.".to_owned());
+    }
+    lines
+}
+
+/// Rules whose order the class local-first changes, for those whom it surprises.
+fn turned_round(model: &VirtualModel, tenants: &[TenantConfig]) -> Vec<String> {
+    let warning = |(at, rule): (usize, &Rule)| {
+        let first_out = rule.to.iter().position(|choice| choice.targets().any(|target| !target.is_local()))?;
+        let last_local = rule.to.iter().rposition(|choice| choice.targets().any(Target::is_local))?;
+        let is_for_class = rule.when.privacy.as_ref().is_none_or(|classes| classes.contains(&PrivacyClass::LocalFirst));
+        if first_out >= last_local || !is_for_class {
+            return None;
+        }
+        let is_turned = |tenant: &&TenantConfig| {
+            let TenantConfig { routing, id, .. } = tenant;
+            routing.privacy == PrivacyClass::LocalFirst
+                && routing.models.iter().any(|pattern| fits(pattern, &model.name))
+                && rule.when.tenants.as_ref().is_none_or(|names| names.iter().any(|name| name == id.as_str()))
+        };
+        let names: Vec<&str> = tenants.iter().filter(is_turned).map(|tenant| tenant.id.as_str()).collect();
+        let whose = match &names[..] {
+            // Requests that belong to nobody are local-first, too.
+            [] if tenants.is_empty() => "requests here".to_owned(),
+            [] => return None,
+            names => format!("the local-first tenants {}", names.join(", ")),
+        };
+        Some(format!(
+            "  Warning: rule {} names an upstream before the local model, but for {whose} the local model is tried first: put it \
+             in front to say so, or choose the privacy class any.",
+            at + 1
+        ))
+    };
+    model.rules.iter().enumerate().filter_map(warning).collect()
+}
+
+/// Where a guardrail's questions go, and for whom nobody is asked.
+fn asked_outside(guardrail: &GuardrailConfig, config: &GatewayConfig) -> Vec<String> {
+    let judge = guardrail.model.as_ref().map(|model| model.get_ref().as_str());
+    let upstream = judge.and_then(|judge| {
+        let (upstream, _) = judge.split_once('/')?;
+        config.upstreams.iter().find(|known| *known.name == *upstream)
+    });
+    let whom = match (guardrail.kind, &guardrail.url, judge, upstream) {
+        (Kind::Webhook, Some(url), ..) => format!("the web hook at {}", without_secrets(url)),
+        (Kind::Model, _, Some(judge), Some(_)) => format!("the model {judge}, paid by the tenant whose request it is"),
+        (Kind::Model, _, Some(judge), None) => {
+            return vec![format!("  It asks the model {judge} on this machine, for every privacy class.")];
+        }
+        _ => return Vec::new(),
+    };
+    let silence = match (guardrail.on_failure.unwrap_or_default(), guardrail.action) {
+        (OnFailure::Open, _) => "counts as nothing found",
+        (OnFailure::Closed, Action::Block) => "blocks the request",
+        (OnFailure::Closed, Action::RouteLocal) => "keeps the request on this machine",
+        (OnFailure::Closed, Action::Flag | Action::Redact) => "counts as found",
+    };
+    let mut lines = vec![format!("  It asks {whom}; silence {silence} (on_failure).")];
+    let never_asked = |tenant: &&TenantConfig| {
+        tenant.routing.privacy == PrivacyClass::LocalOnly && tenant.guardrails.contains(&guardrail.name)
+    };
+    let names: Vec<&str> = config.tenants.iter().filter(never_asked).map(|tenant| tenant.id.as_str()).collect();
+    if !names.is_empty() {
+        let so = match (guardrail.on_failure.unwrap_or_default(), guardrail.action) {
+            (OnFailure::Closed, Action::Block) => {
+                "so all their requests are blocked: ask a local model instead, or set on_failure = \"open\""
+            }
+            (OnFailure::Closed, _) => "which counts as found in every request: ask a local model instead",
+            (OnFailure::Open, _) => "so it checks nothing of theirs: ask a local model instead",
+        };
+        lines.push(format!(
+            "  Warning: of the local-only tenants {} it is never sent a byte, on a loopback address neither, {so}.",
+            names.join(", ")
+        ));
     }
     lines
 }

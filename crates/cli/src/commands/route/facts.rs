@@ -12,6 +12,7 @@ use bindery_gateway::{
     guardrails::{
         Policy,
         config::{GuardrailConfig, Kind},
+        no_secrets,
         policy::Decision,
     },
     ledger::{PromptSize, least_left},
@@ -27,9 +28,6 @@ use crate::{
     gateway::ConfigFile,
     terminal::{self, thousands},
 };
-
-/// A language shows in so many bytes of the newest texts.
-const SAMPLE_BYTES: usize = 1000;
 
 /// One line of what was known.
 pub(super) struct Known {
@@ -94,6 +92,7 @@ impl<'a> RequestFacts<'a> {
         let local = LocalState {
             max_prompt_tokens: names.max_model_len.unwrap_or(usize::MAX),
             predicted_ttft: args.ttft,
+            cannot: body.as_object().and_then(facts::beyond_text),
             ..LocalState::default()
         };
         let at = args.at.map(|seconds| UnixMillis(i64::try_from(seconds).unwrap_or(i64::MAX).saturating_mul(1000)));
@@ -102,7 +101,7 @@ impl<'a> RequestFacts<'a> {
             has_budget: config.is_some_and(|config| !config.budgets.is_empty()),
             task: args.task.as_deref(),
             reasoning_effort: body["reasoning_effort"].as_str(),
-            language: language_of(body),
+            language: facts::language(body),
             blocked_by: checked.blocked_by.clone(),
             draw: args.draw,
             known: Vec::new(),
@@ -235,7 +234,8 @@ impl Checked {
         };
         let Some(tenant) = tenant else { return Ok(checked) };
         let all = &file.gateway.guardrails;
-        let outcome = Policy::named(&Policy::compile(all)?, &tenant.guardrails)?.check_prompt(&mut body.clone());
+        let outcome =
+            Policy::named(&Policy::compile(all, &no_secrets)?, &tenant.guardrails)?.check_prompt(&mut body.clone());
         checked.verdicts = outcome
             .verdicts
             .iter()
@@ -263,37 +263,6 @@ impl Shape {
     }
 }
 
-/// As ISO 639-3 calls it, where the newest texts show it.
-fn language_of(body: &Value) -> Option<&'static str> {
-    let mut texts = Vec::new();
-    for message in body["messages"].as_array().into_iter().flatten() {
-        collect(&message["content"], &mut texts);
-    }
-    collect(&body["prompt"], &mut texts);
-    let mut num_bytes = 0;
-    let newest = texts.iter().rev().take_while(|text| {
-        let is_needed = num_bytes < SAMPLE_BYTES;
-        num_bytes += text.len();
-        is_needed
-    });
-    let mut sample: Vec<&str> = newest.copied().collect();
-    sample.reverse();
-    let found = whatlang::detect(&sample.join("\n")).filter(whatlang::Info::is_reliable)?;
-    Some(found.lang().code())
-}
-
-fn collect<'a>(content: &'a Value, texts: &mut Vec<&'a str>) {
-    match content {
-        Value::String(text) => texts.push(text),
-        Value::Array(parts) => {
-            for part in parts {
-                texts.extend(part.as_str().or_else(|| part["text"].as_str()));
-            }
-        }
-        _ => {}
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -310,14 +279,5 @@ mod tests {
         let Shape { has_tools, size } = Shape::of(&body);
         assert_eq!((has_tools, size.num_messages, size.num_images), (true, 2, 1));
         assert!((1500..1800).contains(&size.num_bytes), "{}", size.num_bytes);
-    }
-
-    #[test]
-    fn the_language_is_that_of_the_newest_texts() {
-        let german = "Die Bundesregierung hat gestern beschlossen, dass die neuen Regeln erst im nächsten Jahr gelten.";
-        let chat = json!({"messages": [{"role": "user", "content": [{"type": "text", "text": german}]}]});
-        assert_eq!(language_of(&chat), Some("deu"));
-        assert_eq!(language_of(&json!({"prompt": [german]})), Some("deu"));
-        assert_eq!(language_of(&json!({"prompt": "ok 12"})), None);
     }
 }

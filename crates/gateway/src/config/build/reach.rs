@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use toml::Spanned;
 
-use super::{Builder, When, Words};
+use super::{Builder, When};
 use crate::{
     policy::{Choice, Condition, PrivacyClass, Rule, Target, TenantRouting, target::fits},
     providers::chat::Effort,
@@ -91,28 +91,10 @@ impl Builder<'_> {
     /// Words of which there are only some.
     pub(super) fn check_words(&mut self, when: &When) {
         let known: Vec<&str> = Effort::words().collect();
-        self.check_each(
-            when.reasoning_effort.as_ref(),
-            "reasoning_effort",
-            |word| known.contains(&word),
-            || format!("it must be one of {}", known.join(", ")),
-        );
-        let is_language = |word: &str| whatlang::Lang::from_code(word).is_some();
-        self.check_each(when.language.as_ref(), "language that is recognised", is_language, || {
-            "write its three letters of ISO 639-3, as eng, deu or fra".to_owned()
-        });
-    }
-
-    fn check_each(
-        &mut self,
-        words: Option<&Spanned<Words>>,
-        what: &str,
-        is_known: impl Fn(&str) -> bool,
-        hint: impl Fn() -> String,
-    ) {
-        let Some(words) = words else { return };
-        for word in words.get_ref().list().iter().filter(|word| !is_known(word)) {
-            self.problem(&words.span(), format!("{word:?} is no {what}, so the rule never applies to it"), hint());
+        let Some(words) = &when.reasoning_effort else { return };
+        for word in words.get_ref().list().iter().filter(|word| !known.contains(&word.as_str())) {
+            let message = format!("{word:?} is no reasoning_effort, so the rule never applies to it");
+            self.problem(&words.span(), message, format!("it must be one of {}", known.join(", ")));
         }
     }
 }

@@ -1,0 +1,256 @@
+//! Texts of a request before those who are asked about them: web hooks, and models as judges.
+//!
+//! A judge of this process runs by what the server has given ([`Gateway::set_local_judge`]); one upstream goes through the door as every
+//! call does, with money set aside first, charged to the tenant whose request is judged. Neither counts under the tenant's
+//! limits, and nothing that a judge reads or writes is checked by guardrails again. It must not know engines or HTTP
+//! servers.
+//!
+//! Invariant: what a local-only request holds, or one that a guardrail keeps here, reaches no web hook and no upstream judge.
+
+use std::sync::Arc;
+
+use futures::future::BoxFuture;
+use serde_json::{Map, Value, json};
+
+use super::{
+    BlockedBecause, Exchange, Gateway, GatewayError, LocalUse,
+    exchange::{OpenCall, counts, date, internal, key_id},
+    facts,
+};
+use crate::{
+    audit::record::{RequestRecord, RouteTaken},
+    clock::UnixMillis,
+    guardrails::{
+        Decision, Judge, JudgeFailed, JudgePlace, Policy, Question, Side, Verdict,
+        outside::{Asking, OutsideOutcome},
+    },
+    ledger::{self, LedgerRoute, Outcome, RequestStatus},
+    money::Money,
+    policy::PrivacyClass,
+    providers::{self, ChatRequest, UnmappedFields, Usage, error::Spent},
+    upstream::{LeavesPremises, Received},
+};
+
+/// The longest verdict upstream: a reasoning model thinks in it, too.
+const MAX_VERDICT_TOKENS: u64 = 2048;
+
+/// What a judge of this process is asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LocalQuestion {
+    /// A base's or an adapter's name; None: the base.
+    pub model: Option<String>,
+    /// One user message.
+    pub text: String,
+    /// The only answers that make sense; empty: anything may come.
+    pub answers: &'static [&'static str],
+    /// Of the request that is judged.
+    pub request_id: String,
+}
+
+/// What it says.
+#[derive(Clone, Debug, Default)]
+pub struct LocalAnswer {
+    /// The text.
+    pub text: String,
+    /// What it took.
+    pub used: LocalUse,
+}
+
+/// Runs a judge's question on the models of this process, past every limit and guardrail. Dropping the future cancels it.
+pub trait LocalJudge: Send + Sync {
+    /// One answer.
+    fn ask(&self, question: LocalQuestion) -> BoxFuture<'_, Result<LocalAnswer, JudgeFailed>>;
+}
+
+impl Gateway {
+    /// The server's way to its own models. The first one stays.
+    pub fn set_local_judge(&self, judge: Arc<dyn LocalJudge>) {
+        let _first_one_stays = self.0.local_judge.set(judge);
+    }
+
+    /// Whose a judge's name is, by the rule of targets: an upstream's name and a slash in front decide.
+    fn upstream_of<'a>(&self, model: &'a str) -> Option<(&'a str, &'a str)> {
+        model.split_once('/').filter(|(upstream, model)| self.0.upstreams.contains_key(*upstream) && !model.is_empty())
+    }
+}
+
+impl Exchange {
+    /// Has those asked about the prompt whom the tenant's guardrails ask. Where there are none this costs nothing.
+    ///
+    /// # Errors
+    /// [`GatewayError::Blocked`].
+    pub async fn ask_about_prompt(&mut self) -> Result<(), GatewayError> {
+        if !self.tenant.policy.asks_outside(Side::Prompt) {
+            return Ok(());
+        }
+        let text = Policy::prompt_text(&mut self.body);
+        let OutsideOutcome { decision, verdicts } = self.ask_about(Side::Prompt, &text).await;
+        let is_silence = verdicts.last().is_some_and(Verdict::is_silence);
+        self.note(verdicts);
+        match decision {
+            Decision::Pass => Ok(()),
+            Decision::RouteLocal => {
+                self.must_stay = true;
+                Ok(())
+            }
+            Decision::Block { guardrail } => {
+                let because = if is_silence { BlockedBecause::Silence } else { BlockedBecause::Found };
+                Err(GatewayError::Blocked { guardrail, because })
+            }
+        }
+    }
+
+    /// What those say who are to be asked about a text of this request.
+    pub(super) async fn ask_about(&self, side: Side, text: &str) -> OutsideOutcome {
+        let class = if self.must_stay { PrivacyClass::LocalOnly } else { self.privacy };
+        self.tenant.policy.ask_outside(side, text, Asking { judge: &Bench(self), class }).await
+    }
+}
+
+/// The judges, for one request.
+struct Bench<'a>(&'a Exchange);
+
+impl Judge for Bench<'_> {
+    fn place(&self, model: &str) -> JudgePlace {
+        if self.0.gateway.upstream_of(model).is_some() { JudgePlace::Outside } else { JudgePlace::Local }
+    }
+
+    fn ask<'a>(
+        &'a self,
+        model: &'a str,
+        question: Question,
+        leaves: Option<LeavesPremises>,
+    ) -> BoxFuture<'a, Result<String, JudgeFailed>> {
+        Box::pin(async move {
+            match (self.0.gateway.upstream_of(model), leaves) {
+                (Some((upstream, model)), Some(leaves)) => {
+                    let answer = self.ask_upstream((upstream, model), question, leaves).await;
+                    answer.map_err(|error| JudgeFailed(error.to_string()))
+                }
+                (Some(_), None) => Err(JudgeFailed("it is elsewhere, and the request must stay here".to_owned())),
+                (None, _) => self.ask_here(model, question).await,
+            }
+        })
+    }
+}
+
+impl Bench<'_> {
+    async fn ask_here(&self, model: &str, question: Question) -> Result<String, JudgeFailed> {
+        let exchange = self.0;
+        let judge = exchange.gateway.0.local_judge.get();
+        let judge = judge.ok_or_else(|| JudgeFailed("this process has no model yet".to_owned()))?;
+        let asked = UnixMillis::now();
+        let question = LocalQuestion {
+            model: (model != "local").then(|| model.to_owned()),
+            text: question.text,
+            answers: question.answers,
+            request_id: exchange.request_id.clone(),
+        };
+        let LocalAnswer { text, used } = judge.ask(question).await?;
+        self.enter_local(model, &used, asked).await;
+        Ok(text)
+    }
+
+    /// The ledger's row of a local verdict.
+    async fn enter_local(&self, model: &str, used: &LocalUse, asked: UnixMillis) {
+        let exchange = self.0;
+        let Some(ledger) = &exchange.gateway.0.ledger else { return };
+        let cost = exchange.gateway.0.local.per_hour;
+        let now = UnixMillis::now();
+        let usage =
+            Usage { prompt: used.num_prompt_tokens, completion: used.num_completion_tokens, ..Usage::default() };
+        let outcome = Outcome {
+            status: RequestStatus::Completed,
+            tokens: counts(&usage),
+            latency: now.since(asked),
+            price: cost.and_then(|cost| ledger::local_price(cost, used.machine_time)).unwrap_or(Money::ZERO),
+            reference_price: None,
+        };
+        let call = exchange.call(LedgerRoute::Local, model.to_owned(), None);
+        if let Err(error) = ledger.record_local(&call, outcome, now).await {
+            tracing::warn!(%error, "the row of a judge's verdict waits for the store");
+        }
+    }
+
+    /// A call like any other: translated, paid for, through the door, settled. Dropped on its way it is charged in full.
+    async fn ask_upstream(
+        &self,
+        (upstream, model): (&str, &str),
+        question: Question,
+        leaves: LeavesPremises,
+    ) -> Result<String, GatewayError> {
+        let exchange = self.0;
+        let gateway = exchange.gateway.clone();
+        let (live, entry) = gateway.offer(upstream, model)?;
+        let now = UnixMillis::now();
+        let body = json!({
+            "model": format!("{upstream}/{model}"), "messages": [{"role": "user", "content": question.text}],
+            "max_completion_tokens": MAX_VERDICT_TOKENS,
+        });
+        let max_prompt_tokens = ledger::max_prompt_tokens(facts::size_of(&body), 0);
+        let endpoint = live.endpoint.current();
+        let call = providers::Call {
+            endpoint: &endpoint,
+            model: &entry,
+            max_output_tokens: Some(MAX_VERDICT_TOKENS),
+            max_prompt_tokens,
+            fields: UnmappedFields::Drop,
+            at: date(now),
+        };
+        let body: Map<String, Value> = match body {
+            Value::Object(body) => body,
+            _ => return Err(internal("a judge's question is no object")),
+        };
+        let outgoing = live.config.provider.chat(&call, &ChatRequest::read(body)?)?;
+        let reservation = exchange.reserve(live, &entry, &outgoing, (Some(max_prompt_tokens), false), now).await?;
+        let bound = Usage {
+            prompt: max_prompt_tokens,
+            completion: outgoing.max_output_tokens.unwrap_or(MAX_VERDICT_TOKENS),
+            ..Usage::estimate(0, 0)
+        };
+        let (to, at) = (upstream.to_owned(), date(now));
+        // Of its end the log learns here: the exchange's own record tells of the answer.
+        let mut open = OpenCall { reservation, to, model: entry, at, started: now, bound, told: None };
+        if let Some(reservation) = &mut open.reservation {
+            reservation.mark_sent();
+        }
+        match gateway.0.door.send(leaves, &live.health, outgoing, exchange.max_call(now)).await {
+            Ok(Received::Whole(answer)) => {
+                open.settle(answer.usage.into(), RequestStatus::Completed).await;
+                self.log(&open, &question.guardrail, &answer.usage, "judged").await?;
+                let content = answer.choices.into_iter().next().and_then(|choice| choice.message.content);
+                Ok(content.unwrap_or_default())
+            }
+            Ok(Received::Stream(_)) => Err(internal("a judge answered in pieces, and was not asked to")),
+            Err(error) => {
+                open.settle(error.spent.clone(), RequestStatus::Failed).await;
+                if !matches!(error.spent, Spent::NotSent) {
+                    self.log(&open, &question.guardrail, &open.used(&error.spent), "failed").await?;
+                }
+                Err(GatewayError::Upstream(error))
+            }
+        }
+    }
+
+    /// A text has left for a judge: the log says where to, beside the record of its request.
+    async fn log(&self, open: &OpenCall, guardrail: &str, usage: &Usage, outcome: &str) -> Result<(), GatewayError> {
+        let exchange = self.0;
+        let Some(audit) = &exchange.gateway.0.audit else { return Ok(()) };
+        let record = RequestRecord {
+            request_id: exchange.request_id.clone(),
+            tenant: exchange.tenant.config.id.to_string(),
+            key_id: Some(key_id(&exchange.credential)),
+            model: open.model_used(),
+            route: RouteTaken { to: open.to.clone(), why: format!("the guardrail {guardrail} asks it as its judge") },
+            tokens: crate::audit::record::TokenCounts {
+                prompt: usage.prompt,
+                cached: usage.cached,
+                completion: usage.completion,
+                reasoning: usage.reasoning,
+            },
+            outcome: outcome.to_owned(),
+            ..RequestRecord::default()
+        };
+        audit.record(record, None).kept().await.map(|_| ()).map_err(GatewayError::Audit)
+    }
+}
