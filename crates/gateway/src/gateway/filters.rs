@@ -107,7 +107,9 @@ impl AnswerFilters {
 
     fn keep(&self, passed: &[Value]) {
         if let Some(transcript) = &self.transcript {
-            passed.iter().for_each(|chunk| transcript.add(chunk));
+            for chunk in passed {
+                transcript.add(chunk);
+            }
         }
     }
 

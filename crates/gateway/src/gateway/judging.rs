@@ -14,7 +14,8 @@ use serde_json::{Map, Value, json};
 
 use super::{
     BlockedBecause, Exchange, Gateway, GatewayError, LocalUse,
-    exchange::{OpenCall, counts, date, internal, key_id},
+    call::{OpenCall, counts, date},
+    exchange::{internal, key_id},
     facts,
 };
 use crate::{

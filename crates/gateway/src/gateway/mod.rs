@@ -5,6 +5,8 @@
 //! happen here and carries out what is local. Invariant: nothing is sent upstream without a committed reservation where
 //! there is a store, and what was sent is settled, if not in time then later.
 
+mod admission;
+mod call;
 mod choice;
 mod credential;
 mod exchange;
@@ -13,6 +15,7 @@ mod filters;
 #[cfg(test)]
 mod guardrail_tests;
 mod judging;
+mod send;
 mod start;
 #[cfg(test)]
 mod tests;
@@ -26,10 +29,12 @@ use std::{
     time::Duration,
 };
 
+pub use admission::{Asked, TurnedAway, WireRoute};
 use credential::LiveEndpoint;
-pub use exchange::{Asked, Exchange, LocalModel, LocalUse, Sent, TurnedAway, UpstreamStream, WireRoute};
+pub use exchange::{Exchange, LocalModel, LocalUse};
 pub use filters::{AnswerFilters, MAX_HELD_BYTES};
 pub use judging::{LocalAnswer, LocalJudge, LocalQuestion};
+pub use send::{Sent, UpstreamStream};
 pub use start::{StartError, Surroundings};
 
 use crate::{

@@ -650,7 +650,7 @@ async fn closing_writes_what_was_accepted_and_waits_for_nobody_else() {
 
 #[test]
 fn draws_are_spread() {
-    let draws: Vec<f64> = (0..10_000).map(|_| exchange::draw()).collect();
+    let draws: Vec<f64> = (0..10_000).map(|_| admission::draw()).collect();
     assert!(draws.iter().all(|draw| (0.0..1.0).contains(draw)));
     // Fourteen standard deviations to either side.
     let below = draws.iter().filter(|&&draw| draw < 0.1).count();

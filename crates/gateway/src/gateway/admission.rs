@@ -1,0 +1,189 @@
+//! What is asked of a request before it becomes an exchange: its tenant, its limits, the guardrails of its prompt.
+//!
+//! Knows bodies as JSON. Invariant: who is turned away has a record in the log, and has spent nothing.
+
+use std::{
+    hash::{BuildHasher as _, RandomState},
+    sync::Arc,
+    time::Duration,
+};
+
+use serde_json::{Map, Value};
+
+use super::{
+    BlockedBecause, Exchange, Gateway, GatewayError, Tenant, call::SharedTold, class_of, exchange::key_id, facts,
+    transcript::Transcript,
+};
+use crate::{
+    audit::{Contents, Pending, record::RequestRecord},
+    clock::UnixMillis,
+    guardrails::{Decision, Vault, Verdict},
+    keys::{Credential, KeyGrant},
+    ledger,
+    limits::{Ask, Limited},
+};
+
+/// Output tokens that are assumed for limits where neither request, tenant nor model says how many there can be.
+const ASSUMED_OUTPUT_TOKENS: u64 = 4096;
+
+/// Which of OpenAI's routes a request came by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WireRoute {
+    /// `/v1/chat/completions`
+    Chat,
+    /// `/v1/completions`
+    Completions,
+}
+
+/// A request as the server has it.
+#[derive(Debug)]
+pub struct Asked<'a> {
+    /// Its tenant's name; None: nobody's in particular.
+    pub tenant: Option<&'a str>,
+    /// What it showed.
+    pub credential: Credential,
+    /// What its key takes away of what the tenant may; None: nothing.
+    pub grant: Option<Arc<KeyGrant>>,
+    /// How it came.
+    pub wire: WireRoute,
+    /// Its body.
+    pub body: Map<String, Value>,
+    /// The model's name where the body names none.
+    pub default_model: &'a str,
+    /// `x-bindery-task`
+    pub task: Option<&'a str>,
+    /// `x-bindery-privacy`: a class, or several with commas between, the tightest of which counts.
+    pub privacy: Option<&'a str>,
+    /// Its id.
+    pub request_id: &'a str,
+    /// How long its sender waits from now; None: as long as it takes.
+    pub time_left: Option<Duration>,
+    /// Now.
+    pub now: UnixMillis,
+}
+
+/// A request that is answered by its refusal, and whose record is on its way.
+#[derive(Debug)]
+pub struct TurnedAway {
+    /// Why.
+    pub error: GatewayError,
+    record: Option<Pending>,
+}
+
+impl TurnedAway {
+    /// Why, once that is in the log.
+    pub async fn told(self) -> GatewayError {
+        match self.record {
+            Some(record) => record.kept().await.map_or_else(GatewayError::Audit, |_| self.error),
+            None => self.error,
+        }
+    }
+}
+
+/// What is known of a request that may be turned away.
+#[derive(Default)]
+struct Seen {
+    verdicts: Vec<Verdict>,
+    contents: Option<Contents>,
+}
+
+impl Gateway {
+    /// Admits a request under its tenant's limits and checks its prompt.
+    ///
+    /// # Errors
+    /// A limit that is met, a guardrail that blocks, a header that is none: each in the log.
+    pub fn begin(&self, asked: Asked<'_>) -> Result<Exchange, TurnedAway> {
+        let tenant = match self.tenant(asked.tenant) {
+            Ok(tenant) => Arc::clone(tenant),
+            // Nobody here, so nobody's log.
+            Err(error) => return Err(TurnedAway { error, record: None }),
+        };
+        let mut record = RequestRecord {
+            request_id: asked.request_id.to_owned(),
+            tenant: tenant.config.id.to_string(),
+            key_id: Some(key_id(&asked.credential)),
+            ..RequestRecord::default()
+        };
+        let mut seen = Seen::default();
+        self.admit(asked, tenant, &mut seen).map_err(|error| {
+            record.outcome = error.shown().2;
+            record.verdicts = seen.verdicts;
+            let record = self.0.audit.as_ref().map(|audit| audit.record(record, seen.contents));
+            TurnedAway { error, record }
+        })
+    }
+
+    fn admit(&self, asked: Asked<'_>, tenant: Arc<Tenant>, seen: &mut Seen) -> Result<Exchange, GatewayError> {
+        let privacy = class_of(tenant.config.routing.privacy, asked.privacy)?;
+        let model = asked.body.get("model").and_then(Value::as_str).unwrap_or(asked.default_model).to_owned();
+        let mut body = Value::Object(asked.body);
+        let size = facts::size_of(&body);
+        let max_tokens = ledger::max_prompt_tokens(size, 0) + asked_output(&body).unwrap_or(ASSUMED_OUTPUT_TOKENS);
+        let mut under = vec![(Limited::Tenant(tenant.config.id.clone()), tenant.config.limits)];
+        // Both must hold; the tighter one is told.
+        if let (Some(grant), Credential::Key(key)) = (&asked.grant, &asked.credential)
+            && grant.is_limited()
+        {
+            under.push((Limited::Key(key.clone()), grant.limits));
+        }
+        let permit = self.0.limiter.admit(&Ask { under: &under, max_tokens }, asked.now)?;
+        let (mut vault, mut must_stay) = (Arc::new(Vault::default()), false);
+        if !tenant.policy.is_empty() {
+            let outcome = tenant.policy.check_prompt(&mut body);
+            (vault, seen.verdicts) = (outcome.vault, outcome.verdicts);
+            match outcome.decision {
+                Decision::Pass => {}
+                Decision::RouteLocal => must_stay = true,
+                Decision::Block { guardrail } => {
+                    seen.contents = self.transcript(&tenant, &body).map(|transcript| transcript.contents());
+                    return Err(GatewayError::Blocked { guardrail, because: BlockedBecause::Found });
+                }
+            }
+        }
+        let transcript = self.transcript(&tenant, &body);
+        Ok(Exchange {
+            gateway: self.clone(),
+            transcript,
+            tenant,
+            credential: asked.credential,
+            grant: asked.grant,
+            wire: asked.wire,
+            body,
+            model,
+            task: asked.task.map(str::to_owned),
+            privacy,
+            must_stay,
+            draw: draw(),
+            size,
+            permit,
+            vault,
+            verdicts: std::mem::take(&mut seen.verdicts),
+            request_id: asked.request_id.to_owned(),
+            why: String::new(),
+            started: asked.now,
+            num_used_tokens: 0,
+            told: SharedTold::default(),
+            is_logged: false,
+            time_left: asked.time_left,
+        })
+    }
+
+    /// Where the tenant's policy stores prompts and answers, and the log keeps them.
+    fn transcript(&self, tenant: &Tenant, body: &Value) -> Option<Transcript> {
+        let max_bytes = self.0.max_contents_bytes.filter(|_| tenant.config.store_contents)?;
+        Some(Transcript::of(body, max_bytes))
+    }
+}
+
+/// Evenly spread over 0..1, and nothing that a request brings decides it: who could would choose its arm of a comparison.
+pub(super) fn draw() -> f64 {
+    // Keyed anew at each call, by the process's own random numbers.
+    let bits = RandomState::new().hash_one(()) >> 16;
+    bits as f64 / (1_u64 << 48) as f64
+}
+
+/// What the request asks for, of all its answers together.
+fn asked_output(body: &Value) -> Option<u64> {
+    let limit = ["max_completion_tokens", "max_tokens"].iter().find_map(|name| body.get(name)?.as_u64())?;
+    Some(limit.saturating_mul(body.get("n").and_then(Value::as_u64).unwrap_or(1)))
+}
