@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::http::Method;
 use bindery_engine::{EngineStats, adapters::AdapterUse, engine::STEP_PHASES};
+use bindery_gateway::gateway::Gateway;
 use prometheus::{
     Encoder, Histogram, HistogramOpts, IntCounterVec, Opts, Registry, TextEncoder,
     proto::{self, LabelPair, MetricFamily, MetricType},
@@ -159,10 +160,16 @@ impl Metrics {
     }
 
     /// The text format; `stats` is absent while there is no engine.
-    pub(crate) fn render(&self, stats: Option<&EngineStats>, adapters: &AdapterLabels) -> String {
+    pub(crate) fn render(
+        &self,
+        stats: Option<&EngineStats>,
+        adapters: &AdapterLabels,
+        gateway: Option<&Gateway>,
+    ) -> String {
         let idle = EngineStats::default();
         let mut families = self.engine_families(stats.unwrap_or(&idle), adapters);
         families.extend(self.registry.gather());
+        families.extend(gateway.map(Gateway::metrics).unwrap_or_default());
         let mut text = Vec::new();
         match TextEncoder::new().encode(&families, &mut text) {
             Ok(()) => String::from_utf8_lossy(&text).into_owned(),
@@ -330,7 +337,7 @@ mod tests {
 
     #[test]
     fn every_metric_of_the_contract_exists_at_zero_without_an_engine() {
-        let text = Metrics::new("m").render(None, &AdapterLabels::default());
+        let text = Metrics::new("m").render(None, &AdapterLabels::default(), None);
         for name in [
             "vllm:num_requests_running{model_name=\"m\"} 0",
             "vllm:num_requests_waiting{model_name=\"m\"} 0",
@@ -369,7 +376,7 @@ mod tests {
             iteration_tokens_sum: 40,
             ..EngineStats::default()
         };
-        let text = Metrics::new("m").render(Some(&stats), &AdapterLabels::default());
+        let text = Metrics::new("m").render(Some(&stats), &AdapterLabels::default(), None);
         for line in [
             "vllm:iteration_tokens_total_bucket{model_name=\"m\",le=\"1\"} 3",
             "vllm:iteration_tokens_total_bucket{model_name=\"m\",le=\"8\"} 5",
@@ -384,7 +391,7 @@ mod tests {
     #[test]
     fn usage_is_a_share_of_the_blocks() {
         let stats = EngineStats { num_blocks: 8, num_used_blocks: 2, block_size: 16, ..EngineStats::default() };
-        let text = Metrics::new("m").render(Some(&stats), &AdapterLabels::default());
+        let text = Metrics::new("m").render(Some(&stats), &AdapterLabels::default(), None);
         assert!(text.contains("vllm:kv_cache_usage_perc{model_name=\"m\"} 0.25"), "{text}");
         assert!(text.contains("vllm:cache_config_info{block_size=\"16\",num_gpu_blocks=\"8\"} 1"), "{text}");
     }

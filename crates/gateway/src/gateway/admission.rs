@@ -107,6 +107,7 @@ impl Gateway {
         let mut seen = Seen::default();
         self.admit(asked, tenant, &mut seen).map_err(|error| {
             record.outcome = error.shown().2;
+            self.0.meters.request(&record.tenant, "", &record.outcome, &seen.verdicts);
             record.verdicts = seen.verdicts;
             let record = self.0.audit.as_ref().map(|audit| audit.record(record, seen.contents));
             TurnedAway { error, record }

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use chrono::{DateTime, Utc};
 
+use super::meters::CallMeter;
 use crate::{
     audit::record::ModelUsed,
     clock::UnixMillis,
@@ -42,6 +43,8 @@ pub(super) struct OpenCall {
     pub(super) bound: Usage,
     /// Whom it is told to; None: nobody, or it is settled.
     pub(super) told: Option<SharedTold>,
+    /// None: it is settled.
+    pub(super) meter: Option<CallMeter>,
 }
 
 impl OpenCall {
@@ -60,8 +63,8 @@ impl OpenCall {
 
     pub(super) async fn settle(&mut self, spent: Spent, status: RequestStatus) {
         self.tell(&spent, status);
+        let outcome = self.outcome(&spent, status);
         let Some(reservation) = self.reservation.take() else { return };
-        let outcome = self.outcome(reservation.amount(), &spent, status);
         let settled = match spent {
             // No row for what never was a call.
             Spent::NotSent => reservation.release().await,
@@ -75,19 +78,24 @@ impl OpenCall {
     /// The same where nobody can wait: in a drop.
     pub(super) fn settle_later(&mut self, spent: &Spent, status: RequestStatus) {
         self.tell(spent, status);
+        let outcome = self.outcome(spent, status);
         let Some(reservation) = self.reservation.take() else { return };
-        let outcome = self.outcome(reservation.amount(), spent, status);
         reservation.settle_later(outcome);
     }
 
-    fn outcome(&self, reserved: Money, spent: &Spent, status: RequestStatus) -> Outcome {
+    /// What the books are to hold, counted once.
+    fn outcome(&mut self, spent: &Spent, status: RequestStatus) -> Outcome {
+        let reserved = self.reservation.as_ref().map_or(Money::ZERO, Reservation::amount);
         let price = match spent {
             Spent::NotSent | Spent::Nothing => Money::ZERO,
             Spent::Known(usage) => self.model.price(usage, self.at).map_or(reserved, money),
             Spent::Unknown => reserved,
         };
-        let latency = UnixMillis::now().since(self.started);
-        Outcome { status, tokens: counts(&self.used(spent)), latency, price, reference_price: None }
+        let (usage, latency) = (self.used(spent), UnixMillis::now().since(self.started));
+        if let Some(meter) = self.meter.take().filter(|_| !matches!(spent, Spent::NotSent)) {
+            meter.end(&self.to, outcome_word(status), &usage, price);
+        }
+        Outcome { status, tokens: counts(&usage), latency, price, reference_price: None }
     }
 
     fn tell(&mut self, spent: &Spent, status: RequestStatus) {

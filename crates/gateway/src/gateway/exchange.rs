@@ -15,7 +15,9 @@ use serde_json::Value;
 use super::{
     AnswerFilters, Gateway, GatewayError, Tenant, WireRoute,
     call::{SharedTold, Told, counts, date, money, outcome_word},
-    facts, moment,
+    facts,
+    meters::LOCAL,
+    moment,
     transcript::Transcript,
 };
 use crate::{
@@ -193,7 +195,7 @@ impl Exchange {
     /// # Errors
     /// [`GatewayError::Audit`] where the log cannot be written and must be.
     pub async fn turn_down(&mut self) -> Result<(), GatewayError> {
-        self.tell(|told| (told.to, told.outcome) = ("local".to_owned(), Some("refused".to_owned())));
+        self.tell(|told| (told.to, told.outcome) = (LOCAL.to_owned(), Some("refused".to_owned())));
         self.log().await
     }
 
@@ -266,10 +268,14 @@ impl Exchange {
 
     /// Hands the record over, once; None: there is no log, or it has it.
     fn enter(&mut self) -> Option<Pending> {
-        let is_logged = std::mem::replace(&mut self.is_logged, true);
-        let audit = self.gateway.0.audit.as_ref().filter(|_| !is_logged)?;
+        if std::mem::replace(&mut self.is_logged, true) {
+            return None;
+        }
+        let record = self.record();
+        self.gateway.0.meters.request(&record.tenant, &record.route.to, &record.outcome, &record.verdicts);
+        let audit = self.gateway.0.audit.as_ref()?;
         let contents = self.transcript.as_ref().map(Transcript::contents);
-        Some(audit.record(self.record(), contents))
+        Some(audit.record(record, contents))
     }
 
     fn record(&self) -> RequestRecord {
@@ -312,13 +318,18 @@ impl Exchange {
             price,
             reference_price: local.reference.as_ref().and_then(|model| model.price(&usage, at).ok()).map(money),
         };
+        let meters = &self.gateway.0.meters;
+        meters.spend(self.tenant.config.id.as_str(), LOCAL, &usage, outcome.price);
+        if let Some(reference_price) = outcome.reference_price {
+            meters.save(self.tenant.config.id.as_str(), reference_price);
+        }
         let LocalModel { name, digest, licence, adapter } = model;
         // What ran, by its own name: of a virtual model or an alias the books say nothing.
         let adapter_name = adapter.as_ref().map(|(name, _)| name.clone());
         let call = self.call(LedgerRoute::Local, adapter_name.clone().unwrap_or_else(|| name.clone()), adapter_name);
         let adapter = adapter.map(|(name, digest)| AdapterUsed { name, digest, licence: None });
         let model = ModelUsed { name, digest, licence, adapter };
-        let (to, word) = ("local".to_owned(), Some(outcome_word(status).to_owned()));
+        let (to, word) = (LOCAL.to_owned(), Some(outcome_word(status).to_owned()));
         self.tell(|told| *told = Told { model, to, usage, outcome: word, ..Told::default() });
         self.spend(&usage, now);
         (call, outcome)

@@ -17,6 +17,7 @@ use super::{
     call::{OpenCall, counts, date},
     exchange::{internal, key_id},
     facts,
+    meters::{CallMeter, LOCAL},
 };
 use crate::{
     audit::record::{RequestRecord, RouteTaken},
@@ -167,6 +168,7 @@ impl Bench<'_> {
             price: cost.and_then(|cost| ledger::local_price(cost, used.machine_time)).unwrap_or(Money::ZERO),
             reference_price: None,
         };
+        exchange.gateway.0.meters.spend(exchange.tenant.config.id.as_str(), LOCAL, &usage, outcome.price);
         let call = exchange.call(LedgerRoute::Local, model.to_owned(), None);
         if let Err(error) = ledger.record_local(&call, outcome, now).await {
             tracing::warn!(%error, "the row of a judge's verdict waits for the store");
@@ -211,7 +213,8 @@ impl Bench<'_> {
         };
         let (to, at) = (upstream.to_owned(), date(now));
         // Of its end the log learns here: the exchange's own record tells of the answer.
-        let mut open = OpenCall { reservation, to, model: entry, at, started: now, bound, told: None };
+        let meter = Some(CallMeter::new(gateway.clone(), &exchange.tenant.config));
+        let mut open = OpenCall { reservation, to, model: entry, at, started: now, bound, told: None, meter };
         if let Some(reservation) = &mut open.reservation {
             reservation.mark_sent();
         }

@@ -15,6 +15,7 @@ mod filters;
 #[cfg(test)]
 mod guardrail_tests;
 mod judging;
+mod meters;
 mod send;
 mod start;
 #[cfg(test)]
@@ -34,6 +35,7 @@ use credential::LiveEndpoint;
 pub use exchange::{Exchange, LocalModel, LocalUse};
 pub use filters::{AnswerFilters, MAX_HELD_BYTES};
 pub use judging::{LocalAnswer, LocalJudge, LocalQuestion};
+use meters::Meters;
 pub use send::{Sent, UpstreamStream};
 pub use start::{StartError, Surroundings};
 
@@ -81,6 +83,7 @@ struct Inner {
     personal_data: Policy,
     /// Given by the server once it has a model; until then a local judge is silent.
     local_judge: OnceLock<Arc<dyn LocalJudge>>,
+    meters: Meters,
 }
 
 /// A tenant, ready.

@@ -16,6 +16,7 @@ use super::{
     call::{OpenCall, date, money},
     exchange::internal,
     facts,
+    meters::CallMeter,
 };
 use crate::{
     clock::UnixMillis,
@@ -115,7 +116,8 @@ impl Exchange {
         };
         let told = Some(Arc::clone(&self.told));
         let (to, at, started) = (upstream.to_owned(), date(now), self.started);
-        let mut open = OpenCall { reservation, to, model: entry, at, started, bound, told };
+        let meter = Some(CallMeter::new(gateway.clone(), &self.tenant.config));
+        let mut open = OpenCall { reservation, to, model: entry, at, started, bound, told, meter };
         if let Some(reservation) = &mut open.reservation {
             reservation.mark_sent();
         }

@@ -11,7 +11,7 @@ use std::{
 };
 
 use super::{
-    Gateway, Inner, LiveEndpoint, LiveUpstream, LocalCosts, Tenant,
+    Gateway, Inner, LiveEndpoint, LiveUpstream, LocalCosts, Meters, Tenant,
     credential::{CredentialError, CredentialFile},
     facts,
 };
@@ -127,6 +127,9 @@ impl Gateway {
             issuers,
             audit,
         } = config;
+        let anonymous = anonymous();
+        let ids: Vec<&str> = tenants.iter().chain([&anonymous.config]).map(|tenant| tenant.id.as_str()).collect();
+        let meters = Meters::new(&ids, &upstreams, &guardrails);
         let compiled = Policy::compile(&guardrails, surroundings.env)?;
         let mut ready = HashMap::new();
         for (number, config) in (1..).zip(tenants) {
@@ -167,7 +170,7 @@ impl Gateway {
         }
         Ok(Self(Arc::new(Inner {
             tenants: ready,
-            anonymous: Arc::new(anonymous()),
+            anonymous: Arc::new(anonymous),
             door_of_keys,
             door_of_tokens,
             limiter: Limiter::new(),
@@ -186,6 +189,7 @@ impl Gateway {
             local: LocalCosts { per_hour: local_cost_per_hour, reference },
             personal_data: facts::personal_data()?,
             local_judge: OnceLock::new(),
+            meters,
         })))
     }
 }

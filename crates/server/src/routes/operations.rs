@@ -55,7 +55,7 @@ pub(crate) async fn metrics(State(state): State<SharedState>) -> Response {
     let stats = model.map(|model| model.engine.stats());
     let adapters = model
         .map(|model| AdapterLabels { max_loras: model.adapters.config().max_loras, in_use: model.adapters.in_use() });
-    let text = state.metrics.render(stats.as_deref(), &adapters.unwrap_or_default());
+    let text = state.metrics.render(stats.as_deref(), &adapters.unwrap_or_default(), state.config.gateway.as_ref());
     ([(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], text).into_response()
 }
 

@@ -525,3 +525,63 @@ async fn an_issuer_that_fails_is_not_described_to_strangers() {
         assert!(!text.contains(private), "{private}: {text}");
     }
 }
+
+/// Every series is there from the start; afterwards each tells of its own tenant and place alone.
+#[tokio::test]
+async fn requests_tokens_and_cost_are_counted_by_tenant_and_place() {
+    let house = House::build(
+        "[[guardrails]]\nname = \"words\"\nkind = \"blocklist\"\naction = \"block\"\nphrases = [\"swordfish\"]\n\
+         [[tenants]]\nname = \"strict\"\nprivacy = \"any\"\nguardrails = [\"words\"]\n",
+    )
+    .await;
+    let (acme, strict) = (house.key("acme").await, house.key("strict").await);
+    let metrics = async || house.server.get("/metrics").await.text().await.unwrap();
+    let at_start = metrics().await;
+    for series in [
+        "bindery_requests_total{outcome=\"completed\",place=\"up\",tenant=\"vault\"} 0",
+        "bindery_tenant_tokens_total{kind=\"reasoning\",place=\"dead\",tenant=\"acme\"} 0",
+        "bindery_cost_dollars_total{place=\"local\",tenant=\"default\"} 0",
+        "bindery_upstream_calls_total{outcome=\"failed\",upstream=\"dead\"} 0",
+        "bindery_guardrail_verdicts_total{action=\"block\",guardrail=\"words\",side=\"prompt\"} 0",
+        "bindery_upstream_state{upstream=\"up\",state=\"closed\"} 1",
+        "bindery_ledger_unsettled_total 0",
+    ] {
+        assert!(at_start.lines().any(|line| line == series), "{series} in {at_start}");
+    }
+
+    let answer: Value = house.chat(&acme, &body("up/fake-model")).send().await.unwrap().json().await.unwrap();
+    let usage = |kind: &str| answer["usage"][kind].as_u64().unwrap();
+    let mut streamed = body(MODEL);
+    streamed["stream"] = json!(true);
+    let stream = house.chat(&acme, &streamed).send().await.unwrap().text().await.unwrap();
+    assert!(events(&stream).1);
+    assert_eq!(house.chat(&acme, &body("dead/m")).send().await.unwrap().status(), 502);
+    let mut bad = body(MODEL);
+    bad["messages"][0]["content"] = json!("say swordfish");
+    assert_eq!(house.chat(&strict, &bad).send().await.unwrap().status(), 400);
+    assert_eq!(house.chat(&strict, &body("nothing")).send().await.unwrap().status(), 404);
+
+    let text = metrics().await;
+    let value = |series: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+        line.unwrap_or_else(|| panic!("{series} in {text}")).parse::<f64>().unwrap()
+    };
+    let requests = |tenant: &str, place: &str, outcome: &str| {
+        value(&format!("bindery_requests_total{{outcome=\"{outcome}\",place=\"{place}\",tenant=\"{tenant}\"}}"))
+    };
+    let tokens =
+        |kind: &str| value(&format!("bindery_tenant_tokens_total{{kind=\"{kind}\",place=\"up\",tenant=\"acme\"}}"));
+    assert_eq!((requests("acme", "up", "completed"), requests("acme", "local", "completed")), (1.0, 1.0));
+    assert_eq!((requests("acme", "dead", "failed"), requests("strict", "none", "refused")), (1.0, 2.0));
+    assert_eq!(tokens("prompt"), usage("prompt_tokens") as f64);
+    assert_eq!(tokens("completion"), usage("completion_tokens") as f64);
+    // One dollar a million of the prompt, two of the answer.
+    let cost = value("bindery_cost_dollars_total{place=\"up\",tenant=\"acme\"}");
+    let expected = (usage("prompt_tokens") + 2 * usage("completion_tokens")) as f64 / 1e6;
+    assert!((cost - expected).abs() < 1e-12, "{cost} {expected}");
+    assert_eq!(value("bindery_upstream_calls_total{outcome=\"completed\",upstream=\"up\"}"), 1.0);
+    assert_eq!(value("bindery_upstream_calls_total{outcome=\"failed\",upstream=\"dead\"}"), 1.0);
+    assert_eq!(value("bindery_upstream_call_seconds_count{upstream=\"up\"}"), 1.0);
+    assert_eq!(value("bindery_guardrail_verdicts_total{action=\"block\",guardrail=\"words\",side=\"prompt\"}"), 1.0);
+    assert_eq!(value("bindery_requests_total{outcome=\"refused\",place=\"none\",tenant=\"acme\"}"), 0.0);
+}
