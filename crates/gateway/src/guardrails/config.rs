@@ -203,7 +203,7 @@ impl GuardrailConfig {
                 if rules.is_empty() || rules.len() > MAX_RULES {
                     return Err(self.bad("`detect` is empty; name some, or remove it to look for everything"));
                 }
-                Ok(Detector::Rules(RuleSet::new(rules)))
+                Ok(Detector::Shapes(RuleSet::new(rules)))
             }
             Kind::Regex => Ok(Detector::Rules(RuleSet::new(pattern::rules(&self.name, &self.patterns)?))),
             Kind::Blocklist => {

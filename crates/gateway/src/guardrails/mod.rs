@@ -23,6 +23,7 @@ pub mod outside;
 mod parts;
 mod pattern;
 mod pii;
+mod plain;
 pub mod policy;
 mod scan;
 mod stage;

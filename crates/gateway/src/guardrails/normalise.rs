@@ -220,12 +220,12 @@ const SMALL_CAPITALS: [(char, char); 26] = [
 
 /// Marks that sit on a letter of any script, and the vowel points of Hebrew and Arabic, which may be left out. Signs
 /// that change which letter it is (viramas, nuktas, voicing marks, Thai vowels) stay.
-fn is_accent(letter: char) -> bool {
+pub(super) fn is_accent(letter: char) -> bool {
     matches!(canonical_combining_class(letter), 1 | 10..=36 | 202..=240)
 }
 
 /// Characters without a look of their own: joiners, direction marks, variation selectors, tags, controls, and accents.
-fn is_invisible(letter: char) -> bool {
+pub(super) fn is_invisible(letter: char) -> bool {
     matches!(
         letter,
         '\u{ad}' | '\u{34f}' | '\u{61c}' | '\u{115f}' | '\u{1160}' | '\u{17b4}' | '\u{17b5}' | '\u{180b}'..='\u{180f}'

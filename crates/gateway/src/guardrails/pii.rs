@@ -88,14 +88,22 @@ impl PiiKind {
                 .map(|pattern| Shape { pattern, may_follow: after_no_word, is_valid: checks::any })
                 .collect(),
             Self::Email => vec![Shape {
-                pattern: r"[A-Za-z0-9._%+\-]{1,64}@(?:[A-Za-z0-9\-]{1,63}\.){1,5}[A-Za-z]{2,24}\b",
+                pattern: r"[A-Za-z0-9._%+\-]{1,64}@(?:[A-Za-z0-9\-\x80-\xff]{1,63}\.){1,5}(?:[A-Za-z]{2,24}\b|[\x80-\xff]{2,24})",
                 may_follow: |previous| {
                     previous.is_none_or(|letter| !letter.is_ascii_alphanumeric() && !"._%+-".contains(letter))
                 },
                 is_valid: |text| !text.contains("..") && !text.contains("@-"),
             }],
-            Self::Iban => vec![code(r"[A-Za-z]{2}[0-9]{2}(?: ?[A-Za-z0-9]){11,29}\b", checks::iban)],
-            Self::Card => vec![number(r"[2-6](?:[ \-]?[0-9]){11,18}\b", checks::card)],
+            Self::Iban => vec![code(r"[A-Za-z]{2}[ \-]?[0-9]{2}(?:[ \-]?[A-Za-z0-9]){11,29}\b", checks::iban)],
+            Self::Card => vec![
+                number(r"[2-6](?:[ \-]?[0-9]){11,18}\b", checks::card),
+                // In the groups that are on the card, whatever stands between them.
+                number(
+                    r"[2-6][0-9]{3}(?:[ \-./_\t\r\n]{1,3}[0-9]{4}){3}(?:[ \-./_\t\r\n]{1,3}[0-9]{1,3})?\b",
+                    checks::card,
+                ),
+                number(r"3[47][0-9]{2}[ \-./_\t\r\n]{1,3}[0-9]{6}[ \-./_\t\r\n]{1,3}[0-9]{5}\b", checks::card),
+            ],
             Self::UsSsn => vec![number(r"[0-9]{3}-[0-9]{2}-[0-9]{4}\b|[0-9]{3} [0-9]{2} [0-9]{4}\b", checks::us_ssn)],
             Self::UkNino => vec![code(
                 r"(?i)[A-CEGHJ-PR-TW-Z][A-CEGHJ-NPR-TW-Z] ?[0-9]{2} ?[0-9]{2} ?[0-9]{2} ?[A-D]\b",

@@ -177,7 +177,9 @@ impl Policy {
             let (findings, is_blocked) = match detector {
                 Detector::MaxChars(max) => check_length(*max, texts),
                 Detector::Languages(languages) => check_sample(languages, sample.unwrap_or_default()),
-                Detector::Rules(_) | Detector::Blocklists(_) => check_texts(guardrail, detector, texts, vault),
+                Detector::Rules(_) | Detector::Shapes(_) | Detector::Blocklists(_) => {
+                    check_texts(guardrail, detector, texts, vault)
+                }
             };
             let has_findings = !findings.is_empty();
             verdicts.extend(guardrail.verdict(side, findings));

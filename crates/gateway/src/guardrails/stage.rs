@@ -13,6 +13,8 @@ use super::{
     anchored::{Caches, RuleSet},
     blocklist::{Blocklist, BlocklistCursor},
     language::{Languages, SAMPLE_CHARS},
+    normalise::{MAX_SKIPPED, is_invisible},
+    plain::Plain,
     policy::Guardrail,
     scan::{End, Span, Window},
     vault::Vault,
@@ -24,8 +26,10 @@ const MAX_REGION_BYTES: usize = 32 * 1024;
 /// What is looked for on this machine.
 #[derive(Debug)]
 pub(super) enum Detector {
-    /// Patterns with a bound.
+    /// Patterns with a bound, in the text as it stands.
     Rules(RuleSet),
+    /// The same, in the text's plain form, too.
+    Shapes(RuleSet),
     /// Phrases.
     Blocklists(Vec<Blocklist>),
     /// Texts longer than this.
@@ -38,6 +42,7 @@ pub(super) enum Detector {
 #[derive(Debug)]
 enum Cursor {
     Rules { from: usize, caches: Caches },
+    Shapes { from: usize, from_in_plain: usize, caches: Caches },
     Blocklists(Vec<BlocklistCursor>),
     MaxChars { from: usize, num_chars: u64 },
     Languages { is_decided: bool },
@@ -68,6 +73,7 @@ impl Stage {
     pub(super) fn new(guardrail: Arc<Guardrail>, detector: &Detector, form: Form) -> Self {
         let cursor = match detector {
             Detector::Rules(rules) => Cursor::Rules { from: 0, caches: rules.caches() },
+            Detector::Shapes(rules) => Cursor::Shapes { from: 0, from_in_plain: 0, caches: rules.caches() },
             Detector::Blocklists(lists) => Cursor::Blocklists(vec![BlocklistCursor::default(); lists.len()]),
             Detector::MaxChars(_) => Cursor::MaxChars { from: 0, num_chars: 0 },
             Detector::Languages(_) => Cursor::Languages { is_decided: false },
@@ -140,6 +146,14 @@ impl Stage {
                 *from = rules.scan(caches, *from, window, &mut self.pending);
                 *from
             }
+            (Detector::Shapes(rules), Cursor::Shapes { from, from_in_plain, caches }) => {
+                *from = rules.scan(caches, *from, window, &mut self.pending);
+                *from_in_plain = match Plain::of(window.text) {
+                    None => *from,
+                    Some(plain) => scan_plain(rules, caches, &plain, *from_in_plain, window, &mut self.pending),
+                };
+                (*from).min(*from_in_plain)
+            }
             (Detector::Blocklists(lists), Cursor::Blocklists(cursors)) => lists
                 .iter()
                 .zip(cursors)
@@ -207,9 +221,16 @@ impl Stage {
         released.push_str(text);
     }
 
-    /// Keeps the character before `hold`, for rules that ask what they stand behind.
+    /// Keeps the character before `hold`, for rules that ask what they stand behind, and what is invisible after it.
     fn forget_before(&mut self, hold: usize) {
-        let context = self.text[..hold].chars().next_back().map_or(0, char::len_utf8);
+        let mut before = self.text[..hold].chars().rev().take(usize::from(MAX_SKIPPED) + 1);
+        let mut context = 0;
+        while let Some(letter) = before.next() {
+            context += letter.len_utf8();
+            if letter.is_ascii_whitespace() || !is_invisible(letter) {
+                break;
+            }
+        }
         let num_bytes = hold - context;
         self.text.drain(..num_bytes);
         self.num_context_bytes = context;
@@ -219,10 +240,34 @@ impl Stage {
         }
         match &mut self.cursor {
             Cursor::Rules { from, .. } | Cursor::MaxChars { from, .. } => *from -= num_bytes,
+            Cursor::Shapes { from, from_in_plain, .. } => {
+                *from -= num_bytes;
+                *from_in_plain -= num_bytes;
+            }
             Cursor::Blocklists(cursors) => cursors.iter_mut().for_each(|cursor| cursor.shift(num_bytes)),
             Cursor::Languages { .. } => {}
         }
     }
+}
+
+/// Scans a text's plain form; spans and what is settled in bytes of the text itself.
+fn scan_plain(
+    rules: &RuleSet,
+    caches: &Caches,
+    plain: &Plain,
+    from: usize,
+    window: Window<'_>,
+    found: &mut Vec<Span>,
+) -> usize {
+    let mut spans = Vec::new();
+    let in_plain = Window { text: &plain.text, end: window.end };
+    let settled = rules.scan(caches, plain.at(from), in_plain, &mut spans);
+    found.extend(spans.into_iter().map(|span| Span {
+        start: plain.start(span.start, window.text.len()),
+        end: plain.end(span.end),
+        label: span.label,
+    }));
+    plain.start(settled, window.text.len())
 }
 
 /// One span, of the first character too many.

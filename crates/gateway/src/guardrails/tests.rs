@@ -73,6 +73,39 @@ fn token(prefix: &str, length: usize) -> String {
 }
 
 #[test]
+fn personal_data_is_found_whatever_it_is_written_with() {
+    let pii = policy(&table("pii", "redact", ""));
+    let key = token("AKIA", 0) + "IOSFODNN7EXAMPLE";
+    let full_width: String = key.chars().map(|letter| char::from_u32(u32::from(letter) + 0xfee0).unwrap()).collect();
+    for (text, expected) in [
+        ("to bob@münchen.de now", "to [EMAIL_1] now"),
+        ("to bob@пример.рф now", "to [EMAIL_1] now"),
+        ("请联系bob@例え.jp谢谢", "请联系[EMAIL_1]谢谢"),
+        ("bob\u{200b}@example.com", "[EMAIL_1]"),
+        ("b\u{ad}o\u{2060}b@exam\u{200d}ple.com!", "[EMAIL_1]!"),
+        ("ｂｏｂ＠ｅｘａｍｐｌｅ．ｃｏｍ", "[EMAIL_1]"),
+        ("card ４１１１１１１１１１１１１１１１.", "card [CARD_1]."),
+        ("card ٤١١١١١١١١١١١١١١١.", "card [CARD_1]."),
+        ("4111.1111.1111.1111", "[CARD_1]"),
+        ("4111  1111  1111  1111", "[CARD_1]"),
+        ("4111\n1111\n1111\n1111", "[CARD_1]"),
+        ("4111‑1111–1111\u{a0}1111", "[CARD_1]"),
+        ("3782 / 822463 / 10005", "[CARD_1]"),
+        ("DE89-3704-0044-0532-0130-00", "[IBAN_1]"),
+        (&full_width, "[SECRET_1]"),
+        ("+49\u{202f}30\u{202f}901820", "[PHONE_1]"),
+        // A separator that is not seen is one all the same.
+        ("Karte\u{200b}4111111111111111", "Karte\u{200b}[CARD_1]"),
+    ] {
+        assert_eq!(redacted(&pii, text), expected, "{text}");
+    }
+    // What only reads alike stays.
+    for text in ["2.5 3.14 4.1 5.9 2.6 5.3 5.8 9.7", "Zürich, 例え", "１２３", "a @ b . c"] {
+        assert_eq!(redacted(&pii, text), text);
+    }
+}
+
+#[test]
 fn personal_data_is_replaced_by_name_and_what_only_looks_like_it_stays() {
     let pii = policy(&table("pii", "redact", ""));
     for (text, expected) in [
