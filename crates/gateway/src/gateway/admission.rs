@@ -21,6 +21,7 @@ use crate::{
     keys::{Credential, KeyGrant},
     ledger,
     limits::{Ask, Limited},
+    providers::Refusal,
 };
 
 /// Output tokens that are assumed for limits where neither request, tenant nor model says how many there can be.
@@ -129,6 +130,10 @@ impl Gateway {
         }
         let permit = self.0.limiter.admit(&Ask { under: &under, max_tokens }, asked.now)?;
         let (mut vault, mut must_stay) = (Arc::new(Vault::default()), false);
+        if tenant.policy.reads_prompts() && facts::has_token_ids(&body) {
+            let message = "prompt holds token ids, which this tenant's guardrails cannot read: send its text";
+            return Err(Refusal::unsupported("prompt", message.to_owned()).into());
+        }
         if !tenant.policy.is_empty() {
             let outcome = tenant.policy.check_prompt(&mut body);
             (vault, seen.verdicts) = (outcome.vault, outcome.verdicts);

@@ -14,6 +14,51 @@ const MAX_ARGUMENT_BYTES: usize = 1 << 20;
 /// Texts of a message or delta, as people read them.
 const TEXTS: [&str; 4] = ["content", "refusal", "reasoning_content", "reasoning"];
 
+/// Fields of an answer beside its choices.
+const ANSWER_FIELDS: [&str; 9] =
+    ["id", "object", "created", "model", "choices", "usage", "system_fingerprint", "service_tier", "error"];
+/// Fields of a choice.
+const CHOICE_FIELDS: [&str; 7] = ["index", "message", "delta", "text", "finish_reason", "stop_reason", "logprobs"];
+/// Fields of a message or delta.
+const MESSAGE_FIELDS: [&str; 7] =
+    ["role", "content", "refusal", "reasoning_content", "reasoning", "tool_calls", "function_call"];
+/// Fields of a call.
+const CALL_FIELDS: [&str; 5] = ["index", "id", "type", "function", "custom"];
+/// Fields of a function or custom tool that is called.
+const CALLED_FIELDS: [&str; 3] = ["name", "arguments", "input"];
+
+/// Leaves of an answer what filters know, where they may have to keep something from the client: what an upstream adds of its own
+/// (thoughts in blocks, transcripts, citations) could say it all again.
+pub(super) fn keep_known(answer: &mut Value) {
+    keep(answer, &ANSWER_FIELDS);
+    for choice in answer.get_mut("choices").and_then(Value::as_array_mut).into_iter().flatten() {
+        keep(choice, &CHOICE_FIELDS);
+        let is_message = choice.get("message").or_else(|| choice.get("delta")).is_some();
+        if let (true, Some(choice)) = (is_message, choice.as_object_mut()) {
+            // One of the two is the answer, and the filters look at that.
+            choice.remove("text");
+        }
+        for place in ["message", "delta"] {
+            let Some(message) = choice.get_mut(place) else { continue };
+            keep(message, &MESSAGE_FIELDS);
+            for call in message.get_mut("tool_calls").and_then(Value::as_array_mut).into_iter().flatten() {
+                keep(call, &CALL_FIELDS);
+                for kind in ["function", "custom"] {
+                    if let Some(called) = call.get_mut(kind) {
+                        keep(called, &CALLED_FIELDS);
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn keep(object: &mut Value, fields: &[&str]) {
+    if let Some(object) = object.as_object_mut() {
+        object.retain(|name, _| fields.contains(&name.as_str()));
+    }
+}
+
 /// One choice's way.
 #[derive(Default)]
 pub(super) struct Choice {
@@ -170,6 +215,9 @@ impl Walk<'_> {
                 let index = call.get("index").and_then(Value::as_u64).unwrap_or(at as u64);
                 for place in [CallPlace::Function, CallPlace::Custom] {
                     let (kind, field) = place.names();
+                    if let Some(name) = call.get_mut(kind).and_then(|kind| kind.get_mut("name")) {
+                        self.name(name);
+                    }
                     if let Some(slot) = call.get_mut(kind).and_then(|kind| kind.get_mut(field)) {
                         self.take(slot, index, place);
                     }
@@ -179,8 +227,13 @@ impl Walk<'_> {
                 calls.retain(begins_a_call);
             }
         }
-        if let Some(slot) = holder.get_mut("function_call").and_then(|call| call.get_mut("arguments")) {
-            self.take(slot, OLD_CALL, CallPlace::Old);
+        if let Some(call) = holder.get_mut("function_call") {
+            if let Some(name) = call.get_mut("name") {
+                self.name(name);
+            }
+            if let Some(slot) = call.get_mut("arguments") {
+                self.take(slot, OLD_CALL, CallPlace::Old);
+            }
         }
         if had_calls && place == "delta" {
             drop_empty_calls(holder);
@@ -198,6 +251,18 @@ impl Walk<'_> {
         }
         put_back(holder, checked);
         None
+    }
+
+    /// What is called, which comes whole: a model may write there what it likes.
+    fn name(&mut self, slot: &mut Value) {
+        let Value::String(name) = slot else { return };
+        let outcome = self.policy.check_arguments(name.clone(), Form::Plain, self.vault, &mut Arc::clone(self.vault));
+        self.progress.verdicts.extend(outcome.verdicts);
+        *name = outcome.text;
+        if outcome.blocked_by.is_some() {
+            name.clear();
+            self.progress.blocked_by = outcome.blocked_by;
+        }
     }
 
     fn take(&mut self, slot: &mut Value, index: u64, place: CallPlace) {

@@ -157,6 +157,12 @@ pub fn has_tools(body: &Value) -> bool {
     body.get("tools").and_then(Value::as_array).is_some_and(|tools| !tools.is_empty())
 }
 
+/// Whether a prompt is, or holds, numbers of tokens.
+pub fn has_token_ids(body: &Value) -> bool {
+    let is_ids = |prompt: &Value| prompt.is_number() || prompt.is_array();
+    body.get("prompt").and_then(Value::as_array).is_some_and(|prompts| prompts.iter().any(is_ids))
+}
+
 /// What language a request is in, as an ISO 639-3 code, where its newest texts show it.
 pub fn language(body: &Value) -> Option<&'static str> {
     crate::guardrails::language::of_request(body).map(|lang| lang.code())

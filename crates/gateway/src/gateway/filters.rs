@@ -15,7 +15,7 @@ use serde_json::{Map, Value, json};
 
 use super::{
     Exchange, GatewayError,
-    choice::{Choice, Passed, Rest, Walk, is_empty},
+    choice::{Choice, Passed, Rest, Walk, is_empty, keep_known},
     exchange::aside,
     transcript::Transcript,
 };
@@ -81,6 +81,9 @@ impl AnswerFilters {
     }
 
     fn looked_through(mut self, mut answer: Value) -> (Self, Value) {
+        if self.keeps_from_clients() {
+            keep_known(&mut answer);
+        }
         if !self.policy.is_empty()
             && let Some(choices) = answer.get_mut("choices").and_then(Value::as_array_mut)
         {
@@ -103,6 +106,11 @@ impl AnswerFilters {
         }
         self.keep(&out);
         out
+    }
+
+    /// Whether something of the answer may be kept from the client.
+    fn keeps_from_clients(&self) -> bool {
+        self.policy.changes_answers() || self.policy.holds_answers()
     }
 
     fn keep(&self, passed: &[Value]) {
@@ -138,6 +146,9 @@ impl AnswerFilters {
 
     /// What the guardrails of this machine let pass of a chunk.
     fn pass(&mut self, mut chunk: Value, rest: Rest) -> Vec<Value> {
+        if self.keeps_from_clients() {
+            keep_known(&mut chunk);
+        }
         let Some(choices) = chunk.get_mut("choices").and_then(Value::as_array_mut) else { return vec![chunk] };
         let had_choices = !choices.is_empty();
         let mut calls = Vec::new();

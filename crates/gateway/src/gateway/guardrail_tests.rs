@@ -270,3 +270,31 @@ async fn a_judge_that_the_budget_does_not_cover_is_not_asked() {
     assert!(matches!(silent, GatewayError::Blocked { because: BlockedBecause::Silence, .. }), "{silent}");
     assert_eq!((double.num_calls.load(Ordering::SeqCst), standing(&gateway, "acme").await), (0, (0, 0)));
 }
+
+#[tokio::test]
+async fn what_filters_do_not_know_does_not_pass_beside_them() {
+    let secret = "the blue falcon";
+    let message = json!({"role": "assistant", "content": "fine", "thinking_blocks": [{"thinking": secret}],
+        "audio": {"transcript": secret}, "annotations": [{"title": secret}]});
+    let whole = json!({"id": "a", "object": "chat.completion", "model": "m", "prompt_text": secret, "choices": [
+        {"index": 0, "message": message, "text": secret, "content_filter_results": secret, "finish_reason": "stop"}]});
+    let (gateway, _folder) = gateway(&upstream().await, PII).await;
+    let mut exchange = gateway.begin(asked("acme", &body("base", "x"), None)).unwrap();
+    let answer = exchange.filters().unwrap().whole(&mut exchange, whole).await.unwrap();
+    let expected = json!({"id": "a", "object": "chat.completion", "model": "m", "choices": [
+        {"index": 0, "message": {"role": "assistant", "content": "fine"}, "finish_reason": "stop"}]});
+    assert_eq!(answer, expected);
+
+    let mut extra = chunk(&json!({"content": "fine", "thinking_blocks": [secret]}), &json!("stop"));
+    extra["citations"] = json!([secret]);
+    let (out, _) = filtered(PII, "x", vec![extra]).await;
+    assert_eq!(joined(&out).0, "fine");
+    assert!(!json!(out).to_string().contains("falcon"), "{out:?}");
+
+    // What is called is the model's own words, too.
+    let call = json!({"tool_calls": [{"index": 0, "id": "1", "type": "function",
+        "function": {"name": "blue falcon", "arguments": "{}"}}]});
+    let (out, _) = filtered(PII, "x", vec![chunk(&call, &Value::Null), chunk(&json!({}), &json!("stop"))]).await;
+    assert_eq!(joined(&out).2, "content_filter");
+    assert!(!json!(out).to_string().contains("falcon"), "{out:?}");
+}

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use super::{
     Form, Policy, Side, Verdict,
-    parts::Part,
+    parts::{Part, Texts},
     policy::Decision,
     scan::End,
     vault::{Restorer, Vault},
@@ -42,7 +42,7 @@ impl Policy {
             Form::Plain => Part::Plain(&mut text),
         };
         // A language is what people read an answer in.
-        let (decision, verdicts) = self.check_parts(Side::Answer, &mut [part], None, own);
+        let (decision, verdicts) = self.check_parts(Side::Answer, &mut Texts::One(part), None, own);
         let blocked_by = match decision {
             Decision::Block { guardrail } => Some(guardrail),
             Decision::Pass | Decision::RouteLocal => None,

@@ -1,12 +1,217 @@
-//! The texts of a request's body: which strings of OpenAI's JSON a model gets to read.
+//! The texts of a request's body: every string of OpenAI's JSON, wherever a client may put one.
 //!
-//! Messages' contents (strings and text parts), refusals, reasoning, names, arguments of tools and functions, the
-//! descriptions of tools, prompts and suffixes. Arguments are JSON in a string: their leaves are read as texts, so that what is put
-//! there leaves them valid; a number that is redacted becomes a string. Image and audio data are no texts.
+//! Messages, prompts, tools with their schemas, names and ids, what is told beside them (`user`, `metadata`, `stop`) and fields that only
+//! some upstream knows: whatever is sent is read. Not read are words of the protocol ([`WORDS`]) and images, sounds and
+//! files as data. Texts that stand side by side in one message are read together, too, since a model reads them so. Arguments of
+//! tools are JSON in a string: their leaves are read as texts, so that what is put there leaves them valid; a number that is
+//! redacted becomes a string. Names of members are read where they are a client's own ([`FREE`]).
 //!
 //! **Invariant**: every string that reaches a prompt is visited; everything else stays as it was, byte by byte.
 
 use serde_json::{Map, Value};
+
+/// Fields whose strings are words of the protocol.
+const WORDS: [&str; 3] = ["role", "type", "model"];
+/// Fields that hold data in base64.
+const DATA: [&str; 2] = ["data", "file_data"];
+/// Fields of a body in which names of members are the protocol's, but for those below [`FREE`].
+const KNOWN: [&str; 24] = [
+    "messages",
+    "prompt",
+    "suffix",
+    "system",
+    "instructions",
+    "prediction",
+    "tools",
+    "functions",
+    "documents",
+    "response_format",
+    "tool_choice",
+    "function_call",
+    "stop",
+    "user",
+    "safety_identifier",
+    "prompt_cache_key",
+    "stream_options",
+    "logit_bias",
+    "modalities",
+    "audio",
+    "reasoning",
+    "reasoning_effort",
+    "service_tier",
+    "web_search_options",
+];
+/// Fields of which the members are named by whoever writes them.
+const FREE: [&str; 7] =
+    ["properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependentRequired", "metadata"];
+/// Numbers of fewer digits are nobody's.
+const MIN_DIGITS: usize = 8;
+
+/// What a text is beside others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Of {
+    /// One by itself.
+    Alone,
+    /// One of several that stand side by side.
+    PartOfRun,
+    /// All of those, after them, as one.
+    Run,
+}
+
+/// Is offered every text; what it returns takes the text's place.
+pub(super) type Reader<'a> = dyn FnMut(&str, Of) -> Option<String> + 'a;
+
+/// Texts that are checked together.
+#[derive(Debug)]
+pub(super) enum Texts<'a> {
+    /// All of a request's body.
+    Body(&'a mut Value),
+    /// One, wherever it comes from.
+    One(Part<'a>),
+}
+
+impl Texts<'_> {
+    /// Offers every text.
+    pub(super) fn rewrite(&mut self, reader: &mut Reader<'_>) {
+        match self {
+            Self::Body(body) => rewrite_body(body, reader),
+            Self::One(part) => part.rewrite(&mut |text| reader(text, Of::Alone)),
+        }
+    }
+
+    /// Shows every text.
+    pub(super) fn read(&mut self, mut read: impl FnMut(&str, Of)) {
+        self.rewrite(&mut |text, of| {
+            read(text, of);
+            None
+        });
+    }
+}
+
+fn rewrite_body(body: &mut Value, reader: &mut Reader<'_>) {
+    let Value::Object(members) = body else { return };
+    for (name, member) in members {
+        let names = if KNOWN.contains(&name.as_str()) { Names::OfProtocol } else { Names::Free };
+        // A body's own numbers are settings.
+        if !member.is_number() {
+            rewrite_field(name, member, names, reader);
+        }
+    }
+}
+
+/// Whose words the names of members are.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Names {
+    OfProtocol,
+    Free,
+}
+
+/// The parser bounds the depth.
+fn rewrite_field(field: &str, value: &mut Value, names: Names, reader: &mut Reader<'_>) {
+    match value {
+        Value::String(text) => {
+            let is_data = DATA.contains(&field) || field == "url" && is_data_url(text);
+            if WORDS.contains(&field) || is_data {
+                return;
+            }
+            let mut part = if field == "arguments" { Part::Json(text) } else { Part::Plain(text) };
+            part.rewrite(&mut |text| reader(text, Of::Alone));
+        }
+        Value::Number(number) => {
+            let number = number.to_string();
+            if number.len() >= MIN_DIGITS
+                && let Some(rewritten) = reader(&number, Of::Alone)
+            {
+                *value = Value::String(rewritten);
+            }
+        }
+        Value::Array(items) if field == "content" => rewrite_content(items, names, reader),
+        Value::Array(items) => items.iter_mut().for_each(|item| rewrite_field(field, item, names, reader)),
+        Value::Object(members) => {
+            let are_free = names == Names::Free || FREE.contains(&field);
+            for (name, member) in members.iter_mut() {
+                // Of a client's own names none is the protocol's.
+                let is_word = WORDS.contains(&name.as_str()) || DATA.contains(&name.as_str());
+                let name = if are_free && is_word { "" } else { name };
+                rewrite_field(name, member, names, reader);
+            }
+            if are_free {
+                rewrite_names(members, reader);
+            }
+        }
+        Value::Null | Value::Bool(_) => {}
+    }
+}
+
+/// Pictures and the like; what stands in a URL in plain letters is read.
+fn is_data_url(url: &str) -> bool {
+    let head = url.get(..url.len().min(100)).unwrap_or_default();
+    head.starts_with("data:") && head.contains(";base64,")
+}
+
+fn rewrite_names(members: &mut Map<String, Value>, reader: &mut Reader<'_>) {
+    let renamed: Vec<Option<String>> = members.keys().map(|name| reader(name, Of::Alone)).collect();
+    if renamed.iter().any(Option::is_some) {
+        let old = std::mem::take(members);
+        *members = old.into_iter().zip(renamed).map(|((name, member), new)| (new.unwrap_or(name), member)).collect();
+    }
+}
+
+/// The parts of a message.
+fn rewrite_content(items: &mut Vec<Value>, names: Names, reader: &mut Reader<'_>) {
+    let mut from = 0;
+    while from < items.len() {
+        let num_texts = items[from..].iter().take_while(|item| text_of(item).is_some()).count();
+        if num_texts < 2 {
+            rewrite_field("content", &mut items[from], names, reader);
+            from += 1;
+            continue;
+        }
+        for item in &mut items[from..from + num_texts] {
+            if let Some(rewritten) = text_of(item).and_then(|text| reader(text, Of::PartOfRun)) {
+                item["text"] = Value::String(rewritten);
+            }
+        }
+        from += rewrite_run(items, from, num_texts, reader);
+    }
+}
+
+fn text_of(item: &Value) -> Option<&str> {
+    item.get("text")?.as_str()
+}
+
+/// Reads texts side by side as one; how many are left. What was found over the border of two moves to the first of them, and a text of
+/// which nothing is left goes, since providers refuse empty ones.
+fn rewrite_run(items: &mut Vec<Value>, from: usize, num_texts: usize, reader: &mut Reader<'_>) -> usize {
+    let whole: String = items[from..from + num_texts].iter().filter_map(text_of).collect();
+    let Some(rewritten) = reader(&whole, Of::Run) else { return num_texts };
+    let same_before = whole.bytes().zip(rewritten.bytes()).take_while(|(old, new)| old == new).count();
+    let shorter = whole.len().min(rewritten.len()) - same_before;
+    let same_after =
+        whole.bytes().rev().zip(rewritten.bytes().rev()).take(shorter).take_while(|(old, new)| old == new).count();
+    let after = items.split_off(from + num_texts);
+    let (mut border, mut cut) = (0, 0);
+    for mut item in items.split_off(from) {
+        let had_text = text_of(&item).map_or(0, str::len);
+        border += had_text;
+        let end = if border <= same_before {
+            border
+        } else if whole.len() - border <= same_after {
+            rewritten.len() - (whole.len() - border)
+        } else {
+            rewritten.len() - same_after
+        };
+        let end = rewritten.ceil_char_boundary(end.max(cut));
+        if end > cut || had_text == 0 {
+            item["text"] = Value::String(rewritten[cut..end].to_owned());
+            items.push(item);
+        }
+        cut = end;
+    }
+    let num_left = items.len() - from;
+    items.extend(after);
+    num_left
+}
 
 /// A string and how it is read.
 #[derive(Debug)]
@@ -18,12 +223,6 @@ pub(super) enum Part<'a> {
 }
 
 impl Part<'_> {
-    pub(super) fn text(&self) -> &str {
-        match self {
-            Self::Plain(text) | Self::Json(text) => text,
-        }
-    }
-
     /// Offers every text in it; what comes back takes its place.
     pub(super) fn rewrite(&mut self, rewrite: &mut impl FnMut(&str) -> Option<String>) {
         match self {
@@ -94,138 +293,55 @@ fn rewrite_children(value: &mut Value, rewrite: &mut impl FnMut(&str) -> Option<
     }
 }
 
-/// All texts of a body, in its order.
-pub(super) fn texts(body: &mut Value) -> Vec<Part<'_>> {
-    let mut parts = Vec::new();
-    let Value::Object(members) = body else { return parts };
-    for (name, member) in members {
-        match name.as_str() {
-            "messages" => each(member, |message| message_texts(message, &mut parts)),
-            "prompt" | "suffix" | "system" | "instructions" => strings(member, &mut parts),
-            "prediction" => content_texts(member, &mut parts),
-            "tools" | "functions" | "documents" | "response_format" => descriptions(member, &mut parts),
-            _ => {}
-        }
-    }
-    parts
-}
-
-fn each<'a>(value: &'a mut Value, visit: impl FnMut(&'a mut Value)) {
-    if let Value::Array(items) = value {
-        items.iter_mut().for_each(visit);
-    }
-}
-
-/// A string, or strings in an array.
-fn strings<'a>(value: &'a mut Value, parts: &mut Vec<Part<'a>>) {
-    match value {
-        Value::String(text) => parts.push(Part::Plain(text)),
-        Value::Array(items) => items.iter_mut().for_each(|item| strings(item, parts)),
-        _ => {}
-    }
-}
-
-fn message_texts<'a>(message: &'a mut Value, parts: &mut Vec<Part<'a>>) {
-    let Value::Object(members) = message else { return };
-    for (name, member) in members {
-        match name.as_str() {
-            "content" | "refusal" | "reasoning_content" | "reasoning" | "name" => content_texts(member, parts),
-            "tool_calls" => each(member, |call| {
-                let Value::Object(members) = call else { return };
-                for (name, member) in members {
-                    match name.as_str() {
-                        "function" => arguments(member, parts),
-                        // A custom tool takes a text of any form.
-                        "custom" => strings(&mut member["input"], parts),
-                        _ => {}
-                    }
-                }
-            }),
-            "function_call" => arguments(member, parts),
-            _ => {}
-        }
-    }
-}
-
-fn content_texts<'a>(content: &'a mut Value, parts: &mut Vec<Part<'a>>) {
-    match content {
-        Value::String(text) => parts.push(Part::Plain(text)),
-        Value::Array(items) => items.iter_mut().for_each(|item| content_texts(item, parts)),
-        Value::Object(members) => {
-            for (name, member) in members {
-                if matches!(name.as_str(), "text" | "refusal" | "content" | "thinking") {
-                    content_texts(member, parts);
-                }
-            }
-        }
-        _ => {}
-    }
-}
-
-fn arguments<'a>(function: &'a mut Value, parts: &mut Vec<Part<'a>>) {
-    if let Some(Value::String(text)) = function.get_mut("arguments") {
-        parts.push(Part::Json(text));
-    }
-}
-
-/// Descriptions at any depth of a schema, and texts of documents. A body's depth is bounded by its parser.
-fn descriptions<'a>(value: &'a mut Value, parts: &mut Vec<Part<'a>>) {
-    match value {
-        Value::Array(items) => items.iter_mut().for_each(|item| descriptions(item, parts)),
-        Value::Object(members) => {
-            for (name, member) in members {
-                match (name.as_str(), member) {
-                    ("description" | "title" | "text", Value::String(text)) => parts.push(Part::Plain(text)),
-                    (_, other) => descriptions(other, parts),
-                }
-            }
-        }
-        _ => {}
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use serde_json::json;
 
     use super::*;
 
+    fn seen(body: &mut Value) -> Vec<(String, Of)> {
+        let mut seen = Vec::new();
+        Texts::Body(body).read(|text, of| seen.push((text.to_owned(), of)));
+        seen
+    }
+
     #[test]
-    fn every_text_that_a_model_reads_is_visited() {
+    fn every_string_that_a_client_may_write_is_visited() {
         let mut body = json!({
-            "model": "no", "user": "no", "prompt": ["t1", "t2"], "suffix": "t3",
+            "model": "no", "user": "t14", "prompt": ["t1", "t2"], "suffix": "t3", "seed": 4_111_111_111_u64,
+            "stop": ["t15"], "metadata": {"t16": "t17"}, "prediction": {"type": "content", "content": "t18"},
+            "an_upstreams_own": {"t19": [{"t20": "t21", "data": "t32"}]},
+            "more": {"url": "data:text/plain,t33"},
             "messages": [
                 {"role": "system", "content": "t4"},
                 {"role": "user", "name": "t5", "content": [
                     {"type": "text", "text": "t6"},
-                    {"type": "image_url", "image_url": {"url": "data:no"}},
+                    {"type": "image_url", "image_url": {"url": "data:image/png;base64,no"}},
+                    {"type": "input_audio", "input_audio": {"data": "no", "format": "wav"}},
+                    {"type": "image_url", "image_url": {"url": "https://t22"}},
+                    {"type": "file", "file": {"filename": "t23", "file_data": "no"}},
                 ]},
                 {"role": "assistant", "content": null, "reasoning_content": "t7", "tool_calls": [
-                    {"id": "no", "type": "function", "function": {"name": "no", "arguments": "{\"a\": [\"t8\", 1]}"}},
-                    {"id": "no", "type": "custom", "custom": {"name": "no", "input": "t13"}},
+                    {"id": "t24", "type": "function", "function": {"name": "t25", "arguments": "{\"a\": [\"t8\", 1]}"}},
+                    {"id": "x", "type": "custom", "custom": {"name": "y", "input": "t13"}},
                 ]},
-                {"role": "tool", "tool_call_id": "no", "content": "t9"},
+                {"role": "tool", "tool_call_id": "t26", "content": "t9"},
                 {"role": "function", "function_call": {"arguments": "not json t10"}},
             ],
-            "tools": [{"type": "function", "function": {"name": "no", "description": "t11", "parameters": {
-                "properties": {"x": {"type": "string", "description": "t12"}}}}}],
+            "tools": [{"type": "function", "function": {"name": "t27", "description": "t11", "parameters": {
+                "properties": {"t28": {"type": "string", "description": "t12", "enum": ["t29"], "default": 41_111_111},
+                    "role": {"const": "t30"}}, "required": ["t31"]}}}],
         });
-        let mut seen = Vec::new();
-        for part in &mut texts(&mut body) {
-            part.rewrite(&mut |text| {
-                seen.push(text.to_owned());
-                None
-            });
-        }
-        for number in 1..=13 {
+        let seen = seen(&mut body);
+        for number in 1..=33 {
             let name = format!("t{number}");
-            assert_eq!(
-                seen.iter().filter(|text| text.split(' ').any(|word| word == name)).count(),
-                1,
-                "{name}: {seen:?}"
-            );
+            let is_name = |(text, _): &&(String, Of)| text.split([' ', '/', ',']).any(|word| word == name);
+            assert_eq!(seen.iter().filter(is_name).count(), 1, "{name}: {seen:?}");
         }
-        assert!(!seen.iter().any(|text| text.contains("no") && !text.contains("not")), "{seen:?}");
+        assert!(seen.iter().any(|(text, _)| text == "41111111"));
+        for unread in ["no", "data:image/png;base64,no", "4111111111", "user", "function", "content", "properties"] {
+            assert!(!seen.iter().any(|(text, _)| text == unread), "{unread}: {seen:?}");
+        }
     }
 
     #[test]
@@ -233,12 +349,39 @@ mod tests {
         let body = |arguments: &str| json!({"messages": [{"tool_calls": [{"function": {"arguments": arguments}}]}]});
         let rewritten = |arguments: &str| {
             let mut body = body(arguments);
-            for part in &mut texts(&mut body) {
-                part.rewrite(&mut |text| text.contains("42").then(|| "[X_1]".to_owned()));
-            }
+            Texts::Body(&mut body).rewrite(&mut |text, _| text.contains("42").then(|| "[X_1]".to_owned()));
             body["messages"][0]["tool_calls"][0]["function"]["arguments"].as_str().unwrap().to_owned()
         };
         assert_eq!(rewritten("{ \"a\" : 1 }"), "{ \"a\" : 1 }");
         assert_eq!(rewritten("{ \"a\" : 42, \"b\\u0034\": \"\\u00342\" }"), "{\"a\":\"[X_1]\",\"b4\":\"[X_1]\"}");
+    }
+
+    #[test]
+    fn texts_side_by_side_are_one() {
+        let content = |texts: &[&str]| {
+            let parts: Vec<Value> = texts.iter().map(|text| json!({"type": "text", "text": text})).collect();
+            json!({"messages": [{"role": "user", "content": parts}]})
+        };
+        for (before, after) in [
+            (&["a 4", "2 b"][..], &["a X", " b"][..]),
+            (&["4", "2"], &["X"]),
+            (&["a ", "4", "2", " b"], &["a ", "X", " b"]),
+            (&["42 a 4", "2", "b 42"], &["X a X", "b X"]),
+            (&["42 a", "b 42"], &["X a", "b X"]),
+            (&["é4", "2é"], &["éX", "é"]),
+            (&["a", "b"], &["a", "b"]),
+        ] {
+            let mut body = content(before);
+            Texts::Body(&mut body).rewrite(&mut |text, _| text.contains("42").then(|| text.replace("42", "X")));
+            let text = |body: &Value| -> Vec<String> {
+                let parts = body["messages"][0]["content"].as_array().unwrap();
+                parts.iter().map(|part| part["text"].as_str().unwrap().to_owned()).collect()
+            };
+            assert_eq!(text(&body).concat(), after.concat(), "{before:?}");
+            assert_eq!(text(&body).len(), after.len(), "{before:?}: {:?}", text(&body));
+        }
+        let mut apart = json!({"messages": [{"content": [
+            {"type": "text", "text": "4"}, {"type": "image_url", "image_url": {"url": "data:x"}}, {"type": "text", "text": "2"}]}]});
+        assert!(seen(&mut apart).iter().all(|(_, of)| *of == Of::Alone));
     }
 }

@@ -11,7 +11,7 @@ use super::{
     Action, Finding, Form, GuardrailConfig, GuardrailError, Side, Verdict,
     language::{self, Languages},
     outside::{MAX_TEXT_BYTES, Outside, Secrets},
-    parts::{self, Part},
+    parts::{Of, Texts},
     scan::End,
     stage::{Detector, Stage},
     vault::Vault,
@@ -151,12 +151,10 @@ impl Policy {
         let sample =
             self.on(Side::Prompt).any(|guardrail| guardrail.asks_language()).then(|| language::sample_of(body));
         let mut vault = Arc::new(Vault::default());
-        let mut texts = parts::texts(body);
+        let mut texts = Texts::Body(body);
         if self.on(Side::Prompt).any(|guardrail| guardrail.action == Action::Redact) {
             let vault = Arc::make_mut(&mut vault);
-            for text in &texts {
-                vault.reserve(text.text());
-            }
+            texts.read(|text, _| vault.reserve(text));
         }
         let (decision, verdicts) = self.check_parts(Side::Prompt, &mut texts, sample.as_deref(), &mut vault);
         PromptOutcome { decision, verdicts, vault }
@@ -167,7 +165,7 @@ impl Policy {
     pub(super) fn check_parts(
         &self,
         side: Side,
-        texts: &mut [Part<'_>],
+        texts: &mut Texts<'_>,
         sample: Option<&str>,
         vault: &mut Arc<Vault>,
     ) -> (Decision, Vec<Verdict>) {
@@ -197,17 +195,22 @@ impl Policy {
     /// All texts of a request that its model reads, for those who are asked about them: as they stand in the body.
     pub fn prompt_text(body: &mut Value) -> String {
         let mut all = String::new();
-        for part in parts::texts(body) {
+        Texts::Body(body).read(|text, of| {
+            // More is too long to be asked about in any case.
+            if of == Of::PartOfRun || all.len() > MAX_TEXT_BYTES {
+                return;
+            }
             if !all.is_empty() {
                 all.push_str("\n\n");
             }
-            all.push_str(part.text());
-            // More is too long to be asked about in any case.
-            if all.len() > MAX_TEXT_BYTES {
-                break;
-            }
-        }
+            all.push_str(text);
+        });
         all
+    }
+
+    /// Whether anybody looks at prompts.
+    pub fn reads_prompts(&self) -> bool {
+        self.on(Side::Prompt).next().is_some()
     }
 
     /// Whether answers come out other than they went in, so that what tells of their tokens must not pass beside them.
@@ -220,8 +223,9 @@ impl Policy {
 }
 
 /// All texts together count.
-fn check_length(max: u64, texts: &[Part<'_>]) -> (Vec<Finding>, bool) {
-    let num_chars: u64 = texts.iter().map(|part| part.text().chars().count() as u64).sum();
+fn check_length(max: u64, texts: &mut Texts<'_>) -> (Vec<Finding>, bool) {
+    let mut num_chars = 0;
+    texts.read(|text, of| num_chars += if of == Of::PartOfRun { 0 } else { text.chars().count() as u64 });
     let findings = if num_chars > max { vec![Finding { label: "length", count: 1 }] } else { Vec::new() };
     (findings, false)
 }
@@ -235,28 +239,30 @@ fn check_sample(languages: &Languages, sample: &str) -> (Vec<Finding>, bool) {
 fn check_texts(
     guardrail: &Arc<Guardrail>,
     detector: &Detector,
-    texts: &mut [Part<'_>],
+    texts: &mut Texts<'_>,
     vault: &mut Arc<Vault>,
 ) -> (Vec<Finding>, bool) {
     let mut findings: Vec<Finding> = Vec::new();
-    let mut is_blocked = false;
-    for part in texts {
-        part.rewrite(&mut |text| {
-            if is_blocked {
-                return None;
+    let (mut is_blocked, mut have_parts_found) = (false, false);
+    let redacts = guardrail.action == Action::Redact;
+    texts.rewrite(&mut |text, of| {
+        if is_blocked {
+            return None;
+        }
+        let (rewritten, found, blocked) = filter_whole(guardrail, detector, text, vault);
+        is_blocked |= blocked;
+        let has_found = !found.is_empty();
+        // What was found in a part and stays there is found in its run again.
+        let is_new = of != Of::Run || redacts || !have_parts_found;
+        have_parts_found = of == Of::PartOfRun && (has_found || have_parts_found);
+        for finding in found.into_iter().filter(|_| is_new) {
+            match findings.iter_mut().find(|known| known.label == finding.label) {
+                Some(known) => known.count += finding.count,
+                None => findings.push(finding),
             }
-            let (rewritten, found, blocked) = filter_whole(guardrail, detector, text, vault);
-            is_blocked |= blocked;
-            let has_found = !found.is_empty();
-            for finding in found {
-                match findings.iter_mut().find(|known| known.label == finding.label) {
-                    Some(known) => known.count += finding.count,
-                    None => findings.push(finding),
-                }
-            }
-            (has_found && guardrail.action == Action::Redact).then_some(rewritten)
-        });
-    }
+        }
+        (has_found && redacts).then_some(rewritten)
+    });
     (findings, is_blocked)
 }
 

@@ -223,9 +223,9 @@ impl Stage {
 
     /// Keeps the character before `hold`, for rules that ask what they stand behind, and what is invisible after it.
     fn forget_before(&mut self, hold: usize) {
-        let mut before = self.text[..hold].chars().rev().take(usize::from(MAX_SKIPPED) + 1);
+        let before = self.text[..hold].chars().rev().take(usize::from(MAX_SKIPPED) + 1);
         let mut context = 0;
-        while let Some(letter) = before.next() {
+        for letter in before {
             context += letter.len_utf8();
             if letter.is_ascii_whitespace() || !is_invisible(letter) {
                 break;

@@ -106,6 +106,26 @@ fn personal_data_is_found_whatever_it_is_written_with() {
 }
 
 #[test]
+fn what_is_put_together_of_parts_is_found_and_counted_once() {
+    let parts = |texts: &[&str]| {
+        let parts: Vec<Value> = texts.iter().map(|text| json!({"type": "text", "text": text})).collect();
+        json!({"messages": [{"role": "user", "content": parts}]})
+    };
+    let mut body = parts(&["ann@x.org or bob@exa", "mple.com", " and eve@x.org"]);
+    let outcome = policy(&table("pii", "redact", "")).check_prompt(&mut body);
+    assert_eq!(body, parts(&["[EMAIL_1] or [EMAIL_3]", " and [EMAIL_2]"]));
+    assert_eq!(outcome.verdicts[0].findings[0].count, 3);
+    for (texts, count) in [(&["ann@x.org ", "and more"][..], 1), (&["bob@exa", "mple.com"], 1)] {
+        let outcome = policy(&table("pii", "flag", "")).check_prompt(&mut parts(texts));
+        assert_eq!(outcome.verdicts[0].findings[0].count, count, "{texts:?}");
+    }
+    let list = policy(&table("blocklist", "block", "phrases = [\"bomb\"]"));
+    for texts in [&["a bo", "mb"][..], &["bomb", "s"], &["x", "bomb"]] {
+        assert!(matches!(list.check_prompt(&mut parts(texts)).decision, Decision::Block { .. }), "{texts:?}");
+    }
+}
+
+#[test]
 fn personal_data_is_replaced_by_name_and_what_only_looks_like_it_stays() {
     let pii = policy(&table("pii", "redact", ""));
     for (text, expected) in [
@@ -558,6 +578,13 @@ fn texts() -> impl Strategy<Value = String> {
         "219-09-9998",
         ".",
         "_",
+        "ｂｏｂ＠ｅｘ．ｃｏ",
+        "bob@münchen.",
+        "de",
+        "\u{ad}",
+        "４１１１",
+        "‑",
+        "٤١١١",
     ];
     prop::collection::vec(prop::sample::select(words), 0..24).prop_map(|words| words.concat())
 }

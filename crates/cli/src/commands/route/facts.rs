@@ -271,7 +271,8 @@ mod tests {
 
     #[test]
     fn the_size_counts_all_that_a_model_reads_and_pictures_by_the_piece() {
-        let picture = json!({"type": "image_url", "image_url": {"url": "x".repeat(100_000)}});
+        let url = format!("data:image/png;base64,{}", "x".repeat(100_000));
+        let picture = json!({"type": "image_url", "image_url": {"url": url}});
         let body = json!({"messages": [
             {"role": "user", "content": [{"type": "text", "text": "y".repeat(500)}, picture]},
             {"role": "user", "content": "z".repeat(500)},
