@@ -182,10 +182,15 @@ fn fetch_model(steps: &mut Steps) -> Result<PathBuf> {
 
 /// The Python of a virtual environment of our own with pinned packages; what is missing is named and skipped.
 fn python_environment(steps: &mut Steps) -> Result<Option<PathBuf>> {
+    python_environment_of(steps, "venv", "requirements.txt")
+}
+
+/// The same of this name, with the packages that a file of `tests/system` pins.
+fn python_environment_of(steps: &mut Steps, name: &str, requirements: &str) -> Result<Option<PathBuf>> {
     let python = env::var_os("BINDERY_PYTHON").unwrap_or_else(|| OsString::from("python3"));
-    let venv = target_dir().join("venv");
+    let venv = target_dir().join(name);
     let venv_python = venv.join("bin").join("python");
-    let requirements = Path::new("tests").join("system").join("requirements.txt");
+    let requirements = Path::new("tests").join("system").join(requirements);
     let stamp = venv.join("requirements.stamp");
     let wanted = std::fs::read_to_string(&requirements)?;
     if std::fs::read_to_string(&stamp).ok().as_deref() != Some(wanted.as_str()) {
@@ -210,6 +215,7 @@ fn python_environment(steps: &mut Steps) -> Result<Option<PathBuf>> {
 /// Real client SDKs against the real binary.
 fn python_tests(steps: &mut Steps, model: &Path, full: bool, extra: &[String]) -> Result<()> {
     let Some(venv_python) = python_environment(steps)? else { return Ok(()) };
+    let litellm = if full { python_environment_of(steps, "venv-litellm", "litellm.txt")? } else { None };
     let pytest = |folder: &str| {
         let mut pytest = Command::new(&venv_python);
         pytest
@@ -221,6 +227,9 @@ fn python_tests(steps: &mut Steps, model: &Path, full: bool, extra: &[String]) -
             .env("PYTHONDONTWRITEBYTECODE", "1");
         if full {
             pytest.env("BINDERY_TEST_FULL", "1");
+        }
+        if let Some(python) = &litellm {
+            pytest.env("BINDERY_LITELLM", python.with_file_name("litellm"));
         }
         pytest
     };

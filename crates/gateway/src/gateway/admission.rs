@@ -128,10 +128,11 @@ impl Gateway {
         {
             under.push((Limited::Key(key.clone()), grant.limits));
         }
-        let permit = self.0.limiter.admit(&Ask { under: &under, max_tokens }, asked.now)?;
+        let mut permit = self.0.limiter.admit(&Ask { under: &under, max_tokens }, asked.now)?;
         let (mut vault, mut must_stay) = (Arc::new(Vault::default()), false);
         if tenant.policy.reads_prompts() && facts::has_token_ids(&body) {
             let message = "prompt holds token ids, which this tenant's guardrails cannot read: send its text";
+            permit.settle(0, asked.now);
             return Err(Refusal::unsupported("prompt", message.to_owned()).into());
         }
         if !tenant.policy.is_empty() {
@@ -141,6 +142,7 @@ impl Gateway {
                 Decision::Pass => {}
                 Decision::RouteLocal => must_stay = true,
                 Decision::Block { guardrail } => {
+                    permit.settle(0, asked.now);
                     seen.contents = self.transcript(&tenant, &body).map(|transcript| transcript.contents());
                     return Err(GatewayError::Blocked { guardrail, because: BlockedBecause::Found });
                 }

@@ -271,6 +271,9 @@ impl Exchange {
         if std::mem::replace(&mut self.is_logged, true) {
             return None;
         }
+        // What was charged at its admission is a bound: whoever was turned away, or left, pays what was used.
+        let used = self.told.lock().unwrap_or_else(PoisonError::into_inner).usage.total();
+        self.permit.settle(self.num_used_tokens.max(used), UnixMillis::now());
         let record = self.record();
         self.gateway.0.meters.request(&record.tenant, &record.route.to, &record.outcome, &record.verdicts);
         let audit = self.gateway.0.audit.as_ref()?;

@@ -695,3 +695,40 @@ fn a_moment_is_of_the_utc_day_and_week() {
     let at = UnixMillis(1_795_867_500_000);
     assert_eq!(moment(at), Moment { minute_of_day: 12 * 60 + 5, weekday: 5 });
 }
+
+/// The bound is set aside while a request is under way, and no longer.
+#[tokio::test]
+async fn only_what_was_used_counts_under_the_limit_of_tokens() {
+    let double = upstream().await;
+    let rest = "[[guardrails]]\nname = \"words\"\nkind = \"blocklist\"\naction = \"block\"\nphrases = [\"swordfish\"]\n\
+                [[tenants]]\nname = \"acme\"\nprivacy = \"any\"\nguardrails = [\"words\"]\n\
+                limits = { tokens_per_minute = 20_000 }\n";
+    let (gateway, _folder) = gateway(&double, rest).await;
+    let of = |model: &str, text: &str| {
+        let mut body = body(model, text);
+        body["max_tokens"] = json!(15_000);
+        body
+    };
+    let left = || {
+        let exchange = gateway.begin(asked("acme", &json!({"model": "base", "max_tokens": 1}), None)).unwrap();
+        let headers = exchange.rate_headers();
+        let (_, left) = headers.iter().find(|(name, _)| *name == "x-ratelimit-remaining-tokens").unwrap();
+        left.parse::<u64>().unwrap()
+    };
+    for (model, text) in [("nobody", "hi"), ("base", "say swordfish"), ("up/gpt-4.1", "fail")] {
+        ask(&gateway, asked("acme", &of(model, text), None)).await.unwrap_err();
+        assert!(left() > 19_000, "{model} {text}: {}", left());
+    }
+    drop(gateway.begin(asked("acme", &of("base", "hi"), None)).unwrap());
+    assert!(left() > 19_000, "{}", left());
+    // A client that leaves in the middle of a stream has used what came.
+    let mut streamed = of("up/gpt-4.1", "hello");
+    streamed["stream"] = json!(true);
+    let mut exchange = gateway.begin(asked("acme", &streamed, None)).unwrap();
+    let (Sent::Stream(mut stream), _) = exchange.send("up", "gpt-4.1", false, UnixMillis::now()).await.unwrap() else {
+        panic!("a stream was asked for")
+    };
+    stream.next(&mut exchange).await.unwrap().unwrap();
+    drop((stream, exchange));
+    assert!((15_000..19_995).contains(&left()), "{}", left());
+}
