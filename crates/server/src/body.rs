@@ -67,9 +67,20 @@ impl<T: DeserializeOwned + Send + 'static> FromRequest<SharedState> for ApiJson<
     }
 }
 
-/// None is taken as JSON; another type is refused, as a form or plain text is what a web page may send across origins.
+/// None is taken as JSON, but not from a web page of another origin; another type is refused, as a form or plain text is what a
+/// web page may send across origins without a question (so is a body without a type: Fetch, "CORS-safelisted request-header").
 pub(crate) fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {
-    let Some(value) = headers.get(header::CONTENT_TYPE) else { return Ok(()) };
+    let Some(value) = headers.get(header::CONTENT_TYPE) else {
+        let site = headers.get("sec-fetch-site").map(HeaderValue::as_bytes);
+        let is_from_elsewhere = site.is_some_and(|site| !matches!(site, b"same-origin" | b"none"))
+            || site.is_none() && headers.contains_key(header::ORIGIN);
+        return if is_from_elsewhere {
+            let message = "there is no content-type, which a web page must send: content-type application/json";
+            Err(ApiError::invalid("content-type", message))
+        } else {
+            Ok(())
+        };
+    };
     let text = value.to_str().unwrap_or_default();
     let kind = text.split(';').next().unwrap_or_default().trim();
     if kind.eq_ignore_ascii_case("application/json") {

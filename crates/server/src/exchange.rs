@@ -102,6 +102,7 @@ async fn answer(
     let mut parts = Some(parts);
     for (at, target) in route.targets.iter().enumerate() {
         if let (true, Some(timeout)) = (is_late(), timeout) {
+            exchange.time_out().await.map_err(|error| refused(&context, error))?;
             return Err(Deadline::error(timeout));
         }
         let is_last = at + 1 == num_targets;

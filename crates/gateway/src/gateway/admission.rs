@@ -120,7 +120,8 @@ impl Gateway {
         let model = asked.body.get("model").and_then(Value::as_str).unwrap_or(asked.default_model).to_owned();
         let mut body = Value::Object(asked.body);
         let size = facts::size_of(&body);
-        let max_tokens = ledger::max_prompt_tokens(size, 0) + asked_output(&body).unwrap_or(ASSUMED_OUTPUT_TOKENS);
+        let max_tokens =
+            ledger::max_prompt_tokens(size, 0).saturating_add(asked_output(&body).unwrap_or(ASSUMED_OUTPUT_TOKENS));
         let mut under = vec![(Limited::Tenant(tenant.config.id.clone()), tenant.config.limits)];
         // Both must hold; the tighter one is told.
         if let (Some(grant), Credential::Key(key)) = (&asked.grant, &asked.credential)

@@ -30,32 +30,42 @@ const CALLED_FIELDS: [&str; 3] = ["name", "arguments", "input"];
 /// Leaves of an answer what filters know, where they may have to keep something from the client: what an upstream adds of its own
 /// (thoughts in blocks, transcripts, citations) could say it all again.
 pub(super) fn keep_known(answer: &mut Value) {
-    keep(answer, &ANSWER_FIELDS);
+    keep(answer, |name, _| ANSWER_FIELDS.contains(&name));
+    let is_chunk = answer["object"].as_str().is_some_and(|object| object == "chat.completion.chunk");
     for choice in answer.get_mut("choices").and_then(Value::as_array_mut).into_iter().flatten() {
-        keep(choice, &CHOICE_FIELDS);
-        let is_message = choice.get("message").or_else(|| choice.get("delta")).is_some();
-        if let (true, Some(choice)) = (is_message, choice.as_object_mut()) {
-            // One of the two is the answer, and the filters look at that.
-            choice.remove("text");
-        }
-        for place in ["message", "delta"] {
-            let Some(message) = choice.get_mut(place) else { continue };
-            keep(message, &MESSAGE_FIELDS);
-            for call in message.get_mut("tool_calls").and_then(Value::as_array_mut).into_iter().flatten() {
-                keep(call, &CALL_FIELDS);
-                for kind in ["function", "custom"] {
-                    if let Some(called) = call.get_mut(kind) {
-                        keep(called, &CALLED_FIELDS);
-                    }
-                }
+        // One of them is the answer, and the filters look at that.
+        let has = |place: &str| choice.get(place).is_some_and(Value::is_object);
+        let place = match (has("message"), has("delta")) {
+            (true, true) if is_chunk => "delta",
+            (true, _) => "message",
+            (false, true) => "delta",
+            (false, false) => "text",
+        };
+        keep(choice, |name, _| {
+            CHOICE_FIELDS.contains(&name) && (name == place || !["message", "delta", "text"].contains(&name))
+        });
+        let Some(message) = choice.get_mut(place) else { continue };
+        keep(message, |name, value| {
+            MESSAGE_FIELDS.contains(&name) && (!TEXTS.contains(&name) || value.is_string() || value.is_null())
+        });
+        for call in message.get_mut("tool_calls").and_then(Value::as_array_mut).into_iter().flatten() {
+            let is_called = |name: &str| matches!(name, "function" | "custom");
+            keep(call, |name, value| CALL_FIELDS.contains(&name) && (!is_called(name) || value.is_object()));
+            for kind in ["function", "custom"] {
+                call.get_mut(kind).into_iter().for_each(keep_called);
             }
         }
+        message.get_mut("function_call").into_iter().for_each(keep_called);
     }
 }
 
-fn keep(object: &mut Value, fields: &[&str]) {
+fn keep_called(called: &mut Value) {
+    keep(called, |name, value| CALLED_FIELDS.contains(&name) && (value.is_string() || value.is_null()));
+}
+
+fn keep(object: &mut Value, is_kept: impl Fn(&str, &Value) -> bool) {
     if let Some(object) = object.as_object_mut() {
-        object.retain(|name, _| fields.contains(&name.as_str()));
+        object.retain(|name, value| is_kept(name, value));
     }
 }
 

@@ -190,6 +190,15 @@ impl Exchange {
         }
     }
 
+    /// Ends it where its own time is up before another place was tried.
+    ///
+    /// # Errors
+    /// [`GatewayError::Audit`] where the log cannot be written and must be.
+    pub async fn time_out(&mut self) -> Result<(), GatewayError> {
+        self.tell(|told| told.outcome = Some("request_timeout".to_owned()));
+        self.log().await
+    }
+
     /// Ends it where this machine itself has turned it down: in the log alone, for nothing was computed.
     ///
     /// # Errors

@@ -37,6 +37,8 @@ pub struct AnswerFilters {
     held: Option<Held>,
     /// A chunk without its choices, for what comes after all others.
     last: Option<Map<String, Value>>,
+    /// Nothing more of the answer may pass, of choices neither that have not begun.
+    stopped_by: Option<Arc<str>>,
     transcript: Option<Transcript>,
 }
 
@@ -50,7 +52,16 @@ struct Held {
 impl AnswerFilters {
     pub(super) fn new(policy: Policy, vault: Arc<Vault>, transcript: Option<Transcript>) -> Self {
         let held = policy.holds_answers().then(Held::default);
-        Self { policy, vault, choices: BTreeMap::new(), asked: Vec::new(), held, last: None, transcript }
+        Self {
+            policy,
+            vault,
+            choices: BTreeMap::new(),
+            asked: Vec::new(),
+            held,
+            last: None,
+            stopped_by: None,
+            transcript,
+        }
     }
 
     /// What was found so far.
@@ -87,9 +98,8 @@ impl AnswerFilters {
         if !self.policy.is_empty()
             && let Some(choices) = answer.get_mut("choices").and_then(Value::as_array_mut)
         {
-            for choice in choices.iter_mut() {
-                self.choice(choice, Rest::IsNone);
-            }
+            // A second choice of one index is nobody's.
+            choices.retain_mut(|choice| self.choice(choice, Rest::IsNone).0);
         }
         (self, answer)
     }
@@ -183,6 +193,9 @@ impl AnswerFilters {
     fn choice(&mut self, choice: &mut Value, rest: Rest) -> (bool, Option<Value>) {
         let index = index_of(choice);
         let progress = self.choices.entry(index).or_default();
+        if let Some(guardrail) = &self.stopped_by {
+            progress.blocked_by.get_or_insert_with(|| Arc::clone(guardrail));
+        }
         if progress.blocked_by.is_some() || progress.is_over {
             return (false, None);
         }
@@ -249,6 +262,7 @@ impl AnswerFilters {
         let chunks = self.held.take().map(|held| held.chunks).unwrap_or_default();
         // Nobody is asked any more.
         let Decision::Block { guardrail } = decision else { return chunks };
+        self.stopped_by = Some(Arc::clone(&guardrail));
         let all: Vec<u64> = self.choices.keys().copied().collect();
         for choice in self.choices.values_mut() {
             choice.blocked_by.get_or_insert_with(|| Arc::clone(&guardrail));

@@ -298,3 +298,33 @@ async fn what_filters_do_not_know_does_not_pass_beside_them() {
     assert_eq!(joined(&out).2, "content_filter");
     assert!(!json!(out).to_string().contains("falcon"), "{out:?}");
 }
+
+#[tokio::test]
+async fn an_answer_in_two_places_passes_in_one() {
+    let secret = "the blue falcon";
+    let (gateway, _folder) = gateway(&upstream().await, PII).await;
+    let whole = async |choices: Value| {
+        let mut exchange = gateway.begin(asked("acme", &body("base", "x"), None)).unwrap();
+        let answer = json!({"object": "chat.completion", "choices": choices});
+        exchange.filters().unwrap().whole(&mut exchange, answer).await.unwrap().to_string()
+    };
+    let (fine, leak) = (json!({"content": "fine"}), json!({"content": secret}));
+    for choices in [
+        json!([{"index": 0, "message": fine, "delta": leak, "finish_reason": "stop"}]),
+        json!([{"index": 0, "message": secret, "delta": secret, "text": "fine", "finish_reason": "stop"}]),
+        json!([{"index": 0, "message": {"content": "fine", "reasoning": [{"text": secret}]}, "finish_reason": "stop"}]),
+        json!([{"index": 0, "message": {"content": "fine", "tool_calls": [
+            {"function": {"name": "f", "arguments": {"x": secret}}, "custom": secret}]}, "finish_reason": "stop"}]),
+        json!([{"index": 0, "message": {"content": "fine", "function_call": {"name": "f", "more": secret}}, "finish_reason": "stop"}]),
+        json!([{"index": 0, "message": fine, "finish_reason": "stop"}, {"index": 0, "message": leak, "finish_reason": "stop"}]),
+    ] {
+        let answer = whole(choices).await;
+        assert!(answer.contains("fine") && !answer.contains("falcon"), "{answer}");
+    }
+    // Cumulative text beside the piece, as some servers stream.
+    let mut both = chunk(&json!({"content": "fine"}), &Value::Null);
+    both["choices"][0]["message"] = json!({"content": secret});
+    let (out, _) = filtered(PII, "x", vec![both, chunk(&json!({}), &json!("stop"))]).await;
+    assert_eq!(joined(&out).0, "fine");
+    assert!(!json!(out).to_string().contains("falcon"));
+}

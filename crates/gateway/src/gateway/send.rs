@@ -23,7 +23,9 @@ use crate::{
     guardrails::Verdict,
     ledger::{self, Budget, LedgerRoute, RequestStatus, Reservation, ReserveRequest},
     providers::{
-        self, ChatRequest, CompletionRequest, Outgoing, Refusal, UpstreamError, Usage, catalogue::Bound, error::Cause,
+        self, ChatRequest, CompletionRequest, Outgoing, Refusal, UpstreamError, Usage,
+        catalogue::{Bound, Thinking},
+        error::Cause,
     },
     upstream::{AnswerStream, Received},
 };
@@ -255,13 +257,24 @@ impl UpstreamStream {
         });
     }
 
+    /// What it has used. Of a stream that was left or cut nobody knows how much a model has
+    /// thought, unless the provider counts as it goes: that counts as all it might have been.
+    fn usage(&self) -> Usage {
+        let usage = self.stream.usage();
+        let thinks = self.open.model.capabilities.thinking != Thinking::None;
+        if self.stream.is_complete() || !thinks || usage.reasoning > 0 {
+            return usage;
+        }
+        Usage { completion: usage.completion.max(self.open.bound.completion), estimated: true, ..usage }
+    }
+
     fn verdicts(&self) -> Vec<Verdict> {
         self.filters.as_ref().map(AnswerFilters::verdicts).unwrap_or_default()
     }
 
     async fn end(&mut self, exchange: &mut Exchange, status: RequestStatus) -> Result<(), GatewayError> {
         self.stage = StreamStage::Over;
-        let usage = self.stream.usage();
+        let usage = self.usage();
         exchange.spend(&usage, UnixMillis::now());
         self.open.settle(usage.into(), status).await;
         exchange.log().await
@@ -274,6 +287,7 @@ impl Drop for UpstreamStream {
         if let (StreamStage::Open, Some(told)) = (self.stage, &self.open.told) {
             told.lock().unwrap_or_else(PoisonError::into_inner).verdicts = self.verdicts();
         }
-        self.open.settle_later(&self.stream.usage().into(), RequestStatus::Cancelled);
+        let usage = self.usage();
+        self.open.settle_later(&usage.into(), RequestStatus::Cancelled);
     }
 }

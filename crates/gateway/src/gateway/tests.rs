@@ -732,3 +732,41 @@ async fn only_what_was_used_counts_under_the_limit_of_tokens() {
     drop((stream, exchange));
     assert!((15_000..19_995).contains(&left()), "{}", left());
 }
+
+/// A model that thinks may have thought up to its limit when its client leaves: the provider charges for it, so the tenant does.
+#[tokio::test]
+async fn a_stream_of_a_thinking_model_that_is_left_is_charged_for_its_thoughts() {
+    let double = upstream().await;
+    let rest = format!(
+        "[[tenants]]\nname = \"acme\"\nprivacy = \"any\"\nbudget = {{ usd_per_day = 10.0 }}\n\
+         [[upstreams]]\nname = \"thinks\"\nkind = \"openai\"\nbase_url = \"http://{}/v1\"\napi_key_env = \"UP_KEY\"\nmodels = [\"gpt-5\"]\n",
+        double.address
+    );
+    let (gateway, folder) = gateway(&double, &rest).await;
+    for (model, most) in [("up/gpt-4.1", 100), ("thinks/gpt-5", 10_000)] {
+        let mut streamed = body(model, "hello");
+        streamed["stream"] = json!(true);
+        streamed["max_completion_tokens"] = json!(10_000);
+        streamed.as_object_mut().unwrap().remove("max_tokens");
+        let mut exchange = gateway.begin(asked("acme", &streamed, None)).unwrap();
+        let (upstream, name) = model.split_once('/').unwrap();
+        let (Sent::Stream(mut stream), _) = exchange.send(upstream, name, false, UnixMillis::now()).await.unwrap()
+        else {
+            panic!("a stream was asked for")
+        };
+        stream.next(&mut exchange).await.unwrap().unwrap();
+        drop((stream, exchange));
+        let tokens = async {
+            loop {
+                let query = CostQuery { by: vec![CostColumn::Model], ..CostQuery::default() };
+                let report = costs(&store(&folder).await, query).await.unwrap();
+                if let Some(row) = report.rows.iter().find(|row| row.model.as_deref() == Some(model)) {
+                    return row.completion_tokens;
+                }
+                tokio::task::yield_now().await;
+            }
+        };
+        let tokens = tokio::time::timeout(Duration::from_secs(60), tokens).await.unwrap();
+        assert!(if most == 100 { tokens <= 100 } else { tokens == most }, "{model}: {tokens}");
+    }
+}

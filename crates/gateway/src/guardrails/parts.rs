@@ -2,18 +2,19 @@
 //!
 //! Messages, prompts, tools with their schemas, names and ids, what is told beside them (`user`, `metadata`, `stop`) and fields that only
 //! some upstream knows: whatever is sent is read. Not read are words of the protocol ([`WORDS`]) and images, sounds and
-//! files as data. Texts that stand side by side in one message are read together, too, since a model reads them so. Arguments of
+//! files as data, unless the data is a text. Texts that stand side by side in one message are read together, too, since a model reads them so. Arguments of
 //! tools are JSON in a string: their leaves are read as texts, so that what is put there leaves them valid; a number that is
 //! redacted becomes a string. Names of members are read where they are a client's own ([`FREE`]).
 //!
 //! **Invariant**: every string that reaches a prompt is visited; everything else stays as it was, byte by byte.
 
+use data_encoding::BASE64;
 use serde_json::{Map, Value};
 
-/// Fields whose strings are words of the protocol.
-const WORDS: [&str; 3] = ["role", "type", "model"];
-/// Fields that hold data in base64.
-const DATA: [&str; 2] = ["data", "file_data"];
+/// Fields whose strings are words of the protocol, as long as they are one.
+const WORDS: [&str; 2] = ["role", "type"];
+/// Where data in base64 stands, and how it is called there.
+const DATA: [(&str, &str); 2] = [("input_audio", "data"), ("file", "file_data")];
 /// Fields of a body in which names of members are the protocol's, but for those below [`FREE`].
 const KNOWN: [&str; 24] = [
     "messages",
@@ -44,8 +45,64 @@ const KNOWN: [&str; 24] = [
 /// Fields of which the members are named by whoever writes them.
 const FREE: [&str; 7] =
     ["properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependentRequired", "metadata"];
+/// Fields that hold a schema, in which all names but [`KEYWORDS`] are somebody's own.
+const SCHEMAS: [&str; 3] = ["parameters", "schema", "input_schema"];
+/// JSON Schema's (2020-12, and the older names that are in use).
+const KEYWORDS: [&str; 49] = [
+    "$schema",
+    "$id",
+    "$ref",
+    "$defs",
+    "$anchor",
+    "$comment",
+    "additionalItems",
+    "additionalProperties",
+    "allOf",
+    "anyOf",
+    "const",
+    "contains",
+    "contentEncoding",
+    "contentMediaType",
+    "default",
+    "definitions",
+    "dependentRequired",
+    "dependentSchemas",
+    "deprecated",
+    "description",
+    "else",
+    "enum",
+    "examples",
+    "exclusiveMaximum",
+    "exclusiveMinimum",
+    "format",
+    "if",
+    "items",
+    "maxItems",
+    "maxLength",
+    "maxProperties",
+    "maximum",
+    "minItems",
+    "minLength",
+    "minProperties",
+    "minimum",
+    "multipleOf",
+    "not",
+    "nullable",
+    "oneOf",
+    "pattern",
+    "patternProperties",
+    "prefixItems",
+    "properties",
+    "propertyNames",
+    "required",
+    "then",
+    "title",
+    "type",
+];
 /// Numbers of fewer digits are nobody's.
 const MIN_DIGITS: usize = 8;
+/// The longest `data:` and media type before data.
+const MAX_MEDIA_TYPE_BYTES: usize = 200;
 
 /// What a text is beside others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,7 +147,7 @@ impl Texts<'_> {
 
 fn rewrite_body(body: &mut Value, reader: &mut Reader<'_>) {
     let Value::Object(members) = body else { return };
-    for (name, member) in members {
+    for (name, member) in members.iter_mut().filter(|(name, _)| *name != "model") {
         let names = if KNOWN.contains(&name.as_str()) { Names::OfProtocol } else { Names::Free };
         // A body's own numbers are settings.
         if !member.is_number() {
@@ -103,20 +160,35 @@ fn rewrite_body(body: &mut Value, reader: &mut Reader<'_>) {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Names {
     OfProtocol,
+    OfSchema,
     Free,
+}
+
+impl Names {
+    fn below(self, field: &str) -> Self {
+        if self == Self::OfProtocol && SCHEMAS.contains(&field) { Self::OfSchema } else { self }
+    }
+
+    /// Whether a member's name below `field` is to be read.
+    fn is_own(self, field: &str, name: &str) -> bool {
+        match self {
+            _ if FREE.contains(&field) => true,
+            Self::Free => true,
+            Self::OfSchema => !KEYWORDS.contains(&name),
+            Self::OfProtocol => !is_word(name),
+        }
+    }
+}
+
+/// As the protocol's own are: short, in one piece, without digits.
+fn is_word(text: &str) -> bool {
+    text.len() <= 32 && text.bytes().all(|byte| byte.is_ascii_alphabetic() || byte == b'_')
 }
 
 /// The parser bounds the depth.
 fn rewrite_field(field: &str, value: &mut Value, names: Names, reader: &mut Reader<'_>) {
     match value {
-        Value::String(text) => {
-            let is_data = DATA.contains(&field) || field == "url" && is_data_url(text);
-            if WORDS.contains(&field) || is_data {
-                return;
-            }
-            let mut part = if field == "arguments" { Part::Json(text) } else { Part::Plain(text) };
-            part.rewrite(&mut |text| reader(text, Of::Alone));
-        }
+        Value::String(text) => rewrite_string(field, text, reader),
         Value::Number(number) => {
             let number = number.to_string();
             if number.len() >= MIN_DIGITS
@@ -128,29 +200,53 @@ fn rewrite_field(field: &str, value: &mut Value, names: Names, reader: &mut Read
         Value::Array(items) if field == "content" => rewrite_content(items, names, reader),
         Value::Array(items) => items.iter_mut().for_each(|item| rewrite_field(field, item, names, reader)),
         Value::Object(members) => {
-            let are_free = names == Names::Free || FREE.contains(&field);
             for (name, member) in members.iter_mut() {
-                // Of a client's own names none is the protocol's.
-                let is_word = WORDS.contains(&name.as_str()) || DATA.contains(&name.as_str());
-                let name = if are_free && is_word { "" } else { name };
-                rewrite_field(name, member, names, reader);
+                rewrite_member(field, name, member, names, reader);
             }
-            if are_free {
-                rewrite_names(members, reader);
-            }
+            rewrite_names(field, members, names.below(field), reader);
         }
         Value::Null | Value::Bool(_) => {}
     }
 }
 
-/// Pictures and the like; what stands in a URL in plain letters is read.
-fn is_data_url(url: &str) -> bool {
-    let head = url.get(..url.len().min(100)).unwrap_or_default();
-    head.starts_with("data:") && head.contains(";base64,")
+fn rewrite_member(field: &str, name: &str, member: &mut Value, names: Names, reader: &mut Reader<'_>) {
+    let names = names.below(field);
+    match member {
+        Value::String(text) if DATA.contains(&(field, name)) => rewrite_data(text, reader),
+        // Of a client's own names none is the protocol's.
+        Value::String(text) if names.is_own(field, name) && WORDS.contains(&name) => rewrite_string("", text, reader),
+        member => rewrite_field(name, member, names, reader),
+    }
 }
 
-fn rewrite_names(members: &mut Map<String, Value>, reader: &mut Reader<'_>) {
-    let renamed: Vec<Option<String>> = members.keys().map(|name| reader(name, Of::Alone)).collect();
+fn rewrite_string(field: &str, text: &mut String, reader: &mut Reader<'_>) {
+    if WORDS.contains(&field) && is_word(text) {
+        return;
+    }
+    if field == "url" && text.starts_with("data:") {
+        return rewrite_data(text, reader);
+    }
+    let mut part = if field == "arguments" { Part::Json(text) } else { Part::Plain(text) };
+    part.rewrite(&mut |text| reader(text, Of::Alone));
+}
+
+/// Data as a URL or by itself: what is a text in base64 is read as one, pictures and sounds are not, and anything else as it stands.
+fn rewrite_data(text: &mut String, reader: &mut Reader<'_>) {
+    let head_end =
+        text.find(";base64,").filter(|end| *end < MAX_MEDIA_TYPE_BYTES).map_or(0, |end| end + ";base64,".len());
+    let (head, data) = text.split_at(head_end);
+    let Ok(bytes) = BASE64.decode(data.trim_ascii().as_bytes()) else {
+        return Part::Plain(text).rewrite(&mut |text| reader(text, Of::Alone));
+    };
+    let Ok(decoded) = std::str::from_utf8(&bytes) else { return };
+    if let Some(rewritten) = reader(decoded, Of::Alone) {
+        *text = head.to_owned() + &BASE64.encode(rewritten.as_bytes());
+    }
+}
+
+fn rewrite_names(field: &str, members: &mut Map<String, Value>, names: Names, reader: &mut Reader<'_>) {
+    let read = |name: &String| if names.is_own(field, name) { reader(name, Of::Alone) } else { None };
+    let renamed: Vec<Option<String>> = members.keys().map(read).collect();
     if renamed.iter().any(Option::is_some) {
         let old = std::mem::take(members);
         *members = old.into_iter().zip(renamed).map(|((name, member), new)| (new.unwrap_or(name), member)).collect();
@@ -168,6 +264,9 @@ fn rewrite_content(items: &mut Vec<Value>, names: Names, reader: &mut Reader<'_>
             continue;
         }
         for item in &mut items[from..from + num_texts] {
+            for (name, member) in item.as_object_mut().into_iter().flatten().filter(|(name, _)| *name != "text") {
+                rewrite_member("content", name, member, names, reader);
+            }
             if let Some(rewritten) = text_of(item).and_then(|text| reader(text, Of::PartOfRun)) {
                 item["text"] = Value::String(rewritten);
             }
@@ -176,8 +275,10 @@ fn rewrite_content(items: &mut Vec<Value>, names: Names, reader: &mut Reader<'_>
     }
 }
 
+/// Of a part that is a text.
 fn text_of(item: &Value) -> Option<&str> {
-    item.get("text")?.as_str()
+    let is_text = item.get("type").is_none_or(|kind| kind == "text");
+    item.get("text").filter(|_| is_text)?.as_str()
 }
 
 /// Reads texts side by side as one; how many are left. What was found over the border of two moves to the first of them, and a text of
@@ -316,30 +417,37 @@ mod tests {
                 {"role": "system", "content": "t4"},
                 {"role": "user", "name": "t5", "content": [
                     {"type": "text", "text": "t6"},
-                    {"type": "image_url", "image_url": {"url": "data:image/png;base64,no"}},
-                    {"type": "input_audio", "input_audio": {"data": "no", "format": "wav"}},
+                    {"type": "image_url", "image_url": {"url": "data:image/png;base64,/+7/"}},
+                    {"type": "input_audio", "input_audio": {"data": "/+7/", "format": "wav"}},
                     {"type": "image_url", "image_url": {"url": "https://t22"}},
-                    {"type": "file", "file": {"filename": "t23", "file_data": "no"}},
+                    {"type": "file", "file": {"filename": "t23", "file_data": "data:text/plain;base64,dDM0"}},
                 ]},
                 {"role": "assistant", "content": null, "reasoning_content": "t7", "tool_calls": [
                     {"id": "t24", "type": "function", "function": {"name": "t25", "arguments": "{\"a\": [\"t8\", 1]}"}},
                     {"id": "x", "type": "custom", "custom": {"name": "y", "input": "t13"}},
                 ]},
                 {"role": "tool", "tool_call_id": "t26", "content": "t9"},
+                {"role": "assistant", "data": "t35", "type": "t36 x", "content": [
+                    {"type": "refusal", "refusal": "t37", "text": "t38"},
+                    {"type": "text", "text": "t39", "note": "t40"},
+                    {"type": "text", "text": "x"},
+                ]},
                 {"role": "function", "function_call": {"arguments": "not json t10"}},
             ],
-            "tools": [{"type": "function", "function": {"name": "t27", "description": "t11", "parameters": {
+            "tools": [{"type": "function", "function": {"name": "t27", "description": "t11", "parameters": {"t41": {}, "data": "t42",
                 "properties": {"t28": {"type": "string", "description": "t12", "enum": ["t29"], "default": 41_111_111},
                     "role": {"const": "t30"}}, "required": ["t31"]}}}],
         });
         let seen = seen(&mut body);
-        for number in 1..=33 {
+        for number in 1..=42 {
             let name = format!("t{number}");
             let is_name = |(text, _): &&(String, Of)| text.split([' ', '/', ',']).any(|word| word == name);
             assert_eq!(seen.iter().filter(is_name).count(), 1, "{name}: {seen:?}");
         }
         assert!(seen.iter().any(|(text, _)| text == "41111111"));
-        for unread in ["no", "data:image/png;base64,no", "4111111111", "user", "function", "content", "properties"] {
+        for unread in
+            ["no", "data:image/png;base64,/+7/", "/+7/", "4111111111", "user", "function", "content", "properties"]
+        {
             assert!(!seen.iter().any(|(text, _)| text == unread), "{unread}: {seen:?}");
         }
     }

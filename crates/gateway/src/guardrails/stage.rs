@@ -6,7 +6,11 @@
 //! Held back at most: what the detector holds back, and an open region. **Invariant**: what was let go, and the order of the
 //! placeholders, is the same however the text was cut.
 
-use std::{cmp::Reverse, collections::BTreeMap, sync::Arc};
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+};
 
 use super::{
     Action, Finding, Form,
@@ -62,7 +66,8 @@ pub(super) struct Stage {
     /// A character that was let go already, for context, and what is held back.
     text: String,
     num_context_bytes: usize,
-    pending: Vec<Span>,
+    /// By their places.
+    pending: VecDeque<Span>,
     counts: BTreeMap<&'static str, u64>,
     json: Option<JsonPlace>,
     is_over: bool,
@@ -83,7 +88,7 @@ impl Stage {
             cursor,
             text: String::new(),
             num_context_bytes: 0,
-            pending: Vec::new(),
+            pending: VecDeque::new(),
             counts: BTreeMap::new(),
             json: (form == Form::Json).then(JsonPlace::default),
             is_over: false,
@@ -141,44 +146,49 @@ impl Stage {
     fn scan(&mut self, end: End) -> usize {
         let window = Window { text: &self.text, end };
         let Some(detector) = self.guardrail.detector() else { return self.text.len() };
+        let mut found = Vec::new();
         let settled = match (detector, &mut self.cursor) {
             (Detector::Rules(rules), Cursor::Rules { from, caches }) => {
-                *from = rules.scan(caches, *from, window, &mut self.pending);
+                *from = rules.scan(caches, *from, window, &mut found);
                 *from
             }
             (Detector::Shapes(rules), Cursor::Shapes { from, from_in_plain, caches }) => {
-                *from = rules.scan(caches, *from, window, &mut self.pending);
+                *from = rules.scan(caches, *from, window, &mut found);
                 *from_in_plain = match Plain::of(window.text) {
                     None => *from,
-                    Some(plain) => scan_plain(rules, caches, &plain, *from_in_plain, window, &mut self.pending),
+                    Some(plain) => scan_plain(rules, caches, &plain, *from_in_plain, window, &mut found),
                 };
                 (*from).min(*from_in_plain)
             }
             (Detector::Blocklists(lists), Cursor::Blocklists(cursors)) => lists
                 .iter()
                 .zip(cursors)
-                .map(|(list, cursor)| list.scan(cursor, window, &mut self.pending))
+                .map(|(list, cursor)| list.scan(cursor, window, &mut found))
                 .min()
                 .unwrap_or(window.text.len()),
             (Detector::MaxChars(max), Cursor::MaxChars { from, num_chars }) => {
-                scan_length(*max, from, num_chars, window, &mut self.pending)
+                scan_length(*max, from, num_chars, window, &mut found)
             }
             (Detector::Languages(languages), Cursor::Languages { is_decided }) => {
-                scan_language(languages, is_decided, window, &mut self.pending)
+                scan_language(languages, is_decided, window, &mut found)
             }
             // A stage's cursor is made from its own detector.
             _ => window.text.len(),
         };
-        self.pending.sort_by_key(|span| (span.start, Reverse(span.end)));
+        if !found.is_empty() {
+            self.pending.extend(found);
+            self.pending.make_contiguous().sort_by_key(|span| (span.start, Reverse(span.end)));
+        }
         settled
     }
 
     /// The first spans that overlap or touch.
     fn first_region(&self) -> Option<Span> {
-        let (first, others) = self.pending.split_first()?;
+        let mut spans = self.pending.iter();
+        let first = spans.next()?;
         let max_bytes = MAX_REGION_BYTES.max(first.end - first.start);
         let mut region = *first;
-        for span in others.iter().take_while(|span| span.end - first.start <= max_bytes) {
+        for span in spans.take_while(|span| span.end - first.start <= max_bytes) {
             if span.start > region.end {
                 break;
             }
@@ -207,10 +217,18 @@ impl Stage {
                 }
             }
         }
-        self.pending.retain_mut(|span| {
-            span.start = span.start.max(region.end);
-            span.end > span.start
-        });
+        // What reaches beyond the region goes on behind it; all that comes later is not looked at.
+        let mut rest = Vec::new();
+        while let Some(span) = self.pending.front().copied().filter(|span| span.start < region.end) {
+            self.pending.pop_front();
+            if span.end > region.end {
+                rest.push(Span { start: region.end, ..span });
+            }
+        }
+        rest.sort_by_key(|span| span.end);
+        for span in rest {
+            self.pending.push_front(span);
+        }
     }
 
     fn let_go(&mut self, from: usize, to: usize, released: &mut String) {

@@ -77,6 +77,11 @@ pub(super) fn chat_to(
         }
     }
     let mut body = sent.to_json();
+    for name in NOT_PASSED {
+        if body.shift_remove(name).is_some() {
+            translation.warnings.drop(name);
+        }
+    }
     if let Delivery::Stream(options) = &request.delivery {
         body.insert("stream_options".to_owned(), chat::asking_for_usage(options));
     }
@@ -88,6 +93,10 @@ pub(super) fn chat_to(
         wire: Wire::OpenAi(Box::default()),
     })
 }
+
+/// Fields by which servers of OpenAI's API choose another model or a longer answer than was priced and allowed (OpenRouter, LiteLLM,
+/// llama.cpp): the gateway routes and bounds itself.
+const NOT_PASSED: [&str; 5] = ["models", "route", "fallbacks", "n_predict", "best_of"];
 
 /// What no server of this kind does with this model.
 fn check(dialect: Dialect, translation: &Translation) -> Result<(), Refusal> {

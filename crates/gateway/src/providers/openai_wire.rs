@@ -179,6 +179,32 @@ fn take_text(map: &mut Map<String, Value>, name: &str) -> Result<Option<String>,
     }
 }
 
+/// Text and thoughts. Mistral's reasoning models write both as parts of one list.
+fn take_content(map: &mut Map<String, Value>) -> Result<(Option<String>, Option<String>), UpstreamError> {
+    if !map.get("content").is_some_and(Value::is_array) {
+        return Ok((take_text(map, "content")?, take_reasoning(map)?));
+    }
+    let (mut content, mut reasoning) = (String::new(), take_reasoning(map)?.unwrap_or_default());
+    let parts = map.shift_remove("content");
+    for part in parts.iter().filter_map(Value::as_array).flatten() {
+        match part["type"].as_str() {
+            Some("text") => {
+                content.push_str(part["text"].as_str().ok_or_else(|| malformed("a text part has no `text`"))?);
+            }
+            Some("thinking") => match &part["thinking"] {
+                Value::String(thought) => reasoning.push_str(thought),
+                thoughts => {
+                    let texts =
+                        thoughts.as_array().into_iter().flatten().filter_map(|thought| thought["text"].as_str());
+                    reasoning.extend(texts);
+                }
+            },
+            _ => return Err(malformed("a part of `content` is neither text nor thinking")),
+        }
+    }
+    Ok((Some(content), Some(reasoning).filter(|reasoning| !reasoning.is_empty())))
+}
+
 /// vLLM's newer servers call it `reasoning`.
 fn take_reasoning(map: &mut Map<String, Value>) -> Result<Option<String>, UpstreamError> {
     match take_text(map, "reasoning_content")? {
@@ -197,11 +223,12 @@ fn read_delta(mut map: Map<String, Value>) -> Result<Delta, UpstreamError> {
         None | Some(Value::Null) => Vec::new(),
         Some(_) => return Err(malformed("`tool_calls` is not an array")),
     };
+    let (content, reasoning) = take_content(&mut map)?;
     Ok(Delta {
         opens,
-        content: take_text(&mut map, "content")?,
+        content,
         refusal: take_text(&mut map, "refusal")?,
-        reasoning: take_reasoning(&mut map)?,
+        reasoning,
         tool_calls: calls.into_iter().map(read_call_delta).collect::<Result<_, _>>()?,
         extra: without_nulls(map),
     })
@@ -243,7 +270,8 @@ pub(crate) fn whole(facts: &Facts, body: Value) -> Result<Answer, UpstreamError>
     let Some(Value::Array(choices)) = map.shift_remove("choices") else {
         return Err(malformed("it has no `choices`"));
     };
-    let choices = choices.into_iter().map(|choice| whole_choice(facts.shape, choice)).collect::<Result<_, _>>()?;
+    let choices = (0_u32..).zip(choices).map(|(at, choice)| whole_choice(facts.shape, at, choice));
+    let choices = choices.collect::<Result<_, _>>()?;
     Ok(Answer {
         head: facts.head(&id),
         choices,
@@ -253,9 +281,10 @@ pub(crate) fn whole(facts: &Facts, body: Value) -> Result<Answer, UpstreamError>
     })
 }
 
-fn whole_choice(shape: Shape, choice: Value) -> Result<Choice, UpstreamError> {
+/// Some servers number no choices.
+fn whole_choice(shape: Shape, at: u32, choice: Value) -> Result<Choice, UpstreamError> {
     let Value::Object(mut map) = choice else { return Err(malformed("a choice is not an object")) };
-    let index = index_of(&map)?;
+    let index = if map.get("index").is_none_or(Value::is_null) { at } else { index_of(&map)? };
     map.shift_remove("index");
     let finish = take_finish(&mut map).ok_or_else(|| malformed("a choice has no `finish_reason`"))?;
     let message = match shape {
@@ -275,10 +304,11 @@ fn read_message(mut map: Map<String, Value>) -> Result<AnswerMessage, UpstreamEr
         Some(Value::Array(calls)) => calls,
         _ => Vec::new(),
     };
+    let (content, reasoning) = take_content(&mut map)?;
     Ok(AnswerMessage {
-        content: take_text(&mut map, "content")?,
+        content,
         refusal: take_text(&mut map, "refusal")?,
-        reasoning: take_reasoning(&mut map)?,
+        reasoning,
         tool_calls: calls.into_iter().map(read_call).collect::<Result<_, _>>()?,
         extra: without_nulls(map),
     })

@@ -390,6 +390,12 @@ async fn what_a_web_page_can_send_reaches_no_upstream() {
     for kind in ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"] {
         check_error(send("content-type", kind).await, 400, Some("content-type"), kind).await;
     }
+    // A body without a type needs no question either; programs send it, and no page may.
+    for (name, value) in [("origin", "https://elsewhere.example"), ("sec-fetch-site", "cross-site")] {
+        let request = house.server.request(Method::POST, "/v1/chat/completions").header(name, value);
+        let response = request.body(body("up/fake-model").to_string()).send().await.unwrap();
+        check_error(response, 400, Some("content-type"), name).await;
+    }
     check_error(send("content-encoding", "gzip").await, 415, Some("content-encoding"), "gzip").await;
     check_error(send("x-request-timeout", "soon").await, 400, Some("x-request-timeout"), "soon").await;
     assert_eq!(house.num_upstream_requests().await, 0.0);

@@ -324,3 +324,40 @@ fn legacy_completions_pass_where_the_route_exists() {
         );
     }
 }
+
+/// Fields by which other gateways and servers run a dearer model or write a longer answer than was reserved for.
+#[test]
+fn what_would_choose_another_model_or_length_is_not_passed() {
+    let body =
+        hi(json!({"models": ["dear"], "route": "fallback", "fallbacks": ["dear"], "n_predict": 100_000, "min_p": 0.1}));
+    let outgoing = Asked::of(Provider::Compatible, "llama").send(body).unwrap();
+    for name in ["models", "route", "fallbacks", "n_predict"] {
+        assert!(!outgoing.request.body.contains_key(name), "{name}");
+    }
+    assert!(outgoing.request.body.contains_key("min_p"));
+    assert_eq!(dropped(&outgoing), ["models", "route", "fallbacks", "n_predict"]);
+}
+
+#[test]
+fn content_in_parts_is_text_and_thoughts() {
+    let outgoing = Asked::of(Provider::Compatible, "magistral").send(hi(json!({}))).unwrap();
+    let mut body = answer();
+    body["choices"][0]["message"]["content"] = json!([
+        {"type": "thinking", "thinking": [{"type": "text", "text": "so "}, {"type": "text", "text": "then"}]},
+        {"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]);
+    let message = &whole(&outgoing, &body).unwrap().choices[0].message;
+    assert_eq!((message.content.as_deref(), message.reasoning.as_deref()), (Some("hello"), Some("so then")));
+    body["choices"][0]["message"]["content"] = json!([{"type": "riddle"}]);
+    assert_eq!(whole(&outgoing, &body).unwrap_err().cause, Cause::Malformed);
+}
+
+#[test]
+fn choices_without_numbers_are_numbered() {
+    let outgoing = Asked::of(Provider::Compatible, "llama").send(hi(json!({"n": 2}))).unwrap();
+    let mut body = answer();
+    let mut choice = body["choices"][0].clone();
+    choice.as_object_mut().unwrap().remove("index");
+    body["choices"] = json!([choice, choice]);
+    let indices: Vec<u32> = whole(&outgoing, &body).unwrap().choices.iter().map(|choice| choice.index).collect();
+    assert_eq!(indices, [0, 1]);
+}
