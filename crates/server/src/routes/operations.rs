@@ -3,7 +3,7 @@
 use axum::{
     Json,
     extract::State,
-    http::header,
+    http::{HeaderMap, header},
     response::{IntoResponse, Response},
 };
 use serde::Serialize;
@@ -47,15 +47,17 @@ pub(crate) async fn ready(State(state): State<SharedState>) -> Result<Json<Statu
     }
 }
 
-/// Counters, gauges and histograms in Prometheus' text format.
+/// Counters, gauges and histograms in Prometheus' text format. Where there is an admin key, what tells of tenants is told to it alone.
 #[utoipa::path(get, path = "/metrics", tag = "operations",
     responses((status = 200, description = "Prometheus text format", body = String, content_type = "text/plain")))]
-pub(crate) async fn metrics(State(state): State<SharedState>) -> Response {
+pub(crate) async fn metrics(State(state): State<SharedState>, headers: HeaderMap) -> Response {
     let model = state.slot.model();
     let stats = model.map(|model| model.engine.stats());
     let adapters = model
         .map(|model| AdapterLabels { max_loras: model.adapters.config().max_loras, in_use: model.adapters.in_use() });
-    let text = state.metrics.render(stats.as_deref(), &adapters.unwrap_or_default(), state.config.gateway.as_ref());
+    let may_see_tenants = matches!(state.keys.check_admin(&headers), Ok(()) | Err(ApiError::NoAdminKey));
+    let gateway = state.config.gateway.as_ref().filter(|_| may_see_tenants);
+    let text = state.metrics.render(stats.as_deref(), &adapters.unwrap_or_default(), gateway);
     ([(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], text).into_response()
 }
 

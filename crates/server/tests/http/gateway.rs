@@ -591,3 +591,23 @@ async fn requests_tokens_and_cost_are_counted_by_tenant_and_place() {
     assert_eq!(value("bindery_guardrail_verdicts_total{action=\"block\",guardrail=\"words\",side=\"prompt\"}"), 1.0);
     assert_eq!(value("bindery_requests_total{outcome=\"refused\",place=\"none\",tenant=\"acme\"}"), 0.0);
 }
+
+#[tokio::test]
+async fn tenants_numbers_are_told_to_the_admin_key_alone_where_there_is_one() {
+    let mut setup = Setup::new();
+    setup.config.admin_key = Some("boss".to_owned());
+    let house = House::build_with("", setup).await;
+    let metrics = async |key: Option<&str>| {
+        let request = house.server.request(Method::GET, "/metrics");
+        let request = key.into_iter().fold(request, |request, key| request.bearer_auth(key));
+        let response = request.send().await.unwrap();
+        assert_eq!(response.status(), 200);
+        response.text().await.unwrap()
+    };
+    let key = house.key("acme").await;
+    for key in [None, Some(key.as_str()), Some("wrong")] {
+        let text = metrics(key).await;
+        assert!(text.contains("vllm:num_requests_running") && !text.contains("acme"), "{text}");
+    }
+    assert!(metrics(Some("boss")).await.contains("tenant=\"acme\""));
+}
