@@ -328,3 +328,24 @@ async fn an_answer_in_two_places_passes_in_one() {
     assert_eq!(joined(&out).0, "fine");
     assert!(!json!(out).to_string().contains("falcon"));
 }
+
+/// Whoever reads a prompt is in the log, on this machine, too.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_local_judges_verdict_has_its_record() {
+    let log = tempfile::tempdir().unwrap();
+    let (path, key_file) = (log.path().join("log"), log.path().join("key"));
+    std::fs::write(&key_file, "ab".repeat(32)).unwrap();
+    let audit = format!("[audit]\npath = {path:?}\nkey_file = {key_file:?}\n");
+    let tables = audit + &judged("local", "action = \"block\"\non = [\"prompt\"]\n");
+    let (gateway, _folder) = gateway(&upstream().await, &tables).await;
+    gateway.set_local_judge(Arc::new(Script::default()));
+    let mut exchange = gateway.begin(asked("acme", &body("base", "please allow"), None)).unwrap();
+    exchange.ask_about_prompt().await.unwrap();
+    drop(exchange);
+    gateway.close().await;
+    let files = std::fs::read_dir(&path).unwrap().map(|entry| std::fs::read_to_string(entry.unwrap().path()).unwrap());
+    let text: String = files.collect();
+    let record = text.lines().find(|line| line.contains("\"judged\"")).unwrap_or_else(|| panic!("{text}"));
+    assert!(record.contains("\"to\":\"local\"") && record.contains("asks it as its judge"), "{record}");
+    assert!(!text.contains("please allow"));
+}

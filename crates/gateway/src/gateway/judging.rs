@@ -20,7 +20,7 @@ use super::{
     meters::{CallMeter, LOCAL},
 };
 use crate::{
-    audit::record::{RequestRecord, RouteTaken},
+    audit::record::{ModelUsed, RequestRecord, RouteTaken},
     clock::UnixMillis,
     guardrails::{
         Decision, Judge, JudgeFailed, JudgePlace, Policy, Question, Side, Verdict,
@@ -142,21 +142,22 @@ impl Bench<'_> {
         let judge = exchange.gateway.0.local_judge.get();
         let judge = judge.ok_or_else(|| JudgeFailed("this process has no model yet".to_owned()))?;
         let asked = UnixMillis::now();
-        let question = LocalQuestion {
+        let local = LocalQuestion {
             model: (model != "local").then(|| model.to_owned()),
             text: question.text,
             answers: question.answers,
             request_id: exchange.request_id.clone(),
         };
-        let LocalAnswer { text, used } = judge.ask(question).await?;
-        self.enter_local(model, &used, asked).await;
-        Ok(text)
+        let LocalAnswer { text, used } = judge.ask(local).await?;
+        let usage = self.enter_local(model, &used, asked).await;
+        let model = ModelUsed { name: model.to_owned(), ..ModelUsed::default() };
+        let logged = self.log((model, LOCAL), &question.guardrail, &usage, "judged").await;
+        logged.map(|()| text).map_err(|error| JudgeFailed(error.to_string()))
     }
 
-    /// The ledger's row of a local verdict.
-    async fn enter_local(&self, model: &str, used: &LocalUse, asked: UnixMillis) {
+    /// The ledger's row of a local verdict; what it has used.
+    async fn enter_local(&self, model: &str, used: &LocalUse, asked: UnixMillis) -> Usage {
         let exchange = self.0;
-        let Some(ledger) = &exchange.gateway.0.ledger else { return };
         let cost = exchange.gateway.0.local.per_hour;
         let now = UnixMillis::now();
         let usage =
@@ -170,9 +171,12 @@ impl Bench<'_> {
         };
         exchange.gateway.0.meters.spend(exchange.tenant.config.id.as_str(), LOCAL, &usage, outcome.price);
         let call = exchange.call(LedgerRoute::Local, model.to_owned(), None);
-        if let Err(error) = ledger.record_local(&call, outcome, now).await {
+        if let Some(ledger) = &exchange.gateway.0.ledger
+            && let Err(error) = ledger.record_local(&call, outcome, now).await
+        {
             tracing::warn!(%error, "the row of a judge's verdict waits for the store");
         }
+        usage
     }
 
     /// A call like any other: translated, paid for, through the door, settled. Dropped on its way it is charged in full.
@@ -221,7 +225,7 @@ impl Bench<'_> {
         match gateway.0.door.send(leaves, &live.health, outgoing, exchange.max_call(now)).await {
             Ok(Received::Whole(answer)) => {
                 open.settle(answer.usage.into(), RequestStatus::Completed).await;
-                self.log(&open, &question.guardrail, &answer.usage, "judged").await?;
+                self.log((open.model_used(), &open.to), &question.guardrail, &answer.usage, "judged").await?;
                 let content = answer.choices.into_iter().next().and_then(|choice| choice.message.content);
                 Ok(content.unwrap_or_default())
             }
@@ -229,23 +233,30 @@ impl Bench<'_> {
             Err(error) => {
                 open.settle(error.spent.clone(), RequestStatus::Failed).await;
                 if !matches!(error.spent, Spent::NotSent) {
-                    self.log(&open, &question.guardrail, &open.used(&error.spent), "failed").await?;
+                    self.log((open.model_used(), &open.to), &question.guardrail, &open.used(&error.spent), "failed")
+                        .await?;
                 }
                 Err(GatewayError::Upstream(error))
             }
         }
     }
 
-    /// A text has left for a judge: the log says where to, beside the record of its request.
-    async fn log(&self, open: &OpenCall, guardrail: &str, usage: &Usage, outcome: &str) -> Result<(), GatewayError> {
+    /// A text went to a judge: the log says where to, beside the record of its request.
+    async fn log(
+        &self,
+        (model, to): (ModelUsed, &str),
+        guardrail: &str,
+        usage: &Usage,
+        outcome: &str,
+    ) -> Result<(), GatewayError> {
         let exchange = self.0;
         let Some(audit) = &exchange.gateway.0.audit else { return Ok(()) };
         let record = RequestRecord {
             request_id: exchange.request_id.clone(),
             tenant: exchange.tenant.config.id.to_string(),
             key_id: Some(key_id(&exchange.credential)),
-            model: open.model_used(),
-            route: RouteTaken { to: open.to.clone(), why: format!("the guardrail {guardrail} asks it as its judge") },
+            model,
+            route: RouteTaken { to: to.to_owned(), why: format!("the guardrail {guardrail} asks it as its judge") },
             tokens: crate::audit::record::TokenCounts {
                 prompt: usage.prompt,
                 cached: usage.cached,
