@@ -599,7 +599,7 @@ async fn tenants_numbers_are_told_to_the_admin_key_alone_where_there_is_one() {
     let house = House::build_with("", setup).await;
     let metrics = async |key: Option<&str>| {
         let request = house.server.request(Method::GET, "/metrics");
-        let request = key.into_iter().fold(request, |request, key| request.bearer_auth(key));
+        let request = key.into_iter().fold(request, RequestBuilder::bearer_auth);
         let response = request.send().await.unwrap();
         assert_eq!(response.status(), 200);
         response.text().await.unwrap()
