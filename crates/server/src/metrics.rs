@@ -8,7 +8,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::http::Method;
 use bindery_engine::{EngineStats, adapters::AdapterUse, engine::STEP_PHASES};
-use bindery_gateway::gateway::Gateway;
+use bindery_gateway::{
+    families::{counter_of, family, gauge_of, label},
+    gateway::Gateway,
+};
 use prometheus::{
     Encoder, Histogram, HistogramOpts, IntCounterVec, Opts, Registry, TextEncoder,
     proto::{self, LabelPair, MetricFamily, MetricType},
@@ -274,38 +277,6 @@ fn registered<C: prometheus::core::Collector + Clone + 'static>(
     let collector = collector.expect("the metric's name and labels are valid");
     registry.register(Box::new(collector.clone())).expect("the metric's name is used once");
     collector
-}
-
-fn label(name: &str, value: &str) -> LabelPair {
-    let mut pair = LabelPair::default();
-    pair.set_name(name.to_owned());
-    pair.set_value(value.to_owned());
-    pair
-}
-
-fn family(name: &str, help: &str, kind: MetricType, metrics: Vec<proto::Metric>) -> MetricFamily {
-    let mut family = MetricFamily::default();
-    family.set_name(name.to_owned());
-    family.set_help(help.to_owned());
-    family.set_field_type(kind);
-    family.set_metric(metrics);
-    family
-}
-
-fn gauge_of(labels: Vec<LabelPair>, value: f64) -> proto::Metric {
-    let mut gauge = proto::Gauge::default();
-    gauge.set_value(value);
-    let mut metric = proto::Metric::from_label(labels);
-    metric.set_gauge(gauge);
-    metric
-}
-
-fn counter_of(labels: Vec<LabelPair>, value: f64) -> proto::Metric {
-    let mut counter = proto::Counter::default();
-    counter.set_value(value);
-    let mut metric = proto::Metric::from_label(labels);
-    metric.set_counter(counter);
-    metric
 }
 
 fn iteration_tokens(labels: Vec<LabelPair>, stats: &EngineStats) -> proto::Metric {

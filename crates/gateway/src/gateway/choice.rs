@@ -31,7 +31,7 @@ const CALLED_FIELDS: [&str; 3] = ["name", "arguments", "input"];
 /// (thoughts in blocks, transcripts, citations) could say it all again.
 pub(super) fn keep_known(answer: &mut Value) {
     keep(answer, |name, _| ANSWER_FIELDS.contains(&name));
-    let is_chunk = answer["object"].as_str().is_some_and(|object| object == "chat.completion.chunk");
+    let is_chunk = answer["object"] == "chat.completion.chunk";
     for choice in answer.get_mut("choices").and_then(Value::as_array_mut).into_iter().flatten() {
         // One of them is the answer, and the filters look at that.
         let has = |place: &str| choice.get(place).is_some_and(Value::is_object);

@@ -28,7 +28,7 @@ use crate::{
     clock::UnixMillis,
     guardrails::{Vault, Verdict},
     keys::{Credential, KeyGrant},
-    ledger::{self, Call, LedgerRoute, Outcome, PromptSize, RequestStatus},
+    ledger::{Call, LedgerRoute, Outcome, PromptSize, RequestStatus},
     limits::Permit,
     money::Money,
     policy::{Condition, Facts, LocalState, PrivacyClass, Route, Target, route::LocalName},
@@ -91,6 +91,12 @@ pub struct LocalUse {
     pub num_completion_tokens: u64,
     /// The share of this machine's time that it took.
     pub machine_time: Duration,
+}
+
+impl LocalUse {
+    pub(super) fn usage(&self) -> Usage {
+        Usage { prompt: self.num_prompt_tokens, completion: self.num_completion_tokens, ..Usage::default() }
+    }
 }
 
 impl Exchange {
@@ -319,10 +325,7 @@ impl Exchange {
         now: UnixMillis,
     ) -> (Call, Outcome) {
         let local = &self.gateway.0.local;
-        let usage =
-            Usage { prompt: used.num_prompt_tokens, completion: used.num_completion_tokens, ..Usage::default() };
-        let at = date(self.started);
-        let price = local.per_hour.and_then(|cost| ledger::local_price(cost, used.machine_time)).unwrap_or(Money::ZERO);
+        let (usage, at, price) = (used.usage(), date(self.started), local.price(used));
         let outcome = Outcome {
             status,
             tokens: counts(&usage),

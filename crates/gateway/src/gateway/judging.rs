@@ -14,10 +14,10 @@ use serde_json::{Map, Value, json};
 
 use super::{
     BlockedBecause, Exchange, Gateway, GatewayError, LocalUse,
-    call::{OpenCall, counts, date},
+    call::{counts, date},
     exchange::{internal, key_id},
     facts,
-    meters::{CallMeter, LOCAL},
+    meters::LOCAL,
 };
 use crate::{
     audit::record::{ModelUsed, RequestRecord, RouteTaken},
@@ -27,7 +27,6 @@ use crate::{
         outside::{Asking, OutsideOutcome},
     },
     ledger::{self, LedgerRoute, Outcome, RequestStatus},
-    money::Money,
     policy::PrivacyClass,
     providers::{self, ChatRequest, UnmappedFields, Usage, error::Spent},
     upstream::{LeavesPremises, Received},
@@ -158,15 +157,13 @@ impl Bench<'_> {
     /// The ledger's row of a local verdict; what it has used.
     async fn enter_local(&self, model: &str, used: &LocalUse, asked: UnixMillis) -> Usage {
         let exchange = self.0;
-        let cost = exchange.gateway.0.local.per_hour;
         let now = UnixMillis::now();
-        let usage =
-            Usage { prompt: used.num_prompt_tokens, completion: used.num_completion_tokens, ..Usage::default() };
+        let usage = used.usage();
         let outcome = Outcome {
             status: RequestStatus::Completed,
             tokens: counts(&usage),
             latency: now.since(asked),
-            price: cost.and_then(|cost| ledger::local_price(cost, used.machine_time)).unwrap_or(Money::ZERO),
+            price: exchange.gateway.0.local.price(used),
             reference_price: None,
         };
         exchange.gateway.0.meters.spend(exchange.tenant.config.id.as_str(), LOCAL, &usage, outcome.price);
@@ -210,18 +207,9 @@ impl Bench<'_> {
         };
         let outgoing = live.config.provider.chat(&call, &ChatRequest::read(body)?)?;
         let reservation = exchange.reserve(live, &entry, &outgoing, (Some(max_prompt_tokens), false), now).await?;
-        let bound = Usage {
-            prompt: max_prompt_tokens,
-            completion: outgoing.max_output_tokens.unwrap_or(MAX_VERDICT_TOKENS),
-            ..Usage::estimate(0, 0)
-        };
-        let (to, at) = (upstream.to_owned(), date(now));
+        let most = (max_prompt_tokens, outgoing.max_output_tokens.unwrap_or(MAX_VERDICT_TOKENS));
         // Of its end the log learns here: the exchange's own record tells of the answer.
-        let meter = Some(CallMeter::new(gateway.clone(), &exchange.tenant.config));
-        let mut open = OpenCall { reservation, to, model: entry, at, started: now, bound, told: None, meter };
-        if let Some(reservation) = &mut open.reservation {
-            reservation.mark_sent();
-        }
+        let mut open = exchange.open_call((upstream, entry), reservation, most, (now, now));
         match gateway.0.door.send(leaves, &live.health, outgoing, exchange.max_call(now)).await {
             Ok(Received::Whole(answer)) => {
                 open.settle(answer.usage.into(), RequestStatus::Completed).await;

@@ -8,12 +8,13 @@ use std::time::Instant;
 use prometheus::{
     CounterVec, HistogramOpts, HistogramVec, IntCounterVec, Opts, Registry,
     core::Collector,
-    proto::{self, LabelPair, MetricFamily, MetricType},
+    proto::{MetricFamily, MetricType},
 };
 
 use super::Gateway;
 use crate::{
     config::{TenantConfig, UpstreamConfig},
+    families::{counter_of, family, gauge_of, label},
     guardrails::{Action, GuardrailConfig, Side, Verdict},
     money::Money,
     providers::Usage,
@@ -194,11 +195,8 @@ impl Gateway {
         for (name, live) in &self.0.upstreams {
             let now = live.health.state();
             for (state, word) in BREAKER_STATES {
-                let mut gauge = proto::Gauge::default();
-                gauge.set_value(f64::from(u8::from(state == now)));
-                let mut metric = proto::Metric::from_label(vec![label("upstream", name), label("state", word)]);
-                metric.set_gauge(gauge);
-                metrics.push(metric);
+                let labels = vec![label("upstream", name), label("state", word)];
+                metrics.push(gauge_of(labels, f64::from(u8::from(state == now))));
             }
         }
         let help = "Whether requests pass to an upstream (closed), none does (open) or one at a time (half_open)";
@@ -208,16 +206,9 @@ impl Gateway {
     fn ledger_families(&self) -> Vec<MetricFamily> {
         let Some(counts) = self.ledger_counts() else { return Vec::new() };
         let counter = |name: &str, help: &str, value: f64| {
-            let mut counter = proto::Counter::default();
-            counter.set_value(value);
-            let mut metric = proto::Metric::default();
-            metric.set_counter(counter);
-            family(name, help, MetricType::COUNTER, vec![metric])
+            family(name, help, MetricType::COUNTER, vec![counter_of(Vec::new(), value)])
         };
-        let mut gauge = proto::Gauge::default();
-        gauge.set_value(counts.leftovers as f64);
-        let mut waiting = proto::Metric::default();
-        waiting.set_gauge(gauge);
+        let waiting = gauge_of(Vec::new(), counts.leftovers as f64);
         let overrun = Money::from_nanos(i64::try_from(counts.overrun_nanos).unwrap_or(i64::MAX));
         vec![
             counter("bindery_ledger_overruns_total", "Calls that cost more than was reserved", counts.overruns as f64),
@@ -237,22 +228,6 @@ fn registered<C: Collector + Clone + 'static>(registry: &Registry, collector: pr
     let collector = collector.expect("the metric's name and labels are valid");
     registry.register(Box::new(collector.clone())).expect("the metric's name is used once");
     collector
-}
-
-fn label(name: &str, value: &str) -> LabelPair {
-    let mut pair = LabelPair::default();
-    pair.set_name(name.to_owned());
-    pair.set_value(value.to_owned());
-    pair
-}
-
-fn family(name: &str, help: &str, kind: MetricType, metrics: Vec<proto::Metric>) -> MetricFamily {
-    let mut family = MetricFamily::default();
-    family.set_name(name.to_owned());
-    family.set_help(help.to_owned());
-    family.set_field_type(kind);
-    family.set_metric(metrics);
-    family
 }
 
 fn dollars(money: Money) -> f64 {

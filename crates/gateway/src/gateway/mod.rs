@@ -45,7 +45,7 @@ use crate::{
     config::{TenantConfig, UpstreamConfig},
     guardrails::Policy,
     keys::{AuthError, Authenticator, Credential, Identity, JwtVerifier, KeyGrant, NameOf},
-    ledger::{Ledger, LedgerError},
+    ledger::{Ledger, LedgerError, local_price},
     limits::{Limiter, Refused as LimitRefused},
     money::Money,
     names::TenantId,
@@ -125,6 +125,13 @@ pub struct ListedModel {
 struct LocalCosts {
     per_hour: Option<Money>,
     reference: Option<ModelEntry>,
+}
+
+impl LocalCosts {
+    /// Nothing, where nobody has said what an hour costs.
+    fn price(&self, used: &LocalUse) -> Money {
+        self.per_hour.and_then(|cost| local_price(cost, used.machine_time)).unwrap_or(Money::ZERO)
+    }
 }
 
 /// Why a request goes no further, by what its sender can do about it.

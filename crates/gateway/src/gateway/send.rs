@@ -23,7 +23,7 @@ use crate::{
     guardrails::Verdict,
     ledger::{self, Budget, LedgerRoute, RequestStatus, Reservation, ReserveRequest},
     providers::{
-        self, ChatRequest, CompletionRequest, Outgoing, Refusal, UpstreamError, Usage,
+        self, ChatRequest, CompletionRequest, ModelEntry, Outgoing, Refusal, UpstreamError, Usage,
         catalogue::{Bound, Thinking},
         error::Cause,
     },
@@ -111,18 +111,9 @@ impl Exchange {
         let outgoing = self.translate(live, &entry, max_prompt_tokens, now)?;
         let warning = outgoing.warnings.header();
         let reservation = self.reserve(live, &entry, &outgoing, (most, overflows), now).await?;
-        let bound = Usage {
-            prompt: max_prompt_tokens,
-            completion: outgoing.max_output_tokens.unwrap_or(0),
-            ..Usage::estimate(0, 0)
-        };
-        let told = Some(Arc::clone(&self.told));
-        let (to, at, started) = (upstream.to_owned(), date(now), self.started);
-        let meter = Some(CallMeter::new(gateway.clone(), &self.tenant.config));
-        let mut open = OpenCall { reservation, to, model: entry, at, started, bound, told, meter };
-        if let Some(reservation) = &mut open.reservation {
-            reservation.mark_sent();
-        }
+        let most = (max_prompt_tokens, outgoing.max_output_tokens.unwrap_or(0));
+        let mut open = self.open_call((upstream, entry), reservation, most, (now, self.started));
+        open.told = Some(Arc::clone(&self.told));
         let door = &gateway.0.door;
         match door.send(leaves, &live.health, outgoing, time_left).await {
             Ok(Received::Whole(answer)) => {
@@ -156,6 +147,30 @@ impl Exchange {
     pub(super) fn max_call(&self, now: UnixMillis) -> Duration {
         let left = self.time_left.map(|time| time.saturating_sub(now.since(self.started)));
         left.map_or(MAX_CALL, |left| left.min(MAX_CALL))
+    }
+
+    /// A call that goes out now, of which nobody is told: to an upstream's model, with the most tokens that its prompt and its
+    /// answer can have.
+    pub(super) fn open_call(
+        &self,
+        (upstream, model): (&str, ModelEntry),
+        mut reservation: Option<Reservation>,
+        (prompt, completion): (u64, u64),
+        (now, started): (UnixMillis, UnixMillis),
+    ) -> OpenCall {
+        if let Some(reservation) = &mut reservation {
+            reservation.mark_sent();
+        }
+        OpenCall {
+            reservation,
+            to: upstream.to_owned(),
+            model,
+            at: date(now),
+            started,
+            bound: Usage { prompt, completion, ..Usage::estimate(0, 0) },
+            told: None,
+            meter: Some(CallMeter::new(self.gateway.clone(), &self.tenant.config)),
+        }
     }
 
     fn translate(

@@ -216,9 +216,26 @@ async fn rows(folder: &tempfile::TempDir) -> Vec<(String, u64, i64)> {
     report.rows.iter().map(|row| (row.model.clone().unwrap(), row.requests, row.upstream_cost.nanos())).collect()
 }
 
+/// A stream that has begun, at the upstream that its model names.
+async fn begin_stream(gateway: &Gateway, asked: Asked<'_>) -> (Box<UpstreamStream>, Exchange) {
+    let name = asked.body["model"].as_str().unwrap().to_owned();
+    let (upstream, model) = name.split_once('/').unwrap();
+    let now = UnixMillis::now();
+    let mut exchange = gateway.begin(asked).unwrap();
+    exchange.route(idle(), now, &local).await.unwrap();
+    let (Sent::Stream(stream), _) = exchange.send(upstream, model, false, now).await.unwrap() else {
+        panic!("a stream was asked for")
+    };
+    (stream, exchange)
+}
+
 async fn store(folder: &tempfile::TempDir) -> Store {
+    store_at(&format!("sqlite://{}", folder.path().join("b.db").display())).await
+}
+
+async fn store_at(url: &str) -> Store {
     let options = StoreOptions {
-        url: format!("sqlite://{}", folder.path().join("b.db").display()).parse().unwrap(),
+        url: url.parse().unwrap(),
         durability: Durability::ProcessKill,
         max_bytes: None,
         max_waiting: 16,
@@ -262,10 +279,7 @@ async fn a_stream_that_is_left_costs_what_came_of_it() {
     let (gateway, folder) = gateway(&double, ACME).await;
     let mut streamed = body("up/gpt-4.1", "hello");
     streamed["stream"] = json!(true);
-    let now = UnixMillis::now();
-    let mut exchange = gateway.begin(asked("acme", &streamed, None)).unwrap();
-    exchange.route(idle(), now, &local).await.unwrap();
-    let (Sent::Stream(mut stream), _) = exchange.send("up", "gpt-4.1", false, now).await.unwrap() else { panic!() };
+    let (mut stream, mut exchange) = begin_stream(&gateway, asked("acme", &streamed, None)).await;
     assert!(stream.next(&mut exchange).await.unwrap().is_ok());
     let (_, reserved) = standing(&gateway, "acme").await;
     drop((stream, exchange));
@@ -282,10 +296,7 @@ async fn a_stream_is_settled_before_its_last_chunk() {
     let (gateway, _folder) = gateway(&double, ACME).await;
     let mut streamed = body("up/gpt-4.1", "hello");
     streamed["stream"] = json!(true);
-    let now = UnixMillis::now();
-    let mut exchange = gateway.begin(asked("acme", &streamed, None)).unwrap();
-    exchange.route(idle(), now, &local).await.unwrap();
-    let (Sent::Stream(mut stream), _) = exchange.send("up", "gpt-4.1", false, now).await.unwrap() else { panic!() };
+    let (mut stream, mut exchange) = begin_stream(&gateway, asked("acme", &streamed, None)).await;
     loop {
         let chunk = stream.next(&mut exchange).await.unwrap().unwrap();
         if !chunk["choices"][0]["finish_reason"].is_null() {
@@ -486,10 +497,8 @@ async fn prompts_and_answers_are_kept_of_whom_it_is_configured_for_and_after_gua
         .await
         .unwrap_err();
     // A client that leaves after the first piece.
-    let mut exchange = gateway.begin(Asked { request_id: "left", ..asked("plain", &streamed("hello"), None) }).unwrap();
-    let (Sent::Stream(mut stream), _) = exchange.send("up", "gpt-4.1", false, UnixMillis::now()).await.unwrap() else {
-        panic!("a stream was asked for")
-    };
+    let left = Asked { request_id: "left", ..asked("plain", &streamed("hello"), None) };
+    let (mut stream, mut exchange) = begin_stream(&gateway, left).await;
     stream.next(&mut exchange).await.unwrap().unwrap();
     drop((stream, exchange));
     // What runs here, as a server hands it on.
@@ -635,14 +644,7 @@ async fn closing_writes_what_was_accepted_and_waits_for_nobody_else() {
     gateway.close().await;
     // Nothing of the process has the file open for writing: what is there is all there is.
     let url = format!("sqlite://{}?mode=ro", folder.path().join("b.db").display());
-    let options = StoreOptions {
-        url: url.parse().unwrap(),
-        durability: Durability::ProcessKill,
-        max_bytes: None,
-        max_waiting: 16,
-        timeout: Duration::from_secs(20),
-    };
-    let (store, _thread) = Store::open(options).await.unwrap();
+    let store = store_at(&url).await;
     let rows = crate::ledger::costs(&store, crate::ledger::CostQuery::default()).await.unwrap().rows;
     assert_eq!(rows.iter().map(|row| row.requests).sum::<u64>(), 100, "{rows:?}");
     clone.close().await;
@@ -724,10 +726,7 @@ async fn only_what_was_used_counts_under_the_limit_of_tokens() {
     // A client that leaves in the middle of a stream has used what came.
     let mut streamed = of("up/gpt-4.1", "hello");
     streamed["stream"] = json!(true);
-    let mut exchange = gateway.begin(asked("acme", &streamed, None)).unwrap();
-    let (Sent::Stream(mut stream), _) = exchange.send("up", "gpt-4.1", false, UnixMillis::now()).await.unwrap() else {
-        panic!("a stream was asked for")
-    };
+    let (mut stream, mut exchange) = begin_stream(&gateway, asked("acme", &streamed, None)).await;
     stream.next(&mut exchange).await.unwrap().unwrap();
     drop((stream, exchange));
     assert!((15_000..19_995).contains(&left()), "{}", left());
@@ -748,12 +747,7 @@ async fn a_stream_of_a_thinking_model_that_is_left_is_charged_for_its_thoughts()
         streamed["stream"] = json!(true);
         streamed["max_completion_tokens"] = json!(10_000);
         streamed.as_object_mut().unwrap().remove("max_tokens");
-        let mut exchange = gateway.begin(asked("acme", &streamed, None)).unwrap();
-        let (upstream, name) = model.split_once('/').unwrap();
-        let (Sent::Stream(mut stream), _) = exchange.send(upstream, name, false, UnixMillis::now()).await.unwrap()
-        else {
-            panic!("a stream was asked for")
-        };
+        let (mut stream, mut exchange) = begin_stream(&gateway, asked("acme", &streamed, None)).await;
         stream.next(&mut exchange).await.unwrap().unwrap();
         drop((stream, exchange));
         let tokens = async {

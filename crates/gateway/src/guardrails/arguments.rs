@@ -58,17 +58,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::guardrails::{GuardrailConfig, no_secrets};
-
-    fn policy(tables: &str) -> Policy {
-        #[derive(serde::Deserialize)]
-        struct File {
-            guardrails: Vec<GuardrailConfig>,
-        }
-        let file: File = toml::from_str(tables).unwrap();
-        let names: Vec<String> = file.guardrails.iter().map(|guardrail| guardrail.name.clone()).collect();
-        Policy::named(&Policy::compile(&file.guardrails, &no_secrets).unwrap(), &names).unwrap()
-    }
+    use crate::guardrails::tests::policy;
 
     #[test]
     fn values_are_found_behind_escapes_and_the_prompts_own_come_back() {

@@ -15,7 +15,7 @@ use super::{
 };
 use crate::upstream::{LeavesPremises, PrivacyClass};
 
-fn policy(tables: &str) -> Policy {
+pub(super) fn policy(tables: &str) -> Policy {
     #[derive(serde::Deserialize)]
     struct File {
         guardrails: Vec<GuardrailConfig>,
