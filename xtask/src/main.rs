@@ -216,6 +216,10 @@ fn python_environment_of(steps: &mut Steps, name: &str, requirements: &str) -> R
 fn python_tests(steps: &mut Steps, model: &Path, full: bool, extra: &[String]) -> Result<()> {
     let Some(venv_python) = python_environment(steps)? else { return Ok(()) };
     let litellm = if full { python_environment_of(steps, "venv-litellm", "litellm.txt")? } else { None };
+    let llama_server = Some(peer::llama_server()).filter(|program| full && program.is_file());
+    if full && llama_server.is_none() {
+        steps.skip("llama-server as an upstream: `cargo xtask bench-peer` builds it");
+    }
     let pytest = |folder: &str| {
         let mut pytest = Command::new(&venv_python);
         pytest
@@ -230,6 +234,9 @@ fn python_tests(steps: &mut Steps, model: &Path, full: bool, extra: &[String]) -
         }
         if let Some(python) = &litellm {
             pytest.env("BINDERY_LITELLM", python.with_file_name("litellm"));
+        }
+        if let Some(program) = &llama_server {
+            pytest.env("BINDERY_LLAMA_SERVER", program);
         }
         pytest
     };

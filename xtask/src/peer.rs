@@ -218,9 +218,18 @@ fn pip(python: &Path) -> Command {
     pip
 }
 
+/// Where the peer's server lies once it is built.
+pub(crate) fn llama_server() -> PathBuf {
+    bin_of(&target_dir().join("peer")).join("llama-server")
+}
+
+fn bin_of(folder: &Path) -> PathBuf {
+    folder.join("build").join("bin")
+}
+
 /// The folder with the peer's programs, built if they are not there.
 fn build(steps: &mut Steps, folder: &Path) -> Result<PathBuf> {
-    let bin = folder.join("build").join("bin");
+    let bin = bin_of(folder);
     if PROGRAMS.iter().all(|name| bin.join(name).is_file()) {
         return Ok(bin);
     }
