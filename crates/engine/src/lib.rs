@@ -27,7 +27,7 @@ pub mod sample;
 pub mod testing;
 pub mod text;
 
-pub use adapters::{AdapterError, AdapterLease, AdapterPool, AdapterPoolConfig, ReadAdapter};
+pub use adapters::{AdapterError, AdapterIdentity, AdapterLease, AdapterPool, AdapterPoolConfig, ReadAdapter};
 pub use bindery_scheduler::{Share, TenantId, TokenId};
 pub use engine::{Engine, EngineConfig, EngineHandle, EngineStats, TokenStream};
 pub use error::EngineError;

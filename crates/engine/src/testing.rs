@@ -303,6 +303,7 @@ pub fn fake_adapter_info() -> AdapterInfo {
         alpha: 1.0,
         targets: "none".to_owned(),
         base_model_name_or_path: None,
+        licence: Some("mit".to_owned()),
         num_parameters: 0,
         num_bytes: 0,
         num_bytes_in_f32: 0,

@@ -11,6 +11,7 @@
 pub mod audit;
 pub mod clock;
 pub mod config;
+pub mod failure;
 pub mod families;
 pub mod gateway;
 pub mod guardrails;

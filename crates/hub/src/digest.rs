@@ -62,6 +62,35 @@ impl fmt::Display for Digest {
     }
 }
 
+/// `sha256:…` of a model's weights, to tell one from another: of its file, or of `config.json` and all safetensors files of its
+/// folder, one after the other in the order of their names.
+///
+/// # Errors
+/// A file that cannot be read.
+pub fn weights_digest(path: &Path) -> io::Result<String> {
+    let mut files = vec![path.to_owned()];
+    if path.is_dir() {
+        let is_weight = |file: &Path| {
+            file.file_name().is_some_and(|name| name == "config.json")
+                || file.extension().is_some_and(|extension| extension == "safetensors")
+        };
+        let all = std::fs::read_dir(path)?.map(|entry| entry.map(|entry| entry.path()));
+        files = all.filter(|file| file.as_ref().map_or(true, |file| is_weight(file))).collect::<io::Result<_>>()?;
+        files.sort();
+    }
+    let (mut hasher, mut buffer) = (Sha256::new(), vec![0; 1 << 20]);
+    for file in files {
+        let mut file = File::open(file)?;
+        loop {
+            match file.read(&mut buffer)? {
+                0 => break,
+                len => hasher.update(&buffer[..len]),
+            }
+        }
+    }
+    Ok(Digest::Sha256(hex(&hasher.finalize())).to_string())
+}
+
 /// Hashes while bytes pass by.
 pub(crate) enum Hasher {
     Sha256(Sha256),
@@ -170,6 +199,20 @@ mod tests {
         let mut hasher = Hasher::like(like, bytes.len() as u64);
         hasher.update(bytes);
         hasher.finish()
+    }
+
+    #[test]
+    fn a_folder_s_weights_are_its_config_and_its_tensors_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+        write("config.json", "hel");
+        write("model.safetensors", "lo\n");
+        write("README.md", "which may change");
+        let sha = "sha256:5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03";
+        assert_eq!(weights_digest(folder.path()).unwrap(), sha);
+        write("whole.gguf", "hello\n");
+        assert_eq!(weights_digest(&folder.path().join("whole.gguf")).unwrap(), sha);
+        assert!(weights_digest(&folder.path().join("none.gguf")).is_err());
     }
 
     /// Both values are the published ones for the text "hello\n" (sha256sum; git hash-object).

@@ -14,6 +14,7 @@ pub mod model;
 mod alibi;
 mod backend;
 mod decoder;
+mod licence;
 mod rope;
 
 pub mod config;
@@ -29,6 +30,7 @@ pub use adapter::{
 };
 pub use batch::{BatchLimits, BatchSequence, ForwardBatch};
 pub use error::ModelError;
+pub use licence::declared_licence;
 pub use machine::{Machine, Roofs};
 pub use model::{
     BackendKind, Dtype, KvCacheDtype, LoadOptions, Model, ModelInfo, ModelPhase, OpenedModel, ProductWeights, Quantize,

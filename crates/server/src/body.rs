@@ -518,7 +518,7 @@ mod tests {
             admin_key: None,
             max_body_bytes: 1,
             shutdown_timeout: Duration::ZERO,
-            digest: None,
+            digest: std::sync::Arc::default(),
             license: None,
             adapter_roots: bindery_engine::adapters::AdapterRoots::default(),
             gateway: None,

@@ -2,7 +2,11 @@
 //!
 //! No defaults for what has a flag: `cli` chooses. Keys never show in `Debug`.
 
-use std::{fmt, time::Duration};
+use std::{
+    fmt,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use bindery_engine::adapters::AdapterRoots;
 use bindery_gateway::gateway::Gateway;
@@ -23,7 +27,7 @@ pub struct ServerConfig {
     /// How long running requests may go on after the signal to stop.
     pub shutdown_timeout: Duration,
     /// sha256 of the weights, from the card, for `/v1/models`.
-    pub digest: Option<String>,
+    pub digest: Arc<OnceLock<String>>,
     /// The weights' licence, from the card, for `/v1/models`.
     pub license: Option<String>,
     /// Where adapters may be loaded from at run time.

@@ -23,6 +23,7 @@ use axum::{
     middleware::Next,
     response::{IntoResponse, Response},
 };
+use bindery_engine::AdapterIdentity;
 use futures::FutureExt;
 use http_body::{Frame, SizeHint};
 use tracing::{Instrument, Level, Span};
@@ -58,6 +59,8 @@ pub(crate) struct RequestContext {
 #[derive(Default)]
 pub(crate) struct RequestCounts {
     pub(crate) model: OnceLock<String>,
+    /// The version that it holds.
+    pub(crate) adapter: OnceLock<Arc<AdapterIdentity>>,
     pub(crate) num_prompt_tokens: AtomicUsize,
     pub(crate) num_completion_tokens: AtomicUsize,
     /// Of the error that ended a stream: its status was sent long before.

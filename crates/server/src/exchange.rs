@@ -17,11 +17,12 @@ use axum::{
     middleware::Next,
     response::{IntoResponse, Response},
 };
+use bindery_engine::AdapterIdentity;
 use bindery_gateway::{
     clock::UnixMillis,
     gateway::{
-        AnswerFilters, Asked, Exchange, Gateway, GatewayError, LocalModel, LocalUse, Sent, UpstreamStream, WireRoute,
-        facts,
+        AnswerFilters, Asked, Exchange, Gateway, GatewayError, LocalAdapter, LocalModel, LocalUse, Sent, Unreadable,
+        UpstreamStream, WireRoute, facts,
     },
     ledger::RequestStatus,
     policy::{LocalState, Target, route::LocalName},
@@ -32,6 +33,7 @@ use serde_json::{Map, Value};
 
 use crate::{
     adapters::NamedKind,
+    auth::Caller,
     body::{check_content_encoding, check_content_type, object, read_body, request_timeout},
     context::RequestContext,
     error::ApiError,
@@ -70,10 +72,14 @@ async fn answer(
     else {
         return Err(ApiError::internal("unknown", &"a generation route stands before its gate"));
     };
-    let Incoming { bytes, object, timeout } = read(state, &context, &parts.headers, body).await?;
+    let incoming = match read(state, &context, &parts.headers, body).await {
+        Ok(incoming) => incoming,
+        Err(error) => return Err(unreadable(gateway, (&serving, &context), error).await),
+    };
+    let (bytes, timeout) = (incoming.bytes.clone(), incoming.timeout);
     let is_late = || timeout.is_some_and(|timeout| context.started.elapsed() >= timeout);
-    let cannot = facts::beyond_text(&object);
-    let mut exchange = begin(state, gateway, &parts, (&serving, &context), (object, timeout)).await?;
+    let cannot = facts::beyond_text(&incoming.object);
+    let mut exchange = begin(state, gateway, &parts, (&serving, &context), incoming).await?;
     if let Err(error) = exchange.ask_about_prompt().await {
         return Err(refused(&context, exchange.give_up(error).await));
     }
@@ -108,18 +114,25 @@ async fn answer(
         let is_last = at + 1 == num_targets;
         let mut response = match target {
             Target::Local | Target::LocalModel(_) => {
+                if let Err(error) = exchange.may_run_here() {
+                    if !is_last {
+                        continue;
+                    }
+                    return Err(refused(&context, exchange.give_up(error).await));
+                }
                 let request =
                     local_request(&mut parts, is_last, exchange.local_body(target).unwrap_or_else(|| bytes.clone()))
                         .ok_or_else(|| ApiError::internal(&context.id, &"a request was used up"))?;
+                // Which version of an adapter it gets is known once it has one.
                 let adapter = match (target, local_name(&target.to_string())) {
                     (Target::LocalModel(name), LocalName::Adapter) => {
-                        Some((name.to_string(), serving.model.adapters.digest(name).unwrap_or_default()))
+                        Some(LocalAdapter { name: name.to_string(), ..LocalAdapter::default() })
                     }
                     _ => None,
                 };
                 let model = LocalModel {
                     name: state.config.primary_model_name().to_owned(),
-                    digest: state.config.digest.clone(),
+                    digest: state.config.digest.get().cloned(),
                     licence: state.config.license.clone(),
                     adapter,
                 };
@@ -180,6 +193,10 @@ struct Incoming {
     object: Map<String, Value>,
     /// From `x-request-timeout`.
     timeout: Option<Duration>,
+    /// From `x-bindery-task`.
+    task: Option<String>,
+    /// From `x-bindery-privacy`.
+    privacy: Option<String>,
 }
 
 /// What the routes here check of a request before they read it, for requests that may never come to one. What the object
@@ -193,6 +210,7 @@ async fn read(
     check_content_type(headers)?;
     check_content_encoding(headers)?;
     let timeout = request_timeout(headers, &state.limits)?;
+    let (task, privacy) = (list(headers, X_BINDERY_TASK)?, list(headers, X_BINDERY_PRIVACY)?);
     let bytes = read_body(headers, body, &state.limits).await?;
     let object = if bytes.len() <= state.limits.max_inline_parse_bytes {
         object(&bytes)
@@ -201,7 +219,19 @@ async fn read(
         let parsed = state.run_blocking(Job::Parse, move || object(&bytes)).await;
         parsed.ok_or_else(|| ApiError::internal(&context.id, &"the parser panicked"))?
     };
-    Ok(Incoming { bytes, object: object?, timeout })
+    Ok(Incoming { bytes, object: object?, timeout, task, privacy })
+}
+
+/// What cannot be read is in its sender's log, too.
+async fn unreadable(gateway: &Gateway, (serving, context): (&Serving, &RequestContext), error: ApiError) -> ApiError {
+    let body = error.to_body().error;
+    let Caller { tenant, credential, .. } = &serving.caller;
+    let code = body.code.as_deref().unwrap_or("invalid_request");
+    let unreadable = Unreadable { tenant: tenant.as_deref(), credential, request_id: &context.id, code };
+    match gateway.log_unreadable(unreadable).await {
+        Ok(()) => error,
+        Err(error) => refused(context, error),
+    }
 }
 
 /// A header's values as one list (RFC 9110, 5.3). One that cannot be read is refused, for it may be what keeps a request here.
@@ -218,10 +248,10 @@ async fn begin(
     gateway: &Gateway,
     parts: &Parts,
     (serving, context): (&Serving, &RequestContext),
-    (body, timeout): (Map<String, Value>, Option<Duration>),
+    incoming: Incoming,
 ) -> Result<Exchange, ApiError> {
     let wire = if parts.uri.path().ends_with("/chat/completions") { WireRoute::Chat } else { WireRoute::Completions };
-    let (task, privacy) = (list(&parts.headers, X_BINDERY_TASK)?, list(&parts.headers, X_BINDERY_PRIVACY)?);
+    let Incoming { object: body, timeout, task, privacy, .. } = incoming;
     let time_left = timeout.map(|timeout| timeout.saturating_sub(context.started.elapsed()));
     let default_model = state.config.primary_model_name().to_owned();
     let (caller, request_id) = (serving.caller.clone(), Arc::clone(&context.id));
@@ -387,7 +417,7 @@ struct Account {
 impl Account {
     async fn settle(&mut self, status: RequestStatus) -> Result<(), ApiError> {
         let Some(mut exchange) = self.exchange.take() else { return Ok(()) };
-        let (used, model) = (self.used(), std::mem::take(&mut self.model));
+        let (used, model) = (self.used(), self.model());
         let settled = exchange.settle_local(used, status, model, UnixMillis::now()).await;
         settled.map_err(|error| refused(&self.context, error))
     }
@@ -408,6 +438,16 @@ impl Account {
         }
     }
 
+    /// What ran, the adapter by the version that the request held.
+    fn model(&mut self) -> LocalModel {
+        let mut model = std::mem::take(&mut self.model);
+        if let Some(identity) = self.context.counts.adapter.get() {
+            let AdapterIdentity { name, digest, licence } = AdapterIdentity::clone(identity);
+            model.adapter = Some(LocalAdapter { name, digest, licence });
+        }
+        model
+    }
+
     fn used(&self) -> LocalUse {
         let counts = &self.context.counts;
         let used = LocalUse {
@@ -423,7 +463,7 @@ impl Drop for Account {
     fn drop(&mut self) {
         // The client is gone: what was computed is accounted for without it.
         if let Some(mut exchange) = self.exchange.take() {
-            let (used, model) = (self.used(), std::mem::take(&mut self.model));
+            let (used, model) = (self.used(), self.model());
             exchange.settle_local_later(used, RequestStatus::Cancelled, model, UnixMillis::now());
         }
     }

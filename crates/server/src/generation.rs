@@ -182,6 +182,9 @@ impl Generation {
         // Only now: what is refused anyway makes nobody read an adapter, or push another out.
         let remaining = timeout.map(|timeout| timeout.saturating_sub(context.started.elapsed()));
         if let Some(adapter) = serving.lease(state, named, remaining).await? {
+            if let Some(identity) = adapter.identity() {
+                let _first_one_stays = context.counts.adapter.set(identity);
+            }
             for prepared in &mut prepared {
                 prepared.set_adapter(adapter.clone());
             }

@@ -8,7 +8,9 @@ use std::{
     sync::{Arc, Weak},
 };
 
-use bindery_engine::{EngineError, Grammar, Prompt, RenderRequest, SamplingParams, TextEvent, TextRequest};
+use bindery_engine::{
+    EngineError, Grammar, Prompt, RenderRequest, SamplingParams, Share, TenantId, TextEvent, TextRequest,
+};
 use bindery_gateway::{
     gateway::{LocalAnswer, LocalJudge, LocalQuestion, LocalUse},
     guardrails::JudgeFailed,
@@ -66,6 +68,7 @@ async fn answer(state: &SharedState, question: LocalQuestion) -> Result<LocalAns
         // The same text has the same verdict.
         params: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
         max_tokens: Some(MAX_VERDICT_TOKENS.min(model.max_model_len / 4).max(1)),
+        share: Share { tenant: TenantId(question.share.tenant), weight: question.share.weight },
         grammar: grammar.map(|grammar| (grammar, "guardrails")),
         ..TextRequest::new(prompt)
     };

@@ -7,7 +7,7 @@
 use std::{
     fmt::Write as _,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::Duration,
 };
 
@@ -19,7 +19,8 @@ use bindery_gateway::{
     gateway::{Gateway, Surroundings},
     names::NodeId,
 };
-use bindery_hub::{LocalFiles, ModelRef, SharedProgress};
+use bindery_hub::{LocalFiles, ModelRef, SharedProgress, digest::weights_digest};
+use bindery_model::declared_licence;
 use bindery_server::{ModelSlot, ServerConfig};
 use tokio::net::TcpSocket;
 use tokio_util::sync::CancellationToken;
@@ -58,6 +59,7 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
     let files = signals.unless_stopped(fetch(&settings)).await.ok_or(Interrupted)??;
 
     let names = served_names(&settings)?;
+    let digest = Arc::new(files.digest.clone().map_or_else(OnceLock::new, OnceLock::from));
     let config = ServerConfig {
         served_model_names: names.clone(),
         api_keys: settings.api_keys.clone(),
@@ -65,8 +67,8 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
         admin_key: settings.admin_key.clone(),
         max_body_bytes: settings.max_body_bytes,
         shutdown_timeout: settings.shutdown_timeout,
-        digest: files.digest.clone(),
-        license: files.license.clone(),
+        digest: Arc::clone(&digest),
+        license: files.license.clone().or_else(|| declared_licence(&files.path)),
         adapter_roots: settings.adapters.roots.clone(),
         gateway: gateway.clone(),
     };
@@ -74,6 +76,20 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
     let (slot, stop) = (ModelSlot::default(), CancellationToken::new());
     let mut server = tokio::spawn(bindery_server::run(listener, config, slot.clone(), stop.clone().cancelled_owned()));
 
+    let identified = async {
+        // A log names weights by what they are; elsewhere nobody waits for that.
+        if gateway.as_ref().is_some_and(Gateway::keeps_log) && digest.get().is_none() {
+            let path = files.path.clone();
+            let work = tokio::task::spawn_blocking(move || weights_digest(&path)).await?;
+            let found = work.with_context(|| format!("cannot read {} to identify it", files.path.display()))?;
+            let _nobody_else_sets_it = digest.set(found);
+        }
+        anyhow::Ok(())
+    };
+    let loading = async {
+        let (loaded, identified) = tokio::join!(load(&files, &settings), identified);
+        identified.and(loaded)
+    };
     let loaded = tokio::select! {
         biased;
         name = signals.next() => {
@@ -82,7 +98,7 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
         }
         // The server ends by itself only when its listener fails.
         ended = &mut server => { ended??; None }
-        loaded = load(&files, &settings) => Some(loaded),
+        loaded = loading => Some(loaded),
     };
     let Some(loaded) = loaded else {
         return Err(Failure::new("the server ended while the weights were loading").into());

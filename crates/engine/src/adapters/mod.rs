@@ -25,6 +25,17 @@ pub use self::{
     watch::{adapters_in, watch_folder},
 };
 
+/// Which weights a version of an adapter is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AdapterIdentity {
+    /// Under which it was asked for.
+    pub name: String,
+    /// "sha256:..." of its files.
+    pub digest: String,
+    /// As its files tell it.
+    pub licence: Option<String>,
+}
+
 /// How many adapters there may be, and how large.
 #[derive(Clone, Debug)]
 pub struct AdapterPoolConfig {

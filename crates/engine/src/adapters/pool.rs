@@ -20,8 +20,8 @@ use tokio::{
 };
 
 use super::{
-    AdapterError, AdapterPoolConfig, AdapterSource, AdapterSpec, AdapterStatus, AdapterUse, ReadAdapter, Unload,
-    check_name, read,
+    AdapterError, AdapterIdentity, AdapterPoolConfig, AdapterSource, AdapterSpec, AdapterStatus, AdapterUse,
+    ReadAdapter, Unload, check_name, read,
     state::{Asking, Next, Order, State},
 };
 use crate::engine::Command;
@@ -76,6 +76,11 @@ impl AdapterLease {
     /// belong to.
     pub fn id(&self) -> u32 {
         self.0.id
+    }
+
+    /// Which weights it holds; None never, as a version that is held stays.
+    pub fn identity(&self) -> Option<Arc<AdapterIdentity>> {
+        self.0.pool.lock().identity_of(self.0.id)
     }
 
     /// The request is in a plan for the first time.
@@ -298,8 +303,8 @@ impl AdapterPool {
     }
 
     /// Of its newest version, where that is in memory.
-    pub fn digest(&self, name: &str) -> Option<String> {
-        self.lock().digest(name)
+    pub fn identity(&self, name: &str) -> Option<Arc<AdapterIdentity>> {
+        self.lock().identity(name)
     }
 
     /// Whether its newest version is in memory.

@@ -14,7 +14,7 @@ use std::{
 use bindery_model::Adapter;
 
 use self::room::Promise;
-use super::{AdapterError, AdapterSpec, AdapterState, AdapterStatus, AdapterUse};
+use super::{AdapterError, AdapterIdentity, AdapterSpec, AdapterState, AdapterStatus, AdapterUse};
 
 /// After an adapter could not be read, requests for it are told so for this long before it is tried again.
 const RETRY_AFTER: Duration = Duration::from_secs(2);
@@ -80,7 +80,7 @@ struct Version {
     name: String,
     number: u32,
     adapter: Arc<Adapter>,
-    digest: String,
+    identity: Arc<AdapterIdentity>,
     source: String,
     num_users: usize,
     num_running: usize,
@@ -180,9 +180,14 @@ impl State {
         self.entries.get(name).is_some_and(|entry| entry.current.is_some())
     }
 
-    pub(super) fn digest(&self, name: &str) -> Option<String> {
+    pub(super) fn identity(&self, name: &str) -> Option<Arc<AdapterIdentity>> {
         let current = self.entries.get(name)?.current?;
-        Some(self.versions[&current].digest.clone())
+        self.identity_of(current)
+    }
+
+    /// None: the version is gone, which none is that somebody holds.
+    pub(super) fn identity_of(&self, id: u32) -> Option<Arc<AdapterIdentity>> {
+        self.versions.get(&id).map(|version| Arc::clone(&version.identity))
     }
 
     /// Takes the name away. What it named goes when its last request has ended.
@@ -368,11 +373,12 @@ impl State {
         entry.num_versions += 1;
         let id = self.next_id;
         self.next_id += 1;
+        let licence = adapter.info().licence.clone();
         let version = Version {
             name: name.to_owned(),
             number: entry.num_versions,
             adapter,
-            digest,
+            identity: Arc::new(AdapterIdentity { name: name.to_owned(), digest, licence }),
             source: entry.spec.source.to_string(),
             num_users: 0,
             num_running: 0,
@@ -434,7 +440,7 @@ impl State {
             version: version.number,
             state: AdapterState::Draining,
             source: version.source.clone(),
-            digest: Some(version.digest.clone()),
+            digest: Some(version.identity.digest.clone()),
             tenants: self.entries.get(&version.name).and_then(|entry| entry.spec.tenants.clone()),
             pinned: false,
             num_users: version.num_users,
@@ -458,7 +464,7 @@ impl State {
                 None => AdapterState::Disk,
             },
             source: entry.spec.source.to_string(),
-            digest: version.map(|version| version.digest.clone()),
+            digest: version.map(|version| version.identity.digest.clone()),
             tenants: entry.spec.tenants.clone(),
             pinned: entry.spec.pinned,
             num_users: version.map_or(0, |version| version.num_users),

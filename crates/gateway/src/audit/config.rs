@@ -6,7 +6,8 @@ use std::{path::PathBuf, time::Duration};
 
 use serde::Deserialize;
 
-use super::{AuditError, AuditKey, ContentsKey, ContentsKeys, Fsync, JournalConfig, OnFailure, Retention, key::Env};
+use super::{AuditError, AuditKey, ContentsKey, ContentsKeys, Fsync, JournalConfig, Retention, key::Env};
+use crate::failure::OnFailure;
 
 /// The variable of the key that signs records, unless the config names another.
 const KEY_ENV: &str = "BINDERY_AUDIT_KEY";
@@ -39,17 +40,6 @@ pub enum FsyncWhen {
     Never,
 }
 
-/// What happens to requests whose record cannot be kept.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum FailureMeans {
-    /// They fail.
-    #[default]
-    Closed,
-    /// They go on.
-    Open,
-}
-
 /// The table.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -79,7 +69,7 @@ pub struct AuditConfig {
     pub fsync_ms: Option<u64>,
     /// What happens when the log cannot be written.
     #[serde(default)]
-    pub on_failure: FailureMeans,
+    pub on_failure: OnFailure,
     /// The most records that wait.
     pub max_queued: Option<usize>,
     /// A segment ends when it is so long.
@@ -194,10 +184,6 @@ impl AuditConfig {
 
     /// How the thread is started.
     pub fn writer(&self) -> WriterConfig {
-        let on_failure = match self.on_failure {
-            FailureMeans::Closed => OnFailure::Closed,
-            FailureMeans::Open => OnFailure::Open,
-        };
-        WriterConfig { on_failure, max_queued: self.max_queued.unwrap_or(MAX_QUEUED) }
+        WriterConfig { on_failure: self.on_failure, max_queued: self.max_queued.unwrap_or(MAX_QUEUED) }
     }
 }

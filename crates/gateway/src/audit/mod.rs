@@ -37,7 +37,7 @@ pub use self::{
     key::{AuditKey, ContentsKey, ContentsKeys},
     record::{AdapterUsed, Contents, ModelUsed, RequestRecord, RouteTaken, TokenCounts},
     verify::{Problem, Report, verify},
-    writer::{Audit, Kept, OnFailure, Pending},
+    writer::{Audit, Kept, Pending},
 };
 
 /// What went wrong with the log.

@@ -21,6 +21,7 @@ use super::{
     verify::What,
     *,
 };
+use crate::failure::OnFailure;
 
 const KEY: &str = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f";
 const CONTENTS_KEY: &str = "ff0102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f";

@@ -21,20 +21,12 @@ use std::{
 use tokio::sync::oneshot;
 
 use super::{AuditError, Contents, Fsync, Journal, RequestRecord};
+use crate::failure::OnFailure;
 
 /// The most records that share a sync.
 const MAX_BATCH: usize = 256;
 /// How long a thread that has nothing to sync sleeps at most.
 const IDLE: Duration = Duration::from_hours(1);
-
-/// What happens to a request whose record cannot be kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OnFailure {
-    /// It fails.
-    Closed,
-    /// It goes on, and the log tells later how many did.
-    Open,
-}
 
 /// What became of a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -126,6 +126,7 @@ impl Builder<'_> {
                 durability: store.durability.unwrap_or(Durability::PowerLoss),
                 max_bytes: store.max_bytes,
                 keep: store.keep_days.map(|days| Duration::from_secs(days * 24 * 3600)),
+                on_failure: store.on_failure,
             }),
             Err(error) => {
                 self.problem(

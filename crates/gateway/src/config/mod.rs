@@ -13,6 +13,7 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use crate::{
     audit::AuditConfig,
+    failure::OnFailure,
     guardrails::GuardrailConfig,
     keys::IssuerOptions,
     ledger::Budget,
@@ -72,6 +73,8 @@ pub struct StoreConfig {
     pub max_bytes: Option<u64>,
     /// Rows of the ledger older than this are deleted.
     pub keep: Option<Duration>,
+    /// What happens to local requests whose row cannot be written. What costs money upstream is refused in any case.
+    pub on_failure: OnFailure,
 }
 
 /// Where a credential is found.

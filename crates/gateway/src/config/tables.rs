@@ -9,7 +9,10 @@ use serde::Deserialize;
 use toml::Spanned;
 
 use super::Problem;
-use crate::{audit::AuditConfig, guardrails::GuardrailConfig, providers::catalogue::PriceOverride, store::Durability};
+use crate::{
+    audit::AuditConfig, failure::OnFailure, guardrails::GuardrailConfig, providers::catalogue::PriceOverride,
+    store::Durability,
+};
 
 /// The sections that are read here.
 #[derive(Debug, Default, Deserialize)]
@@ -32,6 +35,8 @@ pub(super) struct Store {
     pub(super) durability: Option<Durability>,
     pub(super) max_bytes: Option<u64>,
     pub(super) keep_days: Option<u64>,
+    #[serde(default)]
+    pub(super) on_failure: OnFailure,
 }
 
 #[derive(Debug, Deserialize)]

@@ -17,7 +17,7 @@ use super::{
 use crate::{
     audit::{Contents, Pending, record::RequestRecord},
     clock::UnixMillis,
-    guardrails::{Decision, Vault, Verdict},
+    guardrails::{Decision, PromptOutcome, Vault, Verdict},
     keys::{Credential, KeyGrant},
     ledger,
     limits::{Ask, Limited},
@@ -88,7 +88,46 @@ struct Seen {
     contents: Option<Contents>,
 }
 
+/// What the guardrails of a prompt leave.
+#[derive(Default)]
+struct Checked {
+    vault: Arc<Vault>,
+    must_stay: bool,
+}
+
+/// A request that cannot be read, so that of it only its sender is known.
+#[derive(Clone, Debug)]
+pub struct Unreadable<'a> {
+    /// Its tenant's name; None: nobody's in particular.
+    pub tenant: Option<&'a str>,
+    /// What it showed.
+    pub credential: &'a Credential,
+    /// Its id.
+    pub request_id: &'a str,
+    /// What is wrong with it, as its error's code.
+    pub code: &'a str,
+}
+
 impl Gateway {
+    /// Has the log tell of a request that is refused before it can be looked at.
+    ///
+    /// # Errors
+    /// [`GatewayError::Audit`]
+    pub async fn log_unreadable(&self, asked: Unreadable<'_>) -> Result<(), GatewayError> {
+        // A stranger is nobody here, so it is in nobody's log.
+        let Ok(tenant) = self.tenant(asked.tenant) else { return Ok(()) };
+        self.0.meters.request(tenant.config.id.as_str(), "", asked.code, &[]);
+        let Some(audit) = &self.0.audit else { return Ok(()) };
+        let record = RequestRecord {
+            request_id: asked.request_id.to_owned(),
+            tenant: tenant.config.id.to_string(),
+            key_id: Some(key_id(asked.credential)),
+            outcome: asked.code.to_owned(),
+            ..RequestRecord::default()
+        };
+        audit.record(record, None).kept().await.map(|_| ()).map_err(GatewayError::Audit)
+    }
+
     /// Admits a request under its tenant's limits and checks its prompt.
     ///
     /// # Errors
@@ -130,25 +169,9 @@ impl Gateway {
             under.push((Limited::Key(key.clone()), grant.limits));
         }
         let mut permit = self.0.limiter.admit(&Ask { under: &under, max_tokens }, asked.now)?;
-        let (mut vault, mut must_stay) = (Arc::new(Vault::default()), false);
-        if tenant.policy.reads_prompts() && facts::has_token_ids(&body) {
-            let message = "prompt holds token ids, which this tenant's guardrails cannot read: send its text";
-            permit.settle(0, asked.now);
-            return Err(Refusal::unsupported("prompt", message.to_owned()).into());
-        }
-        if !tenant.policy.is_empty() {
-            let outcome = tenant.policy.check_prompt(&mut body);
-            (vault, seen.verdicts) = (outcome.vault, outcome.verdicts);
-            match outcome.decision {
-                Decision::Pass => {}
-                Decision::RouteLocal => must_stay = true,
-                Decision::Block { guardrail } => {
-                    permit.settle(0, asked.now);
-                    seen.contents = self.transcript(&tenant, &body).map(|transcript| transcript.contents());
-                    return Err(GatewayError::Blocked { guardrail, because: BlockedBecause::Found });
-                }
-            }
-        }
+        // Whoever is turned away has used nothing.
+        let checked = self.check(&tenant, &mut body, seen).inspect_err(|_| permit.settle(0, asked.now))?;
+        let Checked { vault, must_stay } = checked;
         let transcript = self.transcript(&tenant, &body);
         Ok(Exchange {
             gateway: self.clone(),
@@ -175,6 +198,27 @@ impl Gateway {
             is_logged: false,
             time_left: asked.time_left,
         })
+    }
+
+    /// The prompt before its tenant's guardrails.
+    fn check(&self, tenant: &Tenant, body: &mut Value, seen: &mut Seen) -> Result<Checked, GatewayError> {
+        if tenant.policy.reads_prompts() && facts::has_token_ids(body) {
+            let message = "prompt holds token ids, which this tenant's guardrails cannot read: send its text";
+            return Err(Refusal::unsupported("prompt", message.to_owned()).into());
+        }
+        if tenant.policy.is_empty() {
+            return Ok(Checked::default());
+        }
+        let PromptOutcome { decision, verdicts, vault } = tenant.policy.check_prompt(body);
+        seen.verdicts = verdicts;
+        match decision {
+            Decision::Pass => Ok(Checked { vault, must_stay: false }),
+            Decision::RouteLocal => Ok(Checked { vault, must_stay: true }),
+            Decision::Block { guardrail } => {
+                seen.contents = self.transcript(tenant, body).map(|transcript| transcript.contents());
+                Err(GatewayError::Blocked { guardrail, because: BlockedBecause::Found })
+            }
+        }
     }
 
     /// Where the tenant's policy stores prompts and answers, and the log keeps them.

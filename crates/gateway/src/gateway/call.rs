@@ -15,6 +15,7 @@ use crate::{
     ledger::{Outcome, RequestStatus, Reservation, TokenCounts},
     money::Money,
     providers::{self, Usage, catalogue::Cost, error::Spent},
+    upstream::Departure,
 };
 
 /// What is known of an exchange's end, by the last call that knew. Its stream and the exchange itself may drop in any order.
@@ -31,7 +32,8 @@ pub(super) struct Told {
 
 pub(super) type SharedTold = Arc<Mutex<Told>>;
 
-/// A call that was sent and is to be settled. Dropped before, it is charged in full: it may have cost that.
+/// A call that is under way and is to be settled. Dropped before, it is charged in full unless nothing of it has left: it may have
+/// cost that.
 pub(super) struct OpenCall {
     pub(super) reservation: Option<Reservation>,
     /// The upstream's name.
@@ -45,6 +47,8 @@ pub(super) struct OpenCall {
     pub(super) told: Option<SharedTold>,
     /// None: it is settled.
     pub(super) meter: Option<CallMeter>,
+    /// Whether any of it has left.
+    pub(super) departure: Departure,
 }
 
 impl OpenCall {
@@ -110,8 +114,8 @@ impl OpenCall {
 
 impl Drop for OpenCall {
     fn drop(&mut self) {
-        // Left in the middle of the call: nobody knows how far it came.
-        self.settle_later(&Spent::Unknown, RequestStatus::Cancelled);
+        // Left in the middle of the call: once it has begun to leave, nobody knows how far it came.
+        self.settle_later(&self.departure.spent(), RequestStatus::Cancelled);
     }
 }
 

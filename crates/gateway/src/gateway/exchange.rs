@@ -26,9 +26,10 @@ use crate::{
         record::{AdapterUsed, ModelUsed, RequestRecord, RouteTaken},
     },
     clock::UnixMillis,
+    failure::OnFailure,
     guardrails::{Vault, Verdict},
     keys::{Credential, KeyGrant},
-    ledger::{Call, LedgerRoute, Outcome, PromptSize, RequestStatus},
+    ledger::{Call, Ledger, LedgerError, LedgerRoute, Outcome, PromptSize, RequestStatus},
     limits::Permit,
     money::Money,
     policy::{Condition, Facts, LocalState, PrivacyClass, Route, Target, route::LocalName},
@@ -78,8 +79,19 @@ pub struct LocalModel {
     pub digest: Option<String>,
     /// Its licence.
     pub licence: Option<String>,
-    /// The adapter's name and digest.
-    pub adapter: Option<(String, String)>,
+    /// What stood beside it.
+    pub adapter: Option<LocalAdapter>,
+}
+
+/// Which adapter answered here.
+#[derive(Clone, Debug, Default)]
+pub struct LocalAdapter {
+    /// By which it was asked for.
+    pub name: String,
+    /// Of the version that the request held; empty where it came to hold none.
+    pub digest: String,
+    /// Its licence, where its files tell it.
+    pub licence: Option<String>,
 }
 
 /// What a request used here.
@@ -234,10 +246,24 @@ impl Exchange {
         Some(serde_json::to_vec(&self.body).map_or_else(|_| Bytes::new(), Bytes::from))
     }
 
+    /// Whether it may run here now: where an answer needs its row, none is begun that would not get it.
+    ///
+    /// # Errors
+    /// [`GatewayError::Ledger`] while the store does not take rows.
+    pub fn may_run_here(&self) -> Result<(), GatewayError> {
+        let gateway = &self.gateway.0;
+        let trouble = gateway.ledger.as_ref().and_then(Ledger::trouble);
+        match trouble.filter(|_| gateway.on_store_failure == OnFailure::Closed) {
+            Some(error) => Err(LedgerError::Store(error).into()),
+            None => Ok(()),
+        }
+    }
+
     /// Accounts for what ran here: committed when this returns, or done later where the store does not answer.
     ///
     /// # Errors
-    /// [`GatewayError::Audit`] where the log cannot be written and must be: then the answer must not end well.
+    /// [`GatewayError::Audit`] and [`GatewayError::Ledger`] where log or store cannot be written and must be: then the answer must
+    /// not end well.
     pub async fn settle_local(
         &mut self,
         used: LocalUse,
@@ -246,12 +272,16 @@ impl Exchange {
         now: UnixMillis,
     ) -> Result<(), GatewayError> {
         let (call, outcome) = self.ended_here(&used, status, model, now);
-        if let Some(ledger) = &self.gateway.0.ledger
-            && let Err(error) = ledger.record_local(&call, outcome, now).await
-        {
+        let Some(ledger) = &self.gateway.0.ledger else { return self.log().await };
+        let recorded = ledger.record_local(&call, outcome, now).await;
+        if let Err(error) = &recorded {
             tracing::warn!(%error, "a local request's row waits for the store");
         }
-        self.log().await
+        self.log().await?;
+        match (recorded, self.gateway.0.on_store_failure) {
+            (Err(error), OnFailure::Closed) => Err(error.into()),
+            _ => Ok(()),
+        }
     }
 
     /// The same where nobody can wait: in a drop.
@@ -340,9 +370,9 @@ impl Exchange {
         }
         let LocalModel { name, digest, licence, adapter } = model;
         // What ran, by its own name: of a virtual model or an alias the books say nothing.
-        let adapter_name = adapter.as_ref().map(|(name, _)| name.clone());
+        let adapter_name = adapter.as_ref().map(|adapter| adapter.name.clone());
         let call = self.call(LedgerRoute::Local, adapter_name.clone().unwrap_or_else(|| name.clone()), adapter_name);
-        let adapter = adapter.map(|(name, digest)| AdapterUsed { name, digest, licence: None });
+        let adapter = adapter.map(|LocalAdapter { name, digest, licence }| AdapterUsed { name, digest, licence });
         let model = ModelUsed { name, digest, licence, adapter };
         let (to, word) = (LOCAL.to_owned(), Some(outcome_word(status).to_owned()));
         self.tell(|told| *told = Told { model, to, usage, outcome: word, ..Told::default() });

@@ -13,14 +13,17 @@ use futures::future::BoxFuture;
 use serde_json::{Map, Value, json};
 
 use super::{
-    BlockedBecause, Exchange, Gateway, GatewayError, LocalUse,
-    call::{counts, date},
+    BlockedBecause, Exchange, Gateway, GatewayError, LocalShare, LocalUse,
+    call::{counts, date, outcome_word},
     exchange::{internal, key_id},
     facts,
     meters::LOCAL,
 };
 use crate::{
-    audit::record::{ModelUsed, RequestRecord, RouteTaken},
+    audit::{
+        Audit,
+        record::{ModelUsed, RequestRecord, RouteTaken},
+    },
     clock::UnixMillis,
     guardrails::{
         Decision, Judge, JudgeFailed, JudgePlace, Policy, Question, Side, Verdict,
@@ -29,7 +32,7 @@ use crate::{
     ledger::{self, LedgerRoute, Outcome, RequestStatus},
     policy::PrivacyClass,
     providers::{self, ChatRequest, UnmappedFields, Usage, error::Spent},
-    upstream::{LeavesPremises, Received},
+    upstream::{Departure, LeavesPremises, Received},
 };
 
 /// The longest verdict upstream: a reasoning model thinks in it, too.
@@ -46,6 +49,8 @@ pub struct LocalQuestion {
     pub answers: &'static [&'static str],
     /// Of the request that is judged.
     pub request_id: String,
+    /// Of whoever's request is judged: it computes at their share.
+    pub share: LocalShare,
 }
 
 /// What it says.
@@ -133,6 +138,60 @@ impl Judge for Bench<'_> {
             }
         })
     }
+
+    fn watch_hook<'a>(
+        &'a self,
+        guardrail: &'a str,
+        host: &'a str,
+        call: BoxFuture<'a, Result<bool, String>>,
+    ) -> BoxFuture<'a, Result<bool, String>> {
+        Box::pin(async move {
+            let why = format!("the guardrail {guardrail} asks it");
+            let record = self.open_record((ModelUsed::default(), &format!("webhook:{host}")), why, None);
+            let said = call.await;
+            let outcome = if said.is_ok() { "judged" } else { "failed" };
+            record.end(&Usage::default(), outcome).await.map_err(|error| error.to_string())?;
+            said
+        })
+    }
+}
+
+/// A text is out to be judged. The log learns of it even where nobody waits for the verdict any more.
+struct OpenRecord<'a> {
+    audit: Option<&'a Audit>,
+    /// None: it is in the log, or there is nothing to tell.
+    record: Option<RequestRecord>,
+    /// None: it went at once.
+    departure: Option<Departure>,
+}
+
+impl OpenRecord<'_> {
+    async fn end(mut self, usage: &Usage, outcome: &str) -> Result<(), GatewayError> {
+        let (Some(audit), Some(mut record)) = (self.audit, self.record.take()) else { return Ok(()) };
+        record.tokens = crate::audit::record::TokenCounts {
+            prompt: usage.prompt,
+            cached: usage.cached,
+            completion: usage.completion,
+            reasoning: usage.reasoning,
+        };
+        outcome.clone_into(&mut record.outcome);
+        audit.record(record, None).kept().await.map(|_| ()).map_err(GatewayError::Audit)
+    }
+
+    /// Nothing went out.
+    fn forget(mut self) {
+        self.record = None;
+    }
+}
+
+impl Drop for OpenRecord<'_> {
+    fn drop(&mut self) {
+        let has_left = self.departure.as_ref().is_none_or(|departure| departure.spent().may_cost());
+        if let (Some(audit), Some(mut record), true) = (self.audit, self.record.take(), has_left) {
+            outcome_word(RequestStatus::Cancelled).clone_into(&mut record.outcome);
+            let _nobody_waits = audit.record(record, None);
+        }
+    }
 }
 
 impl Bench<'_> {
@@ -146,12 +205,13 @@ impl Bench<'_> {
             text: question.text,
             answers: question.answers,
             request_id: exchange.request_id.clone(),
+            share: exchange.tenant.share(),
         };
         let LocalAnswer { text, used } = judge.ask(local).await?;
         let usage = self.enter_local(model, &used, asked).await;
         let model = ModelUsed { name: model.to_owned(), ..ModelUsed::default() };
-        let logged = self.log((model, LOCAL), &question.guardrail, &usage, "judged").await;
-        logged.map(|()| text).map_err(|error| JudgeFailed(error.to_string()))
+        let record = self.open_record((model, LOCAL), as_judge(&question.guardrail), None);
+        record.end(&usage, "judged").await.map(|()| text).map_err(|error| JudgeFailed(error.to_string()))
     }
 
     /// The ledger's row of a local verdict; what it has used.
@@ -210,50 +270,45 @@ impl Bench<'_> {
         let most = (max_prompt_tokens, outgoing.max_output_tokens.unwrap_or(MAX_VERDICT_TOKENS));
         // Of its end the log learns here: the exchange's own record tells of the answer.
         let mut open = exchange.open_call((upstream, entry), reservation, most, (now, now));
-        match gateway.0.door.send(leaves, &live.health, outgoing, exchange.max_call(now)).await {
+        let departure = open.departure.clone();
+        let why = as_judge(&question.guardrail);
+        let record = self.open_record((open.model_used(), &open.to), why, Some(departure.clone()));
+        match gateway.0.door.send(leaves, &live.health, outgoing, (&departure, exchange.max_call(now))).await {
             Ok(Received::Whole(answer)) => {
                 open.settle(answer.usage.into(), RequestStatus::Completed).await;
-                self.log((open.model_used(), &open.to), &question.guardrail, &answer.usage, "judged").await?;
+                record.end(&answer.usage, "judged").await?;
                 let content = answer.choices.into_iter().next().and_then(|choice| choice.message.content);
                 Ok(content.unwrap_or_default())
             }
             Ok(Received::Stream(_)) => Err(internal("a judge answered in pieces, and was not asked to")),
             Err(error) => {
                 open.settle(error.spent.clone(), RequestStatus::Failed).await;
-                if !matches!(error.spent, Spent::NotSent) {
-                    self.log((open.model_used(), &open.to), &question.guardrail, &open.used(&error.spent), "failed")
-                        .await?;
+                if matches!(error.spent, Spent::NotSent) {
+                    record.forget();
+                } else {
+                    record.end(&open.used(&error.spent), "failed").await?;
                 }
                 Err(GatewayError::Upstream(error))
             }
         }
     }
 
-    /// A text went to a judge: the log says where to, beside the record of its request.
-    async fn log(
-        &self,
-        (model, to): (ModelUsed, &str),
-        guardrail: &str,
-        usage: &Usage,
-        outcome: &str,
-    ) -> Result<(), GatewayError> {
+    /// A text goes out to be judged: the log says where to, beside the record of its request.
+    fn open_record(&self, (model, to): (ModelUsed, &str), why: String, departure: Option<Departure>) -> OpenRecord<'_> {
         let exchange = self.0;
-        let Some(audit) = &exchange.gateway.0.audit else { return Ok(()) };
-        let record = RequestRecord {
+        let audit = exchange.gateway.0.audit.as_ref();
+        let record = audit.map(|_| RequestRecord {
             request_id: exchange.request_id.clone(),
             tenant: exchange.tenant.config.id.to_string(),
             key_id: Some(key_id(&exchange.credential)),
             model,
-            route: RouteTaken { to: to.to_owned(), why: format!("the guardrail {guardrail} asks it as its judge") },
-            tokens: crate::audit::record::TokenCounts {
-                prompt: usage.prompt,
-                cached: usage.cached,
-                completion: usage.completion,
-                reasoning: usage.reasoning,
-            },
-            outcome: outcome.to_owned(),
+            route: RouteTaken { to: to.to_owned(), why },
             ..RequestRecord::default()
-        };
-        audit.record(record, None).kept().await.map(|_| ()).map_err(GatewayError::Audit)
+        });
+        OpenRecord { audit, record, departure }
     }
+}
+
+fn as_judge(guardrail: &str) -> String {
+    format!("the guardrail {guardrail} asks it as its judge")
 }

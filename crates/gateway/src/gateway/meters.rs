@@ -218,6 +218,11 @@ impl Gateway {
                 "Calls that were charged in full since nobody settled them",
                 counts.unsettled as f64,
             ),
+            counter(
+                "bindery_ledger_lost_rows_total",
+                "Rows of local requests that the store has not taken and never will",
+                counts.lost as f64,
+            ),
             family("bindery_ledger_leftovers", "Calls that wait to be settled", MetricType::GAUGE, vec![waiting]),
         ]
     }

@@ -30,9 +30,9 @@ use std::{
     time::Duration,
 };
 
-pub use admission::{Asked, TurnedAway, WireRoute};
+pub use admission::{Asked, TurnedAway, Unreadable, WireRoute};
 use credential::LiveEndpoint;
-pub use exchange::{Exchange, LocalModel, LocalUse};
+pub use exchange::{Exchange, LocalAdapter, LocalModel, LocalUse};
 pub use filters::{AnswerFilters, MAX_HELD_BYTES};
 pub use judging::{LocalAnswer, LocalJudge, LocalQuestion};
 use meters::Meters;
@@ -43,6 +43,7 @@ use crate::{
     audit::{Audit, AuditError},
     clock::UnixMillis,
     config::{TenantConfig, UpstreamConfig},
+    failure::OnFailure,
     guardrails::Policy,
     keys::{AuthError, Authenticator, Credential, Identity, JwtVerifier, KeyGrant, NameOf},
     ledger::{Ledger, LedgerError, local_price},
@@ -73,6 +74,7 @@ struct Inner {
     upstreams: BTreeMap<Arc<str>, LiveUpstream>,
     door: Door,
     ledger: Option<Ledger>,
+    on_store_failure: OnFailure,
     audit: Option<Audit>,
     /// The longest prompt, and answer, that the log keeps of tenants who have them stored; None: it keeps none.
     max_contents_bytes: Option<usize>,
@@ -92,6 +94,13 @@ struct Tenant {
     policy: Policy,
     /// Counted from 1; 0: everyone who belongs to none.
     number: u32,
+}
+
+impl Tenant {
+    fn share(&self) -> LocalShare {
+        let weight = NonZeroU32::new(self.config.weight).unwrap_or(NonZeroU32::MIN);
+        LocalShare { tenant: self.number, weight }
+    }
 }
 
 /// What a tenant may claim of the local machine while others want it, too.
@@ -254,8 +263,9 @@ impl GatewayError {
     pub fn lets_others_try(&self) -> bool {
         match self {
             Self::Upstream(error) => error.retry() != crate::providers::error::Retry::Never,
-            // Another upstream may be able to carry the field, or be paid from another budget.
-            Self::Refusal(_) | Self::Ledger(LedgerError::OverBudget(_) | LedgerError::NoPrice { .. }) => true,
+            // Another upstream may be able to carry the field, or be paid from another budget; what runs here may need no store.
+            Self::Refusal(_)
+            | Self::Ledger(LedgerError::OverBudget(_) | LedgerError::NoPrice { .. } | LedgerError::Store(_)) => true,
             _ => false,
         }
     }
@@ -323,6 +333,11 @@ impl Gateway {
         self.0.upstreams.iter().map(|(name, upstream)| (Arc::clone(name), upstream.health.state())).collect()
     }
 
+    /// Whether what is asked here is logged.
+    pub fn keeps_log(&self) -> bool {
+        self.0.audit.is_some()
+    }
+
     /// The ledger's counts, for metrics.
     pub fn ledger_counts(&self) -> Option<crate::ledger::LedgerCounts> {
         self.0.ledger.as_ref().map(Ledger::counts)
@@ -361,9 +376,7 @@ impl Gateway {
     /// What a caller may claim of the local machine.
     pub fn local_share(&self, tenant: Option<&str>) -> LocalShare {
         // A stranger gets no further than the gate.
-        let tenant = self.tenant(tenant).unwrap_or(&self.0.anonymous);
-        let weight = NonZeroU32::new(tenant.config.weight).unwrap_or(NonZeroU32::MIN);
-        LocalShare { tenant: tenant.number, weight }
+        self.tenant(tenant).unwrap_or(&self.0.anonymous).share()
     }
 
     fn entry(&self, target: &Target) -> Option<&ModelEntry> {

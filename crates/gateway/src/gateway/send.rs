@@ -27,8 +27,11 @@ use crate::{
         catalogue::{Bound, Thinking},
         error::Cause,
     },
-    upstream::{AnswerStream, Received},
+    upstream::{AnswerStream, Departure, Received},
 };
+
+/// Has an upstream look things up, for a fee of its own.
+const WEB_SEARCH: &str = "web_search_options";
 
 /// What came from upstream.
 pub enum Sent {
@@ -114,8 +117,8 @@ impl Exchange {
         let most = (max_prompt_tokens, outgoing.max_output_tokens.unwrap_or(0));
         let mut open = self.open_call((upstream, entry), reservation, most, (now, self.started));
         open.told = Some(Arc::clone(&self.told));
-        let door = &gateway.0.door;
-        match door.send(leaves, &live.health, outgoing, time_left).await {
+        let departure = open.departure.clone();
+        match gateway.0.door.send(leaves, &live.health, outgoing, (&departure, time_left)).await {
             Ok(Received::Whole(answer)) => {
                 let usage = answer.usage;
                 self.spend(&usage, now);
@@ -170,6 +173,7 @@ impl Exchange {
             bound: Usage { prompt, completion, ..Usage::estimate(0, 0) },
             told: None,
             meter: Some(CallMeter::new(self.gateway.clone(), &self.tenant.config)),
+            departure: Departure::default(),
         }
     }
 
@@ -215,6 +219,13 @@ impl Exchange {
                 entry.id
             );
             return Err(Refusal::unsupported("messages", message).into());
+        }
+        if outgoing.request.body.contains_key(WEB_SEARCH) && !budgets.is_empty() {
+            let message = format!(
+                "`{WEB_SEARCH}` costs a fee a search that no price of `{}` tells, and a budget has to hold; leave it out",
+                entry.id
+            );
+            return Err(Refusal::unsupported(WEB_SEARCH, message).into());
         }
         let tier = facts::asked_tier(&self.body);
         // An answer without a limit has no bound, and a budget could not hold.

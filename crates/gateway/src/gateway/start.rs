@@ -21,6 +21,7 @@ use crate::{
     audit::{Audit, AuditConfig, AuditError, HeadStore, Journal, MemoryHeadStore, config::WriterConfig, has_segments},
     clock::UnixMillis,
     config::{CredentialSource, GatewayConfig, StoreConfig, TenantConfig, UpstreamConfig},
+    failure::OnFailure,
     guardrails::{GuardrailError, Policy},
     keys::{Authenticator, JwtError, JwtVerifier, KeyError, KeyRing, RingOptions},
     ledger::{Ledger, LedgerError, LedgerOptions},
@@ -141,9 +142,11 @@ impl Gateway {
             live.insert(Arc::clone(&config.name), live_upstream(config, surroundings)?);
         }
         let tokens = if issuers.is_empty() { None } else { Some(JwtVerifier::new(issuers)?) };
+        let mut on_store_failure = OnFailure::default();
         let (mut door_of_keys, mut door_of_tokens, mut ledger, mut opened) = (None, None, None, None);
         match store {
-            Some(StoreConfig { url, durability, max_bytes, keep }) => {
+            Some(StoreConfig { url, durability, max_bytes, keep, on_failure }) => {
+                on_store_failure = on_failure;
                 let options =
                     StoreOptions { url, durability, max_bytes, max_waiting: MAX_WAITING, timeout: STORE_TIMEOUT };
                 let (store, thread) = Store::open(options).await?;
@@ -178,6 +181,7 @@ impl Gateway {
             upstreams: live,
             door: Door::new(limits())?,
             ledger,
+            on_store_failure,
             max_contents_bytes: audit.as_ref().and_then(AuditConfig::contents_bytes),
             audit: match audit {
                 Some(config) => {

@@ -291,6 +291,64 @@ async fn a_stream_that_is_left_costs_what_came_of_it() {
 }
 
 #[tokio::test]
+async fn a_call_that_is_left_before_it_has_gone_out_costs_nothing() {
+    let double = upstream().await;
+    // Takes connections, and says nothing in their TLS handshakes.
+    let deaf = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let other = format!(
+        "[[upstreams]]\nname = \"deaf\"\nkind = \"openai-compatible\"\nbase_url = \"https://{}\"\napi_key_env = \"UP_KEY\"\n\
+         models = [\"gpt-4.1\"]\n",
+        deaf.local_addr().unwrap()
+    );
+    let (gateway, folder) = gateway(&double, &format!("{ACME}{other}")).await;
+    let asking = ask(&gateway, asked("acme", &body("deaf/gpt-4.1", "hello"), None));
+    tokio::select! {
+        _ = asking => panic!("nobody answers"),
+        connection = deaf.accept() => drop(connection.unwrap()),
+    }
+    gateway.close().await;
+    assert_eq!(standing(&gateway, "acme").await, (0, 0), "what was set aside is free again");
+    assert_eq!(rows(&folder).await, [("deaf/gpt-4.1".to_owned(), 1, 0)]);
+}
+
+#[tokio::test]
+async fn without_its_store_a_local_answer_does_not_end_well_unless_that_is_configured() {
+    let now = UnixMillis::now();
+    for (words, is_closed) in [("", true), ("on_failure = \"open\"\n", false)] {
+        let folder = tempfile::tempdir().unwrap();
+        let text = format!(
+            "[store]\nurl = \"sqlite://{}\"\n{words}[[tenants]]\nname = \"acme\"\n",
+            folder.path().join("b.db").display()
+        );
+        let surroundings = Surroundings { env: &|_| None, node: NodeId::new("test").unwrap(), host: "here" };
+        let config = GatewayConfig::parse(&text).unwrap();
+        let gateway = Gateway::start(config, &surroundings, now).await.unwrap();
+        let mut exchange = gateway.begin(asked("acme", &body("base", "hi"), None)).unwrap();
+        exchange.route(idle(), now, &local).await.unwrap();
+        assert!(exchange.may_run_here().is_ok());
+        gateway.close().await;
+        let used = LocalUse { num_prompt_tokens: 3, num_completion_tokens: 5, ..LocalUse::default() };
+        let settled = exchange.settle_local(used, RequestStatus::Completed, LocalModel::default(), now).await;
+        let next = gateway.begin(asked("acme", &body("base", "hi"), None)).unwrap();
+        for done in [settled, next.may_run_here()] {
+            assert_eq!(done.as_ref().err().map(|error| error.shown().0), is_closed.then_some(503), "{done:?}");
+        }
+        assert_eq!(gateway.ledger_counts().unwrap().leftovers, 1, "its row is not given up");
+    }
+}
+
+#[tokio::test]
+async fn a_search_s_fee_has_no_place_in_a_budget() {
+    let double = upstream().await;
+    let (gateway, _folder) = gateway(&double, ACME).await;
+    let mut searching = body("up/gpt-4.1", "hello");
+    searching["web_search_options"] = json!({});
+    let refused = ask(&gateway, asked("acme", &searching, None)).await.unwrap_err();
+    assert_eq!((refused.shown().0, refused.param().as_deref()), (400, Some("web_search_options")), "{refused}");
+    assert_eq!(double.num_calls.load(Ordering::SeqCst), 0);
+}
+
+#[tokio::test]
 async fn a_stream_is_settled_before_its_last_chunk() {
     let double = upstream().await;
     let (gateway, _folder) = gateway(&double, ACME).await;

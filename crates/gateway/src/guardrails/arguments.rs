@@ -41,6 +41,7 @@ impl Policy {
             Form::Json => Part::Json(&mut text),
             Form::Plain => Part::Plain(&mut text),
         };
+        *own = Vault::over(own);
         // A language is what people read an answer in.
         let (decision, verdicts) = self.check_parts(Side::Answer, &mut Texts::One(part), None, own);
         let blocked_by = match decision {

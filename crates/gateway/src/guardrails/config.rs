@@ -19,6 +19,7 @@ use super::{
     policy::{Check, Guardrail},
     stage::Detector,
 };
+use crate::failure::OnFailure;
 
 /// The largest file of phrases.
 const MAX_FILE_BYTES: u64 = 16 << 20;
@@ -64,17 +65,6 @@ impl Kind {
     fn knows_places(self) -> bool {
         matches!(self, Self::Pii | Self::Blocklist | Self::Regex | Self::PromptInjection)
     }
-}
-
-/// What to do when whoever is asked does not answer.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum OnFailure {
-    /// As if it had found something.
-    #[default]
-    Closed,
-    /// As if it had found nothing.
-    Open,
 }
 
 /// One table.

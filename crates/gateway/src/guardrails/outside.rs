@@ -17,10 +17,12 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{
-    Action, Decision, Finding, Guardrail, GuardrailConfig, GuardrailError, Policy, Side, Verdict, config::OnFailure,
-    policy::Check,
+    Action, Decision, Finding, Guardrail, GuardrailConfig, GuardrailError, Policy, Side, Verdict, policy::Check,
 };
-use crate::upstream::{LeavesPremises, PrivacyClass};
+use crate::{
+    failure::OnFailure,
+    upstream::{LeavesPremises, PrivacyClass},
+};
 
 /// The longest text that is sent; a longer one counts as unanswered.
 pub(super) const MAX_TEXT_BYTES: usize = 1 << 20;
@@ -79,6 +81,14 @@ pub trait Judge: Send + Sync {
         question: Question,
         leaves: Option<LeavesPremises>,
     ) -> BoxFuture<'a, Result<String, JudgeFailed>>;
+
+    /// Goes through a call to a guardrail's web hook, and takes note of it: a text leaves for there.
+    fn watch_hook<'a>(
+        &'a self,
+        guardrail: &'a str,
+        host: &'a str,
+        call: BoxFuture<'a, Result<bool, String>>,
+    ) -> BoxFuture<'a, Result<bool, String>>;
 }
 
 /// Who may be asked.
@@ -276,7 +286,8 @@ impl Outside {
                 if let Some(Token(token)) = token {
                     request = request.bearer_auth(token);
                 }
-                ask_webhook(request, leaves).await
+                let host = url.host_str().unwrap_or_default();
+                asking.judge.watch_hook(name, host, Box::pin(ask_webhook(request, leaves))).await
             }
             Whom::Model { model, template, answers } => {
                 let leaves = match asking.judge.place(model) {

@@ -54,7 +54,7 @@ impl StreamFilter {
             .collect();
         let restorer = (policy.restores() && !vault.is_empty()).then(|| Restorer::new(Arc::clone(vault), form));
         let redacted = policy.asks_outside(Side::Answer).then(String::new);
-        Self { stages, restorer, vault: Arc::clone(vault), redacted, blocked_by: None, is_finished: false }
+        Self { stages, restorer, vault: Vault::over(vault), redacted, blocked_by: None, is_finished: false }
     }
 
     /// What the prompt's check and this answer have put away so far; other texts of the same answer go on with it.

@@ -1,6 +1,7 @@
 //! Placeholders for what was redacted, and their way back.
 //!
-//! One vault belongs to one request. The same value has the same placeholder wherever it stands, so that a model can still tell two people
+//! One vault belongs to one request, and each text of its answer goes on with an own one *over* it: the prompt's values, which may be
+//! many, are shared and never copied. The same value has the same placeholder wherever it stands, so that a model can still tell two people
 //! apart. Where the policy says so, the answer gets the prompt's values back ([`Restorer`]); what was redacted in the answer
 //! itself stays hidden. A prompt may hold a text like `[EMAIL_1]` of its own: such numbers are not given out.
 //!
@@ -19,9 +20,11 @@ const MAX_VALUES: usize = 10_000;
 /// The longest placeholder: held back at most by a [`Restorer`].
 const MAX_PLACEHOLDER_BYTES: usize = 40;
 
-/// What was redacted in a request's prompt.
+/// What was redacted in a request's prompt, or in an answer to it.
 #[derive(Clone, Default)]
 pub struct Vault {
+    /// Of the prompt, where this is an answer's. It goes no deeper.
+    prompt: Option<Arc<Vault>>,
     /// By placeholder.
     values: HashMap<String, String>,
     /// By label and value.
@@ -32,14 +35,32 @@ pub struct Vault {
 
 impl fmt::Debug for Vault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Vault({} values)", self.values.len())
+        write!(f, "Vault({} values)", self.num_values())
     }
 }
 
 impl Vault {
-    /// Nothing of the prompt was redacted.
+    /// Nothing was redacted.
     pub fn is_empty(&self) -> bool {
-        self.values.is_empty()
+        self.num_values() == 0
+    }
+
+    /// For an answer: what is put away in it is kept beside the prompt's own values. Of an answer's vault it is another of the
+    /// same kind, with what that one has.
+    pub(super) fn over(vault: &Arc<Self>) -> Arc<Self> {
+        match vault.prompt {
+            Some(_) => Arc::clone(vault),
+            None => Arc::new(Self { prompt: Some(Arc::clone(vault)), ..Self::default() }),
+        }
+    }
+
+    fn num_values(&self) -> usize {
+        self.values.len() + self.prompt.as_ref().map_or(0, |prompt| prompt.values.len())
+    }
+
+    /// This one and the prompt's.
+    fn layers(&self) -> impl Iterator<Item = &Self> {
+        std::iter::once(self).chain(self.prompt.as_deref())
     }
 
     /// Keeps numbers free that the prompt itself writes.
@@ -57,21 +78,23 @@ impl Vault {
     /// The value's placeholder.
     pub(super) fn placeholder(&mut self, label: &'static str, value: &str) -> String {
         let word = label.to_ascii_uppercase().replace('-', "_");
-        if let Some(known) = self.placeholders.get(&(label, value.to_owned())) {
+        let key = (label, value.to_owned());
+        if let Some(known) = self.layers().find_map(|layer| layer.placeholders.get(&key)) {
             return known.clone();
         }
-        if self.values.len() >= MAX_VALUES {
+        if self.num_values() >= MAX_VALUES {
             return format!("[{word}]");
         }
-        let next = self.next.entry(label).or_insert(0);
+        let mut number = self.layers().find_map(|layer| layer.next.get(label)).copied().unwrap_or(0);
         let placeholder = loop {
-            *next += 1;
-            let placeholder = format!("[{word}_{next}]");
-            if !self.taken.contains(&placeholder) {
+            number += 1;
+            let placeholder = format!("[{word}_{number}]");
+            if !self.layers().any(|layer| layer.taken.contains(&placeholder)) {
                 break placeholder;
             }
         };
-        self.placeholders.insert((label, value.to_owned()), placeholder.clone());
+        self.next.insert(label, number);
+        self.placeholders.insert(key, placeholder.clone());
         self.values.insert(placeholder.clone(), value.to_owned());
         placeholder
     }
@@ -150,6 +173,28 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn an_answer_s_vault_goes_on_with_the_prompt_s_and_shares_it() {
+        let mut prompt = Vault::default();
+        prompt.reserve("[EMAIL_2]");
+        prompt.placeholder("email", "a@x.org");
+        let prompt = Arc::new(prompt);
+        let mut one = Vault::over(&prompt);
+        let mut other = Vault::over(&prompt);
+        assert_eq!(Arc::make_mut(&mut one).placeholder("email", "a@x.org"), "[EMAIL_1]", "the prompt's own value");
+        assert_eq!(Arc::make_mut(&mut one).placeholder("email", "b@x.org"), "[EMAIL_3]", "2 stands in the prompt");
+        assert_eq!(Arc::make_mut(&mut one).placeholder("email", "c@x.org"), "[EMAIL_4]");
+        assert_eq!(Arc::make_mut(&mut one).placeholder("email", "b@x.org"), "[EMAIL_3]");
+        assert_eq!(Arc::make_mut(&mut other).placeholder("email", "c@x.org"), "[EMAIL_3]", "another answer's own");
+        let more = Vault::over(&one);
+        assert!(Arc::ptr_eq(&more, &one), "an answer's vault is gone on with as it is");
+        let shared = |vault: &Arc<Vault>| vault.prompt.as_ref().is_some_and(|inner| Arc::ptr_eq(inner, &prompt));
+        assert!(shared(&one) && shared(&other), "nothing of the prompt's values is copied");
+        let mut copy = Arc::clone(&one);
+        Arc::make_mut(&mut copy).placeholder("email", "d@x.org");
+        assert!(shared(&copy), "nor where an answer's vault is");
+    }
 
     #[test]
     fn a_value_has_one_placeholder_and_a_prompts_own_text_none() {

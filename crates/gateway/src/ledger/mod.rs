@@ -9,7 +9,8 @@
 //! [`lease`](LedgerOptions::lease) by any other node. Nodes' clocks must agree to within half of that. Where a process
 //! was thought dead and was not, its settlement still comes and corrects the charge.
 //!
-//! **Without the store** nothing is reserved, so nothing is sent upstream: [`Ledger::reserve`] fails closed.
+//! **Without the store** nothing is reserved, so nothing is sent upstream: [`Ledger::reserve`] fails closed. Whether what runs here
+//! goes on is its caller's choice ([`Ledger::trouble`]).
 //!
 //! **Invariant**: in no budget and at no moment is `spent + reserved` raised above the ceiling by a reservation.
 
@@ -31,7 +32,7 @@ pub use reservation::Reservation;
 
 use std::{
     sync::{
-        Arc, Weak,
+        Arc, Mutex, PoisonError, Weak,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
     time::Duration,
@@ -134,6 +135,8 @@ pub struct LedgerCounts {
     pub unsettled: u64,
     /// Calls that wait to be settled, now.
     pub leftovers: u64,
+    /// Rows of local requests that were not written and never will be.
+    pub lost: u64,
 }
 
 /// The ledger. Cheap to clone.
@@ -145,6 +148,8 @@ struct Inner {
     options: LedgerOptions,
     incarnation: String,
     leftovers: Leftovers,
+    /// The store's last failure; None: since then it has taken something.
+    trouble: Mutex<Option<StoreError>>,
     overruns: AtomicU64,
     overrun_nanos: AtomicU64,
     unsettled: AtomicU64,
@@ -158,6 +163,7 @@ impl Ledger {
             options,
             incarnation: uuid::Uuid::new_v4().to_string(),
             leftovers: Leftovers::default(),
+            trouble: Mutex::default(),
             overruns: AtomicU64::new(0),
             overrun_nanos: AtomicU64::new(0),
             unsettled: AtomicU64::new(0),
@@ -196,7 +202,7 @@ impl Ledger {
         budgets.dedup_by_key(|budget| budget.key(now));
         held.budgets = budgets.iter().map(|budget| budget.key(now)).collect();
         let later = Later::new(&self.0, Leftover::Release(Release(held.clone())));
-        let reserved = self.0.store.submit(Reserve { held: held.clone(), budgets }).await?;
+        let reserved = self.0.noting(self.0.store.submit(Reserve { held: held.clone(), budgets }).await)?;
         later.not_needed();
         match reserved {
             Ok(()) => Ok(Reservation::new(Arc::clone(&self.0), held)),
@@ -209,9 +215,14 @@ impl Ledger {
     pub async fn record_local(&self, call: &Call, outcome: Outcome, now: UnixMillis) -> Result<(), LedgerError> {
         let record = Record { held: Held::new(&self.0.incarnation, call, now), outcome };
         let later = Later::new(&self.0, Leftover::Record(record.clone()));
-        self.0.store.submit(record).await?;
+        self.0.noting(self.0.store.submit(record).await)?;
         later.not_needed();
         Ok(())
+    }
+
+    /// Why the store takes no rows at present; None: it does, as far as is known. Housekeeping finds out when that is over.
+    pub fn trouble(&self) -> Option<StoreError> {
+        self.0.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The same where nobody can wait: in a drop. Housekeeping writes it.
@@ -237,13 +248,14 @@ impl Ledger {
             overrun_nanos: self.0.overrun_nanos.load(Relaxed),
             unsettled: self.0.unsettled.load(Relaxed),
             leftovers: self.0.leftovers.len() as u64,
+            lost: self.0.leftovers.num_lost(),
         }
     }
 
     /// One round of housekeeping: what was left over, a sign of life, the reservations of the dead, old rows.
     pub async fn keep_house(&self, now: UnixMillis) -> Result<(), LedgerError> {
-        self.0.clear_leftovers().await?;
-        self.0.beat(now).await?;
+        self.0.noting(self.0.clear_leftovers().await)?;
+        self.0.noting(self.0.beat(now).await)?;
         self.0.charge_orphans(String::new(), now).await?;
         if let Some(keep) = self.0.options.keep {
             self.0.store.submit(Prune { before: now.before(keep), max_rows: PRUNE_AT_ONCE }).await?;
@@ -280,6 +292,17 @@ pub async fn least_left(store: &Store, budgets: &[Budget], now: UnixMillis) -> R
 }
 
 impl Inner {
+    /// Remembers how the store did. What it refuses of one statement alone says nothing of the next.
+    fn noting<T>(&self, done: Result<T, StoreError>) -> Result<T, StoreError> {
+        let trouble = match &done {
+            Err(StoreError::Statement { .. }) => return done,
+            Err(error) => Some(error.clone()),
+            Ok(_) => None,
+        };
+        *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = trouble;
+        done
+    }
+
     async fn beat(&self, now: UnixMillis) -> Result<(), StoreError> {
         let beat = Beat {
             incarnation: self.incarnation.clone(),

@@ -7,13 +7,17 @@
 //! ```
 //! Work that cannot wait for the store (a drop) or that the store failed (a settlement during an outage) goes to the
 //! *leftovers*, a bounded list that the ledger's housekeeping sends again. What does not fit there stays reserved and is
-//! charged in full when the next process starts: never is less counted than was spent.
+//! charged in full when the next process starts: never is less counted than was spent. Only rows of local requests, which have no
+//! reservation, are lost there; they are counted.
 //!
 //! **Invariant**: a reservation that exists is committed in the store.
 
 use std::{
     collections::VecDeque,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
+    },
 };
 
 use super::{
@@ -23,7 +27,7 @@ use super::{
 };
 use crate::{money::Money, store::StoreError};
 
-/// At it, leftovers are dropped: they stay reserved until a process starts.
+/// At it, leftovers are dropped: they stay reserved until a process starts, or, where nothing was reserved, are lost.
 const MAX_LEFTOVERS: usize = 10_000;
 
 /// Money set aside.
@@ -142,6 +146,8 @@ impl Drop for Later<'_> {
 #[derive(Default)]
 pub(super) struct Leftovers {
     list: Mutex<VecDeque<Leftover>>,
+    num_taken: AtomicUsize,
+    lost: AtomicU64,
     /// Rung when something arrives.
     pub(super) arrived: Arc<tokio::sync::Notify>,
 }
@@ -150,10 +156,7 @@ impl Leftovers {
     pub(super) fn push(&self, work: Leftover) {
         let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
         if list.len() >= MAX_LEFTOVERS {
-            tracing::error!(
-                limit = MAX_LEFTOVERS,
-                "too many calls wait to be settled; one stays reserved until the next start"
-            );
+            self.drop_for_good(&work, &format!("{MAX_LEFTOVERS} wait already"));
             return;
         }
         list.push_back(work);
@@ -161,16 +164,60 @@ impl Leftovers {
         self.arrived.notify_one();
     }
 
+    fn drop_for_good(&self, work: &Leftover, why: &str) {
+        if let Leftover::Record(record) = work {
+            self.lost.fetch_add(1, Relaxed);
+            tracing::error!(call = %record.held.id, tenant = %record.held.tenant, why, "a local request's row is lost");
+        } else {
+            tracing::error!(why, "a call cannot be settled; it stays reserved until the next start");
+        }
+    }
+
+    pub(super) fn num_lost(&self) -> u64 {
+        self.lost.load(Relaxed)
+    }
+
     pub(super) fn len(&self) -> usize {
-        self.list.lock().unwrap_or_else(PoisonError::into_inner).len()
+        let list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
+        list.len() + self.num_taken.load(Relaxed)
     }
 
-    fn pop(&self) -> Option<Leftover> {
-        self.list.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+    fn take(&self) -> Option<Taken<'_>> {
+        let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
+        let work = list.pop_front()?;
+        // Under the lock, so that nobody sees it nowhere.
+        self.num_taken.fetch_add(1, Relaxed);
+        drop(list);
+        Some(Taken { leftovers: self, work: Some(work) })
+    }
+}
+
+/// Work that somebody is at. Dropped before it is done, it is the first in the list again: each of these may be done twice.
+struct Taken<'a> {
+    leftovers: &'a Leftovers,
+    /// None: it is done.
+    work: Option<Leftover>,
+}
+
+impl Taken<'_> {
+    fn done(mut self) {
+        self.work = None;
     }
 
-    fn put_back(&self, work: Leftover) {
-        self.list.lock().unwrap_or_else(PoisonError::into_inner).push_front(work);
+    fn drop_for_good(mut self, why: &str) {
+        if let Some(work) = self.work.take() {
+            self.leftovers.drop_for_good(&work, why);
+        }
+    }
+}
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        let mut list = self.leftovers.list.lock().unwrap_or_else(PoisonError::into_inner);
+        self.leftovers.num_taken.fetch_sub(1, Relaxed);
+        if let Some(work) = self.work.take() {
+            list.push_front(work);
+        }
     }
 }
 
@@ -179,9 +226,9 @@ impl Inner {
     pub(super) async fn clear_leftovers(&self) -> Result<(), StoreError> {
         // What arrives meanwhile is for the next time, so this ends.
         for _ in 0..self.leftovers.len() {
-            let Some(work) = self.leftovers.pop() else { break };
-            // Put back where this future is dropped while it waits, too: each of these may be done twice.
-            let done = match &work {
+            let Some(taken) = self.leftovers.take() else { break };
+            let Some(work) = &taken.work else { break };
+            let done = match work {
                 Leftover::Release(release) => self.store.submit(release.clone()).await,
                 Leftover::Settle(settle) => {
                     self.store.submit(settle.clone()).await.map(|settled| self.note_overrun(&settle.held, settled))
@@ -192,14 +239,9 @@ impl Inner {
                 }
             };
             match done {
-                Ok(()) => {}
-                Err(error @ StoreError::Statement { .. }) => {
-                    tracing::error!(%error, "a call cannot be settled; it stays reserved until the next start");
-                }
-                Err(error) => {
-                    self.leftovers.put_back(work);
-                    return Err(error);
-                }
+                Ok(()) => taken.done(),
+                Err(error @ StoreError::Statement { .. }) => taken.drop_for_good(&error.to_string()),
+                Err(error) => return Err(error),
             }
         }
         Ok(())

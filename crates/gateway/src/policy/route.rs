@@ -154,14 +154,10 @@ pub enum Refused {
         why: String,
     },
     /// 429: it would wait too long.
-    #[error(
-        "the first token would take about {predicted:?} here, the limit is {limit:?}, and the overflow is closed: {why}"
-    )]
+    #[error("{pressed}, and the overflow is closed: {why}")]
     TooSlow {
-        /// Predicted here.
-        predicted: Duration,
-        /// The tenant's.
-        limit: Duration,
+        /// What makes it wait here.
+        pressed: String,
         /// Why it does not go up.
         why: String,
         /// When it would be answered in time, as far as can be said now.
@@ -405,9 +401,10 @@ fn with_overflow(
             Ok(route)
         }
         (Some(why), Otherwise::Refuse) => {
-            let predicted = predicted.unwrap_or(limit);
-            let retry_after = predicted.saturating_sub(limit).max(Duration::from_secs(1));
-            Err(Refused::TooSlow { predicted, limit, why, retry_after })
+            let wait = predicted.unwrap_or_default();
+            // Where time is not what is short, all that waits has to be done first.
+            let wait = if is_slow { wait.saturating_sub(limit) } else { wait };
+            Err(Refused::TooSlow { pressed, why, retry_after: wait.max(Duration::from_secs(1)) })
         }
     }
 }

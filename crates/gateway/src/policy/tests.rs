@@ -220,8 +220,17 @@ fn where_waiting_is_refused_the_wait_is_told_honestly() {
     let mut facts = Facts { privacy: PrivacyClass::LocalOnly, ..facts(&tenant) };
     facts.local.predicted_ttft = Some(Duration::from_secs(7));
     let refused = router(vec![]).route("base", &facts, &local).unwrap_err();
-    let Refused::TooSlow { retry_after, .. } = refused else { panic!("{refused}") };
-    assert_eq!(retry_after, Duration::from_secs(5));
+    let Refused::TooSlow { retry_after, .. } = &refused else { panic!("{refused}") };
+    assert_eq!(*retry_after, Duration::from_secs(5));
+    let told = refused.to_string();
+    assert!(told.starts_with("the first token would take about 7.0s here, the limit is 2.0s, and"), "{told}");
+    // Fast enough, were there room: no word of a time that is within the limit.
+    facts.local = LocalState { predicted_ttft: Some(Duration::from_millis(1500)), is_exhausted: true, ..facts.local };
+    let refused = router(vec![]).route("base", &facts, &local).unwrap_err();
+    let Refused::TooSlow { retry_after, .. } = &refused else { panic!("{refused}") };
+    assert_eq!(*retry_after, Duration::from_millis(1500));
+    let told = refused.to_string();
+    assert!(told.starts_with("the cache has no free block here, and the overflow is closed"), "{told}");
 }
 
 #[test]

@@ -214,6 +214,27 @@ impl Delta {
     }
 }
 
+impl ToolCall {
+    fn in_one_piece(self, index: u32) -> ToolCallDelta {
+        let Self { id, kind, mut extra } = self;
+        let of = |kind: &str, name, arguments, extra| ToolCallDelta {
+            index,
+            id: Some(id),
+            kind: Some(kind.to_owned()),
+            name,
+            arguments,
+            extra,
+        };
+        match kind {
+            ToolCallKind::Function { name, arguments } => of("function", Some(name), Some(arguments), extra),
+            ToolCallKind::Custom { name, input } => {
+                extra.insert("custom".to_owned(), json!({"name": name, "input": input}));
+                of("custom", None, None, extra)
+            }
+        }
+    }
+}
+
 impl ToolCallDelta {
     fn to_json(&self) -> Value {
         let mut map = Map::new();
@@ -266,6 +287,16 @@ impl Answer {
 }
 
 impl Choice {
+    /// As two pieces of a stream: all that it says, and its end.
+    pub(super) fn in_pieces(self) -> (ChunkChoice, ChunkChoice) {
+        let Self { index, message, finish, logprobs, extra } = self;
+        let AnswerMessage { content, refusal, reasoning, tool_calls, extra: said } = message;
+        let tool_calls = (0_u32..).zip(tool_calls).map(|(at, call)| call.in_one_piece(at)).collect();
+        let delta = Delta { opens: true, content, refusal, reasoning, tool_calls, extra: said };
+        let all = ChunkChoice { index, delta, finish: None, logprobs, extra };
+        (all, ChunkChoice { index, finish: Some(finish), ..ChunkChoice::default() })
+    }
+
     fn to_json(&self, shape: Shape) -> Value {
         let mut map = Map::new();
         map.insert("index".to_owned(), self.index.into());

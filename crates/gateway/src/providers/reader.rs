@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 
 use super::{
     Call, Secret,
-    answer::{Answer, Chunk, ChunkChoice, Delta, Finish, Head, Shape},
+    answer::{Answer, Choice, Chunk, ChunkChoice, Delta, Finish, Head, Shape},
     anthropic,
     chat::Delivery,
     error::{Cause, Spent, UpstreamError},
@@ -210,6 +210,25 @@ impl AnswerReader {
             answer.usage = self.facts.estimate(bytes as u64);
         }
         Ok(answer)
+    }
+
+    /// A whole answer in the pieces of a stream, for a client that waits for those.
+    pub fn in_pieces(&self, answer: Answer) -> Ended {
+        let Answer { head, choices, usage, usage_json, extra } = answer;
+        let asked = self.facts.usage_chunk == UsageChunk::Asked;
+        let chunk = |choices: Vec<ChunkChoice>| Chunk {
+            head: head.clone(),
+            choices,
+            usage: asked.then_some(Value::Null),
+            extra: extra.clone(),
+        };
+        let (texts, ends): (Vec<_>, Vec<_>) = choices.into_iter().map(Choice::in_pieces).unzip();
+        let mut chunks: Vec<Chunk> = texts.into_iter().chain(ends).map(|piece| chunk(vec![piece])).collect();
+        if asked {
+            let usage = Some(usage_json.unwrap_or_else(|| usage.to_json()));
+            chunks.push(Chunk { usage, ..chunk(Vec::new()) });
+        }
+        Ended { chunks, usage }
     }
 
     /// Reads one event of a stream.

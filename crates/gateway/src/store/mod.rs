@@ -11,7 +11,7 @@
 //! sound file. With PostgreSQL these are `synchronous_commit = on` and `off` of the server.
 //!
 //! **When the store cannot be reached**, writes fail and so does all that must be written first: a reservation is
-//! refused and nothing is sent upstream. Requests that cost nothing upstream go on.
+//! refused and nothing is sent upstream. Whether requests that cost nothing upstream go on is configured (`on_failure`).
 //!
 //! **Invariant**: a write that was answered is committed.
 

@@ -5,6 +5,7 @@
 
 use std::{
     borrow::Cow,
+    error::Error as _,
     fmt,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
@@ -17,8 +18,9 @@ use http::{HeaderMap, StatusCode, header};
 use reqwest::{Client, Response, redirect};
 
 use super::{
-    AnswerStream, LeavesPremises, Limits,
+    AnswerStream, Departure, LeavesPremises, Limits,
     breaker::{Breaker, BreakerLimits, BreakerState, Pass, Verdict},
+    departure::WatchedBody,
     retry::Failed,
 };
 use crate::providers::{
@@ -164,33 +166,42 @@ impl Door {
             .redirect(redirect::Policy::none())
             .user_agent(concat!("bindery/", env!("CARGO_PKG_VERSION")))
             .build()?;
-        Ok(Self { client, limits: Arc::new(limits) })
+        Ok(Self::with_client(client, limits))
+    }
+
+    /// Through another client: for tests of what the usual one cannot be brought to.
+    pub(super) fn with_client(client: Client, limits: Limits) -> Self {
+        Self { client, limits: Arc::new(limits) }
     }
 
     /// Sends a request and waits for its answer, or for the first piece of it. Dropping the future, or the stream it gives,
     /// ends the call upstream. What failed and cost nothing is tried again here; what may have cost something is handed back
-    /// at once, for whoever pays to decide ([`Door::wait_to_pay_again`]).
+    /// at once, for whoever pays to decide ([`Door::wait_to_pay_again`]). `departure` says at any moment whether the call can have
+    /// cost something, for where the future is dropped.
     pub async fn send(
         &self,
         permit: LeavesPremises,
         upstream: &Upstream,
         outgoing: Outgoing,
-        time_left: Duration,
+        (departure, time_left): (&Departure, Duration),
     ) -> Result<Received, UpstreamError> {
         let deadline = tokio::time::Instant::now() + time_left;
         let body = serde_json::to_vec(&outgoing.request.body)
             .map(Bytes::from)
             .map_err(|error| UpstreamError::new(Cause::Invalid, format!("the request cannot be written: {error}")))?;
-        let call = CallOut { request: &outgoing.request, body, reader: &outgoing.reader, permit };
+        let call = CallOut { request: &outgoing.request, body, reader: &outgoing.reader, permit, departure };
         let mut attempt = 1;
         loop {
             let tried = tokio::time::timeout_at(deadline, self.attempt(upstream, &call, deadline)).await;
-            let error = match tried.unwrap_or_else(|_| Err(Tried::Failed(late().having_spent(Spent::Unknown)))) {
+            let error = match tried.unwrap_or_else(|_| Err(Tried::Failed(late().having_spent(departure.spent())))) {
                 Ok(received) => return Ok(received),
                 // Waiting for a breaker would be waiting for someone else's probe.
                 Err(Tried::NotLetThrough(error)) => return Err(error),
                 Err(Tried::Failed(error)) => error,
             };
+            if !error.spent.may_cost() {
+                departure.cost_nothing();
+            }
             let time_left = deadline.saturating_duration_since(tokio::time::Instant::now());
             let failed = Failed { error: &error, attempt, time_left, random: fastrand::f64() };
             let Some(wait) = self.limits.retry.wait(&failed) else { return Err(error) };
@@ -251,6 +262,7 @@ impl Door {
             && let Some(Renewed { headers, secret }) = upstream.renewed(&call.request.headers).await
         {
             tracing::debug!(upstream = upstream.name(), "an upstream call is sent again with a fresh credential");
+            call.departure.cost_nothing();
             response = self.head(call, &headers).await?;
             reader = Cow::Owned(call.reader.clone().with_secret(secret));
         }
@@ -275,22 +287,29 @@ impl Door {
         };
         let answer = reader.whole(&Reply { status, headers: &headers, body: &body, at: Utc::now() })?;
         if reader.is_streamed() {
-            let message = "the upstream was asked for a stream and sent something else";
-            return Err(UpstreamError::new(Cause::Malformed, message).having_spent(answer.usage));
+            // Some servers, and some proxies, do not stream. It is all there, and paid for.
+            let ended = reader.in_pieces(answer);
+            let stream = AnswerStream::ended(reader.into_owned(), ended, Arc::clone(&self.limits));
+            return Ok(Begun::Stream(Box::new(stream)));
         }
         Ok(Begun::Whole(Box::new(answer)))
     }
 
     /// Holding a [`CallOut`], and so its permit, is what allows this.
     async fn head(&self, call: &CallOut<'_>, headers: &HeaderMap) -> Result<Response, UpstreamError> {
-        let CallOut { request, body, permit: LeavesPremises { .. }, .. } = call;
-        let sending = self.client.post(request.url.clone()).headers(headers.clone()).body(body.clone()).send();
+        let CallOut { request, body, permit: LeavesPremises { .. }, departure, .. } = call;
+        let body = reqwest::Body::wrap(WatchedBody::new(body.clone(), (*departure).clone()));
+        let sending = self.client.post(request.url.clone()).headers(headers.clone()).body(body).send();
         match tokio::time::timeout(self.limits.first_byte, sending).await {
             Ok(Ok(response)) => Ok(response),
-            Ok(Err(error)) => Err(transport(&error)),
+            Ok(Err(error)) if was_refused_unread(&error) => {
+                let message = "the upstream closed the connection before it read the request";
+                Err(UpstreamError::new(Cause::Failed, message).having_spent(Spent::Nothing))
+            }
+            Ok(Err(error)) => Err(transport(&error, departure.spent())),
             Err(_) => {
                 let message = format!("the upstream did not begin to answer within {:?}", self.limits.first_byte);
-                Err(UpstreamError::new(Cause::Timeout, message).having_spent(Spent::Unknown))
+                Err(UpstreamError::new(Cause::Timeout, message).having_spent(departure.spent()))
             }
         }
     }
@@ -301,7 +320,7 @@ impl Door {
             let piece = match tokio::time::timeout(self.limits.idle, response.chunk()).await {
                 Ok(Ok(Some(piece))) => piece,
                 Ok(Ok(None)) => return Ok(body),
-                Ok(Err(error)) => return Err(transport(&error)),
+                Ok(Err(error)) => return Err(transport(&error, Spent::Unknown)),
                 Err(_) => return Err(idle(self.limits.idle)),
             };
             if body.len() + piece.len() > max_bytes {
@@ -319,6 +338,7 @@ struct CallOut<'a> {
     body: Bytes,
     reader: &'a AnswerReader,
     permit: LeavesPremises,
+    departure: &'a Departure,
 }
 
 enum Begun {
@@ -341,9 +361,24 @@ pub(super) fn idle(limit: Duration) -> UpstreamError {
     UpstreamError::new(Cause::Timeout, format!("the upstream fell silent for {limit:?} in the middle of its answer"))
 }
 
-/// What the HTTP client says; its text names URLs, so it is not repeated. Only where there was no connection is it certain
-/// that nothing arrived.
-pub(super) fn transport(error: &reqwest::Error) -> UpstreamError {
+/// HTTP/2's two ways to say that a request was not looked at (RFC 9113, 8.7): servers do so as they end a connection in good order.
+/// The client would send such a request again by itself if its body were not watched.
+fn was_refused_unread(error: &reqwest::Error) -> bool {
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        if let Some(error) = error.downcast_ref::<h2::Error>() {
+            let reason = error.reason();
+            return error.is_remote()
+                && (error.is_go_away() && reason == Some(h2::Reason::NO_ERROR)
+                    || error.is_reset() && reason == Some(h2::Reason::REFUSED_STREAM));
+        }
+        cause = error.source();
+    }
+    false
+}
+
+/// What the HTTP client says; its text names URLs, so it is not repeated. `spent`: where there was a connection.
+pub(super) fn transport(error: &reqwest::Error, spent: Spent) -> UpstreamError {
     if error.is_connect() {
         return UpstreamError::new(Cause::Unreachable, "the upstream cannot be reached");
     }
@@ -354,5 +389,5 @@ pub(super) fn transport(error: &reqwest::Error) -> UpstreamError {
     } else {
         UpstreamError::new(Cause::Failed, "the connection to the upstream failed")
     };
-    error.having_spent(Spent::Unknown)
+    error.having_spent(spent)
 }

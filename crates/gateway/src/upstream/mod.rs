@@ -5,12 +5,14 @@
 //! [`LeavesPremises`], which only a privacy class that allows it can make; and once a piece of an answer has been handed
 //! on, nothing is tried again.
 //!
-//! Reading order: [`privacy`], [`Door`] (`door`), [`AnswerStream`] (`stream`), [`breaker`] and [`retry`] (both pure), `sse`.
+//! Reading order: [`privacy`], [`Door`] (`door`), [`AnswerStream`] (`stream`), [`breaker`] and [`retry`] (both pure), `sse`,
+//! [`Departure`] (`departure`).
 
 pub mod breaker;
 pub mod privacy;
 pub mod retry;
 
+mod departure;
 mod door;
 mod sse;
 mod stream;
@@ -18,6 +20,7 @@ mod stream;
 use std::time::Duration;
 
 pub use breaker::{Breaker, BreakerLimits, BreakerState};
+pub use departure::Departure;
 pub use door::{Door, DoorError, Received, Renew, Renewed, Upstream};
 pub use privacy::{LeavesPremises, PrivacyClass};
 pub use retry::RetryLimits;

@@ -14,7 +14,10 @@ use super::{
     door::{Attempt, idle, late, transport},
     sse::{Events, SseError, SseLimits},
 };
-use crate::providers::{AnswerReader, Chunk, UpstreamError, Usage, error::Cause};
+use crate::providers::{
+    AnswerReader, Chunk, Ended, UpstreamError, Usage,
+    error::{Cause, Spent},
+};
 
 type ByteStream = Pin<Box<dyn Stream<Item = reqwest::Result<Bytes>> + Send>>;
 
@@ -45,6 +48,12 @@ impl AnswerStream {
         let bytes: ByteStream = Box::pin(response.bytes_stream());
         let events = Some(Events::new(bytes, sse));
         Self { events, reader, limits, waiting: VecDeque::new(), attempt: None, deadline: None, usage: None }
+    }
+
+    /// One that is at its end already.
+    pub(super) fn ended(reader: AnswerReader, ended: Ended, limits: Arc<Limits>) -> Self {
+        let Ended { chunks, usage } = ended;
+        Self { events: None, reader, limits, waiting: chunks.into(), attempt: None, deadline: None, usage: Some(usage) }
     }
 
     /// Waits for the first chunk, and keeps it for [`AnswerStream::next`].
@@ -113,7 +122,7 @@ impl AnswerStream {
         let event = match tokio::time::timeout(self.limits.idle, events.next()).await {
             Err(_) => return Err(idle(self.limits.idle)),
             Ok(Some(Ok(event))) => Some(event),
-            Ok(Some(Err(SseError::Transport(error)))) => return Err(transport(&error)),
+            Ok(Some(Err(SseError::Transport(error)))) => return Err(transport(&error, Spent::Unknown)),
             Ok(Some(Err(error))) => return Err(UpstreamError::new(broken(&error), error.to_string())),
             Ok(None) => None,
         };

@@ -74,6 +74,7 @@ impl Double {
             async move {
                 let (parts, body) = request.into_parts();
                 let body = axum::body::to_bytes(body, 1 << 20).await.unwrap();
+                assert_eq!(parts.headers["content-length"], body.len().to_string(), "some servers take no chunks");
                 let key = parts.headers["authorization"].to_str().unwrap().to_owned();
                 noted.lock().unwrap().push((key, serde_json::from_slice(&body).unwrap()));
                 answer(counter.fetch_add(1, Ordering::SeqCst))
@@ -114,7 +115,7 @@ fn outgoing(base: &str, wanted: Wanted) -> Outgoing {
 
 async fn send(limits: Limits, upstream: &Upstream, outgoing: Outgoing) -> Result<Received, UpstreamError> {
     let permit = PrivacyClass::LocalFirst.leave().unwrap();
-    Door::new(limits).unwrap().send(permit, upstream, outgoing, LONG).await
+    Door::new(limits).unwrap().send(permit, upstream, outgoing, (&Departure::default(), LONG)).await
 }
 
 fn answer() -> Value {
@@ -276,7 +277,8 @@ async fn a_stream_has_a_deadline_in_all() {
     let permit = PrivacyClass::Any.leave().unwrap();
     let outgoing = outgoing(&double.base, Wanted::Stream);
     let upstream = upstream(1);
-    let received = Door::new(limits()).unwrap().send(permit, &upstream, outgoing, Duration::from_secs(2)).await;
+    let within = (&Departure::default(), Duration::from_secs(2));
+    let received = Door::new(limits()).unwrap().send(permit, &upstream, outgoing, within).await;
     let (text, has_finished, error, _) = drain(received.unwrap()).await;
     assert_eq!((text.as_str(), has_finished, error.unwrap().cause), ("hello", false, Cause::Timeout));
     assert_eq!(upstream.state(), BreakerState::Closed, "it had begun, and was not asked for more than it gave");
@@ -392,7 +394,10 @@ async fn the_deadline_ends_the_call_whatever_it_waits_for() {
     let (base, _) = raw("", After::Hold).await;
     let permit = PrivacyClass::Any.leave().unwrap();
     let door = Door::new(limits()).unwrap();
-    let error = door.send(permit, &upstream(9), outgoing(&base, Wanted::Whole), SHORT).await.unwrap_err();
+    let error = door
+        .send(permit, &upstream(9), outgoing(&base, Wanted::Whole), (&Departure::default(), SHORT))
+        .await
+        .unwrap_err();
     assert_eq!(error.cause, Cause::Timeout);
 }
 
@@ -465,9 +470,9 @@ async fn bodies_of_any_size_are_read_within_bounds() {
 
 #[tokio::test]
 async fn something_else_than_asked_for_is_no_answer() {
-    let whole = Double::answering(|_| json_response(200, &answer())).await;
-    let error = send(limits(), &upstream(9), outgoing(&whole.base, Wanted::Stream)).await.unwrap_err();
-    assert_eq!(error.cause, Cause::Malformed);
+    let page = Double::answering(|_| axum::response::Html("<h1>It works!</h1>").into_response()).await;
+    let error = send(limits(), &upstream(9), outgoing(&page.base, Wanted::Stream)).await.unwrap_err();
+    assert_eq!((error.cause, error.spent), (Cause::Malformed, Spent::Unknown));
     let streamed = Double::answering(|_| events(event("hello") + &last_events())).await;
     let error = send(limits(), &upstream(9), outgoing(&streamed.base, Wanted::Whole)).await.unwrap_err();
     assert_eq!(error.cause, Cause::Malformed);
@@ -522,4 +527,101 @@ async fn what_is_local_only_has_no_way_to_ask() {
         assert!(PrivacyClass::LocalOnly.tightened_by(request).leave().is_none());
     }
     assert_eq!(double.hits(), 0);
+}
+
+/// Takes connections and says nothing, not even what a TLS handshake begins with. Until told, it reads nothing, either.
+async fn deaf() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let base = format!("https://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        let mut held = Vec::new();
+        loop {
+            held.push(listener.accept().await.unwrap());
+        }
+    });
+    base
+}
+
+#[tokio::test]
+async fn who_gives_up_before_the_request_has_left_has_spent_nothing() {
+    let departure = Departure::default();
+    let door = Door::new(limits()).unwrap();
+    let (deaf, (silent, hits)) = (deaf().await, raw("", After::Hold).await);
+    for (base, spent) in [(&deaf, Spent::Nothing), (&silent, Spent::Unknown)] {
+        let permit = PrivacyClass::Any.leave().unwrap();
+        let within = (&departure, Duration::from_millis(500));
+        let error = door.send(permit, &upstream(9), outgoing(base, Wanted::Whole), within).await.unwrap_err();
+        assert_eq!((error.cause, &error.spent), (Cause::Timeout, &spent), "{base}");
+        assert_eq!(departure.spent(), spent, "what a drop would have been told");
+    }
+    assert_eq!(hits.load(Ordering::SeqCst), 1);
+}
+
+#[tokio::test]
+async fn between_two_attempts_nothing_is_on_its_way() {
+    let double = Double::answering(|_| json_response(500, &json!({}))).await;
+    let (departure, patient) = (Departure::default(), RetryLimits { first_wait: LONG, ..limits().retry });
+    let door = Door::new(Limits { retry: RetryLimits { max_wait: LONG, ..patient }, ..limits() }).unwrap();
+    let (permit, upstream) = (PrivacyClass::Any.leave().unwrap(), upstream(9));
+    let sending = door.send(permit, &upstream, outgoing(&double.base, Wanted::Whole), (&departure, 2 * LONG));
+    tokio::select! {
+        _ = sending => panic!("it waits for its second attempt"),
+        () = async {
+            while double.hits() == 0 || departure.spent() != Spent::Nothing {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        } => {}
+    }
+    assert_eq!(double.hits(), 1);
+}
+
+#[tokio::test]
+async fn a_stream_that_http2_refuses_unread_costs_nothing_and_is_sent_again() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let base = format!("http://{}/v1", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        let (socket, _) = listener.accept().await.unwrap();
+        let mut connection = h2::server::handshake(socket).await.unwrap();
+        for at in 0.. {
+            let Some(Ok((_request, mut respond))) = connection.accept().await else { return };
+            if at == 0 {
+                respond.send_reset(h2::Reason::REFUSED_STREAM);
+                continue;
+            }
+            let head = axum::http::Response::builder().header("content-type", "application/json").body(()).unwrap();
+            let mut body = respond.send_response(head, false).unwrap();
+            body.send_data(answer().to_string().into(), true).unwrap();
+        }
+    });
+    let client = reqwest::Client::builder().http2_prior_knowledge().build().unwrap();
+    let door = Door::with_client(client, limits());
+    let (departure, permit) = (Departure::default(), PrivacyClass::Any.leave().unwrap());
+    let received = door.send(permit, &upstream(9), outgoing(&base, Wanted::Whole), (&departure, LONG)).await;
+    assert!(matches!(received, Ok(Received::Whole(_))), "{received:?}");
+}
+
+#[tokio::test]
+async fn an_answer_in_one_piece_to_a_request_for_a_stream_is_given_out_as_one() {
+    let mut whole = answer();
+    whole["choices"][0]["message"]["tool_calls"] =
+        json!([{"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]);
+    let double = Double::answering(move |_| json_response(200, &whole)).await;
+    let received = send(limits(), &upstream(1), outgoing(&double.base, Wanted::Stream)).await.unwrap();
+    let Received::Stream(mut stream) = received else { panic!("a stream was asked for") };
+    let mut chunks = Vec::new();
+    while let Some(chunk) = stream.next().await {
+        chunks.push(chunk.unwrap().to_json());
+    }
+    let deltas: Vec<&Value> = chunks.iter().map(|chunk| &chunk["choices"][0]["delta"]).collect();
+    assert_eq!(
+        *deltas[0],
+        json!({"role": "assistant", "content": "hello", "tool_calls":
+        [{"index": 0, "id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]})
+    );
+    assert_eq!(chunks[0]["object"], "chat.completion.chunk");
+    assert!(chunks[0]["choices"][0]["finish_reason"].is_null());
+    assert_eq!(chunks[1]["choices"][0]["finish_reason"], "stop");
+    assert_eq!((chunks.len(), double.hits()), (2, 1), "paid for once");
+    assert!(stream.is_complete());
+    assert_eq!((stream.usage().prompt, stream.usage().completion, stream.usage().estimated), (3, 1, false));
 }

@@ -7,6 +7,7 @@
 use crate::{
     ModelError,
     config::{DecoderConfig, RopeStyle, gguf_rope_style},
+    licence,
     weights::gguf::GgufFile,
 };
 
@@ -16,6 +17,7 @@ pub(super) struct GgufAdapter {
     /// 0 where the file has none.
     pub(super) alpha: f64,
     pub(super) base: Option<String>,
+    pub(super) licence: Option<String>,
     /// Which order the rows of queries and keys have in the file.
     pub(super) style: RopeStyle,
 }
@@ -64,7 +66,7 @@ impl GgufAdapter {
             }
         };
         let base = ["general.base_model.0.repo_url", "general.base_model.0.name"].iter().find_map(|key| file.str(key));
-        Ok(Self { alpha, base: base.map(str::to_owned), style })
+        Ok(Self { alpha, base: base.map(str::to_owned), licence: licence::of_gguf(file), style })
     }
 
     /// What `b a x` of a pair is multiplied with. Without an alpha llama.cpp multiplies with nothing.

@@ -30,6 +30,7 @@ use self::{
 use crate::{
     ModelError,
     config::{DecoderConfig, RopeStyle},
+    licence,
     weights::{gguf::GgufFile, loose::LooseTensors, modules::ModuleNames},
 };
 
@@ -130,6 +131,8 @@ pub struct AdapterInfo {
     pub targets: String,
     /// A path or name on the machine that trained it: worth showing, never compared.
     pub base_model_name_or_path: Option<String>,
+    /// As its files tell it.
+    pub licence: Option<String>,
     /// Elements of all pairs as stored.
     pub num_parameters: u64,
     /// Bytes of all pairs as stored.
@@ -178,12 +181,18 @@ impl OpenedAdapter {
             Described::Peft(config) => (AdapterFormat::Peft, config.alpha, config.base.clone(), RopeStyle::Neox),
             Described::Gguf(file) => (AdapterFormat::Gguf, file.alpha, file.base.clone(), file.style),
         };
+        let licence = match &described {
+            Described::Peft(_) => licence::of_folder(path),
+            // Not by its path: the file may have been written over since it was read.
+            Described::Gguf(file) => file.licence.clone(),
+        };
         let info = AdapterInfo {
             format,
             rank: pairs.max_rank(),
             alpha,
             targets: pairs.describe(),
             base_model_name_or_path: base_name.map(|name| name.chars().take(MAX_NAME_CHARS).collect()),
+            licence,
             num_parameters: pairs.num_parameters(),
             num_bytes: pairs.num_bytes(&tensors)?,
             num_bytes_in_f32: pairs.num_bytes_in_f32(),

@@ -70,7 +70,7 @@ fn card(state: &AppState, serving: &Serving, name: &str) -> ModelCard {
         root: Some(state.config.primary_model_name().to_owned()),
         parent: None,
         max_model_len: Some(serving.model.max_model_len),
-        digest: state.config.digest.clone(),
+        digest: state.config.digest.get().cloned(),
         license: state.config.license.clone(),
     }
 }
@@ -90,13 +90,13 @@ fn elsewhere_card(state: &AppState, serving: &Serving, model: ListedModel) -> Mo
 
 /// vLLM's fields: `root` is where the adapter came from, `parent` the base it stands beside.
 fn adapter_card(state: &AppState, serving: &Serving, spec: &AdapterSpec) -> ModelCard {
-    let digest = serving.model.adapters.digest(&spec.name);
+    let identity = serving.model.adapters.identity(&spec.name);
     ModelCard {
         id: spec.name.clone(),
         root: Some(spec.source.to_string()),
         parent: Some(state.config.primary_model_name().to_owned()),
-        digest,
-        license: None,
+        digest: identity.as_ref().map(|identity| identity.digest.clone()),
+        license: identity.and_then(|identity| identity.licence.clone()),
         ..card(state, serving, &spec.name)
     }
 }

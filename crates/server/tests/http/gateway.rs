@@ -25,7 +25,7 @@ pub(crate) struct House {
     pub(crate) server: Server,
     pub(crate) upstream: Server,
     store: Store,
-    _folder: tempfile::TempDir,
+    pub(crate) folder: tempfile::TempDir,
 }
 
 const TENANTS: &str = "[[tenants]]\nname = \"acme\"\nprivacy = \"any\"\n\
@@ -38,21 +38,29 @@ impl House {
     }
 
     pub(crate) async fn build_with(rest: &str, setup: Setup) -> Self {
-        Self::of(setup, &format!("{TENANTS}{rest}"), Server::start()).await
+        Self::of(setup, ("", &format!("{TENANTS}{rest}")), Server::start()).await
+    }
+
+    /// With more in its `[store]`.
+    pub(crate) async fn with_store(words: &str) -> Self {
+        Self::of(Setup::new(), (words, TENANTS), Server::start()).await
     }
 
     /// Tenants and all else, and who plays the upstream.
     async fn with(rest: &str, upstream: Server) -> Self {
-        Self::of(Setup::new(), rest, upstream).await
+        Self::of(Setup::new(), ("", rest), upstream).await
     }
 
-    async fn of(mut setup: Setup, rest: &str, upstream: Server) -> Self {
+    /// `FOLDER` in what is written is a folder of its own, with a key for the log.
+    async fn of(mut setup: Setup, (store, rest): (&str, &str), upstream: Server) -> Self {
         let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("key"), "ab".repeat(32)).unwrap();
+        let rest = rest.replace("FOLDER", folder.path().to_str().unwrap());
         let url = format!("sqlite://{}", folder.path().join("b.db").display());
         // A port on which nobody listens any more.
         let dead = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
         let text = format!(
-            "[store]\nurl = \"{url}\"\n[local]\ncost_per_hour = 3600.0\n\
+            "[store]\nurl = \"{url}\"\n{store}[local]\ncost_per_hour = 3600.0\n\
              [[upstreams]]\nname = \"up\"\nkind = \"openai-compatible\"\nbase_url = \"http://{}/v1\"\nmodels = [\"{MODEL}\"]\n\
              prices = {{ \"{MODEL}\" = {{ input = 1.0, output = 2.0 }} }}\n\
              [[upstreams]]\nname = \"dead\"\nkind = \"openai-compatible\"\nbase_url = \"http://{dead}/v1\"\nmodels = [\"m\"]\n\
@@ -71,7 +79,7 @@ impl House {
         };
         let (store, _thread) = Store::open(options).await.unwrap();
         setup.config.gateway = Some(gateway);
-        Self { server: setup.start(), upstream, store, _folder: folder }
+        Self { server: setup.start(), upstream, store, folder }
     }
 
     /// A new key of a tenant, once the server knows it.

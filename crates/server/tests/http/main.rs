@@ -12,5 +12,6 @@ mod fair;
 mod gateway;
 mod hostile;
 mod lifecycle;
+mod log;
 mod operations;
 mod outside;

@@ -24,7 +24,7 @@ use crate::{
 
 /// What the hook does with a question.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Manner {
+pub(crate) enum Manner {
     Allow,
     Block,
     /// Half of a JSON text.
@@ -38,7 +38,7 @@ enum Manner {
 }
 
 /// A web hook that is nothing but a socket.
-struct Hook {
+pub(crate) struct Hook {
     address: SocketAddr,
     seen: Arc<Seen>,
 }
@@ -53,7 +53,7 @@ struct Seen {
 }
 
 impl Hook {
-    async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let seen = Arc::new(Seen {
@@ -73,7 +73,7 @@ impl Hook {
         Self { address, seen }
     }
 
-    fn set(&self, manner: Manner) {
+    pub(crate) fn set(&self, manner: Manner) {
         *self.seen.manner.lock().unwrap() = manner;
     }
 
@@ -81,7 +81,7 @@ impl Hook {
         self.seen.questions.lock().unwrap().len()
     }
 
-    fn table(&self, name: &str, more: &str) -> String {
+    pub(crate) fn table(&self, name: &str, more: &str) -> String {
         format!("[[guardrails]]\nname = \"{name}\"\nkind = \"webhook\"\nurl = \"http://{}/x\"\n{more}\n", self.address)
     }
 }

@@ -48,7 +48,7 @@ impl Setup {
             admin_key: None,
             max_body_bytes: 12 << 20,
             shutdown_timeout: PATIENCE,
-            digest: Some("abc".into()),
+            digest: Arc::new("abc".to_owned().into()),
             license: Some("Apache-2.0".into()),
             adapter_roots: AdapterRoots::default(),
             gateway: None,

@@ -11,7 +11,7 @@ mod roofline;
 
 use std::{
     fmt::Write as _,
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
@@ -244,7 +244,7 @@ impl OwnServer {
             admin_key: None,
             max_body_bytes: DEFAULT_MAX_BODY_BYTES,
             shutdown_timeout: Duration::from_secs(1),
-            digest: files.digest.clone(),
+            digest: Arc::new(files.digest.clone().map_or_else(OnceLock::new, OnceLock::from)),
             license: files.license.clone(),
             adapter_roots: AdapterRoots::default(),
             gateway: None,

@@ -7,12 +7,13 @@
 use std::path::Path;
 
 use bindery_gateway::{
-    audit::config::{AuditConfig, FailureMeans, KeepContents},
+    audit::config::{AuditConfig, KeepContents},
     clock::UnixMillis,
     config::{CredentialSource, GatewayConfig, StoreConfig, TenantConfig, UpstreamConfig},
+    failure::OnFailure,
     guardrails::{
         Action, Side,
-        config::{GuardrailConfig, Kind, OnFailure},
+        config::{GuardrailConfig, Kind},
     },
     keys::{IssuerOptions, KeyInfo, TenantFrom, table::list},
     ledger::{Budget, Period},
@@ -121,7 +122,14 @@ fn store(store: &StoreConfig) -> String {
     let keep = store
         .keep
         .map_or_else(String::new, |keep| format!("; requests are kept for {} days", keep.as_secs() / (24 * 3600)));
-    format!("Keys, budgets and costs are kept in {}: what was answered survives {survives}{max}{keep}.", store.url)
+    let failure = match store.on_failure {
+        OnFailure::Closed => "while it takes no writes, nothing is answered",
+        OnFailure::Open => "while it takes no writes, nothing goes upstream, and rows of local requests may be lost",
+    };
+    format!(
+        "Keys, budgets and costs are kept in {}: what was answered survives {survives}{max}{keep}; {failure}.",
+        store.url
+    )
 }
 
 fn local(config: &GatewayConfig) -> Option<String> {
@@ -446,8 +454,8 @@ fn audit(audit: &AuditConfig) -> String {
         (KeepContents::Encrypted, None) => "Warning: prompts and answers, and no contents_key_env".to_owned(),
     };
     let failure = match audit.on_failure {
-        FailureMeans::Closed => "a request whose record cannot be kept fails",
-        FailureMeans::Open => "a request whose record cannot be kept goes on, and is counted",
+        OnFailure::Closed => "a request whose record cannot be kept fails",
+        OnFailure::Open => "a request whose record cannot be kept goes on, and is counted",
     };
     format!("Audit log in {}: signed with the key from {key}; {contents}; {failure}.", audit.path.display())
 }
