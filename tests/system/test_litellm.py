@@ -20,7 +20,7 @@ from conftest import MODEL
 LITELLM = os.environ.get("BINDERY_LITELLM")
 pytestmark = pytest.mark.skipif(not LITELLM, reason="BINDERY_LITELLM is not set: only with --full")
 
-PLACES = ["oa/gpt-4.1", "claude/claude-3-haiku", "google/gemini-2.5-flash"]
+PLACES = ["oa/gpt-4.1", "claude/claude-3-haiku-20240307", "google/gemini-2.5-flash"]
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "What does a bookbinder do?"},
@@ -74,7 +74,7 @@ def houses(tmp_path_factory):
         f'api_key_env = "LITELLM_KEY"\nmodels = [{models}]\n'
         for name, kind, path, models in [
             ("oa", "openai", "/v1", '"gpt-4.1", "gpt-4o"'),
-            ("claude", "anthropic", "", '"claude-3-haiku"'),
+            ("claude", "anthropic", "", '"claude-3-haiku-20240307"'),
             ("google", "gemini", "", '"gemini-2.5-flash"'),
         ]
     )

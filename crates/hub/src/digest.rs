@@ -63,7 +63,7 @@ impl fmt::Display for Digest {
 }
 
 /// `sha256:…` of a model's weights, to tell one from another: of its file, or of `config.json` and all safetensors files of its
-/// folder, one after the other in the order of their names.
+/// folder in the order of their names, each after a line with its name and length.
 ///
 /// # Errors
 /// A file that cannot be read.
@@ -79,8 +79,13 @@ pub fn weights_digest(path: &Path) -> io::Result<String> {
         files.sort();
     }
     let (mut hasher, mut buffer) = (Sha256::new(), vec![0; 1 << 20]);
-    for file in files {
-        let mut file = File::open(file)?;
+    let is_folder = path.is_dir();
+    for path in files {
+        let mut file = File::open(&path)?;
+        if is_folder {
+            let name = path.file_name().unwrap_or_default().display().to_string();
+            hasher.update(format!("{name:?} {}\n", file.metadata()?.len()));
+        }
         loop {
             match file.read(&mut buffer)? {
                 0 => break,
@@ -208,10 +213,11 @@ mod tests {
         write("config.json", "hel");
         write("model.safetensors", "lo\n");
         write("README.md", "which may change");
-        let sha = "sha256:5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03";
-        assert_eq!(weights_digest(folder.path()).unwrap(), sha);
+        let hashed = |text: &str| digest_of(text.as_bytes(), &Digest::Sha256(String::new())).to_string();
+        let framed = hashed("\"config.json\" 3\nhel\"model.safetensors\" 3\nlo\n");
+        assert_eq!(weights_digest(folder.path()).unwrap(), framed);
         write("whole.gguf", "hello\n");
-        assert_eq!(weights_digest(&folder.path().join("whole.gguf")).unwrap(), sha);
+        assert_eq!(weights_digest(&folder.path().join("whole.gguf")).unwrap(), hashed("hello\n"));
         assert!(weights_digest(&folder.path().join("none.gguf")).is_err());
     }
 

@@ -9,7 +9,7 @@ use std::{
     panic::AssertUnwindSafe,
     pin::Pin,
     sync::{
-        Arc, OnceLock,
+        Arc, Mutex, OnceLock,
         atomic::{AtomicUsize, Ordering},
     },
     task::{Context, Poll},
@@ -59,8 +59,8 @@ pub(crate) struct RequestContext {
 #[derive(Default)]
 pub(crate) struct RequestCounts {
     pub(crate) model: OnceLock<String>,
-    /// The version that it holds.
-    pub(crate) adapter: OnceLock<Arc<AdapterIdentity>>,
+    /// The version that it holds, or held last.
+    pub(crate) adapter: Mutex<Option<Arc<AdapterIdentity>>>,
     pub(crate) num_prompt_tokens: AtomicUsize,
     pub(crate) num_completion_tokens: AtomicUsize,
     /// Of the error that ended a stream: its status was sent long before.

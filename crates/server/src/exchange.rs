@@ -6,7 +6,7 @@
 //! elsewhere, and no answer ends well before its row is committed or waits for the store.
 
 use std::{
-    sync::{Arc, atomic::Ordering},
+    sync::{Arc, PoisonError, atomic::Ordering},
     time::Duration,
 };
 
@@ -24,7 +24,7 @@ use bindery_gateway::{
         AnswerFilters, Asked, Exchange, Gateway, GatewayError, LocalAdapter, LocalModel, LocalUse, Sent, Unreadable,
         UpstreamStream, WireRoute, facts,
     },
-    ledger::RequestStatus,
+    ledger::{LedgerError, RequestStatus},
     policy::{LocalState, Target, route::LocalName},
 };
 use futures::{Stream, stream};
@@ -130,12 +130,7 @@ async fn answer(
                     }
                     _ => None,
                 };
-                let model = LocalModel {
-                    name: state.config.primary_model_name().to_owned(),
-                    digest: state.config.digest.get().cloned(),
-                    licence: state.config.license.clone(),
-                    adapter,
-                };
+                let model = LocalModel { adapter, ..house_model(state) };
                 // From here on whoever leaves is accounted for.
                 let filters = exchange.filters();
                 let mut account =
@@ -154,11 +149,17 @@ async fn answer(
             }
             Target::Upstream { upstream, model } => {
                 let _ = context.counts.model.set(target.to_string());
-                match exchange.send(upstream, model, route.is_overflow && at == 0, UnixMillis::now()).await {
+                match exchange.send(upstream, model, route.overflows(at), UnixMillis::now()).await {
                     Ok((Sent::Whole(answer), warning)) => with_warning(axum::Json(answer).into_response(), warning),
                     Ok((Sent::Stream(stream), warning)) => {
                         let deadline = timeout.map(|timeout| Deadline::new(&context, timeout));
                         with_warning(upstream_stream(*stream, exchange, (context.clone(), deadline), state), warning)
+                    }
+                    Err(GatewayError::Ledger(LedgerError::OverBudget(_)))
+                        if let Some(refused_instead) = route.refused_instead(at) =>
+                    {
+                        let error = GatewayError::Route(refused_instead.clone());
+                        return Err(refused(&context, exchange.give_up(error).await));
                     }
                     Err(error) if error.lets_others_try() && !is_last && !is_late() => {
                         tracing::info!(target = %target, error = %error, "the next place of the route is tried");
@@ -438,12 +439,14 @@ impl Account {
         }
     }
 
-    /// What ran, the adapter by the version that the request held.
+    /// What ran, the adapter by the version that the request held. One that it held at an earlier place of its route is another.
     fn model(&mut self) -> LocalModel {
         let mut model = std::mem::take(&mut self.model);
-        if let Some(identity) = self.context.counts.adapter.get() {
-            let AdapterIdentity { name, digest, licence } = AdapterIdentity::clone(identity);
-            model.adapter = Some(LocalAdapter { name, digest, licence });
+        let held = self.context.counts.adapter.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let (Some(adapter), Some(held)) = (&mut model.adapter, held)
+            && adapter.name == held.name
+        {
+            *adapter = local_adapter(AdapterIdentity::clone(&held));
         }
         model
     }
@@ -467,6 +470,21 @@ impl Drop for Account {
             exchange.settle_local_later(used, RequestStatus::Cancelled, model, UnixMillis::now());
         }
     }
+}
+
+/// The base's weights.
+pub(crate) fn house_model(state: &AppState) -> LocalModel {
+    LocalModel {
+        name: state.config.primary_model_name().to_owned(),
+        digest: state.config.digest.get().cloned(),
+        licence: state.config.license.clone(),
+        adapter: None,
+    }
+}
+
+pub(crate) fn local_adapter(identity: AdapterIdentity) -> LocalAdapter {
+    let AdapterIdentity { name, digest, licence } = identity;
+    LocalAdapter { name, digest, licence }
 }
 
 /// A request's share of the time that this machine has computed for all.

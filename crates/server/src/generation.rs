@@ -6,7 +6,7 @@
 
 use std::{
     pin::Pin,
-    sync::{Arc, atomic::Ordering},
+    sync::{Arc, PoisonError, atomic::Ordering},
     time::{Duration, Instant},
 };
 
@@ -182,9 +182,7 @@ impl Generation {
         // Only now: what is refused anyway makes nobody read an adapter, or push another out.
         let remaining = timeout.map(|timeout| timeout.saturating_sub(context.started.elapsed()));
         if let Some(adapter) = serving.lease(state, named, remaining).await? {
-            if let Some(identity) = adapter.identity() {
-                let _first_one_stays = context.counts.adapter.set(identity);
-            }
+            *context.counts.adapter.lock().unwrap_or_else(PoisonError::into_inner) = adapter.identity();
             for prepared in &mut prepared {
                 prepared.set_adapter(adapter.clone());
             }

@@ -21,7 +21,7 @@ use serde_json::{Map, json};
 use crate::{
     auth::Caller,
     error::ApiError,
-    exchange::machine_time,
+    exchange::{house_model, local_adapter, machine_time},
     router::Serving,
     state::{AppState, Job, SharedState},
 };
@@ -73,11 +73,13 @@ async fn answer(state: &SharedState, question: LocalQuestion) -> Result<LocalAns
         ..TextRequest::new(prompt)
     };
     let mut prepared = model.prepare(request).await.map_err(|error| failed(&error))?;
+    let mut weights = house_model(state);
     if let Some(adapter) = serving.lease(state, &named, None).await.map_err(|error| of_api(&error))? {
+        weights.adapter = adapter.identity().as_deref().cloned().map(local_adapter);
         prepared.set_adapter(adapter);
     }
     let mut streams = model.submit_all(vec![prepared]).await.map_err(|error| failed(&error))?;
-    let mut answer = LocalAnswer::default();
+    let mut answer = LocalAnswer { model: weights, ..LocalAnswer::default() };
     for stream in &mut streams {
         while let Some(event) = stream.next().await {
             if let TextEvent::Delta { text, .. } = event.map_err(|error| failed(&error))? {

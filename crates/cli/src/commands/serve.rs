@@ -80,6 +80,7 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
         // A log names weights by what they are; elsewhere nobody waits for that.
         if gateway.as_ref().is_some_and(Gateway::keeps_log) && digest.get().is_none() {
             let path = files.path.clone();
+            tracing::info!("reading {} once more, for the audit log to name it by its digest", path.display());
             let work = tokio::task::spawn_blocking(move || weights_digest(&path)).await?;
             let found = work.with_context(|| format!("cannot read {} to identify it", files.path.display()))?;
             let _nobody_else_sets_it = digest.set(found);

@@ -16,8 +16,8 @@ use std::{
 use toml::Spanned;
 
 use super::{
-    CredentialSource, GatewayConfig, Problem, StoreConfig, TenantConfig, UpstreamConfig,
-    tables::{Ceilings, File, Identity, Link, Overflow, Rule, Tenant, To, Upstream, When, Words, line_of},
+    CredentialSource, GatewayConfig, Patience, Problem, StoreConfig, TenantConfig, UpstreamConfig,
+    tables::{Ceilings, Described, File, Identity, Link, Overflow, Rule, Tenant, To, Upstream, When, Words, line_of},
 };
 use crate::{
     audit::config::KeepContents,
@@ -217,6 +217,7 @@ impl Builder<'_> {
             let message = format!("the upstream {name:?} of kind {:?} has no base_url", upstream.kind.get_ref());
             self.problem(&table.span(), message, "add base_url: where the server answers");
         }
+        let patience = self.patience(upstream)?;
         Some(UpstreamConfig {
             name: name.as_str().into(),
             provider,
@@ -225,7 +226,33 @@ impl Builder<'_> {
             account: (upstream.organization.clone(), upstream.project.clone()),
             models,
             budgets,
+            patience,
         })
+    }
+
+    /// Ours where nothing is said.
+    fn patience(&mut self, upstream: &Upstream) -> Option<Patience> {
+        let ours = Patience::default();
+        let mut read = |asked: &Option<Spanned<String>>, ours| match asked {
+            None => Some(ours),
+            Some(text) => {
+                let time = self.duration(text)?;
+                if time.is_zero() {
+                    self.problem(&text.span(), "no time at all", "write how long to wait, as 30s");
+                    return None;
+                }
+                Some(time)
+            }
+        };
+        let connect = read(&upstream.connect_timeout, ours.connect);
+        let first_byte = read(&upstream.first_byte_timeout, ours.first_byte);
+        let idle = read(&upstream.idle_timeout, ours.idle);
+        let max_attempts = upstream.max_attempts.as_ref().map_or(ours.max_attempts, |count| *count.get_ref());
+        if let Some(count) = upstream.max_attempts.as_ref().filter(|count| !(1..=10).contains(count.get_ref())) {
+            let message = format!("max_attempts is {}, the limits are 1 and 10", count.get_ref());
+            self.problem(&count.span(), message, "1 tries nothing again");
+        }
+        Some(Patience { connect: connect?, first_byte: first_byte?, idle: idle?, max_attempts })
     }
 
     fn provider(&mut self, upstream: &Upstream) -> Option<Provider> {
@@ -289,20 +316,27 @@ impl Builder<'_> {
             self.problem(&upstream.models.span(), message, "list the models that may be asked of it");
         }
         let listed: BTreeSet<&str> = upstream.models.get_ref().iter().map(|name| name.get_ref().as_str()).collect();
-        for name in upstream.prices.keys().chain(upstream.deployments.keys()) {
+        for name in upstream.prices.keys().chain(upstream.deployments.keys()).chain(upstream.describe.keys()) {
             if !listed.contains(name.as_str()) {
-                let message =
-                    format!("{name:?} has a price or a deployment, and is not among the models of this upstream");
+                let message = format!(
+                    "{name:?} has a price, a deployment or a description, and is not among the models of this upstream"
+                );
                 self.problem(&upstream.models.span(), message, "add it to models, or correct the name");
             }
         }
         let changes: Vec<ModelOverride> = listed
             .iter()
-            .map(|&name| ModelOverride {
-                id: name.to_owned(),
-                deployment: upstream.deployments.get(name).cloned(),
-                price: upstream.prices.get(name).copied(),
-                ..ModelOverride::default()
+            .map(|&name| {
+                let Described { like, max_input, max_output } =
+                    upstream.describe.get(name).cloned().unwrap_or_default();
+                ModelOverride {
+                    id: name.to_owned(),
+                    like,
+                    deployment: upstream.deployments.get(name).cloned(),
+                    max_input,
+                    max_output,
+                    price: upstream.prices.get(name).copied(),
+                }
             })
             .collect();
         match catalogue.clone().with_overrides(&changes) {

@@ -109,6 +109,33 @@ pub struct UpstreamConfig {
     pub models: Vec<ModelEntry>,
     /// All tenants' together.
     pub budgets: Vec<Budget>,
+    /// How long it is waited for.
+    pub patience: Patience,
+}
+
+/// How long an upstream is waited for, and how often it is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Patience {
+    /// To open a connection.
+    pub connect: Duration,
+    /// From the request to the head of the response.
+    pub first_byte: Duration,
+    /// Between two pieces of an answer.
+    pub idle: Duration,
+    /// In all, of attempts that cost nothing; of others there are two at most.
+    pub max_attempts: u32,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self {
+            connect: Duration::from_secs(10),
+            // A reasoning model may think for minutes before it says a word.
+            first_byte: Duration::from_mins(10),
+            idle: Duration::from_mins(5),
+            max_attempts: 3,
+        }
+    }
 }
 
 impl UpstreamConfig {

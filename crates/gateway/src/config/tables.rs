@@ -64,7 +64,22 @@ pub(super) struct Upstream {
     pub(super) prices: BTreeMap<String, PriceOverride>,
     #[serde(default)]
     pub(super) deployments: BTreeMap<String, String>,
+    #[serde(default)]
+    pub(super) describe: BTreeMap<String, Described>,
+    pub(super) connect_timeout: Option<Spanned<String>>,
+    pub(super) first_byte_timeout: Option<Spanned<String>>,
+    pub(super) idle_timeout: Option<Spanned<String>>,
+    pub(super) max_attempts: Option<Spanned<u32>>,
     pub(super) budget: Option<Spanned<Ceilings>>,
+}
+
+/// What the table of models does not know, or not as it is there.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Described {
+    pub(super) like: Option<String>,
+    pub(super) max_input: Option<u64>,
+    pub(super) max_output: Option<u64>,
 }
 
 #[derive(Clone, Copy, Debug, Default, Deserialize)]

@@ -131,7 +131,7 @@ fn every_mistake_is_found_with_its_line_and_a_way_out() {
         (format!("{upstream}{upstream}"), "6: the upstream \"up\" is in line 2 already"),
         (
             format!("{upstream}prices = {{ \"gpt-9\" = {{ input = 1.0, output = 1.0 }} }}"),
-            "4: \"gpt-9\" has a price or a deployment, and is not among",
+            "4: \"gpt-9\" has a price, a deployment or a description, and is not among",
         ),
         (
             "[[tenants]]\nname = \"a\"\nprivacy = \"open\"".to_owned(),
@@ -201,6 +201,9 @@ fn every_mistake_is_found_with_its_line_and_a_way_out() {
             "4: no language that can be told is called `xx`",
         ),
         ("[store]\nurl = \"mysql://x\"".to_owned(), "2: "),
+        (format!("{UP}max_attempts = 11"), "5: max_attempts is 11, the limits are 1 and 10"),
+        (format!("{UP}idle_timeout = \"0s\""), "5: no time at all"),
+        (format!("{UP}describe = {{ \"gpt-4.1\" = {{ like = \"gpt-77\" }} }}"), "4: "),
         ("[local]\ncost_per_hour = -1.0".to_owned(), "2: -1 is no amount of dollars"),
         ("[[identity]]\nissuer = \"https://a\"\naudience = \"b\"".to_owned(), "1: an issuer's tokens need a tenant"),
     ] {
@@ -341,4 +344,23 @@ fn a_key_in_the_file_is_refused_and_not_repeated() {
             assert!(!found.contains("s3cret") && found.contains("environment"), "{found}");
         }
     }
+}
+
+const UP: &str = "[[upstreams]]\nname = \"up\"\nkind = \"openai\"\nmodels = [\"gpt-4.1\"]\n";
+
+#[test]
+fn an_upstream_is_waited_for_and_its_models_are_as_the_file_says() {
+    let text = "[[upstreams]]\nname = \"up\"\nkind = \"anthropic\"\nmodels = [\"claude-next\", \"claude-sonnet-5\"]\n\
+                first_byte_timeout = \"30s\"\nmax_attempts = 1\n\
+                describe = { claude-next = { like = \"claude-sonnet-5\", max_output = 1000 }, \"claude-sonnet-5\" = { max_input = 9 } }";
+    let config = GatewayConfig::parse(text).unwrap();
+    let Patience { connect, first_byte, max_attempts, .. } = config.upstreams[0].patience;
+    assert_eq!((connect, first_byte, max_attempts), (Duration::from_secs(10), Duration::from_secs(30), 1));
+    let [next, known] = &config.upstreams[0].models[..] else { panic!("two models") };
+    assert_eq!(
+        (next.id.as_str(), next.wire_name.as_str(), next.max_output_tokens),
+        ("claude-next", "claude-next", Some(1000))
+    );
+    assert_eq!((next.capabilities.thinking, &next.prices), (known.capabilities.thinking, &known.prices));
+    assert_eq!((known.wire_name.as_str(), known.max_input_tokens), ("claude-sonnet-5", Some(9)));
 }

@@ -115,7 +115,7 @@ impl OpenCall {
 impl Drop for OpenCall {
     fn drop(&mut self) {
         // Left in the middle of the call: once it has begun to leave, nobody knows how far it came.
-        self.settle_later(&self.departure.spent(), RequestStatus::Cancelled);
+        self.settle_later(&self.departure.give_up(), RequestStatus::Cancelled);
     }
 }
 

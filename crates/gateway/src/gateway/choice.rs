@@ -78,6 +78,9 @@ pub(super) struct Choice {
     calls: BTreeMap<u64, Call>,
     /// What those who are asked see of arguments.
     redacted_calls: String,
+    /// What its texts have put away, over what the prompt's check has: one place, so that one placeholder is one value in all of
+    /// them.
+    own: Option<Arc<Vault>>,
     pub(super) verdicts: Vec<Verdict>,
     pub(super) blocked_by: Option<Arc<str>>,
     pub(super) is_over: bool,
@@ -197,10 +200,13 @@ impl Walk<'_> {
         }
         let (policy, vault) = (self.policy, self.vault);
         let filter = self.progress.texts.entry(name).or_insert_with(|| StreamFilter::new(policy, vault, Form::Plain));
+        let own = self.progress.own.get_or_insert_with(|| Vault::over(vault));
+        std::mem::swap(filter.vault_mut(), own);
         let mut released = text.as_deref().map_or_else(Vec::new, |text| filter.push(text));
         if self.rest == Rest::IsNone {
             released.extend(filter.finish());
         }
+        std::mem::swap(filter.vault_mut(), own);
         let mut passed = String::new();
         for piece in released {
             match piece {
@@ -266,7 +272,8 @@ impl Walk<'_> {
     /// What is called, which comes whole: a model may write there what it likes.
     fn name(&mut self, slot: &mut Value) {
         let Value::String(name) = slot else { return };
-        let outcome = self.policy.check_arguments(name.clone(), Form::Plain, self.vault, &mut Arc::clone(self.vault));
+        let own = self.progress.own.get_or_insert_with(|| Vault::over(self.vault));
+        let outcome = self.policy.check_arguments(name.clone(), Form::Plain, self.vault, own);
         self.progress.verdicts.extend(outcome.verdicts);
         *name = outcome.text;
         if outcome.blocked_by.is_some() {
@@ -292,11 +299,10 @@ impl Walk<'_> {
         if calls.is_empty() {
             return None;
         }
-        let of_content = self.progress.texts.get_mut("content").map(|filter| Arc::clone(filter.vault_mut()));
-        let mut own = of_content.unwrap_or_else(|| Arc::clone(self.vault));
+        let own = self.progress.own.get_or_insert_with(|| Vault::over(self.vault));
         let mut checked = Vec::new();
         for (index, Call { place, arguments }) in calls {
-            let outcome = self.policy.check_arguments(arguments, place.form(), self.vault, &mut own);
+            let outcome = self.policy.check_arguments(arguments, place.form(), self.vault, own);
             self.progress.verdicts.extend(outcome.verdicts);
             if let Some(guardrail) = outcome.blocked_by {
                 self.progress.blocked_by = Some(guardrail);

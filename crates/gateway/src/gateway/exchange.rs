@@ -105,6 +105,14 @@ pub struct LocalUse {
     pub machine_time: Duration,
 }
 
+impl From<LocalModel> for ModelUsed {
+    fn from(model: LocalModel) -> Self {
+        let LocalModel { name, digest, licence, adapter } = model;
+        let adapter = adapter.map(|LocalAdapter { name, digest, licence }| AdapterUsed { name, digest, licence });
+        Self { name, digest, licence, adapter }
+    }
+}
+
 impl LocalUse {
     pub(super) fn usage(&self) -> Usage {
         Usage { prompt: self.num_prompt_tokens, completion: self.num_completion_tokens, ..Usage::default() }
@@ -274,14 +282,16 @@ impl Exchange {
         let (call, outcome) = self.ended_here(&used, status, model, now);
         let Some(ledger) = &self.gateway.0.ledger else { return self.log().await };
         let recorded = ledger.record_local(&call, outcome, now).await;
-        if let Err(error) = &recorded {
-            tracing::warn!(%error, "a local request's row waits for the store");
+        let Err(error) = recorded else { return self.log().await };
+        tracing::warn!(%error, "a local request's row waits for the store");
+        let is_closed = self.gateway.0.on_store_failure == OnFailure::Closed;
+        let error = GatewayError::Ledger(error);
+        if is_closed {
+            // Its sender gets no whole answer.
+            self.tell(|told| told.outcome = Some(error.shown().2));
         }
         self.log().await?;
-        match (recorded, self.gateway.0.on_store_failure) {
-            (Err(error), OnFailure::Closed) => Err(error.into()),
-            _ => Ok(()),
-        }
+        if is_closed { Err(error) } else { Ok(()) }
     }
 
     /// The same where nobody can wait: in a drop.
@@ -368,12 +378,10 @@ impl Exchange {
         if let Some(reference_price) = outcome.reference_price {
             meters.save(self.tenant.config.id.as_str(), reference_price);
         }
-        let LocalModel { name, digest, licence, adapter } = model;
         // What ran, by its own name: of a virtual model or an alias the books say nothing.
-        let adapter_name = adapter.as_ref().map(|adapter| adapter.name.clone());
-        let call = self.call(LedgerRoute::Local, adapter_name.clone().unwrap_or_else(|| name.clone()), adapter_name);
-        let adapter = adapter.map(|LocalAdapter { name, digest, licence }| AdapterUsed { name, digest, licence });
-        let model = ModelUsed { name, digest, licence, adapter };
+        let adapter = model.adapter.as_ref().map(|adapter| adapter.name.clone());
+        let call = self.call(LedgerRoute::Local, adapter.clone().unwrap_or_else(|| model.name.clone()), adapter);
+        let model = model.into();
         let (to, word) = (LOCAL.to_owned(), Some(outcome_word(status).to_owned()));
         self.tell(|told| *told = Told { model, to, usage, outcome: word, ..Told::default() });
         self.spend(&usage, now);

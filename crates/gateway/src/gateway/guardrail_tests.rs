@@ -144,7 +144,7 @@ impl LocalJudge for Script {
     fn ask(&self, question: LocalQuestion) -> futures::future::BoxFuture<'_, Result<LocalAnswer, JudgeFailed>> {
         let text = if question.text.contains("kestrel") { "block" } else { "allow" }.to_owned();
         self.asked.lock().unwrap().push(question.text);
-        Box::pin(async move { Ok(LocalAnswer { text, used: LocalUse::default() }) })
+        Box::pin(async move { Ok(LocalAnswer { text, used: LocalUse::default(), model: LocalModel::default() }) })
     }
 }
 

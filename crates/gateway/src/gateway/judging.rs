@@ -13,7 +13,7 @@ use futures::future::BoxFuture;
 use serde_json::{Map, Value, json};
 
 use super::{
-    BlockedBecause, Exchange, Gateway, GatewayError, LocalShare, LocalUse,
+    BlockedBecause, Exchange, Gateway, GatewayError, LocalModel, LocalShare, LocalUse,
     call::{counts, date, outcome_word},
     exchange::{internal, key_id},
     facts,
@@ -31,7 +31,7 @@ use crate::{
     },
     ledger::{self, LedgerRoute, Outcome, RequestStatus},
     policy::PrivacyClass,
-    providers::{self, ChatRequest, UnmappedFields, Usage, error::Spent},
+    providers::{self, ChatRequest, UnmappedFields, Usage},
     upstream::{Departure, LeavesPremises, Received},
 };
 
@@ -60,6 +60,8 @@ pub struct LocalAnswer {
     pub text: String,
     /// What it took.
     pub used: LocalUse,
+    /// Which weights it was.
+    pub model: LocalModel,
 }
 
 /// Runs a judge's question on the models of this process, past every limit and guardrail. Dropping the future cancels it.
@@ -186,7 +188,7 @@ impl OpenRecord<'_> {
 
 impl Drop for OpenRecord<'_> {
     fn drop(&mut self) {
-        let has_left = self.departure.as_ref().is_none_or(|departure| departure.spent().may_cost());
+        let has_left = self.departure.as_ref().is_none_or(Departure::has_left);
         if let (Some(audit), Some(mut record), true) = (self.audit, self.record.take(), has_left) {
             outcome_word(RequestStatus::Cancelled).clone_into(&mut record.outcome);
             let _nobody_waits = audit.record(record, None);
@@ -207,9 +209,9 @@ impl Bench<'_> {
             request_id: exchange.request_id.clone(),
             share: exchange.tenant.share(),
         };
-        let LocalAnswer { text, used } = judge.ask(local).await?;
+        let LocalAnswer { text, used, model: weights } = judge.ask(local).await?;
         let usage = self.enter_local(model, &used, asked).await;
-        let model = ModelUsed { name: model.to_owned(), ..ModelUsed::default() };
+        let model = ModelUsed { name: model.to_owned(), ..weights.into() };
         let record = self.open_record((model, LOCAL), as_judge(&question.guardrail), None);
         record.end(&usage, "judged").await.map(|()| text).map_err(|error| JudgeFailed(error.to_string()))
     }
@@ -273,7 +275,7 @@ impl Bench<'_> {
         let departure = open.departure.clone();
         let why = as_judge(&question.guardrail);
         let record = self.open_record((open.model_used(), &open.to), why, Some(departure.clone()));
-        match gateway.0.door.send(leaves, &live.health, outgoing, (&departure, exchange.max_call(now))).await {
+        match live.door.send(leaves, &live.health, outgoing, (&departure, exchange.max_call(now))).await {
             Ok(Received::Whole(answer)) => {
                 open.settle(answer.usage.into(), RequestStatus::Completed).await;
                 record.end(&answer.usage, "judged").await?;
@@ -283,10 +285,10 @@ impl Bench<'_> {
             Ok(Received::Stream(_)) => Err(internal("a judge answered in pieces, and was not asked to")),
             Err(error) => {
                 open.settle(error.spent.clone(), RequestStatus::Failed).await;
-                if matches!(error.spent, Spent::NotSent) {
-                    record.forget();
-                } else {
+                if departure.has_left() {
                     record.end(&open.used(&error.spent), "failed").await?;
+                } else {
+                    record.forget();
                 }
                 Err(GatewayError::Upstream(error))
             }

@@ -72,7 +72,6 @@ struct Inner {
     limiter: Limiter,
     router: Router,
     upstreams: BTreeMap<Arc<str>, LiveUpstream>,
-    door: Door,
     ledger: Option<Ledger>,
     on_store_failure: OnFailure,
     audit: Option<Audit>,
@@ -117,6 +116,7 @@ struct LiveUpstream {
     config: UpstreamConfig,
     endpoint: LiveEndpoint,
     health: Upstream,
+    door: Door,
 }
 
 /// A model that a tenant may name and that does not run here, or not always.

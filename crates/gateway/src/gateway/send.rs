@@ -83,7 +83,8 @@ impl Exchange {
                 (done, _) => return done,
             };
             let time_left = deadline.saturating_duration_since(tokio::time::Instant::now());
-            let Some(wait) = self.gateway.0.door.wait_to_pay_again(&error, attempt, time_left) else {
+            let door = self.gateway.0.upstreams.get(upstream).map(|live| &live.door);
+            let Some(wait) = door.and_then(|door| door.wait_to_pay_again(&error, attempt, time_left)) else {
                 return Err(GatewayError::Upstream(error));
             };
             tokio::time::sleep(wait).await;
@@ -118,7 +119,7 @@ impl Exchange {
         let mut open = self.open_call((upstream, entry), reservation, most, (now, self.started));
         open.told = Some(Arc::clone(&self.told));
         let departure = open.departure.clone();
-        match gateway.0.door.send(leaves, &live.health, outgoing, (&departure, time_left)).await {
+        match live.door.send(leaves, &live.health, outgoing, (&departure, time_left)).await {
             Ok(Received::Whole(answer)) => {
                 let usage = answer.usage;
                 self.spend(&usage, now);
@@ -233,6 +234,14 @@ impl Exchange {
         let bound =
             bound.map(|(max_prompt_tokens, max_output_tokens)| Bound { max_prompt_tokens, max_output_tokens, tier });
         let most = bound.and_then(|bound| entry.upper_bound(&bound, date(now)).ok());
+        if outgoing.max_output_tokens.is_none() && !entry.prices.is_empty() && !budgets.is_empty() {
+            let message = format!(
+                "how long an answer of `{}` can be is not known, and a budget has to hold: set max_tokens, or have \
+                 max_output_tokens of the tenant or `describe` of the upstream set",
+                entry.id
+            );
+            return Err(Refusal::unsupported("max_tokens", message).into());
+        }
         let name = format!("{}/{}", live.config.name, entry.id);
         let call = self.call(LedgerRoute::Upstream(live.config.name.to_string()), name, None);
         let request = ReserveRequest { call, at_most: most.map(money), budgets };

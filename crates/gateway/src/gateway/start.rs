@@ -20,7 +20,7 @@ use tokio::runtime::Handle;
 use crate::{
     audit::{Audit, AuditConfig, AuditError, HeadStore, Journal, MemoryHeadStore, config::WriterConfig, has_segments},
     clock::UnixMillis,
-    config::{CredentialSource, GatewayConfig, StoreConfig, TenantConfig, UpstreamConfig},
+    config::{CredentialSource, GatewayConfig, Patience, StoreConfig, TenantConfig, UpstreamConfig},
     failure::OnFailure,
     guardrails::{GuardrailError, Policy},
     keys::{Authenticator, JwtError, JwtVerifier, KeyError, KeyRing, RingOptions},
@@ -179,7 +179,6 @@ impl Gateway {
             limiter: Limiter::new(),
             router,
             upstreams: live,
-            door: Door::new(limits())?,
             ledger,
             on_store_failure,
             max_contents_bytes: audit.as_ref().and_then(AuditConfig::contents_bytes),
@@ -227,18 +226,18 @@ async fn open_log(
     Ok(opened.await.map_err(|error| AuditError::Config(format!("opening it failed: {error}")))??)
 }
 
-/// Bounds of every call.
-fn limits() -> Limits {
+/// Bounds of an upstream's calls.
+fn limits(patience: Patience) -> Limits {
+    let Patience { connect, first_byte, idle, max_attempts } = patience;
     Limits {
-        connect: Duration::from_secs(10),
-        // A reasoning model may think for minutes before it says a word.
-        first_byte: Duration::from_mins(10),
-        idle: Duration::from_mins(5),
+        connect,
+        first_byte,
+        idle,
         max_answer_bytes: 64 << 20,
         max_error_bytes: 1 << 20,
         max_event_bytes: 8 << 20,
         retry: RetryLimits {
-            max_attempts: 3,
+            max_attempts,
             first_wait: Duration::from_millis(500),
             max_wait: Duration::from_secs(8),
             max_retry_after: Duration::from_secs(20),
@@ -303,7 +302,8 @@ fn live_upstream(config: UpstreamConfig, surroundings: &Surroundings<'_>) -> Res
     if let LiveEndpoint::File(file) = &endpoint {
         health = health.with_renewal(Arc::clone(file) as Arc<dyn Renew>);
     }
-    Ok(LiveUpstream { config, endpoint, health })
+    let door = Door::new(limits(config.patience))?;
+    Ok(LiveUpstream { config, endpoint, health, door })
 }
 
 fn endpoint(config: &UpstreamConfig, credential: Credential) -> Result<Endpoint, EndpointError> {

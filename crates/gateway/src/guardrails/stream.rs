@@ -57,7 +57,7 @@ impl StreamFilter {
         Self { stages, restorer, vault: Vault::over(vault), redacted, blocked_by: None, is_finished: false }
     }
 
-    /// What the prompt's check and this answer have put away so far; other texts of the same answer go on with it.
+    /// What the prompt's check and this text have put away so far; other texts of the same answer go on with it.
     pub(crate) fn vault_mut(&mut self) -> &mut Arc<Vault> {
         &mut self.vault
     }

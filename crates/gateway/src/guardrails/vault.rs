@@ -47,7 +47,7 @@ impl Vault {
 
     /// For an answer: what is put away in it is kept beside the prompt's own values. Of an answer's vault it is another of the
     /// same kind, with what that one has.
-    pub(super) fn over(vault: &Arc<Self>) -> Arc<Self> {
+    pub(crate) fn over(vault: &Arc<Self>) -> Arc<Self> {
         match vault.prompt {
             Some(_) => Arc::clone(vault),
             None => Arc::new(Self { prompt: Some(Arc::clone(vault)), ..Self::default() }),

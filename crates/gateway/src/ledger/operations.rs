@@ -38,7 +38,8 @@ pub(super) struct Held {
 impl Held {
     pub(super) fn new(incarnation: &str, call: &Call, at: UnixMillis) -> Self {
         Self {
-            id: uuid::Uuid::new_v4().to_string(),
+            // In the order of time, so that new rows go to the end of the index and not all over it.
+            id: uuid::Uuid::now_v7().to_string(),
             incarnation: incarnation.to_owned(),
             at,
             tenant: call.tenant.to_string(),
@@ -181,6 +182,10 @@ pub(super) struct Record {
 
 impl Operation for Record {
     type Output = ();
+
+    fn is_one_statement(&self) -> bool {
+        true
+    }
 
     fn run<'a>(&'a self, connection: &'a mut AnyConnection) -> BoxFuture<'a, Result<(), sqlx::Error>> {
         let Self { held, outcome } = self;

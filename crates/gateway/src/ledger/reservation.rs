@@ -222,8 +222,9 @@ impl Drop for Taken<'_> {
 }
 
 impl Inner {
-    /// Does what is left over, in order, until the store fails.
-    pub(super) async fn clear_leftovers(&self) -> Result<(), StoreError> {
+    /// Does what is left over, in order, until the store fails. How much the store has taken.
+    pub(super) async fn clear_leftovers(&self) -> Result<usize, StoreError> {
+        let mut num_done = 0;
         // What arrives meanwhile is for the next time, so this ends.
         for _ in 0..self.leftovers.len() {
             let Some(taken) = self.leftovers.take() else { break };
@@ -239,11 +240,14 @@ impl Inner {
                 }
             };
             match done {
-                Ok(()) => taken.done(),
+                Ok(()) => {
+                    taken.done();
+                    num_done += 1;
+                }
                 Err(error @ StoreError::Statement { .. }) => taken.drop_for_good(&error.to_string()),
                 Err(error) => return Err(error),
             }
         }
-        Ok(())
+        Ok(num_done)
     }
 }

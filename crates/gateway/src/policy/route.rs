@@ -125,8 +125,29 @@ pub struct Route {
     pub targets: Vec<Target>,
     /// What led there, a sentence each, without anything of the request's text.
     pub why: Vec<String>,
-    /// The first place is the tenant's overflow: what goes there is paid from the overflow's budget, too.
-    pub is_overflow: bool,
+    /// The tenant's overflow among the places, where it is there: what goes to it is paid from the overflow's budget, too.
+    pub overflow: Option<Overflowing>,
+}
+
+/// Where a route leads to the tenant's overflow.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Overflowing {
+    /// Which of the places. The first: the request would wait too long here; the last: only if it is turned away here.
+    pub at: usize,
+    /// What the tenant wants to hear instead of waiting where its budget has no room for it; None: it waits.
+    pub or: Option<Refused>,
+}
+
+impl Route {
+    /// Whether a place is the tenant's overflow.
+    pub fn overflows(&self, at: usize) -> bool {
+        self.overflow.as_ref().is_some_and(|overflow| overflow.at == at)
+    }
+
+    /// What to say instead of trying the next place where the budget has no room for this one.
+    pub fn refused_instead(&self, at: usize) -> Option<&Refused> {
+        self.overflow.as_ref().filter(|overflow| overflow.at == at)?.or.as_ref()
+    }
 }
 
 /// Why there is no route.
@@ -224,7 +245,7 @@ impl Router {
             Some(Forbidden::Leaves(why)) => Err(Refused::NotAllowed { why }),
             None => {
                 let why = vec![format!("the request names {target}")];
-                Ok(Route { why, targets: vec![target], is_overflow: false })
+                Ok(Route { why, targets: vec![target], overflow: None })
             }
         }
     }
@@ -274,7 +295,7 @@ impl Router {
                 why.push("the privacy class local-first puts what runs here in front".to_owned());
             }
             why.push(format!("rule {number} of {} applies", model.name));
-            return Ok(Route { targets, why, is_overflow: false });
+            return Ok(Route { targets, why, overflow: None });
         }
         let reasons = why.join("; ");
         Err(Refused::NotAllowed {
@@ -363,9 +384,7 @@ fn with_overflow(
     let limit = overflow.when_ttft_over;
     let predicted = facts.local.predicted_ttft;
     let is_slow = predicted.is_some_and(|time| time > limit);
-    if !is_slow && !facts.local.is_exhausted && cannot.is_none() {
-        return Ok(route);
-    }
+    let is_pressed = is_slow || facts.local.is_exhausted || cannot.is_some();
     let pressed = match (cannot, predicted) {
         (Some(cannot), _) => cannot.why.clone(),
         (None, Some(time)) if is_slow => {
@@ -386,12 +405,27 @@ fn with_overflow(
         None if !is_equal => Some(format!("{} is not declared to answer like the adapter {name:?}", overflow.to)),
         None => None,
     };
+    if !is_pressed {
+        // Nobody can predict everything: what is turned away here (a full queue, say) may still go there.
+        if closed.is_none() && !route.targets.contains(&overflow.to) {
+            route.targets.push(overflow.to.clone());
+            route.overflow = Some(Overflowing { at: route.targets.len() - 1, or: None });
+        }
+        return Ok(route);
+    }
+    // Where time is not what is short, all that waits has to be done first.
+    let wait = predicted.unwrap_or_default();
+    let wait = if is_slow { wait.saturating_sub(limit) } else { wait };
+    let refused =
+        |why| Refused::TooSlow { pressed: pressed.clone(), why, retry_after: wait.max(Duration::from_secs(1)) };
     match (closed, overflow.otherwise) {
-        (None, _) => {
+        (None, otherwise) => {
             route.why.push(format!("{pressed}: it overflows to {}", overflow.to));
             route.targets.retain(|target| *target != overflow.to && (cannot.is_none() || !target.is_local()));
             route.targets.insert(0, overflow.to.clone());
-            route.is_overflow = true;
+            let or = (otherwise == Otherwise::Refuse && cannot.is_none())
+                .then(|| refused(format!("the budget has no room for {}", overflow.to)));
+            route.overflow = Some(Overflowing { at: 0, or });
             Ok(route)
         }
         // Neither waiting nor coming back would help.
@@ -400,11 +434,6 @@ fn with_overflow(
             route.why.push(format!("{pressed}, and it waits: {why}"));
             Ok(route)
         }
-        (Some(why), Otherwise::Refuse) => {
-            let wait = predicted.unwrap_or_default();
-            // Where time is not what is short, all that waits has to be done first.
-            let wait = if is_slow { wait.saturating_sub(limit) } else { wait };
-            Err(Refused::TooSlow { pressed, why, retry_after: wait.max(Duration::from_secs(1)) })
-        }
+        (Some(why), Otherwise::Refuse) => Err(refused(why)),
     }
 }

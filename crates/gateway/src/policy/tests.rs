@@ -193,13 +193,18 @@ fn a_request_overflows_before_it_waits_too_long() {
         facts.local.predicted_ttft = Some(Duration::from_secs(seconds));
         facts
     };
-    assert_eq!(names(&router.route("base", &slow(1), &local)), ["base"]);
+    // Fast enough: overflow is for what is turned away here all the same, by a full queue for one.
+    assert_eq!(names(&router.route("base", &slow(1), &local)), ["base", "openai/gpt-4.1"]);
     // The local model stays as what is tried when the upstream fails.
     assert_eq!(names(&router.route("base", &slow(3), &local)), ["openai/gpt-4.1", "base"]);
-    assert!(router.route("base", &slow(3), &local).unwrap().is_overflow);
-    assert!(!router.route("base", &slow(1), &local).unwrap().is_overflow);
+    assert!(router.route("base", &slow(3), &local).unwrap().overflows(0));
+    let quick = router.route("base", &slow(1), &local).unwrap();
+    assert_eq!([0, 1].map(|at| quick.overflows(at)), [false, true]);
     let named = Facts { local: LocalState::default(), ..slow(3) };
-    assert!(!router.route("openai/gpt-4.1", &named, &local).unwrap().is_overflow, "it goes where it was asked to go");
+    assert!(
+        router.route("openai/gpt-4.1", &named, &local).unwrap().overflow.is_none(),
+        "it goes where it was asked to go"
+    );
     let mut full = facts(&tenant);
     full.local.is_exhausted = true;
     assert_eq!(names(&router.route("base", &full, &local)), ["openai/gpt-4.1", "base"]);
@@ -212,6 +217,21 @@ fn a_request_overflows_before_it_waits_too_long() {
     let declared = TenantRouting { overflow: Some(overflow(&["support-*"], Otherwise::Wait)), ..tenant.clone() };
     let declared = Facts { tenant: &declared, ..slow(3) };
     assert_eq!(names(&router.route("support-fr", &declared, &local))[0], "openai/gpt-4.1");
+}
+
+#[test]
+fn what_a_budget_keeps_from_overflowing_is_refused_where_waiting_is() {
+    for (otherwise, is_refused) in [(Otherwise::Refuse, true), (Otherwise::Wait, false)] {
+        let tenant = TenantRouting { overflow: Some(overflow(&[], otherwise)), ..tenant() };
+        let mut facts = facts(&tenant);
+        facts.local.predicted_ttft = Some(Duration::from_secs(7));
+        let route = router(vec![]).route("base", &facts, &local).unwrap();
+        assert_eq!(route.refused_instead(0).is_some(), is_refused);
+        assert!(route.refused_instead(1).is_none());
+        if let Some(refused) = route.refused_instead(0) {
+            assert!(refused.to_string().contains("the budget has no room for openai/gpt-4.1"), "{refused}");
+        }
+    }
 }
 
 #[test]

@@ -77,10 +77,9 @@ pub(super) fn chat_to(
         }
     }
     let mut body = sent.to_json();
-    for name in NOT_PASSED {
-        if body.shift_remove(name).is_some() {
-            translation.warnings.drop(name);
-        }
+    keep_back(&mut body, &mut translation.warnings);
+    if body.shift_remove("best_of").is_some() {
+        translation.warnings.drop("best_of");
     }
     if let Delivery::Stream(options) = &request.delivery {
         body.insert("stream_options".to_owned(), chat::asking_for_usage(options));
@@ -94,9 +93,27 @@ pub(super) fn chat_to(
     })
 }
 
-/// Fields by which servers of OpenAI's API choose another model or a longer answer than was priced and allowed (OpenRouter, LiteLLM,
-/// llama.cpp): the gateway routes and bounds itself.
-const NOT_PASSED: [&str; 5] = ["models", "route", "fallbacks", "n_predict", "best_of"];
+/// Fields by which servers of OpenAI's API choose another model, another host of it, a longer answer or a service of its own price than
+/// was priced and allowed (OpenRouter, LiteLLM, llama.cpp): the gateway routes and bounds itself.
+const NOT_PASSED: [&str; 9] = [
+    "models",
+    "route",
+    "fallbacks",
+    "context_window_fallback_dict",
+    "provider",
+    "plugins",
+    "extra_body",
+    "n_predict",
+    "num_predict",
+];
+
+fn keep_back(body: &mut serde_json::Map<String, serde_json::Value>, warnings: &mut super::Warnings) {
+    for name in NOT_PASSED {
+        if body.shift_remove(name).is_some() {
+            warnings.drop(name);
+        }
+    }
+}
 
 /// What no server of this kind does with this model.
 fn check(dialect: Dialect, translation: &Translation) -> Result<(), Refusal> {
@@ -190,6 +207,7 @@ pub(super) fn completion_parts(
     };
     sent.max_tokens = limit;
     let mut body = sent.to_json();
+    keep_back(&mut body, &mut warnings);
     if let Delivery::Stream(options) = &request.delivery {
         body.insert("stream_options".to_owned(), chat::asking_for_usage(options));
     }

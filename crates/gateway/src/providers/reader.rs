@@ -24,6 +24,9 @@ pub(crate) const MAX_TOOL_CALLS: usize = 1024;
 /// Text that is kept to see whether it is JSON.
 const MAX_CHECKED_BYTES: usize = 16 << 20;
 
+/// Of proxies before a server: request timeout, client closed request (nginx), gateway timeout, a timeout occurred (Cloudflare).
+const GAVE_UP_WAITING: [u16; 4] = [408, 499, 504, 524];
+
 /// One server-sent event.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SseEvent {
@@ -178,7 +181,10 @@ impl AnswerReader {
     pub fn whole(&self, reply: &Reply) -> Result<Answer, UpstreamError> {
         let body = reply.json();
         if !(200..300).contains(&reply.status) {
-            return Err(self.wire.error(&self.facts, reply, body.as_ref()));
+            let error = self.wire.error(&self.facts, reply, body.as_ref());
+            // Somebody in between has stopped waiting; who was asked may be at it still, and will bill it.
+            let is_impatience = GAVE_UP_WAITING.contains(&reply.status);
+            return Err(if is_impatience { error.having_spent(Spent::Unknown) } else { error });
         }
         let Some(body) = body else {
             let error = UpstreamError::new(Cause::Malformed, "the upstream's answer is not JSON");

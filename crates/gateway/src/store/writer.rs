@@ -46,6 +46,12 @@ pub(crate) trait Operation: Send + 'static {
         Vec::new()
     }
 
+    /// Whether it is one statement and locks nothing. Where such a one is alone in its group it needs no transaction around it:
+    /// a statement is one by itself, and two round trips to the database are most of what a row costs.
+    fn is_one_statement(&self) -> bool {
+        false
+    }
+
     /// Runs in a transaction that may be rolled back and run again. Must be idempotent, and must leave nothing behind
     /// where it refuses.
     fn run<'a>(&'a self, connection: &'a mut AnyConnection) -> BoxFuture<'a, Result<Self::Output, sqlx::Error>>;
@@ -54,6 +60,7 @@ pub(crate) trait Operation: Send + 'static {
 /// An operation of any kind, and who waits for it.
 pub(super) trait Job: Send {
     fn locks(&self) -> Vec<String>;
+    fn is_one_statement(&self) -> bool;
     fn run<'a>(&'a mut self, connection: &'a mut AnyConnection) -> BoxFuture<'a, Result<(), sqlx::Error>>;
     fn succeed(self: Box<Self>);
     fn fail(self: Box<Self>, error: StoreError);
@@ -76,6 +83,10 @@ impl<O: Operation> Waiting<O> {
 impl<O: Operation> Job for Waiting<O> {
     fn locks(&self) -> Vec<String> {
         self.operation.locks()
+    }
+
+    fn is_one_statement(&self) -> bool {
+        self.operation.is_one_statement()
     }
 
     fn run<'a>(&'a mut self, connection: &'a mut AnyConnection) -> BoxFuture<'a, Result<(), sqlx::Error>> {
@@ -235,6 +246,11 @@ enum Failure {
 }
 
 async fn transact(connection: &mut AnyConnection, kind: StoreKind, group: &mut Group) -> Result<(), sqlx::Error> {
+    if let [job] = group.as_mut_slice()
+        && job.is_one_statement()
+    {
+        return job.run(connection).await;
+    }
     // IMMEDIATE: the write lock is taken where waiting for it is safe, not in the middle.
     let begin = if kind == StoreKind::Sqlite { "BEGIN IMMEDIATE" } else { "BEGIN" };
     let mut transaction = connection.begin_with(begin).await?;

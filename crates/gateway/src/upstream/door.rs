@@ -20,7 +20,6 @@ use reqwest::{Client, Response, redirect};
 use super::{
     AnswerStream, Departure, LeavesPremises, Limits,
     breaker::{Breaker, BreakerLimits, BreakerState, Pass, Verdict},
-    departure::WatchedBody,
     retry::Failed,
 };
 use crate::providers::{
@@ -137,6 +136,8 @@ impl Attempt {
 
     pub(super) fn failed(&mut self, error: &UpstreamError) {
         self.record(match (error.cause, error.fault()) {
+            // Turned away unread, as a server does that ends a connection in good order.
+            _ if matches!(error.spent, Spent::NotSent) => Verdict::Healthy,
             (_, Fault::Caller) | (Cause::RateLimited | Cause::ModelUnavailable | Cause::Unfit, _) => Verdict::Healthy,
             // It may be about one model, or one place: others must not be shut out for it.
             (Cause::Auth, _) if error.native.status == Some(403) => Verdict::Healthy,
@@ -191,16 +192,17 @@ impl Door {
             .map_err(|error| UpstreamError::new(Cause::Invalid, format!("the request cannot be written: {error}")))?;
         let call = CallOut { request: &outgoing.request, body, reader: &outgoing.reader, permit, departure };
         let mut attempt = 1;
+        let mut failed_before: Option<UpstreamError> = None;
         loop {
             let tried = tokio::time::timeout_at(deadline, self.attempt(upstream, &call, deadline)).await;
-            let error = match tried.unwrap_or_else(|_| Err(Tried::Failed(late().having_spent(departure.spent())))) {
+            let error = match tried.unwrap_or_else(|_| Err(Tried::Failed(late().having_spent(departure.give_up())))) {
                 Ok(received) => return Ok(received),
-                // Waiting for a breaker would be waiting for someone else's probe.
-                Err(Tried::NotLetThrough(error)) => return Err(error),
+                // Waiting for a breaker would be waiting for someone else's probe. What was tried before is what happened.
+                Err(Tried::NotLetThrough(error)) => return Err(failed_before.unwrap_or(error)),
                 Err(Tried::Failed(error)) => error,
             };
             if !error.spent.may_cost() {
-                departure.cost_nothing();
+                departure.begin_another();
             }
             let time_left = deadline.saturating_duration_since(tokio::time::Instant::now());
             let failed = Failed { error: &error, attempt, time_left, random: fastrand::f64() };
@@ -212,6 +214,7 @@ impl Door {
                 code = error.code(),
                 "an upstream call is tried again"
             );
+            failed_before = Some(error);
             tokio::time::sleep(wait).await;
             attempt += 1;
         }
@@ -262,7 +265,7 @@ impl Door {
             && let Some(Renewed { headers, secret }) = upstream.renewed(&call.request.headers).await
         {
             tracing::debug!(upstream = upstream.name(), "an upstream call is sent again with a fresh credential");
-            call.departure.cost_nothing();
+            call.departure.begin_another();
             response = self.head(call, &headers).await?;
             reader = Cow::Owned(call.reader.clone().with_secret(secret));
         }
@@ -298,18 +301,18 @@ impl Door {
     /// Holding a [`CallOut`], and so its permit, is what allows this.
     async fn head(&self, call: &CallOut<'_>, headers: &HeaderMap) -> Result<Response, UpstreamError> {
         let CallOut { request, body, permit: LeavesPremises { .. }, departure, .. } = call;
-        let body = reqwest::Body::wrap(WatchedBody::new(body.clone(), (*departure).clone()));
+        let body = reqwest::Body::wrap(departure.watch(body.clone()));
         let sending = self.client.post(request.url.clone()).headers(headers.clone()).body(body).send();
         match tokio::time::timeout(self.limits.first_byte, sending).await {
             Ok(Ok(response)) => Ok(response),
             Ok(Err(error)) if was_refused_unread(&error) => {
                 let message = "the upstream closed the connection before it read the request";
-                Err(UpstreamError::new(Cause::Failed, message).having_spent(Spent::Nothing))
+                Err(UpstreamError::new(Cause::Failed, message).having_spent(Spent::NotSent))
             }
-            Ok(Err(error)) => Err(transport(&error, departure.spent())),
+            Ok(Err(error)) => Err(transport(&error, departure.give_up())),
             Err(_) => {
                 let message = format!("the upstream did not begin to answer within {:?}", self.limits.first_byte);
-                Err(UpstreamError::new(Cause::Timeout, message).having_spent(departure.spent()))
+                Err(UpstreamError::new(Cause::Timeout, message).having_spent(departure.give_up()))
             }
         }
     }

@@ -132,16 +132,17 @@ async fn without_its_row_a_local_answer_does_not_end_well() {
     let mut num_answered = 0;
     let text = loop {
         let response = house.chat(&key, &streamed).send().await.unwrap();
-        assert_eq!(response.status(), 200, "nothing is known to be wrong before it goes wrong");
-        let text = response.text().await.unwrap();
+        let (status, text) = (response.status().as_u16(), response.text().await.unwrap());
         if !text.ends_with("data: [DONE]\n\n") {
-            break text;
+            break (status == 200).then_some(text);
         }
         num_answered += 1;
         assert!(num_answered < 5_000, "the store never fills");
     };
-    let last = events(&text).0.last().unwrap().clone();
-    assert_eq!(last["error"]["code"], "store_unavailable", "{text}");
+    // None where housekeeping was the first to meet the bound.
+    if let Some(text) = &text {
+        assert_eq!(events(text).0.last().unwrap()["error"]["code"], "store_unavailable", "{text}");
+    }
     // From now on it is known, and nothing is computed in vain.
     let response = house.chat(&key, &streamed).send().await.unwrap();
     assert_eq!((response.status().as_u16(), response.headers().contains_key("retry-after")), (503, true));

@@ -80,6 +80,8 @@ struct Row {
     profile: String,
     #[serde(default)]
     aliases: Vec<String>,
+    /// What the provider knows it by; absent: the id.
+    wire: Option<String>,
     max_input: u64,
     max_output: u64,
     retires: Option<String>,
@@ -158,6 +160,9 @@ impl ModelOverride {
         if self.like.is_some() {
             // Another host keeps a model as long as it likes, and under a name of its own.
             entry.retires = None;
+        }
+        if entry.id != self.id {
+            // Whoever names a snapshot means that one, not what the family's name stands for at present.
             entry.wire_name.clone_from(&self.id);
         }
         entry.id.clone_from(&self.id);
@@ -228,7 +233,7 @@ fn entry(row: Row, profiles: &BTreeMap<String, Profile>) -> Result<ModelEntry, T
         return Err(TableError::OverlappingPrices(row.id));
     }
     Ok(ModelEntry {
-        wire_name: row.id.clone(),
+        wire_name: row.wire.unwrap_or_else(|| row.id.clone()),
         family,
         max_input_tokens: Some(row.max_input),
         max_output_tokens: Some(row.max_output),

@@ -117,6 +117,8 @@ fn an_operator_s_word_stands_over_the_table() {
     assert_eq!((house.family, house.max_output_tokens), (Family::Open, Some(2048)));
     let snapshot = catalogue.find("gpt-4o-2024-08-06", now).unwrap();
     assert_eq!(snapshot.price(&thousand, now).unwrap().to_string(), "$0.009000000");
+    assert_eq!(snapshot.wire_name, "gpt-4o-2024-08-06", "whoever pins a snapshot gets it");
+    assert_eq!(omni.wire_name, "gpt-4o");
     assert_eq!(catalogue.find("gpt-4o-2024-11-20", now).unwrap().id, "gpt-4o");
     let dangling: ModelOverride = toml::from_str("id = 'x'\nlike = 'nothing'").unwrap();
     assert!(matches!(built_in().with_overrides(&[dangling]), Err(TableError::Dangling { .. })));

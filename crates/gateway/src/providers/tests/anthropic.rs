@@ -21,9 +21,11 @@ fn a_plain_request_has_what_the_api_asks_for() {
     let outgoing = claude("claude-haiku-4-5-20251001").send(hi(json!({}))).unwrap();
     assert_eq!(outgoing.request.url.as_str(), "https://api.anthropic.com/v1/messages");
     assert_eq!(outgoing.request.headers["anthropic-version"], "2023-06-01");
-    let expected = json!({"model": "claude-haiku-4-5", "max_tokens": 64000,
+    let expected = json!({"model": "claude-haiku-4-5-20251001", "max_tokens": 64000,
         "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]});
     assert_eq!(Value::Object(outgoing.request.body), expected);
+    // Short names that the API does not know go out as what they stand for.
+    assert_eq!(sent("claude-3-haiku", hi(json!({})))["model"], "claude-3-haiku-20240307");
     let mut foundry = claude("claude-opus-5-5");
     foundry.base = Some("https://res.services.ai.azure.com/anthropic/");
     let url = foundry.send(hi(json!({}))).unwrap().request.url;

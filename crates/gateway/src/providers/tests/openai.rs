@@ -24,7 +24,7 @@ fn a_request_passes_with_the_model_s_own_name_and_limit() {
         .send(hi(json!({"max_tokens": 9, "stop": "x", "seed": 1, "metadata": {"a": "b"}, "novel": true})))
         .unwrap();
     assert_eq!(outgoing.request.url.as_str(), "https://api.openai.com/v1/chat/completions");
-    let expected = json!({"model": "gpt-4o", "messages": [{"role": "user", "content": "hi"}], "stop": ["x"], "seed": 1,
+    let expected = json!({"model": "gpt-4o-2024-08-06", "messages": [{"role": "user", "content": "hi"}], "stop": ["x"], "seed": 1,
         "max_completion_tokens": 9, "metadata": {"a": "b"}, "novel": true});
     assert_eq!(Value::Object(outgoing.request.body.clone()), expected);
     assert!(outgoing.warnings.is_empty());
@@ -336,6 +336,11 @@ fn what_would_choose_another_model_or_length_is_not_passed() {
     }
     assert!(outgoing.request.body.contains_key("min_p"));
     assert_eq!(dropped(&outgoing), ["models", "route", "fallbacks", "n_predict"]);
+    let body = json!({"model": "m", "prompt": "hi", "models": ["dear"], "n_predict": 100_000, "best_of": 2,
+        "plugins": [{"id": "web"}]});
+    let outgoing = Asked::of(Provider::Compatible, "llama").complete(body).unwrap();
+    assert!(["models", "n_predict", "plugins"].iter().all(|name| !outgoing.request.body.contains_key(*name)));
+    assert_eq!(outgoing.request.body["best_of"], 2, "it is counted there");
 }
 
 #[test]
