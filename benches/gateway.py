@@ -1,7 +1,7 @@
 """What the gateway costs a local request, and what overflow does for the time to the first token under a load beyond the machine's.
 
-    python3 benches/gateway.py overhead BINDERY MODEL
-    python3 benches/gateway.py overflow BINDERY MODEL
+    python3 benches/gateway.py overhead BINDERY MODEL [FLAG ...]
+    python3 benches/gateway.py overflow BINDERY MODEL [FLAG ...]
 
 `overhead`: the same short requests to two servers in turns, one without a gateway and one with tenants, limits, a guardrail on prompts and
 answers, rules and a ledger in SQLite; p50 of the answer's time, and the process' CPU time a request, by the kernel's count of each
@@ -38,8 +38,9 @@ class Server:
         command = [program, "serve", model, "--port", "0", "--served-model-name", "base", *flags]
         environment = {**os.environ, "ACME_KEY": "k", "NO_COLOR": "1"}
         self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, env=environment)
+        started = time.monotonic()
         while not (found := re.search(r"ready: http://([^:]+):(\d+)", self.said())):
-            if self.process.poll() is not None:
+            if self.process.poll() is not None or time.monotonic() > started + 120:
                 sys.exit(self.said())
             time.sleep(0.02)
         self.address = (found[1], int(found[2]))
@@ -60,11 +61,9 @@ class Server:
 HEADERS = {"content-type": "application/json", "authorization": "Bearer k"}
 
 
-def one_by_one(server, count):
-    """p50 of the time of an answer, and CPU time a request, in microseconds."""
+def ask(address, count, times):
     body = json.dumps({"model": "base", "prompt": "a b c d e f g h", "max_tokens": 1, "temperature": 0}).encode()
-    connection = http.client.HTTPConnection(*server.address)
-    times, before = [], server.cpu_ns()
+    connection = http.client.HTTPConnection(*address)
     for _ in range(count):
         start = time.perf_counter()
         connection.request("POST", "/v1/completions", body, HEADERS)
@@ -72,10 +71,20 @@ def one_by_one(server, count):
         said = answer.read()
         assert answer.status == 200, said
         times.append(time.perf_counter() - start)
-    return sorted(times)[count // 2] * 1e6, (server.cpu_ns() - before) / count / 1e3
 
 
-def overhead(program, model):
+def measured(server, count, clients):
+    """p50 of the time of an answer, and CPU time a request, in microseconds."""
+    times, before = [], server.cpu_ns()
+    threads = [threading.Thread(target=ask, args=(server.address, count // clients, times)) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sorted(times)[len(times) // 2] * 1e6, (server.cpu_ns() - before) / len(times) / 1e3
+
+
+def overhead(program, model, *more):
     tenant = (
         '[[tenants]]\nname = "acme"\napi_key_env = "ACME_KEY"\n'
         "limits = { requests_per_minute = 100000000, tokens_per_minute = 100000000000, concurrent = 64 }\n"
@@ -83,7 +92,7 @@ def overhead(program, model):
     rules = '[[routes]]\nmodel = "auto"\nrules = [{ to = "local" }]\n'
     pii = '[[guardrails]]\nname = "pii"\nkind = "pii"\naction = "redact"\n'
     with tempfile.TemporaryDirectory() as folder:
-        flags = ("--threads", "1")
+        flags = ("--threads", "1", *more)
         store = lambda name, durability: f'[store]\nurl = "sqlite://{folder}/{name}.db"\ndurability = "{durability}"\n'
         servers = {
             "no gateway": Server(program, model, folder, "", flags),
@@ -96,23 +105,28 @@ def overhead(program, model):
                 program, model, folder, store("c", "power-loss") + tenant + 'guardrails = ["pii"]\n' + rules + pii, flags
             ),
         }
-        figures = {name: [] for name in servers}
-        for server in servers.values():
-            one_by_one(server, 500)
-        for _ in range(ROUNDS):
-            for name, server in servers.items():
-                figures[name].append(one_by_one(server, REQUESTS))
-        print(f"| local request of one token, {ROUNDS} x {REQUESTS}, interleaved | p50 us | CPU us | over none: p50 | CPU |")
-        print("|---|---|---|---|---|")
-        middle = lambda values: sorted(values)[len(values) // 2]
-        base = figures["no gateway"]
-        for name, pairs in figures.items():
-            # Of each round its own difference.
-            p50, cpu = (middle([pair[at] for pair in pairs]) for at in (0, 1))
-            more = [middle([pair[at] - none[at] for pair, none in zip(pairs, base)]) for at in (0, 1)]
-            print(f"| {name} | {p50:.0f} | {cpu:.0f} | {more[0]:+.0f} | {more[1]:+.0f} |")
+        for clients in (1, 16):
+            compare(servers, clients)
         for server in servers.values():
             server.stop()
+
+
+def compare(servers, clients):
+    figures = {name: [] for name in servers}
+    for server in servers.values():
+        measured(server, 500, clients)
+    for _ in range(ROUNDS):
+        for name, server in servers.items():
+            figures[name].append(measured(server, REQUESTS, clients))
+    print(f"| one token, clients: {clients}, {ROUNDS} x {REQUESTS}, interleaved | p50 us | CPU us | over none: p50 | CPU |")
+    print("|---|---|---|---|---|")
+    middle = lambda values: sorted(values)[len(values) // 2]
+    base = figures["no gateway"]
+    for name, pairs in figures.items():
+        # Of each round its own difference.
+        p50, cpu = (middle([pair[at] for pair in pairs]) for at in (0, 1))
+        more = [middle([pair[at] - none[at] for pair, none in zip(pairs, base)]) for at in (0, 1)]
+        print(f"| {name} | {p50:.0f} | {cpu:.0f} | {more[0]:+.0f} | {more[1]:+.0f} |")
 
 
 class Upstream(http.server.BaseHTTPRequestHandler):
@@ -165,7 +179,7 @@ def load(server, arrivals, rng):
     return results, time.perf_counter() - start
 
 
-def overflow(program, model):
+def overflow(program, model, *more):
     double = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Upstream)
     threading.Thread(target=double.serve_forever, daemon=True).start()
     with tempfile.TemporaryDirectory() as folder:
@@ -176,7 +190,7 @@ def overflow(program, model):
         )
         tenant = '[[tenants]]\nname = "acme"\napi_key_env = "ACME_KEY"\nprivacy = "any"\n'
         over = f'overflow = {{ when_ttft_over = "{TTFT_LIMIT}s", to = "up/m", usd_per_day = 100.0 }}\n'
-        flags = ("--max-num-seqs", "8")
+        flags = ("--max-num-seqs", "8", *more)
         print(f"| load, limit {TTFT_LIMIT:.0f} s | requests | here | up | TTFT here p50 / p95 / most, s | up | all p95 | over the limit here |")
         print("|---|---|---|---|---|---|---|---|")
         rate = None
@@ -212,6 +226,6 @@ def overflow(program, model):
 
 if __name__ == "__main__":
     modes = {"overhead": overhead, "overflow": overflow}
-    if len(sys.argv) != 4 or sys.argv[1] not in modes:
+    if len(sys.argv) < 4 or sys.argv[1] not in modes:
         sys.exit(__doc__)
     modes[sys.argv[1]](*sys.argv[2:])

@@ -21,6 +21,7 @@ mod entry;
 mod operations;
 mod price;
 mod reservation;
+mod rows;
 
 pub use bound::{PromptSize, max_image_tokens, max_prompt_tokens};
 pub use budget::{Budget, BudgetScope, MAX_AMOUNT, OverBudget, Period, Standing};
@@ -48,6 +49,7 @@ use crate::{
 };
 use operations::{Beat, Charge, Held, Prune, Record, Release, Reserve, Search};
 use reservation::{Later, Leftover, Leftovers};
+use rows::Rows;
 
 /// Budgets of one call; more are refused.
 pub const MAX_BUDGETS: usize = 8;
@@ -148,6 +150,7 @@ struct Inner {
     options: LedgerOptions,
     incarnation: String,
     leftovers: Leftovers,
+    rows: Rows,
     /// The store's last failure; None: since then it has taken something.
     trouble: Mutex<Option<StoreError>>,
     overruns: AtomicU64,
@@ -163,6 +166,7 @@ impl Ledger {
             options,
             incarnation: uuid::Uuid::new_v4().to_string(),
             leftovers: Leftovers::default(),
+            rows: Rows::default(),
             trouble: Mutex::default(),
             overruns: AtomicU64::new(0),
             overrun_nanos: AtomicU64::new(0),
@@ -215,7 +219,7 @@ impl Ledger {
     pub async fn record_local(&self, call: &Call, outcome: Outcome, now: UnixMillis) -> Result<(), LedgerError> {
         let record = Record { held: Held::new(&self.0.incarnation, call, now), outcome };
         let later = Later::new(&self.0, Leftover::Record(record.clone()));
-        self.0.noting(self.0.store.submit(record).await)?;
+        self.0.noting(self.0.write_row(record).await)?;
         later.not_needed();
         Ok(())
     }

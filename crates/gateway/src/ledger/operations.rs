@@ -11,6 +11,8 @@
 //!
 //! **Invariant**: `reserved` of a budget is the sum of the open reservations that name it.
 
+use std::{borrow::Cow, sync::LazyLock};
+
 use futures::{FutureExt as _, future::BoxFuture};
 use sqlx::{AnyConnection, Row as _, any::AnyRow};
 
@@ -180,7 +182,10 @@ pub(super) struct Record {
     pub(super) outcome: Outcome,
 }
 
-impl Operation for Record {
+/// Some of them, in one statement.
+pub(super) struct Records(pub(super) Vec<Record>);
+
+impl Operation for Records {
     type Output = ();
 
     fn is_one_statement(&self) -> bool {
@@ -188,8 +193,10 @@ impl Operation for Record {
     }
 
     fn run<'a>(&'a self, connection: &'a mut AnyConnection) -> BoxFuture<'a, Result<(), sqlx::Error>> {
-        let Self { held, outcome } = self;
-        async move { insert_request(connection, &Row { held, outcome, settlement: "local", overrun: Money::ZERO }).await }.boxed()
+        let row =
+            |Record { held, outcome }: &'a Record| Row { held, outcome, settlement: "local", overrun: Money::ZERO };
+        let rows: Vec<Row<'a>> = self.0.iter().map(row).collect();
+        async move { insert_requests(connection, &rows).await }.boxed()
     }
 }
 
@@ -389,15 +396,59 @@ struct Row<'a> {
     overrun: Money,
 }
 
-const INSERT_REQUEST: &str = "INSERT INTO requests (id, at, day, tenant, credential, model, adapter, route, status, \
-     prompt_tokens, cached_tokens, completion_tokens, reasoning_tokens, latency_ms, price, reference_price, settlement, overrun) \
-     VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18) ON CONFLICT (id) DO NOTHING";
+const REQUEST_COLUMNS: [&str; 18] = [
+    "id",
+    "at",
+    "day",
+    "tenant",
+    "credential",
+    "model",
+    "adapter",
+    "route",
+    "status",
+    "prompt_tokens",
+    "cached_tokens",
+    "completion_tokens",
+    "reasoning_tokens",
+    "latency_ms",
+    "price",
+    "reference_price",
+    "settlement",
+    "overrun",
+];
+
+/// The statement for so many rows: names of ours and numbers, no words of anybody's.
+fn insert_statement(num_rows: usize) -> String {
+    let width = REQUEST_COLUMNS.len();
+    let row = |at: usize| {
+        let marks: Vec<String> = (1..=width).map(|column| format!("${}", at * width + column)).collect();
+        format!("({})", marks.join(", "))
+    };
+    let rows: Vec<String> = (0..num_rows).map(row).collect();
+    let columns = REQUEST_COLUMNS.join(", ");
+    format!("INSERT INTO requests ({columns}) VALUES {} ON CONFLICT (id) DO NOTHING", rows.join(", "))
+}
 
 async fn insert_request(connection: &mut AnyConnection, row: &Row<'_>) -> Result<(), sqlx::Error> {
+    insert_requests(connection, std::slice::from_ref(row)).await
+}
+
+async fn insert_requests(connection: &mut AnyConnection, rows: &[Row<'_>]) -> Result<(), sqlx::Error> {
+    static ONE: LazyLock<String> = LazyLock::new(|| insert_statement(1));
+    let one_or_more =
+        if rows.len() == 1 { Cow::Borrowed(ONE.as_str()) } else { Cow::Owned(insert_statement(rows.len())) };
+    let text = sqlx::AssertSqlSafe(one_or_more.into_owned());
+    rows.iter().fold(sqlx::query(text), bind_row).execute(connection).await?;
+    Ok(())
+}
+
+type Statement = sqlx::query::Query<'static, sqlx::Any, sqlx::any::AnyArguments>;
+
+fn bind_row(statement: Statement, row: &Row<'_>) -> Statement {
     let Row { held, outcome, settlement, overrun } = row;
     let count = |tokens: u64| i64::try_from(tokens).unwrap_or(i64::MAX);
     let tokens = &outcome.tokens;
-    sqlx::query(INSERT_REQUEST)
+    statement
         .bind(held.id.clone())
         .bind(held.at.0)
         .bind(held.at.day())
@@ -416,9 +467,6 @@ async fn insert_request(connection: &mut AnyConnection, row: &Row<'_>) -> Result
         .bind(outcome.reference_price.map(Money::nanos))
         .bind((*settlement).to_owned())
         .bind(overrun.nanos())
-        .execute(connection)
-        .await?;
-    Ok(())
 }
 
 async fn insert_unsettled(connection: &mut AnyConnection, held: &Held, amount: i64) -> Result<(), sqlx::Error> {

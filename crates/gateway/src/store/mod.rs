@@ -143,7 +143,7 @@ impl Store {
         }
     }
 
-    fn closed(&self) -> StoreError {
+    pub(crate) fn closed(&self) -> StoreError {
         StoreError::Closed { store: self.settings.shown() }
     }
 

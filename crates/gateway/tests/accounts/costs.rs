@@ -40,6 +40,24 @@ fn short(report: &CostReport) -> Vec<Vec<String>> {
 }
 
 on_every_store! {
+    /// More than go in one statement; each is there once, whoever left before he was told among them.
+    async fn rows_that_come_together_are_each_written_once(place) {
+        let (store, _thread) = place.open().await;
+        let ledger = ledger(&store, "one").await;
+        let local = Call { route: LedgerRoute::Local, ..call("smollm2") };
+        let rows = (0..300).map(|price| ledger.record_local(&local, outcome(price), NOON));
+        let written = futures::future::join_all(rows).await;
+        assert!(written.iter().all(Result::is_ok), "{written:?}");
+        let left = ledger.record_local(&local, outcome(1_000), NOON);
+        // Asked once, and not again.
+        assert!(futures::FutureExt::now_or_never(left).is_none());
+        ledger.keep_house(NOON).await.unwrap();
+        let sums = costs(&store, CostQuery::default()).await.unwrap();
+        let row = &sums.rows[0];
+        assert_eq!((row.local_requests, row.local_cost.nanos()), (301, (0..300).sum::<i64>() + 1_000));
+        assert_eq!(ledger.counts().leftovers, 0);
+    }
+
     async fn sums_by_any_subset_agree(place) {
         let (store, _thread) = place.open().await;
         fill(&store).await;
