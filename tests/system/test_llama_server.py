@@ -113,32 +113,6 @@ def test_stop_sequences_and_schemas_reach_it(houses):
     assert set(json.loads(through.choices[0].message.content)) == {"yes"}
 
 
-def test_a_tool_is_called_and_its_result_is_read(houses):
-    _, front, _ = houses
-    parameters = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
-    tools = [{"type": "function", "function": {"name": "weather", "description": "Of a city", "parameters": parameters}}]
-    question = [{"role": "user", "content": "What is the weather in Ghent?"}]
-    settings = {"model": PLACE, "tools": tools, "max_tokens": 80, "temperature": 0}
-    called = front.chat.completions.create(messages=question, tool_choice="required", **settings)
-    message = called.choices[0].message
-    assert called.choices[0].finish_reason == "tool_calls" and message.tool_calls, called
-    call = message.tool_calls[0]
-    assert call.function.name == "weather" and set(json.loads(call.function.arguments)) == {"city"}
-    streamed = {"name": "", "arguments": "", "reason": None}
-    for chunk in front.chat.completions.create(messages=question, tool_choice="required", stream=True, **settings):
-        for choice in chunk.choices:
-            for piece in choice.delta.tool_calls or []:
-                streamed["name"] += piece.function.name or ""
-                streamed["arguments"] += piece.function.arguments or ""
-            streamed["reason"] = choice.finish_reason or streamed["reason"]
-    assert streamed["name"] == "weather" and set(json.loads(streamed["arguments"])) == {"city"}
-    assert streamed["reason"] == "tool_calls"
-    result = {"role": "tool", "tool_call_id": call.id, "content": "sunny"}
-    turns = [*question, message.model_dump(exclude_none=True), result]
-    final = front.chat.completions.create(messages=turns, **settings)
-    assert final.choices[0].message.content is not None and final.usage.prompt_tokens > called.usage.prompt_tokens
-
-
 def test_completions_and_its_own_fields_reach_it(houses):
     direct, front, _ = houses
     options = {"prompt": "The bookbinder", "max_tokens": 12, "temperature": 0, "extra_body": {"cache_prompt": False}}
