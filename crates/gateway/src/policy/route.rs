@@ -217,12 +217,12 @@ impl Router {
         facts: &Facts<'_>,
         local_name: &dyn Fn(&str) -> LocalName,
     ) -> Result<Route, Refused> {
-        let draft = if let Some(model) = self.virtual_models.get(asked) {
+        let (draft, kept) = if let Some(model) = self.virtual_models.get(asked) {
             Self::by_rules(model, facts, local_name)?
         } else {
-            self.by_name(asked, facts, local_name)?
+            (self.by_name(asked, facts, local_name)?, None)
         };
-        with_overflow(local_able(draft, facts)?, asked, facts, local_name)
+        with_overflow(local_able(draft, facts)?, (asked, kept), facts, local_name)
     }
 
     fn by_name(
@@ -250,11 +250,12 @@ impl Router {
         }
     }
 
+    /// And why it may not overflow: whoever sends personal data to a place has not said that it may go to another.
     fn by_rules(
         model: &VirtualModel,
         facts: &Facts<'_>,
         local_name: &dyn Fn(&str) -> LocalName,
-    ) -> Result<Route, Refused> {
+    ) -> Result<(Route, Option<String>), Refused> {
         if !is_allowed(&model.name, NameOf::Model, facts) {
             return Err(Refused::UnknownModel { asked: model.name.to_string() });
         }
@@ -295,7 +296,9 @@ impl Router {
                 why.push("the privacy class local-first puts what runs here in front".to_owned());
             }
             why.push(format!("rule {number} of {} applies", model.name));
-            return Ok(Route { targets, why, overflow: None });
+            let kept = (rule.when.personal_data == Some(true))
+                .then(|| format!("rule {number} of {} says where personal data goes", model.name));
+            return Ok((Route { targets, why, overflow: None }, kept));
         }
         let reasons = why.join("; ");
         Err(Refused::NotAllowed {
@@ -370,7 +373,7 @@ fn local_able(mut route: Route, facts: &Facts<'_>) -> Result<Route, Refused> {
 /// Sends what would wait too long here, or could never be answered, to the tenant's overflow, where that is open to it.
 fn with_overflow(
     mut route: Route,
-    asked: &str,
+    (asked, kept): (&str, Option<String>),
     facts: &Facts<'_>,
     local_name: &dyn Fn(&str) -> LocalName,
 ) -> Result<Route, Refused> {
@@ -399,6 +402,7 @@ fn with_overflow(
     let is_equal =
         local_name(name) != LocalName::Adapter || overflow.adapters.iter().any(|pattern| fits(pattern, name));
     let closed = match forbidden(&overflow.to, facts, local_name) {
+        _ if kept.is_some() => kept,
         Some(Forbidden::NotOffered) => Some(format!("the tenant, or its key, may not use {}", overflow.to)),
         Some(Forbidden::Leaves(why)) => Some(why),
         None if cannot.is_some() && overflow.to.is_local() => Some(format!("{} is here, too", overflow.to)),

@@ -220,6 +220,30 @@ fn a_request_overflows_before_it_waits_too_long() {
 }
 
 #[test]
+fn what_a_rule_about_personal_data_keeps_here_does_not_overflow() {
+    let rule = |personal| Rule {
+        when: Condition { personal_data: personal, ..Condition::default() },
+        to: vec![Choice::One(target("base"))],
+    };
+    let router = router(vec![rule(Some(true)), rule(None)]);
+    let tenant = TenantRouting { overflow: Some(overflow(&[], Otherwise::Wait)), ..tenant() };
+    for (has_personal_data, predicted, expected) in [
+        (true, 7, vec!["base"]),
+        (true, 1, vec!["base"]),
+        (false, 7, vec!["openai/gpt-4.1", "base"]),
+        (false, 1, vec!["base", "openai/gpt-4.1"]),
+    ] {
+        let mut facts = Facts { has_personal_data, ..facts(&tenant) };
+        facts.local.predicted_ttft = Some(Duration::from_secs(predicted));
+        let route = router.route("auto", &facts, &local);
+        assert_eq!(names(&route), expected, "{has_personal_data} {predicted}");
+        if has_personal_data && predicted == 7 {
+            assert!(route.unwrap().why.last().unwrap().contains("rule 1 of auto says where personal data goes"));
+        }
+    }
+}
+
+#[test]
 fn what_a_budget_keeps_from_overflowing_is_refused_where_waiting_is() {
     for (otherwise, is_refused) in [(Otherwise::Refuse, true), (Otherwise::Wait, false)] {
         let tenant = TenantRouting { overflow: Some(overflow(&[], otherwise)), ..tenant() };
