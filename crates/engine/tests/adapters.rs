@@ -373,7 +373,7 @@ async fn churn_gives_right_answers_and_leaves_nothing() {
         write(&root, &format!("n{at}"), &format!("{}", at * 1000));
         model.adapters.register(spec(&root, &format!("n{at}"))).unwrap();
     }
-    let rounds = if std::env::var_os("BINDERY_LONG_TESTS").is_some() { 400 } else { 40 };
+    let rounds = if std::env::var_os("BINDERY_TEST_FULL").is_some() { 2_000 } else { 40 };
     let changer = tokio::spawn({
         let (model, newest, root) = (Arc::clone(&model), Arc::clone(&newest), Arc::clone(&root));
         async move {

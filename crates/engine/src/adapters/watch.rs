@@ -2,10 +2,11 @@
 //!
 //! It is looked at again and again, since notices of changes do not reach across network file systems. An adapter counts once
 //! two looks in a row saw the same files: one that is put there whole, by renaming its folder, after one interval; one that is
-//! being copied, when the copying has ended. It must not know what an adapter is, beyond which files make one.
+//! being copied, when the copying has ended. It has vanished once two looks in a row did not see it: to put a folder in another's
+//! place takes two renames, and a look may fall between them. It must not know what an adapter is, beyond which files make one.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs, io,
     path::{Path, PathBuf},
     time::Duration,
@@ -101,17 +102,23 @@ struct Watched {
     last: BTreeMap<String, (PathBuf, Fingerprint)>,
     /// As they are known to the pool.
     known: BTreeMap<String, (PathBuf, Fingerprint)>,
+    /// Known, and not seen by the last look.
+    missed: BTreeSet<String>,
 }
 
 impl Watched {
     fn look(&mut self, seen: BTreeMap<String, (PathBuf, Fingerprint)>) -> Vec<Change> {
         let mut changes = Vec::new();
+        let missed_before = std::mem::take(&mut self.missed);
         self.known.retain(|name, (path, _)| {
             let is_there = seen.contains_key(name);
-            if !is_there {
+            let has_vanished = !is_there && missed_before.contains(name);
+            if has_vanished {
                 changes.push(Change::Vanished(name.clone(), path.clone()));
+            } else if !is_there {
+                self.missed.insert(name.clone());
             }
-            is_there
+            !has_vanished
         });
         for (name, state) in &seen {
             if self.last.get(name) != Some(state) {
@@ -187,7 +194,15 @@ mod tests {
         fs::rename(root.join(".a-new"), root.join("a")).unwrap();
         assert_eq!(look(), []);
         assert_eq!(look(), [Change::Changed("a".into(), root.join("a"))]);
+        // A look between the two renames.
+        write(&root.join(".a-newer"), "three");
+        fs::rename(root.join("a"), root.join(".a-older")).unwrap();
+        assert_eq!(look(), [], "the name stays");
+        fs::rename(root.join(".a-newer"), root.join("a")).unwrap();
+        assert_eq!(look(), []);
+        assert_eq!(look(), [Change::Changed("a".into(), root.join("a"))]);
         fs::remove_dir_all(root.join("a")).unwrap();
+        assert_eq!(look(), []);
         assert_eq!(look(), [Change::Vanished("a".into(), root.join("a"))]);
         fs::write(root.join("half/adapter_model.safetensors"), "one").unwrap();
         assert_eq!(look(), []);
