@@ -63,7 +63,7 @@ fn check_says_what_the_gateways_sections_mean_and_shows_no_secret() {
     assert_eq!(ended.code, 0, "{}", ended.stderr);
     for expected in [
         "Keys, budgets and costs are kept in postgres://",
-        "survives the loss of power.",
+        "survives the loss of power; while it takes no writes, nothing is answered.",
         "An hour of this node costs $2.10; local answers are compared with gpt-4.1.",
         "Upstream openai (OpenAI): gpt-4.1 ($2 in, $8 out for a million tokens), own-model (no price known); its key from \
          OPENAI_API_KEY, which is set; at most $900.00 a month.",

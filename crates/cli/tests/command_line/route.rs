@@ -75,18 +75,23 @@ fn rules_decide_on_what_stands_in_the_request() {
     let german = "Die Bundesregierung hat gestern beschlossen, dass die neuen Regeln erst im nächsten Jahr gelten.";
     let saturday = ["--task", "summary", "--at", "2026-11-28T22:30:00Z"];
     for (body, more, expected) in [
-        (request("auto", "hello"), &[][..], &["local"][..]),
+        // The tenant's overflow stands behind the local model, for what is turned away there.
+        (request("auto", "hello"), &[][..], &["local", "openai/gpt-4.1"][..]),
         (hard("hello"), &[], &["openai/gpt-4.1"]),
         (hard("write to jane.doe@example.com"), &[], &["local"]),
         (request("auto", "hello"), &saturday, &["openai/house-model"]),
-        (request("auto", "hello"), &["--task", "summary", "--at", "2026-11-27T22:30:00Z"], &["local"]),
+        (
+            request("auto", "hello"),
+            &["--task", "summary", "--at", "2026-11-27T22:30:00Z"],
+            &["local", "openai/gpt-4.1"],
+        ),
         (request("auto", german), &["--prompt-tokens", "30"], &["openai/gpt-4.1", "local"]),
-        (request("tiny-llama", "hello"), &[], &["tiny-llama"]),
+        (request("tiny-llama", "hello"), &[], &["tiny-llama", "openai/gpt-4.1"]),
         (request("support-fr", "hello"), &[], &["support-fr"]),
         (request("openai/gpt-4.1", "hello"), &[], &["openai/gpt-4.1"]),
         // Before it waits too long; the local model stays behind.
         (request("tiny-llama", "hello"), &["--ttft", "3s"], &["openai/gpt-4.1", "tiny-llama"]),
-        (request("tiny-llama", "hello"), &["--ttft", "1s"], &["tiny-llama"]),
+        (request("tiny-llama", "hello"), &["--ttft", "1s"], &["tiny-llama", "openai/gpt-4.1"]),
         (request("tiny-llama", "about Project Kestrel"), &["--ttft", "3s"], &["tiny-llama"]),
         (request("tiny-llama", "hello"), &["--ttft", "3s", "--privacy", "local-only"], &["tiny-llama"]),
     ] {
