@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -20,6 +21,24 @@ BINARY = os.environ.get("BINDERY_BIN", "target/debug/bindery")
 MODEL = "smollm2-135m"
 FULL = bool(os.environ.get("BINDERY_TEST_FULL"))
 READY = re.compile(r"ready: (http://\S+)")
+
+
+def free_port():
+    """For programs that cannot choose one themselves."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def collected(chunks):
+    """A stream's text, finish reason and usage."""
+    text, reason, usage = "", None, None
+    for chunk in chunks:
+        for choice in chunk.choices:
+            text += choice.delta.content or ""
+            reason = choice.finish_reason or reason
+        usage = chunk.usage or usage
+    return text, reason, usage
 
 
 class Server:

@@ -7,7 +7,6 @@ Runs where BINDERY_LITELLM names the program (`cargo xtask test --full` installs
 
 import os
 import secrets
-import socket
 import subprocess
 import time
 import urllib.request
@@ -15,7 +14,7 @@ import urllib.request
 import openai
 import pytest
 
-from conftest import MODEL
+from conftest import MODEL, Server, collected, free_port
 
 LITELLM = os.environ.get("BINDERY_LITELLM")
 pytestmark = pytest.mark.skipif(not LITELLM, reason="BINDERY_LITELLM is not set: only with --full")
@@ -27,17 +26,9 @@ MESSAGES = [
 ]
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def houses(tmp_path_factory):
     """A client of the server behind, and one of the gateway in front of LiteLLM."""
-    from conftest import Server
-
     folder = tmp_path_factory.mktemp("litellm")
     key, port = "sk-" + secrets.token_hex(24), free_port()
     behind = Server()
@@ -105,12 +96,7 @@ def test_an_answer_is_what_the_server_behind_says(houses, place):
 @pytest.mark.parametrize("place", PLACES)
 def test_a_streamed_answer_is_the_same(houses, place):
     behind, front = houses
-    text, reason, usage = "", None, None
-    for chunk in ask(front, place, stream=True, stream_options={"include_usage": True}):
-        for choice in chunk.choices:
-            text += choice.delta.content or ""
-            reason = choice.finish_reason or reason
-        usage = chunk.usage or usage
+    text, reason, usage = collected(ask(front, place, stream=True, stream_options={"include_usage": True}))
     direct = ask(behind, MODEL)
     assert (text, reason) == (direct.choices[0].message.content, "length")
     assert (usage.prompt_tokens, usage.completion_tokens) == (direct.usage.prompt_tokens, 16)

@@ -6,7 +6,6 @@ BINDERY_LLAMA_SERVER names the program (`cargo xtask test --full` does where `ca
 
 import json
 import os
-import socket
 import subprocess
 import time
 import urllib.request
@@ -14,7 +13,7 @@ import urllib.request
 import openai
 import pytest
 
-from conftest import Server
+from conftest import Server, collected, free_port
 
 PROGRAM = os.environ.get("BINDERY_LLAMA_SERVER")
 WEIGHTS = os.environ.get("BINDERY_TEST_MODEL")
@@ -36,9 +35,7 @@ def get(url):
 def houses(tmp_path_factory):
     """A client of llama-server, one of the gateway before it, and llama-server's address."""
     folder = tmp_path_factory.mktemp("llama")
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     flags = ["-m", WEIGHTS, "--host", "127.0.0.1", "--port", str(port), "-c", "4096", "-np", "2", "-t", "1", "--jinja"]
     with open(folder / "llama.log", "w") as log:
@@ -90,12 +87,7 @@ def test_an_answer_is_what_it_says_itself(houses):
 
 def test_a_streamed_answer_is_the_same(houses):
     direct, front, _ = houses
-    text, reason, usage = "", None, None
-    for chunk in ask(front, PLACE, stream=True, stream_options={"include_usage": True}):
-        for choice in chunk.choices:
-            text += choice.delta.content or ""
-            reason = choice.finish_reason or reason
-        usage = chunk.usage or usage
+    text, reason, usage = collected(ask(front, PLACE, stream=True, stream_options={"include_usage": True}))
     own = ask(direct, "smol")
     assert (text, reason) == (own.choices[0].message.content, "length")
     assert (usage.prompt_tokens, usage.completion_tokens) == (own.usage.prompt_tokens, 16)

@@ -19,10 +19,11 @@ use axum::{
 };
 use bindery_engine::AdapterIdentity;
 use bindery_gateway::{
+    audit::record::{AdapterUsed, ModelUsed},
     clock::UnixMillis,
     gateway::{
-        AnswerFilters, Asked, Exchange, Gateway, GatewayError, LocalAdapter, LocalModel, LocalUse, Sent, Unreadable,
-        UpstreamStream, WireRoute, facts,
+        AnswerFilters, Asked, Exchange, Gateway, GatewayError, LocalUse, Sent, Unreadable, UpstreamStream, WireRoute,
+        facts,
     },
     ledger::{LedgerError, RequestStatus},
     policy::{LocalState, Target, route::LocalName},
@@ -126,11 +127,11 @@ async fn answer(
                 // Which version of an adapter it gets is known once it has one.
                 let adapter = match (target, local_name(&target.to_string())) {
                     (Target::LocalModel(name), LocalName::Adapter) => {
-                        Some(LocalAdapter { name: name.to_string(), ..LocalAdapter::default() })
+                        Some(AdapterUsed { name: name.to_string(), ..AdapterUsed::default() })
                     }
                     _ => None,
                 };
-                let model = LocalModel { adapter, ..house_model(state) };
+                let model = ModelUsed { adapter, ..house_model(state) };
                 // From here on whoever leaves is accounted for.
                 let filters = exchange.filters();
                 let mut account =
@@ -412,7 +413,7 @@ struct Account {
     /// Taken when it is settled.
     exchange: Option<Exchange>,
     context: RequestContext,
-    model: LocalModel,
+    model: ModelUsed,
 }
 
 impl Account {
@@ -440,7 +441,7 @@ impl Account {
     }
 
     /// What ran, the adapter by the version that the request held. One that it held at an earlier place of its route is another.
-    fn model(&mut self) -> LocalModel {
+    fn model(&mut self) -> ModelUsed {
         let mut model = std::mem::take(&mut self.model);
         let held = self.context.counts.adapter.lock().unwrap_or_else(PoisonError::into_inner).clone();
         if let (Some(adapter), Some(held)) = (&mut model.adapter, held)
@@ -473,8 +474,8 @@ impl Drop for Account {
 }
 
 /// The base's weights.
-pub(crate) fn house_model(state: &AppState) -> LocalModel {
-    LocalModel {
+pub(crate) fn house_model(state: &AppState) -> ModelUsed {
+    ModelUsed {
         name: state.config.primary_model_name().to_owned(),
         digest: state.config.digest.get().cloned(),
         licence: state.config.license.clone(),
@@ -482,9 +483,9 @@ pub(crate) fn house_model(state: &AppState) -> LocalModel {
     }
 }
 
-pub(crate) fn local_adapter(identity: AdapterIdentity) -> LocalAdapter {
+pub(crate) fn local_adapter(identity: AdapterIdentity) -> AdapterUsed {
     let AdapterIdentity { name, digest, licence } = identity;
-    LocalAdapter { name, digest, licence }
+    AdapterUsed { name, digest, licence }
 }
 
 /// A request's share of the time that this machine has computed for all.

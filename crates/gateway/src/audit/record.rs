@@ -50,7 +50,7 @@ pub struct ModelUsed {
 pub struct AdapterUsed {
     /// Its name.
     pub name: String,
-    /// The digest of its weights.
+    /// The digest of the version that the request held; empty where it came to hold none.
     pub digest: String,
     /// Its licence.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -11,7 +11,11 @@ use std::{
 use serde_json::{Map, Value};
 
 use super::{
-    BlockedBecause, Exchange, Gateway, GatewayError, Tenant, call::SharedTold, class_of, exchange::key_id, facts,
+    BlockedBecause, Exchange, Gateway, GatewayError, Tenant,
+    call::SharedTold,
+    class_of,
+    exchange::{kept, record_of},
+    facts,
     transcript::Transcript,
 };
 use crate::{
@@ -118,14 +122,9 @@ impl Gateway {
         let Ok(tenant) = self.tenant(asked.tenant) else { return Ok(()) };
         self.0.meters.request(tenant.config.id.as_str(), "", asked.code, &[]);
         let Some(audit) = &self.0.audit else { return Ok(()) };
-        let record = RequestRecord {
-            request_id: asked.request_id.to_owned(),
-            tenant: tenant.config.id.to_string(),
-            key_id: Some(key_id(asked.credential)),
-            outcome: asked.code.to_owned(),
-            ..RequestRecord::default()
-        };
-        audit.record(record, None).kept().await.map(|_| ()).map_err(GatewayError::Audit)
+        let outcome = asked.code.to_owned();
+        let record = RequestRecord { outcome, ..record_of(asked.request_id, tenant, asked.credential) };
+        kept(audit.record(record, None)).await
     }
 
     /// Admits a request under its tenant's limits and checks its prompt.
@@ -138,12 +137,7 @@ impl Gateway {
             // Nobody here, so nobody's log.
             Err(error) => return Err(TurnedAway { error, record: None }),
         };
-        let mut record = RequestRecord {
-            request_id: asked.request_id.to_owned(),
-            tenant: tenant.config.id.to_string(),
-            key_id: Some(key_id(&asked.credential)),
-            ..RequestRecord::default()
-        };
+        let mut record = record_of(asked.request_id, &tenant, &asked.credential);
         let mut seen = Seen::default();
         self.admit(asked, tenant, &mut seen).map_err(|error| {
             record.outcome = error.shown().2;

@@ -22,8 +22,8 @@ use super::{
 };
 use crate::{
     audit::{
-        self, Pending,
-        record::{AdapterUsed, ModelUsed, RequestRecord, RouteTaken},
+        Pending,
+        record::{ModelUsed, RequestRecord, RouteTaken, TokenCounts},
     },
     clock::UnixMillis,
     failure::OnFailure,
@@ -70,30 +70,6 @@ pub struct Exchange {
     pub(super) time_left: Option<Duration>,
 }
 
-/// Which weights answered here.
-#[derive(Clone, Debug, Default)]
-pub struct LocalModel {
-    /// The base's name.
-    pub name: String,
-    /// Its digest, where it is known.
-    pub digest: Option<String>,
-    /// Its licence.
-    pub licence: Option<String>,
-    /// What stood beside it.
-    pub adapter: Option<LocalAdapter>,
-}
-
-/// Which adapter answered here.
-#[derive(Clone, Debug, Default)]
-pub struct LocalAdapter {
-    /// By which it was asked for.
-    pub name: String,
-    /// Of the version that the request held; empty where it came to hold none.
-    pub digest: String,
-    /// Its licence, where its files tell it.
-    pub licence: Option<String>,
-}
-
 /// What a request used here.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct LocalUse {
@@ -103,14 +79,6 @@ pub struct LocalUse {
     pub num_completion_tokens: u64,
     /// The share of this machine's time that it took.
     pub machine_time: Duration,
-}
-
-impl From<LocalModel> for ModelUsed {
-    fn from(model: LocalModel) -> Self {
-        let LocalModel { name, digest, licence, adapter } = model;
-        let adapter = adapter.map(|LocalAdapter { name, digest, licence }| AdapterUsed { name, digest, licence });
-        Self { name, digest, licence, adapter }
-    }
 }
 
 impl LocalUse {
@@ -276,7 +244,7 @@ impl Exchange {
         &mut self,
         used: LocalUse,
         status: RequestStatus,
-        model: LocalModel,
+        model: ModelUsed,
         now: UnixMillis,
     ) -> Result<(), GatewayError> {
         let (call, outcome) = self.ended_here(&used, status, model, now);
@@ -295,7 +263,7 @@ impl Exchange {
     }
 
     /// The same where nobody can wait: in a drop.
-    pub fn settle_local_later(&mut self, used: LocalUse, status: RequestStatus, model: LocalModel, now: UnixMillis) {
+    pub fn settle_local_later(&mut self, used: LocalUse, status: RequestStatus, model: ModelUsed, now: UnixMillis) {
         let (call, outcome) = self.ended_here(&used, status, model, now);
         if let Some(ledger) = &self.gateway.0.ledger {
             ledger.record_local_later(&call, outcome, now);
@@ -316,7 +284,7 @@ impl Exchange {
     /// The log's one record, where there is a log.
     pub(super) async fn log(&mut self) -> Result<(), GatewayError> {
         match self.enter() {
-            Some(record) => record.kept().await.map(|_| ()).map_err(GatewayError::Audit),
+            Some(record) => kept(record).await,
             None => Ok(()),
         }
     }
@@ -336,23 +304,21 @@ impl Exchange {
         Some(audit.record(record, contents))
     }
 
+    /// A record that says whose request it is, and nothing else yet.
+    pub(super) fn blank_record(&self) -> RequestRecord {
+        record_of(&self.request_id, &self.tenant, &self.credential)
+    }
+
     fn record(&self) -> RequestRecord {
         let Told { verdicts, model, to, usage, outcome } =
             self.told.lock().unwrap_or_else(PoisonError::into_inner).clone();
         RequestRecord {
-            request_id: self.request_id.clone(),
-            tenant: self.tenant.config.id.to_string(),
-            key_id: Some(key_id(&self.credential)),
             model,
             route: RouteTaken { to, why: self.why.clone() },
             verdicts: [self.verdicts.clone(), verdicts].concat(),
-            tokens: audit::record::TokenCounts {
-                prompt: usage.prompt,
-                cached: usage.cached,
-                completion: usage.completion,
-                reasoning: usage.reasoning,
-            },
+            tokens: usage.into(),
             outcome: outcome.unwrap_or_else(|| outcome_word(RequestStatus::Cancelled).to_owned()),
+            ..self.blank_record()
         }
     }
 
@@ -361,7 +327,7 @@ impl Exchange {
         &mut self,
         used: &LocalUse,
         status: RequestStatus,
-        model: LocalModel,
+        model: ModelUsed,
         now: UnixMillis,
     ) -> (Call, Outcome) {
         let local = &self.gateway.0.local;
@@ -381,7 +347,6 @@ impl Exchange {
         // What ran, by its own name: of a virtual model or an alias the books say nothing.
         let adapter = model.adapter.as_ref().map(|adapter| adapter.name.clone());
         let call = self.call(LedgerRoute::Local, adapter.clone().unwrap_or_else(|| model.name.clone()), adapter);
-        let model = model.into();
         let (to, word) = (LOCAL.to_owned(), Some(outcome_word(status).to_owned()));
         self.tell(|told| *told = Told { model, to, usage, outcome: word, ..Told::default() });
         self.spend(&usage, now);
@@ -414,8 +379,29 @@ pub(super) fn internal(what: &str) -> GatewayError {
     GatewayError::Internal(what.to_owned())
 }
 
+/// A record that says whose request it is, and nothing else yet.
+pub(super) fn record_of(request_id: &str, tenant: &Tenant, credential: &Credential) -> RequestRecord {
+    RequestRecord {
+        request_id: request_id.to_owned(),
+        tenant: tenant.config.id.to_string(),
+        key_id: Some(key_id(credential)),
+        ..RequestRecord::default()
+    }
+}
+
+/// Waits until a record is in the log.
+pub(super) async fn kept(record: Pending) -> Result<(), GatewayError> {
+    record.kept().await.map(|_| ()).map_err(GatewayError::Audit)
+}
+
+impl From<Usage> for TokenCounts {
+    fn from(Usage { prompt, cached, completion, reasoning, .. }: Usage) -> Self {
+        Self { prompt, cached, completion, reasoning }
+    }
+}
+
 /// The key's id; a token's issuer and subject.
-pub(super) fn key_id(credential: &Credential) -> String {
+fn key_id(credential: &Credential) -> String {
     match credential {
         Credential::Key(id) => id.to_string(),
         Credential::Jwt { issuer, subject } => format!("{issuer}#{subject}"),

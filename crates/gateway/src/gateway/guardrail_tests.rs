@@ -9,6 +9,7 @@ use super::{
     *,
 };
 use crate::{
+    audit::record::ModelUsed,
     clock::UnixMillis,
     guardrails::{JudgeFailed, Verdict},
 };
@@ -144,7 +145,7 @@ impl LocalJudge for Script {
     fn ask(&self, question: LocalQuestion) -> futures::future::BoxFuture<'_, Result<LocalAnswer, JudgeFailed>> {
         let text = if question.text.contains("kestrel") { "block" } else { "allow" }.to_owned();
         self.asked.lock().unwrap().push(question.text);
-        Box::pin(async move { Ok(LocalAnswer { text, used: LocalUse::default(), model: LocalModel::default() }) })
+        Box::pin(async move { Ok(LocalAnswer { text, used: LocalUse::default(), model: ModelUsed::default() }) })
     }
 }
 

@@ -13,9 +13,9 @@ use futures::future::BoxFuture;
 use serde_json::{Map, Value, json};
 
 use super::{
-    BlockedBecause, Exchange, Gateway, GatewayError, LocalModel, LocalShare, LocalUse,
+    BlockedBecause, Exchange, Gateway, GatewayError, LocalShare, LocalUse,
     call::{counts, date, outcome_word},
-    exchange::{internal, key_id},
+    exchange::{internal, kept},
     facts,
     meters::LOCAL,
 };
@@ -61,7 +61,7 @@ pub struct LocalAnswer {
     /// What it took.
     pub used: LocalUse,
     /// Which weights it was.
-    pub model: LocalModel,
+    pub model: ModelUsed,
 }
 
 /// Runs a judge's question on the models of this process, past every limit and guardrail. Dropping the future cancels it.
@@ -170,14 +170,9 @@ struct OpenRecord<'a> {
 impl OpenRecord<'_> {
     async fn end(mut self, usage: &Usage, outcome: &str) -> Result<(), GatewayError> {
         let (Some(audit), Some(mut record)) = (self.audit, self.record.take()) else { return Ok(()) };
-        record.tokens = crate::audit::record::TokenCounts {
-            prompt: usage.prompt,
-            cached: usage.cached,
-            completion: usage.completion,
-            reasoning: usage.reasoning,
-        };
+        record.tokens = (*usage).into();
         outcome.clone_into(&mut record.outcome);
-        audit.record(record, None).kept().await.map(|_| ()).map_err(GatewayError::Audit)
+        kept(audit.record(record, None)).await
     }
 
     /// Nothing went out.
@@ -211,7 +206,7 @@ impl Bench<'_> {
         };
         let LocalAnswer { text, used, model: weights } = judge.ask(local).await?;
         let usage = self.enter_local(model, &used, asked).await;
-        let model = ModelUsed { name: model.to_owned(), ..weights.into() };
+        let model = ModelUsed { name: model.to_owned(), ..weights };
         let record = self.open_record((model, LOCAL), as_judge(&question.guardrail), None);
         record.end(&usage, "judged").await.map(|()| text).map_err(|error| JudgeFailed(error.to_string()))
     }
@@ -300,12 +295,9 @@ impl Bench<'_> {
         let exchange = self.0;
         let audit = exchange.gateway.0.audit.as_ref();
         let record = audit.map(|_| RequestRecord {
-            request_id: exchange.request_id.clone(),
-            tenant: exchange.tenant.config.id.to_string(),
-            key_id: Some(key_id(&exchange.credential)),
             model,
             route: RouteTaken { to: to.to_owned(), why },
-            ..RequestRecord::default()
+            ..exchange.blank_record()
         });
         OpenRecord { audit, record, departure }
     }

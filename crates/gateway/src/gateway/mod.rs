@@ -32,7 +32,7 @@ use std::{
 
 pub use admission::{Asked, TurnedAway, Unreadable, WireRoute};
 use credential::LiveEndpoint;
-pub use exchange::{Exchange, LocalAdapter, LocalModel, LocalUse};
+pub use exchange::{Exchange, LocalUse};
 pub use filters::{AnswerFilters, MAX_HELD_BYTES};
 pub use judging::{LocalAnswer, LocalJudge, LocalQuestion};
 use meters::Meters;

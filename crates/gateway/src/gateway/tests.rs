@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::{
+    audit::record::ModelUsed,
     config::GatewayConfig,
     ledger::{CostColumn, CostQuery, RequestStatus, costs},
     names::NodeId,
@@ -328,7 +329,7 @@ async fn without_its_store_a_local_answer_does_not_end_well_unless_that_is_confi
         assert!(exchange.may_run_here().is_ok());
         gateway.close().await;
         let used = LocalUse { num_prompt_tokens: 3, num_completion_tokens: 5, ..LocalUse::default() };
-        let settled = exchange.settle_local(used, RequestStatus::Completed, LocalModel::default(), now).await;
+        let settled = exchange.settle_local(used, RequestStatus::Completed, ModelUsed::default(), now).await;
         let next = gateway.begin(asked("acme", &body("base", "hi"), None)).unwrap();
         for done in [settled, next.may_run_here()] {
             assert_eq!(done.as_ref().err().map(|error| error.shown().0), is_closed.then_some(503), "{done:?}");
@@ -483,7 +484,7 @@ async fn every_request_is_in_a_log_that_verifies() {
     drop(gateway.begin(asked("acme", &body("base", "hi"), None)).unwrap());
     let mut local_one = gateway.begin(asked("acme", &body("base", "hi"), None)).unwrap();
     local_one.route(idle(), UnixMillis::now(), &local).await.unwrap();
-    let model = LocalModel { name: "base".to_owned(), digest: Some("sha256:1".to_owned()), ..LocalModel::default() };
+    let model = ModelUsed { name: "base".to_owned(), digest: Some("sha256:1".to_owned()), ..ModelUsed::default() };
     let used = LocalUse { num_prompt_tokens: 3, num_completion_tokens: 2, machine_time: Duration::ZERO };
     local_one.settle_local(used, RequestStatus::Completed, model, UnixMillis::now()).await.unwrap();
 
@@ -566,7 +567,7 @@ async fn prompts_and_answers_are_kept_of_whom_it_is_configured_for_and_after_gua
     let answer = json!({"choices": [{"index": 0, "message": {"content": "from here"}, "finish_reason": "stop"}]});
     local_one.filters().unwrap().whole(&mut local_one, answer).await.unwrap();
     let used = LocalUse { num_prompt_tokens: 3, num_completion_tokens: 2, machine_time: Duration::ZERO };
-    local_one.settle_local(used, RequestStatus::Completed, LocalModel::default(), UnixMillis::now()).await.unwrap();
+    local_one.settle_local(used, RequestStatus::Completed, ModelUsed::default(), UnixMillis::now()).await.unwrap();
     gateway.close().await;
 
     let files = std::fs::read_dir(&path).unwrap().map(|entry| std::fs::read(entry.unwrap().path()).unwrap());
@@ -692,7 +693,7 @@ async fn closing_writes_what_was_accepted_and_waits_for_nobody_else() {
             exchange.route(idle(), UnixMillis::now(), &local).await.unwrap();
             let used = LocalUse { num_prompt_tokens: 3, num_completion_tokens: 2, machine_time: Duration::ZERO };
             let settled =
-                exchange.settle_local(used, RequestStatus::Completed, LocalModel::default(), UnixMillis::now());
+                exchange.settle_local(used, RequestStatus::Completed, ModelUsed::default(), UnixMillis::now());
             settled.await.unwrap();
         })
     });

@@ -11,7 +11,7 @@
 //!
 //! **Invariant**: `reserved` of a budget is the sum of the open reservations that name it.
 
-use std::{borrow::Cow, sync::LazyLock};
+use std::sync::LazyLock;
 
 use futures::{FutureExt as _, future::BoxFuture};
 use sqlx::{AnyConnection, Row as _, any::AnyRow};
@@ -435,10 +435,11 @@ async fn insert_request(connection: &mut AnyConnection, row: &Row<'_>) -> Result
 
 async fn insert_requests(connection: &mut AnyConnection, rows: &[Row<'_>]) -> Result<(), sqlx::Error> {
     static ONE: LazyLock<String> = LazyLock::new(|| insert_statement(1));
-    let one_or_more =
-        if rows.len() == 1 { Cow::Borrowed(ONE.as_str()) } else { Cow::Owned(insert_statement(rows.len())) };
-    let text = sqlx::AssertSqlSafe(one_or_more.into_owned());
-    rows.iter().fold(sqlx::query(text), bind_row).execute(connection).await?;
+    let statement = match rows.len() {
+        1 => sqlx::query(ONE.as_str()),
+        num_rows => sqlx::query(sqlx::AssertSqlSafe(insert_statement(num_rows))),
+    };
+    rows.iter().fold(statement, bind_row).execute(connection).await?;
     Ok(())
 }
 

@@ -388,13 +388,6 @@ fn with_overflow(
     let predicted = facts.local.predicted_ttft;
     let is_slow = predicted.is_some_and(|time| time > limit);
     let is_pressed = is_slow || facts.local.is_exhausted || cannot.is_some();
-    let pressed = match (cannot, predicted) {
-        (Some(cannot), _) => cannot.why.clone(),
-        (None, Some(time)) if is_slow => {
-            format!("the first token would take about {time:.1?} here, the limit is {limit:.1?}")
-        }
-        _ => "the cache has no free block here".to_owned(),
-    };
     let name = match &route.targets[0] {
         Target::LocalModel(name) => name.as_ref(),
         _ => asked,
@@ -417,6 +410,13 @@ fn with_overflow(
         }
         return Ok(route);
     }
+    let pressed = match (cannot, predicted) {
+        (Some(cannot), _) => cannot.why.clone(),
+        (None, Some(time)) if is_slow => {
+            format!("the first token would take about {time:.1?} here, the limit is {limit:.1?}")
+        }
+        _ => "the cache has no free block here".to_owned(),
+    };
     // Where time is not what is short, all that waits has to be done first.
     let wait = predicted.unwrap_or_default();
     let wait = if is_slow { wait.saturating_sub(limit) } else { wait };
