@@ -37,7 +37,13 @@ impl UnixMillis {
 
     /// `2026-11-28`. A time that no calendar holds counts to its first or last day.
     pub fn day(self) -> String {
-        self.date().format("%Y-%m-%d").to_string()
+        self.date().to_string()
+    }
+
+    /// Midnight at which the day begins that [`day`](Self::day) calls so.
+    pub fn of_day(day: &str) -> Option<Self> {
+        let date = NaiveDate::parse_from_str(day, "%Y-%m-%d").ok()?;
+        (date.to_string() == day).then(|| Self::midnight(Some(date)))
     }
 
     /// `2026-11`.
@@ -92,6 +98,10 @@ mod tests {
         assert_eq!(LEAP.next_month(), LEAP.next_day());
         assert_eq!(LEAP.next_day().day(), "2024-03-01");
         assert_eq!(LEAP.next_day().next_month().to_string(), "2024-04-01T00:00:00Z");
+        assert_eq!(UnixMillis::of_day("2024-03-01"), Some(LEAP.next_day()));
+        for none in ["2023-02-29", "2024-3-1", "2024-03-01 ", ""] {
+            assert_eq!(UnixMillis::of_day(none), None, "{none}");
+        }
         // The last day of a long month: the next one has no such day.
         assert_eq!(UnixMillis(1_706_659_200_000).next_month().day(), "2024-02-01");
     }

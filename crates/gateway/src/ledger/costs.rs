@@ -4,11 +4,13 @@
 //!
 //! **Invariant**: the sums of a finer grouping add up to those of a coarser one.
 
+use std::ops::Range;
+
 use futures::FutureExt as _;
 use sqlx::{AnyConnection, AssertSqlSafe, Row as _, any::AnyRow};
 
 use super::LedgerError;
-use crate::{money::Money, store::Store};
+use crate::{clock::UnixMillis, money::Money, store::Store};
 
 /// At most so many rows are returned; a report of more says that it is cut.
 pub const MAX_COST_ROWS: usize = 100_000;
@@ -162,14 +164,19 @@ impl CostReport {
 
 /// Reads the sums.
 pub async fn costs(store: &Store, query: CostQuery) -> Result<CostReport, LedgerError> {
-    for day in query.from.iter().chain(&query.to) {
-        if chrono::NaiveDate::parse_from_str(day, "%Y-%m-%d").is_err() || day.len() != 10 {
-            return Err(LedgerError::BadDay(day.clone()));
-        }
-    }
+    let day = |day: Option<&String>| match day {
+        Some(day) => UnixMillis::of_day(day).map(Some).ok_or_else(|| LedgerError::BadDay(day.clone())),
+        None => Ok(None),
+    };
+    let range = Range {
+        start: day(query.from.as_ref())?.map_or(i64::MIN, |from| from.0),
+        end: day(query.to.as_ref())?.map_or(i64::MAX, |to| to.next_day().0),
+    };
     let by: Vec<_> = CostColumn::ALL.into_iter().filter(|column| query.by.contains(column)).collect();
     let columns = by.clone();
-    let mut rows = store.read(move |connection| async move { read(connection, &columns, query).await }.boxed()).await?;
+    let tenant = query.tenant.unwrap_or_default();
+    let read = store.read(move |connection| async move { read(connection, &columns, range, tenant).await }.boxed());
+    let mut rows = read.await?;
     let is_cut = rows.len() > MAX_COST_ROWS;
     rows.truncate(MAX_COST_ROWS);
     Ok(CostReport { by, rows, is_cut })
@@ -178,13 +185,13 @@ pub async fn costs(store: &Store, query: CostQuery) -> Result<CostReport, Ledger
 async fn read(
     connection: &mut AnyConnection,
     by: &[CostColumn],
-    query: CostQuery,
+    at: Range<i64>,
+    tenant: String,
 ) -> Result<Vec<CostRow>, sqlx::Error> {
     let rows = sqlx::query(AssertSqlSafe(text(by)))
-        .bind(query.from.unwrap_or_default())
-        // Sorts after every day.
-        .bind(query.to.unwrap_or_else(|| "9999-99-99".to_owned()))
-        .bind(query.tenant.unwrap_or_default())
+        .bind(at.start)
+        .bind(at.end)
+        .bind(tenant)
         .bind(MAX_COST_ROWS as i64 + 1)
         .fetch_all(connection)
         .await?;
@@ -210,7 +217,7 @@ fn text(by: &[CostColumn]) -> String {
         sum("CASE WHEN reference_price IS NULL THEN 0 ELSE reference_price - price END"),
     ];
     format!(
-        "SELECT {select}{} FROM requests WHERE day >= $1 AND day <= $2 AND ($3 = '' OR tenant = $3) {group} LIMIT $4",
+        "SELECT {select}{} FROM requests WHERE at >= $1 AND at < $2 AND ($3 = '' OR tenant = $3) {group} LIMIT $4",
         sums.join(", ")
     )
 }

@@ -21,7 +21,6 @@ mod entry;
 mod operations;
 mod price;
 mod reservation;
-mod rows;
 
 pub use bound::{PromptSize, max_image_tokens, max_prompt_tokens};
 pub use budget::{Budget, BudgetScope, MAX_AMOUNT, OverBudget, Period, Standing};
@@ -49,7 +48,6 @@ use crate::{
 };
 use operations::{Beat, Charge, Held, Prune, Record, Release, Reserve, Search};
 use reservation::{Later, Leftover, Leftovers};
-use rows::Rows;
 
 /// Budgets of one call; more are refused.
 pub const MAX_BUDGETS: usize = 8;
@@ -150,7 +148,6 @@ struct Inner {
     options: LedgerOptions,
     incarnation: String,
     leftovers: Leftovers,
-    rows: Rows,
     /// The store's last failure; None: since then it has taken something.
     trouble: Mutex<Option<StoreError>>,
     overruns: AtomicU64,
@@ -166,7 +163,6 @@ impl Ledger {
             options,
             incarnation: uuid::Uuid::new_v4().to_string(),
             leftovers: Leftovers::default(),
-            rows: Rows::default(),
             trouble: Mutex::default(),
             overruns: AtomicU64::new(0),
             overrun_nanos: AtomicU64::new(0),
@@ -217,9 +213,9 @@ impl Ledger {
     /// Writes the row of a request that ran here. To be awaited before the answer's last byte; where it fails, or is
     /// dropped while it waits, it is done later.
     pub async fn record_local(&self, call: &Call, outcome: Outcome, now: UnixMillis) -> Result<(), LedgerError> {
-        let record = Record { held: Held::new(&self.0.incarnation, call, now), outcome };
-        let later = Later::new(&self.0, Leftover::Record(record.clone()));
-        self.0.noting(self.0.write_row(record).await)?;
+        let record = Arc::new(Record { held: Held::new(&self.0.incarnation, call, now), outcome });
+        let later = Later::new(&self.0, Leftover::Record(Arc::clone(&record)));
+        self.0.noting(self.0.store.insert(record).await)?;
         later.not_needed();
         Ok(())
     }
@@ -231,7 +227,7 @@ impl Ledger {
 
     /// The same where nobody can wait: in a drop. Housekeeping writes it.
     pub fn record_local_later(&self, call: &Call, outcome: Outcome, now: UnixMillis) {
-        let record = Record { held: Held::new(&self.0.incarnation, call, now), outcome };
+        let record = Arc::new(Record { held: Held::new(&self.0.incarnation, call, now), outcome });
         self.0.leftovers.push(Leftover::Record(record));
     }
 

@@ -11,8 +11,6 @@
 //!
 //! **Invariant**: `reserved` of a budget is the sum of the open reservations that name it.
 
-use std::sync::LazyLock;
-
 use futures::{FutureExt as _, future::BoxFuture};
 use sqlx::{AnyConnection, Row as _, any::AnyRow};
 
@@ -20,7 +18,11 @@ use super::{
     budget::{Budget, BudgetKey, OverBudget, Standing},
     entry::{Call, Outcome, credential_words},
 };
-use crate::{clock::UnixMillis, money::Money, store::Operation};
+use crate::{
+    clock::UnixMillis,
+    money::Money,
+    store::{self, NewRow, Operation, Table, Value},
+};
 
 /// A call with all that its rows say.
 #[derive(Clone, Debug)]
@@ -168,7 +170,7 @@ impl Operation for Settle {
             for key in &held.budgets {
                 change_budget(connection, key, change).await?;
             }
-            insert_request(connection, &Row { held, outcome, settlement: "settled", overrun }).await?;
+            insert_request(connection, Row { held, outcome, settlement: "settled", overrun }).await?;
             Ok(Settled { overrun })
         }
         .boxed()
@@ -176,27 +178,20 @@ impl Operation for Settle {
 }
 
 /// A local request's row.
-#[derive(Clone)]
+#[derive(Debug)]
 pub(super) struct Record {
     pub(super) held: Held,
     pub(super) outcome: Outcome,
 }
 
-/// Some of them, in one statement.
-pub(super) struct Records(pub(super) Vec<Record>);
-
-impl Operation for Records {
-    type Output = ();
-
-    fn is_one_statement(&self) -> bool {
-        true
+impl NewRow for Record {
+    fn table(&self) -> &'static Table {
+        &REQUESTS
     }
 
-    fn run<'a>(&'a self, connection: &'a mut AnyConnection) -> BoxFuture<'a, Result<(), sqlx::Error>> {
-        let row =
-            |Record { held, outcome }: &'a Record| Row { held, outcome, settlement: "local", overrun: Money::ZERO };
-        let rows: Vec<Row<'a>> = self.0.iter().map(row).collect();
-        async move { insert_requests(connection, &rows).await }.boxed()
+    fn values(&self) -> Vec<Value<'_>> {
+        let Self { held, outcome } = self;
+        Row { held, outcome, settlement: "local", overrun: Money::ZERO }.into_values()
     }
 }
 
@@ -389,6 +384,7 @@ async fn delete_request(connection: &mut AnyConnection, id: &str) -> Result<(), 
     Ok(())
 }
 
+#[derive(Clone, Copy)]
 struct Row<'a> {
     held: &'a Held,
     outcome: &'a Outcome,
@@ -396,78 +392,71 @@ struct Row<'a> {
     overrun: Money,
 }
 
-const REQUEST_COLUMNS: [&str; 18] = [
+static REQUESTS: Table = Table::new(
+    "requests",
     "id",
-    "at",
-    "day",
-    "tenant",
-    "credential",
-    "model",
-    "adapter",
-    "route",
-    "status",
-    "prompt_tokens",
-    "cached_tokens",
-    "completion_tokens",
-    "reasoning_tokens",
-    "latency_ms",
-    "price",
-    "reference_price",
-    "settlement",
-    "overrun",
-];
+    &[
+        "id",
+        "at",
+        "day",
+        "tenant",
+        "credential",
+        "model",
+        "adapter",
+        "route",
+        "status",
+        "prompt_tokens",
+        "cached_tokens",
+        "completion_tokens",
+        "reasoning_tokens",
+        "latency_ms",
+        "price",
+        "reference_price",
+        "settlement",
+        "overrun",
+    ],
+);
 
-/// The statement for so many rows: names of ours and numbers, no words of anybody's.
-fn insert_statement(num_rows: usize) -> String {
-    let width = REQUEST_COLUMNS.len();
-    let row = |at: usize| {
-        let marks: Vec<String> = (1..=width).map(|column| format!("${}", at * width + column)).collect();
-        format!("({})", marks.join(", "))
-    };
-    let rows: Vec<String> = (0..num_rows).map(row).collect();
-    let columns = REQUEST_COLUMNS.join(", ");
-    format!("INSERT INTO requests ({columns}) VALUES {} ON CONFLICT (id) DO NOTHING", rows.join(", "))
+impl NewRow for Row<'_> {
+    fn table(&self) -> &'static Table {
+        &REQUESTS
+    }
+
+    fn values(&self) -> Vec<Value<'_>> {
+        self.into_values()
+    }
 }
 
-async fn insert_request(connection: &mut AnyConnection, row: &Row<'_>) -> Result<(), sqlx::Error> {
-    insert_requests(connection, std::slice::from_ref(row)).await
+impl<'a> Row<'a> {
+    fn into_values(self) -> Vec<Value<'a>> {
+        let Self { held, outcome, settlement, overrun } = self;
+        let count = |tokens: u64| i64::try_from(tokens).unwrap_or(i64::MAX).into();
+        let tokens = &outcome.tokens;
+        vec![
+            held.id.as_str().into(),
+            held.at.0.into(),
+            held.at.day().into(),
+            held.tenant.as_str().into(),
+            held.credential.as_str().into(),
+            held.model.as_str().into(),
+            held.adapter.as_str().into(),
+            held.route.as_str().into(),
+            outcome.status.word().into(),
+            count(tokens.num_prompt_tokens),
+            count(tokens.num_cached_tokens),
+            count(tokens.num_completion_tokens),
+            count(tokens.num_reasoning_tokens),
+            i64::try_from(outcome.latency.as_millis()).unwrap_or(i64::MAX).into(),
+            outcome.price.nanos().into(),
+            outcome.reference_price.map(Money::nanos).into(),
+            settlement.into(),
+            overrun.nanos().into(),
+        ]
+    }
 }
 
-async fn insert_requests(connection: &mut AnyConnection, rows: &[Row<'_>]) -> Result<(), sqlx::Error> {
-    static ONE: LazyLock<String> = LazyLock::new(|| insert_statement(1));
-    let statement = match rows.len() {
-        1 => sqlx::query(ONE.as_str()),
-        num_rows => sqlx::query(sqlx::AssertSqlSafe(insert_statement(num_rows))),
-    };
-    rows.iter().fold(statement, bind_row).execute(connection).await?;
-    Ok(())
-}
-
-type Statement = sqlx::query::Query<'static, sqlx::Any, sqlx::any::AnyArguments>;
-
-fn bind_row(statement: Statement, row: &Row<'_>) -> Statement {
-    let Row { held, outcome, settlement, overrun } = row;
-    let count = |tokens: u64| i64::try_from(tokens).unwrap_or(i64::MAX);
-    let tokens = &outcome.tokens;
-    statement
-        .bind(held.id.clone())
-        .bind(held.at.0)
-        .bind(held.at.day())
-        .bind(held.tenant.clone())
-        .bind(held.credential.clone())
-        .bind(held.model.clone())
-        .bind(held.adapter.clone())
-        .bind(held.route.clone())
-        .bind(outcome.status.word().to_owned())
-        .bind(count(tokens.num_prompt_tokens))
-        .bind(count(tokens.num_cached_tokens))
-        .bind(count(tokens.num_completion_tokens))
-        .bind(count(tokens.num_reasoning_tokens))
-        .bind(i64::try_from(outcome.latency.as_millis()).unwrap_or(i64::MAX))
-        .bind(outcome.price.nanos())
-        .bind(outcome.reference_price.map(Money::nanos))
-        .bind((*settlement).to_owned())
-        .bind(overrun.nanos())
+async fn insert_request(connection: &mut AnyConnection, row: Row<'_>) -> Result<(), sqlx::Error> {
+    store::insert(connection, &[&row]).await
 }
 
 async fn insert_unsettled(connection: &mut AnyConnection, held: &Held, amount: i64) -> Result<(), sqlx::Error> {
@@ -478,7 +467,7 @@ async fn insert_unsettled(connection: &mut AnyConnection, held: &Held, amount: i
         price: Money::from_nanos(amount),
         reference_price: None,
     };
-    insert_request(connection, &Row { held, outcome: &outcome, settlement: "unsettled", overrun: Money::ZERO }).await
+    insert_request(connection, Row { held, outcome: &outcome, settlement: "unsettled", overrun: Money::ZERO }).await
 }
 
 /// Whose open reservations are looked for.

@@ -23,7 +23,7 @@ use std::{
 use super::{
     Inner, LedgerError,
     entry::Outcome,
-    operations::{Charge, Held, Record, Records, Release, Settle, Settled},
+    operations::{Charge, Held, Record, Release, Settle, Settled},
 };
 use crate::{money::Money, store::StoreError};
 
@@ -115,7 +115,7 @@ pub(super) enum Leftover {
     Release(Release),
     Settle(Settle),
     Charge(Charge),
-    Record(Record),
+    Record(Arc<Record>),
 }
 
 /// Puts the work among the leftovers unless it turns out to be done.
@@ -234,7 +234,7 @@ impl Inner {
                 Leftover::Settle(settle) => {
                     self.store.submit(settle.clone()).await.map(|settled| self.note_overrun(&settle.held, settled))
                 }
-                Leftover::Record(record) => self.store.submit(Records(vec![record.clone()])).await,
+                Leftover::Record(record) => self.store.insert(Arc::clone(record) as _).await,
                 Leftover::Charge(charge) => {
                     self.store.submit(charge.clone()).await.map(|charged| self.note_charge(charged))
                 }

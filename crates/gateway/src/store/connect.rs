@@ -34,7 +34,7 @@ impl Settings {
     }
 
     /// What is said first on every connection.
-    fn greetings(&self) -> Vec<String> {
+    pub(super) fn greetings(&self) -> Vec<String> {
         let power_loss = self.durability == Durability::PowerLoss;
         match self.kind() {
             StoreKind::Sqlite => {

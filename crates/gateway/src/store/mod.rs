@@ -17,13 +17,16 @@
 
 mod audit_head;
 mod connect;
+mod direct;
 mod error;
+mod row;
 mod schema;
 mod url;
 mod writer;
 
 pub use audit_head::{LogWriter, StoreHeads};
 pub use error::StoreError;
+pub(crate) use row::{NewRow, Table, Value, insert};
 pub use url::{StoreKind, StoreUrl};
 pub(crate) use writer::Operation;
 
@@ -37,7 +40,8 @@ use tokio::{
 };
 
 use connect::Settings;
-use writer::{Inbox, Job, Waiting, Writer};
+use direct::Direct;
+use writer::{Connections, Inbox, Job, Waiting, Writer};
 
 /// Against what an answered write is safe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize)]
@@ -71,7 +75,7 @@ const MAX_READERS: u32 = 4;
 #[derive(Clone)]
 pub struct Store {
     settings: Arc<Settings>,
-    jobs: mpsc::Sender<Box<dyn Job>>,
+    jobs: mpsc::Sender<Job>,
     readers: AnyPool,
     closing: watch::Sender<bool>,
 }
@@ -120,6 +124,16 @@ impl Store {
     /// cannot live with that sends what undoes it, which the writer runs after it.
     pub(crate) async fn submit<O: Operation>(&self, operation: O) -> Result<O::Output, StoreError> {
         let (job, answer) = Waiting::new(operation);
+        self.send(Job::Operation(job), answer).await
+    }
+
+    /// Inserts a row with the next group and answers after its commit; an error as [`submit`](Self::submit)'s.
+    pub(crate) async fn insert(&self, row: Arc<dyn NewRow>) -> Result<(), StoreError> {
+        let (answer, answered) = oneshot::channel();
+        self.send(Job::Row { row, answer }, answered).await
+    }
+
+    async fn send<T>(&self, job: Job, answer: oneshot::Receiver<Result<T, StoreError>>) -> Result<T, StoreError> {
         let all = async {
             self.jobs.send(job).await.map_err(|_| self.closed())?;
             answer.await.map_err(|_| self.closed())?
@@ -158,10 +172,13 @@ impl Store {
 async fn start(settings: Arc<Settings>, inbox: Inbox) -> Result<JoinHandle<()>, StoreError> {
     let shown = settings.shown();
     let failed = |why: String| StoreError::Unreachable { store: Arc::clone(&shown), why };
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| failed(format!("its writer cannot be started: {error}")))?;
+    let mut builder = tokio::runtime::Builder::new_current_thread();
+    match settings.kind() {
+        // It waits for threads alone, and is woken for less than by a socket's poll.
+        StoreKind::Sqlite => builder.enable_time(),
+        StoreKind::Postgres => builder.enable_all(),
+    };
+    let runtime = builder.build().map_err(|error| failed(format!("its writer cannot be started: {error}")))?;
     let (ready, is_ready) = oneshot::channel();
     let thread = std::thread::Builder::new()
         .name("bindery-store".to_owned())
@@ -170,7 +187,8 @@ async fn start(settings: Arc<Settings>, inbox: Inbox) -> Result<JoinHandle<()>, 
                 match prepare(&settings).await {
                     Ok(connection) => {
                         let _ = ready.send(Ok(()));
-                        Writer { settings }.work(connection, inbox).await;
+                        let connections = Connections { direct: Direct::open(&settings), all: connection };
+                        Writer { settings }.work(connections, inbox).await;
                     }
                     Err(error) => drop(ready.send(Err(error))),
                 }

@@ -4,7 +4,12 @@
 //!
 //! **Invariant**: what it shows of itself, by `Display` and by `Debug`, holds no password.
 
-use std::{fmt, path::PathBuf, str::FromStr, sync::Arc};
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+    str::FromStr,
+    sync::Arc,
+};
 
 use sqlx::{ConnectOptions as _, any::AnyConnectOptions};
 
@@ -56,6 +61,11 @@ impl StoreUrl {
     /// SQLite's `?mode=ro`.
     pub(super) fn is_read_only(&self) -> bool {
         self.kind == StoreKind::Sqlite && self.file.is_none()
+    }
+
+    /// SQLite's file, where it may be written.
+    pub(super) fn writable_file(&self) -> Option<&Path> {
+        self.file.as_deref()
     }
 
     pub(super) fn options(&self) -> &AnyConnectOptions {

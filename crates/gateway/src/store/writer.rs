@@ -1,7 +1,7 @@
 //! The one thread that writes, and the group commit.
 //!
 //! ```text
-//! callers -> bounded channel -> [take all that wait] -> BEGIN, run each, COMMIT -> answer each
+//! callers -> bounded channel -> [take all that wait] -> BEGIN, insert the rows, run each operation, COMMIT -> answer each
 //! ```
 //! While one commit is under way the next group gathers, so a commit's cost is shared by as many as are waiting and
 //! nobody waits for more than the commit under way and his own. Nothing is delayed on purpose.
@@ -23,7 +23,9 @@ use tokio::{
 
 use super::{
     StoreKind, connect,
+    direct::Direct,
     error::{Remedy, StoreError},
+    row::{self, NewRow},
 };
 
 /// At most so many operations share a commit; at it, the rest wait for the next. Bounds how long row locks are held.
@@ -46,27 +48,45 @@ pub(crate) trait Operation: Send + 'static {
         Vec::new()
     }
 
-    /// Whether it is one statement and locks nothing. Where such a one is alone in its group it needs no transaction around it:
-    /// a statement is one by itself, and two round trips to the database are most of what a row costs.
-    fn is_one_statement(&self) -> bool {
-        false
-    }
-
     /// Runs in a transaction that may be rolled back and run again. Must be idempotent, and must leave nothing behind
     /// where it refuses.
     fn run<'a>(&'a self, connection: &'a mut AnyConnection) -> BoxFuture<'a, Result<Self::Output, sqlx::Error>>;
 }
 
-/// An operation of any kind, and who waits for it.
-pub(super) trait Job: Send {
+/// What waits to be written, and who waits for it.
+pub(super) enum Job {
+    /// A row; nothing else is asked of the database.
+    Row { row: Arc<dyn NewRow>, answer: oneshot::Sender<Result<(), StoreError>> },
+    /// An operation of any kind.
+    Operation(Box<dyn AnyOperation>),
+}
+
+impl Job {
+    fn succeed(self) {
+        match self {
+            // Whoever asked may have left; the row is there all the same.
+            Self::Row { answer, .. } => drop(answer.send(Ok(()))),
+            Self::Operation(operation) => operation.succeed(),
+        }
+    }
+
+    fn fail(self, error: StoreError) {
+        match self {
+            Self::Row { answer, .. } => drop(answer.send(Err(error))),
+            Self::Operation(operation) => operation.fail(error),
+        }
+    }
+}
+
+/// An [`Operation`] without its type.
+pub(super) trait AnyOperation: Send {
     fn locks(&self) -> Vec<String>;
-    fn is_one_statement(&self) -> bool;
     fn run<'a>(&'a mut self, connection: &'a mut AnyConnection) -> BoxFuture<'a, Result<(), sqlx::Error>>;
     fn succeed(self: Box<Self>);
     fn fail(self: Box<Self>, error: StoreError);
 }
 
-/// The job of one kind of operation.
+/// One kind of operation, and who waits for it.
 pub(super) struct Waiting<O: Operation> {
     operation: O,
     output: Option<O::Output>,
@@ -80,13 +100,9 @@ impl<O: Operation> Waiting<O> {
     }
 }
 
-impl<O: Operation> Job for Waiting<O> {
+impl<O: Operation> AnyOperation for Waiting<O> {
     fn locks(&self) -> Vec<String> {
         self.operation.locks()
-    }
-
-    fn is_one_statement(&self) -> bool {
-        self.operation.is_one_statement()
     }
 
     fn run<'a>(&'a mut self, connection: &'a mut AnyConnection) -> BoxFuture<'a, Result<(), sqlx::Error>> {
@@ -113,11 +129,19 @@ pub(super) struct Writer {
     pub(super) settings: Arc<connect::Settings>,
 }
 
-type Group = Vec<Box<dyn Job>>;
+type Group = Vec<Job>;
+
+/// What the writer writes through, one at a time. Made and given up together, so that both are the same file.
+pub(super) struct Connections {
+    /// For groups of rows alone, where the store is SQLite.
+    pub(super) direct: Option<Direct>,
+    /// For all the rest, and for what failed there.
+    pub(super) all: AnyConnection,
+}
 
 /// What waits to be written.
 pub(super) struct Inbox {
-    pub(super) jobs: mpsc::Receiver<Box<dyn Job>>,
+    pub(super) jobs: mpsc::Receiver<Job>,
     /// True once nothing more is taken.
     pub(super) closing: watch::Receiver<bool>,
 }
@@ -147,8 +171,8 @@ impl Inbox {
 
 impl Writer {
     /// Until every sender is gone or the store is closed; what was sent before is still done.
-    pub(super) async fn work(self, connection: AnyConnection, mut inbox: Inbox) {
-        let mut connection = Some(connection);
+    pub(super) async fn work(self, connections: Connections, mut inbox: Inbox) {
+        let mut connections = Some(connections);
         let mut down: Option<(Instant, StoreError)> = None;
         loop {
             let group = inbox.next().await;
@@ -161,20 +185,21 @@ impl Writer {
                 fail_all(group, error);
                 continue;
             }
-            down = match self.serve(&mut connection, group).await {
+            down = match self.serve(&mut connections, group).await {
                 Ok(()) => None,
                 Err(error) => Some((Instant::now() + RECONNECT_AFTER, error)),
             };
         }
-        if let Some(connection) = connection {
+        if let Some(Connections { direct, all }) = connections {
+            drop(direct);
             // SQLite folds its log into the file; nothing depends on it.
-            let _ = timeout(self.settings.timeout, connection.close()).await;
+            let _ = timeout(self.settings.timeout, all.close()).await;
         }
     }
 
     /// Answers everybody in the group; an error says that the store serves nobody now.
-    async fn serve(&self, connection: &mut Option<AnyConnection>, mut group: Group) -> Result<(), StoreError> {
-        match self.run_group(connection, &mut group).await {
+    async fn serve(&self, connections: &mut Option<Connections>, mut group: Group) -> Result<(), StoreError> {
+        match self.run_group(connections, &mut group).await {
             Ok(()) => {
                 succeed_all(group);
                 Ok(())
@@ -190,7 +215,7 @@ impl Writer {
             Err(Failure::Operation(_)) => {
                 for job in group {
                     let mut alone = vec![job];
-                    match self.run_group(connection, &mut alone).await {
+                    match self.run_group(connections, &mut alone).await {
                         Ok(()) => succeed_all(alone),
                         Err(Failure::Operation(error) | Failure::Unreachable(error)) => fail_all(alone, &error),
                     }
@@ -201,20 +226,22 @@ impl Writer {
     }
 
     /// Runs the group in one transaction, again where that may help.
-    async fn run_group(&self, slot: &mut Option<AnyConnection>, group: &mut Group) -> Result<(), Failure> {
+    async fn run_group(&self, slot: &mut Option<Connections>, group: &mut Group) -> Result<(), Failure> {
         let mut reconnected = false;
         let mut tries = 1;
         loop {
-            let mut connection = match slot.take() {
-                Some(connection) => connection,
-                None => connect::open(&self.settings).await.map_err(Failure::Unreachable)?,
+            let mut connections = if let Some(connections) = slot.take() {
+                connections
+            } else {
+                let all = connect::open(&self.settings).await.map_err(Failure::Unreachable)?;
+                Connections { direct: Direct::open(&self.settings), all }
             };
             // Put back only after a commit. After a failure nobody knows whether the database has rolled back by itself
             // (SQLite does on a full disk) or is still at it; closing the connection ends either.
-            let ran = timeout(self.settings.timeout, transact(&mut connection, self.settings.kind(), group)).await;
+            let ran = timeout(self.settings.timeout, transact(&mut connections, self.settings.kind(), group)).await;
             let error = match ran {
                 Ok(Ok(())) => {
-                    *slot = Some(connection);
+                    *slot = Some(connections);
                     return Ok(());
                 }
                 Ok(Err(error)) => error,
@@ -245,21 +272,34 @@ enum Failure {
     Operation(StoreError),
 }
 
-async fn transact(connection: &mut AnyConnection, kind: StoreKind, group: &mut Group) -> Result<(), sqlx::Error> {
-    if let [job] = group.as_mut_slice()
-        && job.is_one_statement()
-    {
-        return job.run(connection).await;
+async fn transact(connections: &mut Connections, kind: StoreKind, group: &mut Group) -> Result<(), sqlx::Error> {
+    let (mut rows, mut operations): (Vec<&dyn NewRow>, Vec<&mut dyn AnyOperation>) = Default::default();
+    for job in group {
+        match job {
+            Job::Row { row, .. } => rows.push(&**row),
+            Job::Operation(operation) => operations.push(&mut **operation),
+        }
+    }
+    if operations.is_empty() {
+        if connections.direct.as_mut().is_some_and(|direct| direct.insert(&rows)) {
+            return Ok(());
+        }
+        // A statement is a transaction by itself, and the round trips of one around it are most of what a row costs.
+        if row::statements(&rows).count() == 1 {
+            return row::insert(&mut connections.all, &rows).await;
+        }
     }
     // IMMEDIATE: the write lock is taken where waiting for it is safe, not in the middle.
     let begin = if kind == StoreKind::Sqlite { "BEGIN IMMEDIATE" } else { "BEGIN" };
-    let mut transaction = connection.begin_with(begin).await?;
+    let mut transaction = connections.all.begin_with(begin).await?;
     if kind == StoreKind::Postgres {
-        let names: BTreeSet<String> = group.iter().flat_map(|job| job.locks()).collect();
+        let names: BTreeSet<String> = operations.iter().flat_map(|operation| operation.locks()).collect();
         lock(&mut transaction, names).await?;
     }
-    for job in group.iter_mut() {
-        job.run(&mut transaction).await?;
+    // Rows first: nothing depends on whether one that came in the same group is there.
+    row::insert(&mut transaction, &rows).await?;
+    for operation in operations {
+        operation.run(&mut transaction).await?;
     }
     transaction.commit().await
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use bindery_gateway::{
     ledger::{Call, CostColumn, CostQuery, CostReport, LedgerError, LedgerRoute, Outcome, costs},
     money::Money,
-    store::Store,
+    store::{Store, StoreError},
 };
 
 use crate::{on_every_store, support::*};
@@ -37,6 +37,53 @@ fn short(report: &CostReport) -> Vec<Vec<String>> {
         cells[..=groups].iter().cloned().chain(nanos).collect()
     };
     report.rows.iter().map(line).collect()
+}
+
+/// Rows have a connection of their own; whoever asks must hear what the store says, and the row must not be lost.
+#[tokio::test]
+async fn rows_that_find_the_store_full_wait_until_there_is_room() {
+    let place = Place::sqlite();
+    let mut options = place.options();
+    options.max_bytes = Some(200 << 10);
+    let (store, _thread) = Store::open(options).await.unwrap();
+    let ledger = ledger(&store, "one").await;
+    let local = Call { route: LedgerRoute::Local, ..call(&"m".repeat(8_000)) };
+    let mut num_rows = 0;
+    let alone = loop {
+        match ledger.record_local(&local, outcome(1), NOON).await {
+            Ok(()) => num_rows += 1,
+            Err(error) => break error,
+        }
+        assert!(num_rows < 100, "the store never fills");
+    };
+    let together = futures::future::join_all((0..3).map(|_| ledger.record_local(&local, outcome(1), NOON))).await;
+    for error in std::iter::once(alone).chain(together.into_iter().map(Result::unwrap_err)) {
+        assert!(matches!(error, LedgerError::Store(StoreError::Full { .. })), "{error}");
+    }
+    place.execute("DELETE FROM requests").await;
+    ledger.keep_house(NOON).await.unwrap();
+    let sums = costs(&store, CostQuery::default()).await.unwrap();
+    assert_eq!((sums.rows[0].local_requests, ledger.counts().leftovers), (4, 0));
+}
+
+/// Another process writes for a while, as a backup or a second node's start does: rows wait for it and are then there.
+#[tokio::test]
+async fn rows_wait_for_another_process_that_writes() {
+    let place = Place::sqlite();
+    let (store, _thread) = place.open().await;
+    let ledger = ledger(&store, "one").await;
+    let local = Call { route: LedgerRoute::Local, ..call("smollm2") };
+    let mut other = place.connect().await;
+    sqlx::raw_sql("BEGIN IMMEDIATE").execute(&mut other).await.unwrap();
+    let row = ledger.record_local(&local, outcome(1), NOON);
+    let held = async {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        assert_eq!(place.ask("SELECT COUNT(*) FROM requests").await, [["0"]]);
+        sqlx::raw_sql("COMMIT").execute(&mut other).await.unwrap();
+    };
+    let (row, ()) = tokio::join!(row, held);
+    row.unwrap();
+    assert_eq!(place.ask("SELECT COUNT(*) FROM requests").await, [["1"]]);
 }
 
 on_every_store! {

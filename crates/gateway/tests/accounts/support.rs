@@ -59,10 +59,20 @@ impl Place {
         Store::open(self.options()).await.unwrap()
     }
 
+    /// A connection that is none of the store's.
+    pub(crate) async fn connect(&self) -> AnyConnection {
+        sqlx::any::install_default_drivers();
+        AnyConnection::connect(&self.url).await.unwrap()
+    }
+
+    /// Changes it behind the store's back.
+    pub(crate) async fn execute(&self, sql: &'static str) {
+        sqlx::raw_sql(sql).execute(&mut self.connect().await).await.unwrap();
+    }
+
     /// What the database itself says.
     pub(crate) async fn ask(&self, sql: &'static str) -> Vec<Vec<String>> {
-        sqlx::any::install_default_drivers();
-        let mut connection = AnyConnection::connect(&self.url).await.unwrap();
+        let mut connection = self.connect().await;
         let rows = sqlx::query(sql).fetch_all(&mut connection).await.unwrap();
         let cell = |row: &sqlx::any::AnyRow, index: usize| {
             row.try_get::<i64, _>(index)
