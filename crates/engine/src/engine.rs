@@ -12,12 +12,13 @@ pub(crate) mod live;
 pub(crate) mod outcome;
 pub(crate) mod rows;
 pub(crate) mod stats;
+pub(crate) mod step_cost;
 pub(crate) mod stream;
 
 use std::{
     sync::{Arc, mpsc},
     thread,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use bindery_model::{Adapter, StepModel};
@@ -30,6 +31,7 @@ use self::{
 };
 pub use self::{
     stats::{EngineStats, STEP_PHASES},
+    step_cost::StepCost,
     stream::TokenStream,
 };
 use crate::{
@@ -300,6 +302,28 @@ impl EngineHandle {
     /// moment, not of the newest step's end as [`EngineHandle::stats`].
     pub fn num_pending_prompt_tokens(&self) -> usize {
         self.door.num_pending_tokens()
+    }
+
+    /// When a request of now with so long a prompt would have its first token. None: nothing was computed yet, so nothing is
+    /// predicted.
+    ///
+    /// First the prompts before it, each step shared with the sequences that decode as of the newest one; or, where all seats
+    /// are taken, until the queue has come so far at its recent pace; whichever is later. Then its own prompt.
+    /// Blind to what a preempted sequence computes again, and to decoding that begins meanwhile.
+    pub fn predicted_ttft(&self, num_prompt_tokens: usize) -> Option<Duration> {
+        const MAX_SECONDS: f64 = 86_400.0;
+        let Limits { max_num_batched_tokens, max_num_seqs, .. } = self.shared.config.limits;
+        let stats = self.stats.borrow();
+        let cost = stats.step_cost?;
+        let computed = |num_tokens| cost.prompt_seconds(num_tokens, stats.num_decoding, max_num_batched_tokens);
+        let num_queued = self.door.num_queued();
+        let seat = if self.door.num_unfinished() >= max_num_seqs {
+            self.door.time_for(num_queued.saturating_add(1))
+        } else {
+            Duration::ZERO
+        };
+        let seconds = computed(self.num_pending_prompt_tokens()).max(seat.as_secs_f64()) + computed(num_prompt_tokens);
+        Some(Duration::from_secs_f64(seconds.clamp(0.0, MAX_SECONDS)))
     }
 
     /// The state after the newest step.

@@ -29,7 +29,7 @@ pub mod text;
 
 pub use adapters::{AdapterError, AdapterIdentity, AdapterLease, AdapterPool, AdapterPoolConfig, ReadAdapter};
 pub use bindery_scheduler::{Share, TenantId, TokenId};
-pub use engine::{Engine, EngineConfig, EngineHandle, EngineStats, TokenStream};
+pub use engine::{Engine, EngineConfig, EngineHandle, EngineStats, StepCost, TokenStream};
 pub use error::EngineError;
 pub use grammar::Grammar;
 pub use local_model::{

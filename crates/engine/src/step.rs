@@ -238,8 +238,11 @@ impl EngineLoop {
         }
         self.scheduler.commit(&self.plan, &self.outcome.sampled);
         self.recompute_stale();
+        let has_prompts = self.plan.sequences.iter().any(|sequence| sequence.tokens.len() > 1);
         self.recorder.count_step(self.plan.num_batched_tokens());
+        self.recorder.learn_cost(self.plan.num_batched_tokens(), has_prompts);
         self.recorder.generation_tokens += self.outcome.sampled.len() as u64;
+        self.recorder.num_decoding = self.outcome.sampled.iter().filter(|sampled| !sampled.finished).count();
         self.awaiting_masks.append(&mut self.outcome.advanced);
         for sequence in &self.plan.sequences {
             let key = key_of(sequence.id);

@@ -492,6 +492,34 @@ async fn prompt_tokens_are_pending_from_their_submission_until_they_are_computed
     assert_eq!(handle.num_pending_prompt_tokens(), 0);
 }
 
+#[tokio::test]
+async fn a_first_token_is_predicted_from_what_steps_cost_and_what_stands_before_it() {
+    let limits = Limits { max_num_batched_tokens: 16, ..small_limits() };
+    let (_engine, handle, keeper) = start_gated(&limits, FakeModelOptions::default());
+    assert_eq!(handle.predicted_ttft(10), None, "nothing was computed");
+    let first = handle.submit(request(prompt(0, 40), greedy(1))).await.unwrap();
+    keeper.wait_for_step();
+    keeper.let_go();
+    keeper.wait_for_step();
+    let stats = handle.stats();
+    let cost = stats.step_cost.unwrap();
+    assert_eq!((stats.num_steps, stats.num_decoding), (1, 0));
+    // Twenty-four of the first prompt are left, in two steps, and its own ten in one.
+    let predicted = handle.predicted_ttft(10).unwrap().as_secs_f64();
+    let wanted = cost.prompt_seconds(24, 0, 16) + cost.prompt_seconds(10, 0, 16);
+    assert!((predicted / wanted - 1.0).abs() < 1e-3, "{predicted} for {wanted}");
+    drop(keeper);
+    assert!(collect(first, 1).await.error.is_none());
+    assert_idle(&handle).await;
+    let decoding = SamplingParams { ignore_eos: true, ..greedy(400) };
+    let _two = [
+        handle.submit(request(prompt(1, 4), decoding.clone())).await,
+        handle.submit(request(prompt(2, 4), decoding)).await,
+    ];
+    let stats = handle.stats_when(|stats| stats.num_decoding == 2).await;
+    assert!(stats.step_cost.unwrap().per_token > 0.0);
+}
+
 /// The refusal comes while a step is held, so it did not wait for it.
 #[tokio::test]
 async fn a_full_queue_refuses_at_once_and_has_room_again_later() {

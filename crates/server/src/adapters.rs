@@ -8,7 +8,7 @@ use std::time::Duration;
 use bindery_engine::{AdapterError, AdapterLease, AdapterPool, adapters::AdapterSpec};
 use bindery_gateway::{gateway::ListedModel, keys::NameOf};
 
-use crate::{error::ApiError, generation::Deadline, router::Serving, state::AppState};
+use crate::{auth::Caller, error::ApiError, generation::Deadline, router::Serving, state::AppState};
 
 /// Names listed in an error at most.
 const MAX_OFFERED: usize = 32;
@@ -28,13 +28,11 @@ pub(crate) enum NamedKind {
     Adapter,
 }
 
-impl Serving {
-    /// Adapters that the caller may name, in the order of their names.
+impl Caller {
+    /// Adapters that the caller may name, in the order of their names; none before the model is loaded.
     pub(crate) fn adapters(&self, state: &AppState) -> Vec<AdapterSpec> {
-        let mut specs = self.model.adapters.specs();
-        specs.retain(|spec| {
-            spec.is_for(self.caller.tenant.as_ref()) && self.may_name(state, &spec.name, NameOf::Adapter)
-        });
+        let mut specs = state.slot.model().map(|model| model.adapters.specs()).unwrap_or_default();
+        specs.retain(|spec| spec.is_for(self.tenant.as_ref()) && self.may_name(state, &spec.name, NameOf::Adapter));
         specs
     }
 
@@ -46,40 +44,25 @@ impl Serving {
     /// Models beside the local ones that the caller may name.
     pub(crate) fn elsewhere(&self, state: &AppState) -> Vec<ListedModel> {
         let Some(gateway) = &state.config.gateway else { return Vec::new() };
-        gateway.models(self.caller.tenant.as_deref(), self.caller.grant.as_deref())
+        gateway.models(self.tenant.as_deref(), self.grant.as_deref())
     }
 
     /// By the lists of its tenant and of its key.
     fn may_name(&self, state: &AppState, name: &str, of: NameOf) -> bool {
-        state.config.gateway.as_ref().is_none_or(|gateway| {
-            gateway.may_name(self.caller.tenant.as_deref(), self.caller.grant.as_deref(), (name, of))
-        })
+        state
+            .config
+            .gateway
+            .as_ref()
+            .is_none_or(|gateway| gateway.may_name(self.tenant.as_deref(), self.grant.as_deref(), (name, of)))
     }
 
-    /// What a request names: the first of the base's names where it names nothing. The base's own names come before
-    /// adapters'.
-    pub(crate) fn resolve(&self, state: &AppState, asked: Option<String>) -> Result<Named, ApiError> {
-        let Some(asked) = asked else {
-            return Ok(Named { name: state.config.primary_model_name().to_owned(), kind: NamedKind::Base });
-        };
-        match self.kind_of(state, &asked) {
-            Some(kind) => Ok(Named { name: asked, kind }),
-            None => Err(self.unknown(state, asked)),
-        }
-    }
-
-    /// Likewise for the routes that no router stands before: the base, too, has to be one that the caller may use.
-    pub(crate) fn resolve_or_base(&self, state: &AppState, asked: Option<String>) -> Result<Named, ApiError> {
-        self.resolve(state, Some(asked.unwrap_or_else(|| state.config.primary_model_name().to_owned())))
-    }
-
-    /// What a name stands for to the caller; None: nothing.
+    /// What a name stands for to the caller; None: nothing, or nothing yet.
     pub(crate) fn kind_of(&self, state: &AppState, name: &str) -> Option<NamedKind> {
         if state.config.served_model_names.iter().any(|base| base == name) {
             return self.may_name(state, name, NameOf::Model).then_some(NamedKind::Base);
         }
-        let is_seen = self.model.adapters.spec(name).is_some_and(|spec| spec.is_for(self.caller.tenant.as_ref()))
-            && self.may_name(state, name, NameOf::Adapter);
+        let spec = state.slot.model()?.adapters.spec(name)?;
+        let is_seen = spec.is_for(self.tenant.as_ref()) && self.may_name(state, name, NameOf::Adapter);
         is_seen.then_some(NamedKind::Adapter)
     }
 
@@ -89,6 +72,25 @@ impl Serving {
         let names = self.bases(state).cloned().chain(adapters).chain(elsewhere);
         let offered = names.take(MAX_OFFERED).collect();
         ApiError::UnknownModel { asked, offered }
+    }
+}
+
+impl Serving {
+    /// What a request names: the first of the base's names where it names nothing. The base's own names come before
+    /// adapters'.
+    pub(crate) fn resolve(&self, state: &AppState, asked: Option<String>) -> Result<Named, ApiError> {
+        let Some(asked) = asked else {
+            return Ok(Named { name: state.config.primary_model_name().to_owned(), kind: NamedKind::Base });
+        };
+        match self.caller.kind_of(state, &asked) {
+            Some(kind) => Ok(Named { name: asked, kind }),
+            None => Err(self.caller.unknown(state, asked)),
+        }
+    }
+
+    /// Likewise for the routes that no router stands before: the base, too, has to be one that the caller may use.
+    pub(crate) fn resolve_or_base(&self, state: &AppState, asked: Option<String>) -> Result<Named, ApiError> {
+        self.resolve(state, Some(asked.unwrap_or_else(|| state.config.primary_model_name().to_owned())))
     }
 
     /// A hold on the newest version of what was named, when it is there; None for the base.
@@ -110,7 +112,7 @@ impl Serving {
         match lease {
             Ok(lease) => Ok(Some(lease)),
             // Unloaded a moment ago.
-            Err(AdapterError::Unknown { name }) => Err(self.unknown(state, name)),
+            Err(AdapterError::Unknown { name }) => Err(self.caller.unknown(state, name)),
             // Which file, and what is wrong with it, is for whoever runs the server: it is in the log, and in /v1/adapters.
             Err(AdapterError::Unreadable { name, .. }) => {
                 let message = format!(

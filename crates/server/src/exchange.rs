@@ -17,7 +17,7 @@ use axum::{
     middleware::Next,
     response::{IntoResponse, Response},
 };
-use bindery_engine::AdapterIdentity;
+use bindery_engine::{AdapterIdentity, LocalModel};
 use bindery_gateway::{
     audit::record::{AdapterUsed, ModelUsed},
     clock::UnixMillis,
@@ -26,7 +26,7 @@ use bindery_gateway::{
         facts,
     },
     ledger::{LedgerError, RequestStatus},
-    policy::{LocalState, Target, route::LocalName},
+    policy::{LocalState, Shortage, Target, route::LocalName},
 };
 use futures::{Stream, stream};
 use http_body_util::BodyExt;
@@ -39,7 +39,7 @@ use crate::{
     context::RequestContext,
     error::ApiError,
     generation::Deadline,
-    router::{Serving, X_BINDERY_ROUTE},
+    router::X_BINDERY_ROUTE,
     slot::ModelSlot,
     sse,
     state::{AppState, Job, SharedState},
@@ -68,24 +68,26 @@ async fn answer(
     body: Body,
     next: Next,
 ) -> Result<Response, ApiError> {
-    let (Some(serving), Some(context)) =
-        (parts.extensions.get::<Serving>().cloned(), parts.extensions.get::<RequestContext>().cloned())
+    let (Some(caller), Some(context)) =
+        (parts.extensions.get::<Caller>().cloned(), parts.extensions.get::<RequestContext>().cloned())
     else {
         return Err(ApiError::internal("unknown", &"a generation route stands before its gate"));
     };
     let incoming = match read(state, &context, &parts.headers, body).await {
         Ok(incoming) => incoming,
-        Err(error) => return Err(unreadable(gateway, (&serving, &context), error).await),
+        Err(error) => return Err(unreadable(gateway, (&caller, &context), error).await),
     };
+    // While the weights load, what runs elsewhere is served.
+    let model = state.slot.model();
     let (bytes, timeout) = (incoming.bytes.clone(), incoming.timeout);
     let is_late = || timeout.is_some_and(|timeout| context.started.elapsed() >= timeout);
     let cannot = facts::beyond_text(&incoming.object);
-    let mut exchange = begin(state, gateway, &parts, (&serving, &context), incoming).await?;
+    let mut exchange = begin(state, gateway, &parts, (&caller, &context), incoming).await?;
     if let Err(error) = exchange.ask_about_prompt().await {
         return Err(refused(&context, exchange.give_up(error).await));
     }
-    let local = LocalState { cannot, ..local_state(&serving, exchange.estimated_prompt_tokens()) };
-    let local_name = |name: &str| match serving.kind_of(state, name) {
+    let local = LocalState { cannot, ..local_state(model, exchange.estimated_prompt_tokens()) };
+    let local_name = |name: &str| match caller.kind_of(state, name) {
         Some(NamedKind::Base) => LocalName::Base,
         Some(NamedKind::Adapter) => LocalName::Adapter,
         None => LocalName::Unknown,
@@ -97,7 +99,11 @@ async fn answer(
             return Err(match exchange.give_up(error).await {
                 // With the names that may be asked for.
                 GatewayError::Route(bindery_gateway::policy::Refused::UnknownModel { asked }) => {
-                    serving.unknown(state, asked)
+                    match state.slot.ready() {
+                        Ok(_) => caller.unknown(state, asked),
+                        // It may be an adapter's.
+                        Err(error) => error,
+                    }
                 }
                 error => refused(&context, error),
             });
@@ -225,9 +231,9 @@ async fn read(
 }
 
 /// What cannot be read is in its sender's log, too.
-async fn unreadable(gateway: &Gateway, (serving, context): (&Serving, &RequestContext), error: ApiError) -> ApiError {
+async fn unreadable(gateway: &Gateway, (caller, context): (&Caller, &RequestContext), error: ApiError) -> ApiError {
     let body = error.to_body().error;
-    let Caller { tenant, credential, .. } = &serving.caller;
+    let Caller { tenant, credential, .. } = caller;
     let code = body.code.as_deref().unwrap_or("invalid_request");
     let unreadable = Unreadable { tenant: tenant.as_deref(), credential, request_id: &context.id, code };
     match gateway.log_unreadable(unreadable).await {
@@ -249,14 +255,14 @@ async fn begin(
     state: &SharedState,
     gateway: &Gateway,
     parts: &Parts,
-    (serving, context): (&Serving, &RequestContext),
+    (caller, context): (&Caller, &RequestContext),
     incoming: Incoming,
 ) -> Result<Exchange, ApiError> {
     let wire = if parts.uri.path().ends_with("/chat/completions") { WireRoute::Chat } else { WireRoute::Completions };
     let Incoming { object: body, timeout, task, privacy, .. } = incoming;
     let time_left = timeout.map(|timeout| timeout.saturating_sub(context.started.elapsed()));
     let default_model = state.config.primary_model_name().to_owned();
-    let (caller, request_id) = (serving.caller.clone(), Arc::clone(&context.id));
+    let (caller, request_id) = (caller.clone(), Arc::clone(&context.id));
     let is_large = parts
         .headers
         .get(header::CONTENT_LENGTH)
@@ -291,25 +297,18 @@ async fn begin(
 }
 
 /// What would happen here now to a prompt of about so many tokens.
-fn local_state(serving: &Serving, num_prompt_tokens: usize) -> LocalState {
-    let engine = &serving.model.engine;
-    let stats = engine.stats();
+fn local_state(model: Option<&Arc<LocalModel>>, num_prompt_tokens: usize) -> LocalState {
+    let Some(model) = model else {
+        return LocalState { shortage: Some(Shortage::Model), max_prompt_tokens: usize::MAX, ..LocalState::default() };
+    };
+    let stats = model.engine.stats();
+    let is_exhausted = stats.num_used_blocks >= stats.num_blocks && stats.num_requests_waiting > 0;
     LocalState {
-        max_prompt_tokens: serving.model.max_model_len,
-        predicted_ttft: predicted_ttft(
-            stats.seconds_per_token(),
-            engine.num_pending_prompt_tokens().saturating_add(num_prompt_tokens),
-        ),
-        is_exhausted: stats.num_used_blocks >= stats.num_blocks && stats.num_requests_waiting > 0,
+        max_prompt_tokens: model.max_model_len,
+        predicted_ttft: model.engine.predicted_ttft(num_prompt_tokens),
+        shortage: is_exhausted.then_some(Shortage::Blocks),
         cannot: None,
     }
-}
-
-/// All prompts before a request's own last token are computed first: those that wait, what is left of those that run, and
-/// its own. None: nothing was measured yet, so nothing is predicted.
-fn predicted_ttft(seconds_per_token: Option<f64>, num_tokens: usize) -> Option<Duration> {
-    const MAX_SECONDS: f64 = 86_400.0;
-    seconds_per_token.map(|seconds| Duration::from_secs_f64((seconds * num_tokens as f64).clamp(0.0, MAX_SECONDS)))
 }
 
 /// The request for this process's own route. Only the last place of a route uses the head up.
@@ -637,17 +636,4 @@ fn upstream_stream(
         }
     });
     sse::events(texts)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_first_token_is_predicted_by_all_that_stands_before_it_and_its_own_prompt() {
-        assert_eq!(predicted_ttft(None, 1_000), None, "nothing was measured");
-        assert_eq!(predicted_ttft(Some(0.002), 1_000), Some(Duration::from_secs(2)));
-        assert_eq!(predicted_ttft(Some(0.002), 0), Some(Duration::ZERO));
-        assert_eq!(predicted_ttft(Some(1.0), usize::MAX), Some(Duration::from_hours(24)), "a bound");
-    }
 }

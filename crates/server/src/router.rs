@@ -18,7 +18,6 @@ use crate::{
     error::ApiError,
     exchange::through_gateway,
     routes::{adapters, chat, completions, models, operations, tokenize},
-    slot::SlotState,
     state::SharedState,
 };
 
@@ -35,17 +34,21 @@ pub(crate) fn router(state: &SharedState) -> Router {
     let generation_routes = Router::new()
         .route("/v1/completions", post(completions::create))
         .route("/v1/chat/completions", post(chat::create))
+        .route_layer(middleware::from_fn_with_state(Arc::clone(state), needs_model))
         .route_layer(middleware::from_fn_with_state(Arc::clone(state), through_gateway));
-    let model_routes = generation_routes
+    let model_routes = Router::new()
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::get))
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))
+        .route_layer(middleware::from_fn_with_state(Arc::clone(state), needs_model))
+        .merge(generation_routes)
         .route_layer(middleware::from_fn_with_state(Arc::clone(state), gate));
     let admin_routes = Router::new()
         .route("/v1/load_lora_adapter", post(adapters::load))
         .route("/v1/unload_lora_adapter", post(adapters::unload))
         .route("/v1/adapters", get(adapters::list))
+        .route_layer(middleware::from_fn_with_state(Arc::clone(state), needs_model))
         .route_layer(middleware::from_fn_with_state(Arc::clone(state), admin_gate));
     Router::new()
         .route("/health", get(operations::health))
@@ -65,19 +68,12 @@ pub(crate) fn router(state: &SharedState) -> Router {
 /// until its response body has ended; where the server cuts what runs, a handler that has not answered yet is dropped.
 async fn gate(State(state): State<SharedState>, mut request: Request, next: Next) -> Response {
     let caller = state.keys.check_all(state.config.gateway.as_ref(), request.headers()).await;
-    let admitted = caller.and_then(|caller| {
-        let in_flight = state.lifecycle.admit().ok_or(ApiError::Draining)?;
-        match state.slot.state() {
-            SlotState::Ready(model) => Ok((in_flight, Serving { model: Arc::clone(model), caller })),
-            SlotState::Loading => Err(ApiError::Loading),
-            SlotState::Failed(message) => Err(ApiError::LoadFailed { message: message.to_owned() }),
-        }
-    });
-    let (in_flight, serving) = match admitted {
+    let admitted = caller.and_then(|caller| Ok((state.lifecycle.admit().ok_or(ApiError::Draining)?, caller)));
+    let (in_flight, caller) = match admitted {
         Ok(admitted) => admitted,
         Err(error) => return error.into_response(),
     };
-    request.extensions_mut().insert(serving);
+    request.extensions_mut().insert(caller);
     let mut response = tokio::select! {
         biased;
         response = next.run(request) => response,
@@ -90,23 +86,27 @@ async fn gate(State(state): State<SharedState>, mut request: Request, next: Next
     response.map(|body| axum::body::Body::new(GuardedBody { body, span: None, guard: in_flight }))
 }
 
-/// Likewise for the routes that change the server, which take the admin key.
-async fn admin_gate(State(state): State<SharedState>, mut request: Request, next: Next) -> Response {
-    let admitted = state.keys.check_admin(request.headers()).and_then(|()| match state.slot.state() {
-        SlotState::Ready(model) => Ok(Serving { model: Arc::clone(model), caller: Caller::default() }),
-        SlotState::Loading => Err(ApiError::Loading),
-        SlotState::Failed(message) => Err(ApiError::LoadFailed { message: message.to_owned() }),
-    });
-    match admitted {
-        Err(error) => error.into_response(),
-        Ok(serving) => {
-            request.extensions_mut().insert(serving);
-            tokio::select! {
-                biased;
-                response = next.run(request) => response,
-                () = state.lifecycle.cut_token().cancelled() => ApiError::CutByShutdown.into_response(),
-            }
+/// For routes that work with the model. Inside the gate, and inside the gateway, which has answers from elsewhere before it loads.
+async fn needs_model(State(state): State<SharedState>, mut request: Request, next: Next) -> Response {
+    let caller = request.extensions().get::<Caller>().cloned().unwrap_or_default();
+    match state.slot.ready() {
+        Ok(model) => {
+            request.extensions_mut().insert(Serving { model: Arc::clone(model), caller });
+            next.run(request).await
         }
+        Err(error) => error.into_response(),
+    }
+}
+
+/// As [`gate`] for the routes that change the server, which take the admin key.
+async fn admin_gate(State(state): State<SharedState>, request: Request, next: Next) -> Response {
+    match state.keys.check_admin(request.headers()) {
+        Err(error) => error.into_response(),
+        Ok(()) => tokio::select! {
+            biased;
+            response = next.run(request) => response,
+            () = state.lifecycle.cut_token().cancelled() => ApiError::CutByShutdown.into_response(),
+        },
     }
 }
 

@@ -7,6 +7,8 @@ use std::sync::{Arc, OnceLock};
 
 use bindery_engine::LocalModel;
 
+use crate::error::ApiError;
+
 /// Where `serve` puts the model once it is loaded; until then `/ready` and the model routes answer 503. Clones share it.
 #[derive(Clone, Default)]
 pub struct ModelSlot {
@@ -36,6 +38,15 @@ impl ModelSlot {
             None => SlotState::Loading,
             Some(Ok(model)) => SlotState::Ready(model),
             Some(Err(message)) => SlotState::Failed(message),
+        }
+    }
+
+    /// The model, or what a request that needs it is told.
+    pub(crate) fn ready(&self) -> Result<&Arc<LocalModel>, ApiError> {
+        match self.state() {
+            SlotState::Ready(model) => Ok(model),
+            SlotState::Loading => Err(ApiError::Loading),
+            SlotState::Failed(message) => Err(ApiError::LoadFailed { message: message.to_owned() }),
         }
     }
 

@@ -101,16 +101,21 @@ impl Door {
         self.num_pending_tokens.load(Ordering::Acquire)
     }
 
-    /// When the queue as it stands will have been worked off at the recent pace. A pace that has stalled counts as slow
-    /// as the stall is long.
+    /// When the queue as it stands will have been worked off at the recent pace.
     fn retry_after(&self, num_queued: usize) -> Duration {
+        self.time_for(num_queued).clamp(RETRY_AFTER_MIN, RETRY_AFTER_MAX)
+    }
+
+    /// Until so many have left the queue, at the recent pace; zero where none is known. A pace that has stalled counts as slow as
+    /// the stall is long.
+    pub(crate) fn time_for(&self, num_queued: usize) -> Duration {
         let now_us = self.opened.elapsed().as_micros() as u64;
         let stalled_us = now_us.saturating_sub(self.last_start_us.load(Ordering::Relaxed));
         let interval_us = match self.interval_us.load(Ordering::Relaxed) {
             0 => 0,
             interval => interval.max(stalled_us),
         };
-        Duration::from_micros(interval_us.saturating_mul(num_queued as u64)).clamp(RETRY_AFTER_MIN, RETRY_AFTER_MAX)
+        Duration::from_micros(interval_us.saturating_mul(num_queued as u64))
     }
 }
 

@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 use bindery_model::ModelPhase;
 use bindery_scheduler::SchedulerStats;
 
+use super::step_cost::{StepCost, StepCosts};
+
 /// Upper bounds of the buckets of tokens per step; powers of two up to the largest usual token budget.
 const ITERATION_TOKENS_BOUNDS: [f64; 13] =
     [1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0];
@@ -44,6 +46,10 @@ pub struct EngineStats {
     pub iteration_tokens_sum: u64,
     /// Seconds spent in each phase of the step since start, in the order of the step.
     pub phase_seconds: Vec<(&'static str, f64)>,
+    /// What a step costs, by recent ones; None before the first.
+    pub step_cost: Option<StepCost>,
+    /// Sequences that the newest step gave a token and that go on.
+    pub num_decoding: usize,
     /// Prompt tokens looked up in the prefix cache (0 until there is one).
     pub prefix_cache_queries: u64,
     /// Of them, found there.
@@ -94,11 +100,14 @@ pub(crate) struct StatsRecorder {
     pub(crate) prompt_tokens: u64,
     pub(crate) generation_tokens: u64,
     pub(crate) num_failed_steps: u64,
+    pub(crate) num_decoding: usize,
+    step_costs: StepCosts,
     num_steps: u64,
     iteration_tokens_counts: [u64; ITERATION_TOKENS_BOUNDS.len() + 1],
     iteration_tokens_sum: u64,
     phase_times: [Duration; STEP_PHASES.len()],
     since: Instant,
+    step_started: Instant,
 }
 
 impl StatsRecorder {
@@ -107,17 +116,21 @@ impl StatsRecorder {
             prompt_tokens: 0,
             generation_tokens: 0,
             num_failed_steps: 0,
+            num_decoding: 0,
+            step_costs: StepCosts::default(),
             num_steps: 0,
             iteration_tokens_counts: [0; ITERATION_TOKENS_BOUNDS.len() + 1],
             iteration_tokens_sum: 0,
             phase_times: [Duration::ZERO; STEP_PHASES.len()],
             since: Instant::now(),
+            step_started: Instant::now(),
         }
     }
 
     /// Starts the watch: time until the next [`StatsRecorder::lap`] counts.
     pub(crate) fn start(&mut self) {
         self.since = Instant::now();
+        self.step_started = self.since;
     }
 
     /// The time since the last lap was spent in `phase`.
@@ -132,6 +145,12 @@ impl StatsRecorder {
         self.iteration_tokens_sum += num_batched_tokens as u64;
         let bucket = ITERATION_TOKENS_BOUNDS.partition_point(|&bound| bound < num_batched_tokens as f64);
         self.iteration_tokens_counts[bucket] += 1;
+    }
+
+    /// What the step has cost up to its last lap.
+    pub(crate) fn learn_cost(&mut self, num_batched_tokens: usize, has_prompts: bool) {
+        let seconds = (self.since - self.step_started).as_secs_f64();
+        self.step_costs.observe(num_batched_tokens, seconds, has_prompts);
     }
 
     pub(crate) fn snapshot(
@@ -157,6 +176,8 @@ impl StatsRecorder {
             iteration_tokens_counts: self.iteration_tokens_counts.to_vec(),
             iteration_tokens_sum: self.iteration_tokens_sum,
             phase_seconds: STEP_PHASES.into_iter().zip(self.phase_times.iter().map(Duration::as_secs_f64)).collect(),
+            step_cost: self.step_costs.cost(),
+            num_decoding: self.num_decoding,
             prefix_cache_queries: 0,
             prefix_cache_hits: 0,
         }

@@ -15,7 +15,7 @@ mod tests;
 pub use crate::upstream::PrivacyClass;
 
 pub use self::{
-    route::{CannotTake, Facts, LocalState, Moment, Refused, Route, Router, TenantRouting},
+    route::{CannotTake, Facts, LocalState, Moment, Refused, Route, Router, Shortage, TenantRouting},
     rules::{Choice, Condition, Rule, TimeOfDay, VirtualModel},
     target::Target,
 };

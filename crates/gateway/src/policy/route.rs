@@ -3,7 +3,7 @@
 //! **Invariant**: the same facts give the same route; every target of a route may be used by the tenant and allowed by the
 //! privacy class, and a route has at least one.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
 use super::{PrivacyClass, Target, VirtualModel, target::fits};
 use crate::{
@@ -67,10 +67,28 @@ pub struct LocalState {
     pub max_prompt_tokens: usize,
     /// None: not known yet.
     pub predicted_ttft: Option<Duration>,
-    /// No block of the cache is free and others wait already.
-    pub is_exhausted: bool,
+    /// What is wanting here for the moment.
+    pub shortage: Option<Shortage>,
     /// What the local model cannot take of it.
     pub cannot: Option<CannotTake>,
+}
+
+/// What this process is short of, so that a request would wait whatever its length.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shortage {
+    /// No block of the cache is free and others wait already.
+    Blocks,
+    /// The model is not loaded yet, or could not be.
+    Model,
+}
+
+impl fmt::Display for Shortage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Blocks => "the cache has no free block here",
+            Self::Model => "the model is not loaded here",
+        })
+    }
 }
 
 /// A part of a request that a place cannot take.
@@ -387,7 +405,8 @@ fn with_overflow(
     let limit = overflow.when_ttft_over;
     let predicted = facts.local.predicted_ttft;
     let is_slow = predicted.is_some_and(|time| time > limit);
-    let is_pressed = is_slow || facts.local.is_exhausted || cannot.is_some();
+    let shortage = facts.local.shortage;
+    let is_pressed = is_slow || shortage.is_some() || cannot.is_some();
     let name = match &route.targets[0] {
         Target::LocalModel(name) => name.as_ref(),
         _ => asked,
@@ -410,12 +429,12 @@ fn with_overflow(
         }
         return Ok(route);
     }
-    let pressed = match (cannot, predicted) {
-        (Some(cannot), _) => cannot.why.clone(),
-        (None, Some(time)) if is_slow => {
+    let pressed = match (cannot, predicted, shortage) {
+        (Some(cannot), ..) => cannot.why.clone(),
+        (None, Some(time), _) if is_slow => {
             format!("the first token would take about {time:.1?} here, the limit is {limit:.1?}")
         }
-        _ => "the cache has no free block here".to_owned(),
+        (None, _, shortage) => shortage.map(|shortage| shortage.to_string()).unwrap_or_default(),
     };
     // Where time is not what is short, all that waits has to be done first.
     let wait = predicted.unwrap_or_default();

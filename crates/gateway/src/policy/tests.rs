@@ -206,8 +206,15 @@ fn a_request_overflows_before_it_waits_too_long() {
         "it goes where it was asked to go"
     );
     let mut full = facts(&tenant);
-    full.local.is_exhausted = true;
+    full.local.shortage = Some(Shortage::Blocks);
     assert_eq!(names(&router.route("base", &full, &local)), ["openai/gpt-4.1", "base"]);
+    full.local.shortage = Some(Shortage::Model);
+    let route = router.route("base", &full, &local).unwrap();
+    assert!(
+        route.why.iter().any(|why| why.starts_with("the model is not loaded here: it overflows")),
+        "{:?}",
+        route.why
+    );
     // Not for an adapter, unless it is declared equal; not for what must stay.
     assert_eq!(names(&router.route("support-fr", &slow(3), &local)), ["support-fr"]);
     let private = Facts { privacy: PrivacyClass::LocalOnly, ..slow(3) };
@@ -269,7 +276,11 @@ fn where_waiting_is_refused_the_wait_is_told_honestly() {
     let told = refused.to_string();
     assert!(told.starts_with("the first token would take about 7.0s here, the limit is 2.0s, and"), "{told}");
     // Fast enough, were there room: no word of a time that is within the limit.
-    facts.local = LocalState { predicted_ttft: Some(Duration::from_millis(1500)), is_exhausted: true, ..facts.local };
+    facts.local = LocalState {
+        predicted_ttft: Some(Duration::from_millis(1500)),
+        shortage: Some(Shortage::Blocks),
+        ..facts.local
+    };
     let refused = router(vec![]).route("base", &facts, &local).unwrap_err();
     let Refused::TooSlow { retry_after, .. } = &refused else { panic!("{refused}") };
     assert_eq!(*retry_after, Duration::from_millis(1500));
@@ -365,7 +376,7 @@ proptest! {
             local: LocalState {
                 max_prompt_tokens: 8000,
                 predicted_ttft: ttft.map(Duration::from_secs),
-                is_exhausted,
+                shortage: is_exhausted.then_some(Shortage::Blocks),
                 cannot: cannot.then(picture),
             },
             ..facts(&tenant)

@@ -22,12 +22,12 @@ use crate::{
     GateRefusals,
 ))]
 pub(crate) async fn list(State(state): State<SharedState>, Extension(serving): Extension<Serving>) -> Json<ModelList> {
-    let bases = serving.bases(&state).map(|name| card(&state, &serving, name));
-    let mut adapters = serving.adapters(&state);
+    let bases = serving.caller.bases(&state).map(|name| card(&state, &serving, name));
+    let mut adapters = serving.caller.adapters(&state);
     // The base's own names win.
     adapters.retain(|spec| !state.config.served_model_names.contains(&spec.name));
     let adapters = adapters.iter().map(|spec| adapter_card(&state, &serving, spec));
-    let elsewhere = serving.elsewhere(&state).into_iter().map(|model| elsewhere_card(&state, &serving, model));
+    let elsewhere = serving.caller.elsewhere(&state).into_iter().map(|model| elsewhere_card(&state, &serving, model));
     let data = bases.chain(adapters).chain(elsewhere).collect();
     Json(ModelList { object: "list".into(), data })
 }
@@ -45,8 +45,8 @@ pub(crate) async fn get(
     id: Result<Path<String>, axum::extract::rejection::PathRejection>,
 ) -> Result<Json<ModelCard>, ApiError> {
     let Path(id) = id.map_err(|_| ApiError::invalid("id", "the model's name in the path is not UTF-8"))?;
-    if serving.kind_of(&state, &id).is_none()
-        && let Some(model) = serving.elsewhere(&state).into_iter().find(|model| model.name == id)
+    if serving.caller.kind_of(&state, &id).is_none()
+        && let Some(model) = serving.caller.elsewhere(&state).into_iter().find(|model| model.name == id)
     {
         return Ok(Json(elsewhere_card(&state, &serving, model)));
     }

@@ -467,6 +467,33 @@ async fn a_chain_that_begins_upstream_is_no_overflow() {
     );
 }
 
+/// A hybrid that loads its weights for a minute serves what runs elsewhere meanwhile, and overflows to it.
+#[tokio::test]
+async fn what_runs_elsewhere_is_served_before_the_model_is_loaded() {
+    let rest = "[[tenants]]\nname = \"over\"\nprivacy = \"any\"\noverflow = { when_ttft_over = \"1h\", to = \"up/fake-model\" }\n\
+                [[routes]]\nmodel = \"auto\"\nrules = [{ to = [\"local\", \"up/fake-model\"] }]\n";
+    let house = House::build_with(rest, Setup { starts_loaded: false, ..Setup::new() }).await;
+    let [acme, over, vault] =
+        ["acme", "over", "vault"].map(|tenant| house.key_that_gets(tenant, KeyGrant::default(), 503));
+    let (acme, over, vault) = (acme.await, over.await, vault.await);
+    for (key, model) in [(&acme, "up/fake-model"), (&acme, "auto"), (&over, MODEL)] {
+        let response = house.chat(key, &body(model)).send().await.unwrap();
+        assert_eq!(response.status(), 200, "{model}");
+        assert_eq!(response.headers()["x-bindery-route"], "upstream:up", "{model}");
+    }
+    // What has nowhere else to go hears that it may come back: the name may be an adapter's.
+    for (key, model) in [(&acme, MODEL), (&vault, MODEL), (&vault, "auto"), (&acme, "an-adapter")] {
+        let refused = house.chat(key, &body(model)).send().await.unwrap();
+        assert!(refused.headers().contains_key("retry-after"), "{model}");
+        assert_eq!(check_error(refused, 503, None, "still loading").await.as_deref(), Some("model_loading"), "{model}");
+    }
+    assert_eq!(house.num_upstream_requests().await, 3.0);
+    house.server.slot.set(house.server.model.clone());
+    let response = house.chat(&over, &body(MODEL)).send().await.unwrap();
+    assert_eq!(response.headers()["x-bindery-route"], "local");
+    check_error(house.chat(&acme, &body("an-adapter")).send().await.unwrap(), 404, Some("model"), "an-adapter").await;
+}
+
 #[tokio::test]
 async fn a_route_is_told_only_where_something_ran() {
     let house = House::build("").await;
