@@ -151,6 +151,8 @@ pub struct TextRequest {
     pub params: SamplingParams,
     /// `None`: what fits the context. 0 generates nothing (echo of the prompt, with or without its log-probabilities).
     pub max_tokens: Option<usize>,
+    /// Where `max_tokens` says nothing: what fits, and no more than this.
+    pub longest_default: usize,
     /// Answers wanted.
     pub num_samples: u32,
     /// At least `num_samples`: generates this many and returns the best by mean log-probability, when all have ended.
@@ -183,6 +185,7 @@ impl TextRequest {
             prompt_param: "prompt",
             params: SamplingParams::default(),
             max_tokens: None,
+            longest_default: usize::MAX,
             num_samples: 1,
             best_of: None,
             stop: Vec::new(),
@@ -364,7 +367,7 @@ impl LocalModel {
         let tokens = self.prompt_tokens(request.prompt, request.truncate_prompt_tokens, param);
         let (tokens, text) = deadline.within(tokens).await?;
         let mut params = request.params;
-        params.max_tokens = self.max_tokens(request.max_tokens, tokens.len(), param)?;
+        params.max_tokens = self.max_tokens((request.max_tokens, request.longest_default), tokens.len(), param)?;
         deadline.check()?;
 
         let num_generated = request.best_of.unwrap_or(request.num_samples);
@@ -540,7 +543,7 @@ impl LocalModel {
     /// What was asked for if the context holds it, or what fits.
     fn max_tokens(
         &self,
-        wanted: Option<usize>,
+        (wanted, longest_default): (Option<usize>, usize),
         num_prompt_tokens: usize,
         param: &'static str,
     ) -> Result<usize, EngineError> {
@@ -563,7 +566,7 @@ impl LocalModel {
             }
             None => match max_model_len.min(self.max_cached_tokens).saturating_sub(num_prompt_tokens) {
                 0 => Err(self.too_long(param, &num_prompt_tokens.to_string())),
-                max_tokens => Ok(max_tokens),
+                max_tokens => Ok(max_tokens.min(longest_default)),
             },
         }
     }

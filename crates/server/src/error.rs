@@ -199,7 +199,7 @@ impl ApiError {
             Self::Invalid { .. } => None,
             Self::Gateway(refusal) => Some(&refusal.code),
             Self::Unsupported { .. } => Some("unsupported_parameter"),
-            Self::ContextLength { .. } => Some("context_length_exceeded"),
+            Self::ContextLength { .. } => Some(CONTEXT_LENGTH_EXCEEDED),
             Self::MissingKey | Self::WrongKey | Self::KeyEnded { .. } => Some("invalid_api_key"),
             Self::KeysUnavailable => Some("keys_unavailable"),
             Self::NoAdminKey | Self::NotAdmin => Some("admin_key_required"),
@@ -333,9 +333,18 @@ impl ApiError {
     }
 }
 
+/// OpenAI's code of a prompt that does not fit.
+pub(crate) const CONTEXT_LENGTH_EXCEEDED: &str = "context_length_exceeded";
+
+/// An error's code, beside its body for whoever handles the answer before it is sent: `code`, or `type` where it has none.
+#[derive(Clone, Debug)]
+pub(crate) struct ErrorCode(pub(crate) String);
+
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.status(), Body::from(self.to_json())).into_response();
+        let code = self.code().unwrap_or_else(|| self.kind()).to_owned();
+        response.extensions_mut().insert(ErrorCode(code));
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         if let Some(retry_after) = self.retry_after() {

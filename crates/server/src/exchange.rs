@@ -26,7 +26,7 @@ use bindery_gateway::{
         facts,
     },
     ledger::{LedgerError, RequestStatus},
-    policy::{LocalState, Shortage, Target, route::LocalName},
+    policy::{CannotTake, LocalState, Shortage, Target, route::LocalName},
 };
 use futures::{Stream, stream};
 use http_body_util::BodyExt;
@@ -37,9 +37,10 @@ use crate::{
     auth::Caller,
     body::{check_content_encoding, check_content_type, object, read_body, request_timeout},
     context::RequestContext,
-    error::ApiError,
+    error::{ApiError, CONTEXT_LENGTH_EXCEEDED, ErrorCode},
     generation::Deadline,
     router::X_BINDERY_ROUTE,
+    sampling::DefaultMaxTokens,
     slot::ModelSlot,
     sse,
     state::{AppState, Job, SharedState},
@@ -77,14 +78,37 @@ async fn answer(
         Ok(incoming) => incoming,
         Err(error) => return Err(unreadable(gateway, (&caller, &context), error).await),
     };
+    let (bytes, timeout) = (incoming.bytes.clone(), incoming.timeout);
+    let cannot = facts::beyond_text(&incoming.object);
+    let exchange = begin(state, gateway, &parts, (&caller, &context), incoming).await?;
+    // However it ends, it has counted.
+    let rate_headers = exchange.rate_headers();
+    let admitted = Admitted { parts, bytes, timeout, cannot };
+    let answered = answer_admitted(state, (&caller, &context), exchange, admitted, next).await;
+    Ok(decorated(answered.unwrap_or_else(IntoResponse::into_response), &rate_headers))
+}
+
+/// A request that its limits let through, beside its exchange.
+struct Admitted {
+    parts: Parts,
+    bytes: Bytes,
+    timeout: Option<Duration>,
+    /// What no local model reads of it.
+    cannot: Option<CannotTake>,
+}
+
+async fn answer_admitted(
+    state: &SharedState,
+    (caller, context): (&Caller, &RequestContext),
+    mut exchange: Exchange,
+    Admitted { parts, bytes, timeout, cannot }: Admitted,
+    next: Next,
+) -> Result<Response, ApiError> {
+    let is_late = || timeout.is_some_and(|timeout| context.started.elapsed() >= timeout);
     // While the weights load, what runs elsewhere is served.
     let model = state.slot.model();
-    let (bytes, timeout) = (incoming.bytes.clone(), incoming.timeout);
-    let is_late = || timeout.is_some_and(|timeout| context.started.elapsed() >= timeout);
-    let cannot = facts::beyond_text(&incoming.object);
-    let mut exchange = begin(state, gateway, &parts, (&caller, &context), incoming).await?;
     if let Err(error) = exchange.ask_about_prompt().await {
-        return Err(refused(&context, exchange.give_up(error).await));
+        return Err(refused(context, exchange.give_up(error).await));
     }
     let local = LocalState { cannot, ..local_state(model, exchange.estimated_prompt_tokens()) };
     let local_name = |name: &str| match caller.kind_of(state, name) {
@@ -105,17 +129,16 @@ async fn answer(
                         Err(error) => error,
                     }
                 }
-                error => refused(&context, error),
+                error => refused(context, error),
             });
         }
     };
     tracing::debug!(targets = ?route.targets, why = ?route.why, "routed");
-    let rate_headers = exchange.rate_headers();
     let num_targets = route.targets.len();
     let mut parts = Some(parts);
     for (at, target) in route.targets.iter().enumerate() {
         if let (true, Some(timeout)) = (is_late(), timeout) {
-            exchange.time_out().await.map_err(|error| refused(&context, error))?;
+            exchange.time_out().await.map_err(|error| refused(context, error))?;
             return Err(Deadline::error(timeout));
         }
         let is_last = at + 1 == num_targets;
@@ -123,13 +146,18 @@ async fn answer(
             Target::Local | Target::LocalModel(_) => {
                 if let Err(error) = exchange.may_run_here() {
                     if !is_last {
+                        exchange.passed_over(target, &error.shown().2);
                         continue;
                     }
-                    return Err(refused(&context, exchange.give_up(error).await));
+                    return Err(refused(context, exchange.give_up(error).await));
                 }
-                let request =
+                let mut request =
                     local_request(&mut parts, is_last, exchange.local_body(target).unwrap_or_else(|| bytes.clone()))
                         .ok_or_else(|| ApiError::internal(&context.id, &"a request was used up"))?;
+                if let Some(tokens) = exchange.default_output_tokens() {
+                    let tokens = usize::try_from(tokens).unwrap_or(usize::MAX);
+                    request.extensions_mut().insert(DefaultMaxTokens(tokens));
+                }
                 // Which version of an adapter it gets is known once it has one.
                 let adapter = match (target, local_name(&target.to_string())) {
                     (Target::LocalModel(name), LocalName::Adapter) => {
@@ -139,46 +167,51 @@ async fn answer(
                 };
                 let model = ModelUsed { adapter, ..house_model(state) };
                 // From here on whoever leaves is accounted for.
-                let filters = exchange.filters();
+                let (filters, warnings) = (exchange.filters(), exchange.warnings());
                 let mut account =
                     Account { state: Arc::clone(state), exchange: Some(exchange), context: context.clone(), model };
                 let response = next.clone().run(request).await;
-                let may_help =
-                    matches!(response.status(), StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE);
-                if may_help
-                    && !is_last
+                if !is_last
+                    && let Some(code) = given_back(&response)
                     && let Some(returned) = account.exchange.take()
                 {
                     exchange = returned;
+                    exchange.passed_over(target, &code);
                     continue;
                 }
-                return Ok(decorated(local_answer(response, filters, account).await, &rate_headers));
+                let answer = local_answer(response, filters, account).await;
+                let answer =
+                    if answer.status().is_success() { with_warning(answer, warnings.header()) } else { answer };
+                return Ok(answer);
             }
             Target::Upstream { upstream, model } => {
                 let _ = context.counts.model.set(target.to_string());
                 match exchange.send(upstream, model, route.overflows(at), UnixMillis::now()).await {
                     Ok((Sent::Whole(answer), warning)) => with_warning(axum::Json(answer).into_response(), warning),
                     Ok((Sent::Stream(stream), warning)) => {
-                        let deadline = timeout.map(|timeout| Deadline::new(&context, timeout));
+                        let deadline = timeout.map(|timeout| Deadline::new(context, timeout));
                         with_warning(upstream_stream(*stream, exchange, (context.clone(), deadline), state), warning)
                     }
                     Err(GatewayError::Ledger(LedgerError::OverBudget(_)))
                         if let Some(refused_instead) = route.refused_instead(at) =>
                     {
                         let error = GatewayError::Route(refused_instead.clone());
-                        return Err(refused(&context, exchange.give_up(error).await));
+                        return Err(refused(context, exchange.give_up(error).await));
                     }
                     Err(error) if error.lets_others_try() && !is_last && !is_late() => {
                         tracing::info!(target = %target, error = %error, "the next place of the route is tried");
+                        if !matches!(error, GatewayError::Upstream(_)) {
+                            exchange.passed_over(target, &error.shown().2);
+                        }
                         continue;
                     }
                     Err(error) => match (exchange.give_up(error).await, timeout.filter(|_| is_late())) {
                         // It ran there, or failed to.
                         (GatewayError::Upstream(_), Some(timeout)) => Deadline::error(timeout).into_response(),
                         (error @ (GatewayError::Upstream(_) | GatewayError::Audit(_)), _) => {
-                            refused(&context, error).into_response()
+                            refused(context, error).into_response()
                         }
-                        (error, _) => return Err(refused(&context, error)),
+                        (error, _) => return Err(refused(context, error)),
                     },
                 }
             }
@@ -190,7 +223,7 @@ async fn answer(
         if let Ok(value) = HeaderValue::from_str(&name) {
             response.headers_mut().insert(X_BINDERY_ROUTE, value);
         }
-        return Ok(decorated(response, &rate_headers));
+        return Ok(response);
     }
     Err(ApiError::internal(&context.id, &"a route had no target"))
 }
@@ -319,9 +352,19 @@ fn local_request(parts: &mut Option<Parts>, is_last: bool, body: Bytes) -> Optio
     Some(Request::from_parts(head, Body::from(body)))
 }
 
+/// The code of an answer that this machine gave before it computed anything, and that another place may do better: it is busy or not
+/// ready, or its context is too short for a prompt that was only estimated before.
+fn given_back(response: &Response) -> Option<String> {
+    let ErrorCode(code) = response.extensions().get()?;
+    let may_help = matches!(response.status(), StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE)
+        || code == CONTEXT_LENGTH_EXCEEDED;
+    may_help.then(|| code.clone())
+}
+
 fn with_warning(mut response: Response, warning: Option<String>) -> Response {
     if let Some(Ok(value)) = warning.map(|text| HeaderValue::from_str(&text)) {
-        response.headers_mut().insert(X_BINDERY_WARNING, value);
+        // A list (RFC 9110, 5.3); what the route itself warns of stays.
+        response.headers_mut().append(X_BINDERY_WARNING, value);
     }
     response
 }

@@ -100,13 +100,13 @@ async fn needs_model(State(state): State<SharedState>, mut request: Request, nex
 
 /// As [`gate`] for the routes that change the server, which take the admin key.
 async fn admin_gate(State(state): State<SharedState>, request: Request, next: Next) -> Response {
-    match state.keys.check_admin(request.headers()) {
-        Err(error) => error.into_response(),
-        Ok(()) => tokio::select! {
-            biased;
-            response = next.run(request) => response,
-            () = state.lifecycle.cut_token().cancelled() => ApiError::CutByShutdown.into_response(),
-        },
+    if let Err(error) = state.keys.check_admin(request.headers()) {
+        return error.into_response();
+    }
+    tokio::select! {
+        biased;
+        response = next.run(request) => response,
+        () = state.lifecycle.cut_token().cancelled() => ApiError::CutByShutdown.into_response(),
     }
 }
 

@@ -52,6 +52,8 @@ impl UsageInStream {
 pub(crate) struct Sampling {
     pub(crate) params: SamplingParams,
     pub(crate) max_tokens: Option<usize>,
+    /// Where there is no `max_tokens`, at most so many.
+    pub(crate) longest_default: usize,
     pub(crate) num_samples: u32,
     pub(crate) stop: Vec<String>,
     pub(crate) include_stop_str_in_output: bool,
@@ -64,10 +66,16 @@ pub(crate) struct Sampling {
     pub(crate) delivery: Delivery,
 }
 
+/// The longest answer of a request that names no limit, by whoever stands before the route: its tenant.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DefaultMaxTokens(pub(crate) usize);
+
 /// What the two routes differ in.
 pub(crate) struct RouteRules {
-    /// `max_tokens` of a request that does not say.
+    /// `max_tokens` of a request that does not say; None: what fits.
     pub(crate) default_max_tokens: Option<usize>,
+    /// At most so many then.
+    pub(crate) tenants_default: Option<DefaultMaxTokens>,
     /// 0 with `echo`: only the prompt is scored.
     pub(crate) least_max_tokens: i64,
     /// The field's name, for errors.
@@ -87,12 +95,13 @@ impl Sampling {
         if fields.cache_salt.is_some() {
             warnings.note("cache_salt has no effect yet");
         }
+        let longest_default = rules.tenants_default.map_or(usize::MAX, |DefaultMaxTokens(tokens)| tokens);
         let max_tokens = fields
             .max_tokens
             .map(|value| whole(rules.max_tokens_param, value, rules.least_max_tokens, i64::from(u32::MAX)))
             .transpose()?
             .map(|value| value as usize)
-            .or(rules.default_max_tokens);
+            .or(rules.default_max_tokens.map(|tokens| tokens.min(longest_default)));
         let delivery = delivery(fields.stream.unwrap_or(false), fields.stream_options)?;
         let prompt_logprobs = fields
             .prompt_logprobs
@@ -145,6 +154,7 @@ impl Sampling {
         Ok(Self {
             params,
             max_tokens,
+            longest_default,
             num_samples: fields.n.map_or(Ok(1), |value| whole("n", value, 1, MAX_N))? as u32,
             stop,
             include_stop_str_in_output: fields.include_stop_str_in_output.unwrap_or(false),
@@ -169,6 +179,7 @@ impl Sampling {
             prompt_param: prompt.param,
             params: self.params.clone(),
             max_tokens: self.max_tokens,
+            longest_default: self.longest_default,
             num_samples: self.num_samples,
             best_of: prompt.best_of,
             stop: self.stop.clone(),

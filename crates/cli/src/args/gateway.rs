@@ -148,7 +148,7 @@ pub(crate) struct RouteExplainArgs {
     /// The predicted local time to the first token [default: not known, as no server is asked]
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub(crate) ttft: Option<Duration>,
-    /// Tokens of the prompt [default: a quarter of its bytes, as a server estimates]
+    /// Tokens of the prompt [default: by its bytes, as a server estimates]
     #[arg(long, value_name = "N")]
     pub(crate) prompt_tokens: Option<usize>,
     /// The moment that rules with a time of day see, like 2026-11-28T22:30:00Z [default: now]

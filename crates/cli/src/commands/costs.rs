@@ -25,6 +25,13 @@ pub(crate) async fn run(args: CostsArgs) -> anyhow::Result<()> {
         CostColumnArg::Model => CostColumn::Model,
         CostColumnArg::Day => CostColumn::Day,
     });
+    if let (Some(first), Some(last)) = (&from, &to)
+        && first > last
+    {
+        let message = format!("--from {first} is after --to {last}, so no day is between them");
+        return Err(Failure::usage(message).hint("--from is the first day, --to the last one").into());
+    }
+    let stranger = tenant.clone().filter(|name| file.tenant(name).is_err());
     let query = CostQuery { by: columns.collect(), from, to, tenant };
     let open = file.open_store_to_read().await?;
     let report = costs(&open.store, query).await.map_err(of_ledger);
@@ -36,6 +43,9 @@ pub(crate) async fn run(args: CostsArgs) -> anyhow::Result<()> {
         _ => table(&report),
     };
     terminal::print(&text)?;
+    if let Some(name) = stranger.filter(|_| report.rows.iter().all(|row| row.requests == 0)) {
+        terminal::note(&format!("the config names no tenant {name:?}, and the ledger has no request of one"));
+    }
     notes(&report, &file);
     Ok(())
 }
@@ -61,6 +71,10 @@ fn notes(report: &CostReport, file: &ConfigFile) {
         let count = thousands(total.unsettled_requests);
         terminal::note(&format!("{count} upstream calls were charged in full, as nobody said what they used"));
     }
+    if total.estimated_requests > total.unsettled_requests {
+        let count = thousands(total.estimated_requests - total.unsettled_requests);
+        terminal::note(&format!("the tokens of {count} requests are estimates, as their upstream did not count them"));
+    }
     if total.local_requests > 0 && file.gateway.local_cost_per_hour.is_none() {
         terminal::note("local requests count as free: [local] names no cost_per_hour");
     }
@@ -75,6 +89,7 @@ fn total(report: &CostReport) -> CostRow {
         total.requests += row.requests;
         total.local_requests += row.local_requests;
         total.unsettled_requests += row.unsettled_requests;
+        total.estimated_requests += row.estimated_requests;
         total.prompt_tokens += row.prompt_tokens;
         total.cached_tokens += row.cached_tokens;
         total.completion_tokens += row.completion_tokens;

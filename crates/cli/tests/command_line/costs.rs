@@ -25,6 +25,7 @@ fn outcome(dollars: f64, reference: Option<f64>) -> Outcome {
             num_cached_tokens: 100,
             num_completion_tokens: 50,
             num_reasoning_tokens: 5,
+            is_estimated: false,
         },
         latency: Duration::from_millis(7),
         price: Money::from_dollars(dollars).unwrap(),
@@ -51,6 +52,7 @@ fn home() -> Home {
             beat_every: Duration::from_secs(2),
             lease: Duration::from_secs(30),
             keep: None,
+            when_orphaned: None,
         };
         let ledger = Ledger::open(store, options, NOON).await.unwrap();
         let upstream = || LedgerRoute::Upstream("openai".to_owned());
@@ -104,8 +106,11 @@ fn json_and_csv_hold_every_column() {
     assert_eq!((&row["cost"], &row["saved"]), (&json!(0.52), &json!(0.38)));
     let csv = home.run(&["costs", "--by", "tenant", "--csv"]).stdout;
     let lines: Vec<&str> = csv.lines().collect();
-    assert!(lines[0].starts_with("tenant,requests,local_requests,unsettled_requests,prompt_tokens"), "{csv}");
-    assert_eq!(lines[2], "globex,1,0,0,1000,100,50,5,2.00,0.00,2.00,0.00", "{csv}");
+    assert!(
+        lines[0].starts_with("tenant,requests,local_requests,unsettled_requests,estimated_requests,prompt_tokens"),
+        "{csv}"
+    );
+    assert_eq!(lines[2], "globex,1,0,0,0,1000,100,50,5,2.00,0.00,2.00,0.00", "{csv}");
 }
 
 #[test]

@@ -141,8 +141,10 @@ fn requests_and_tenants_that_cannot_be_asked_about_are_told() {
     assert!(nobody.stderr.contains("hint: give --tenant, one of acme, vault"), "{}", nobody.stderr);
     let stranger = ask(&home, &request("auto", "hello"), &["--tenant", "vaults"]);
     assert!(stranger.code == 2 && stranger.stderr.contains("did you mean \"vault\"?"), "{}", stranger.stderr);
-    let no_model = ask(&home, &json!({"messages": []}), &ACME);
-    assert!(no_model.code == 2 && no_model.stderr.contains("names no model"), "{}", no_model.stderr);
+    let no_model = ask(&home, &json!({"messages": [], "model": 5}), &ACME);
+    assert!(no_model.code == 2 && no_model.stderr.contains("a model that is no name"), "{}", no_model.stderr);
+    let base = ask(&home, &json!({"messages": []}), &ACME);
+    assert!(base.code == 0 && base.stdout.contains("(local)"), "{}{}", base.stdout, base.stderr);
     std::fs::write(home.folder.path().join("broken.json"), "{").unwrap();
     for (file, expected) in [("broken.json", "is no JSON"), ("nowhere.json", "cannot read the request nowhere.json")] {
         let ended = home.run(&["route", "explain", file]);

@@ -14,6 +14,8 @@ const KEY_ENV: &str = "BINDERY_AUDIT_KEY";
 const MAX_QUEUED: usize = 4096;
 /// Kept of a prompt, and of an answer, unless the config says otherwise.
 const MAX_CONTENTS_BYTES: usize = 256 * 1024;
+/// A shorter segment would hold a record or two.
+const MIN_SEGMENT_BYTES: u64 = 4096;
 const HOUR: Duration = Duration::from_hours(1);
 
 /// What is kept of prompts and answers.
@@ -103,28 +105,18 @@ impl AuditConfig {
 
     /// The key that signs records.
     pub fn key(&self, env: Env<'_>) -> Result<AuditKey, AuditError> {
+        self.check()?;
         match (&self.key_file, &self.key_env) {
-            (Some(_), Some(_)) => {
-                Err(AuditError::Config("it has both `key_env` and `key_file`; keep one of them".to_owned()))
-            }
-            (Some(path), None) => AuditKey::from_file(path, &self.path),
+            (Some(path), _) => AuditKey::from_file(path, &self.path),
             (None, name) => AuditKey::from_env(name.as_deref().unwrap_or(KEY_ENV), env),
         }
     }
 
     /// The key that encrypts contents; none where they are not kept.
     pub fn contents_key(&self, env: Env<'_>) -> Result<Option<ContentsKey>, AuditError> {
-        match (self.contents, &self.contents_key_env) {
-            (KeepContents::None, None) => Ok(None),
-            (KeepContents::None, Some(_)) => Err(AuditError::Config(
-                "`contents_key_env` means nothing with `contents = \"none\"`; remove one of them".to_owned(),
-            )),
-            (KeepContents::Encrypted, Some(name)) => ContentsKey::from_env(name, env).map(Some),
-            (KeepContents::Encrypted, None) => Err(AuditError::Config(
-                "`contents = \"encrypted\"` needs `contents_key_env`, the variable that holds 32 random bytes"
-                    .to_owned(),
-            )),
-        }
+        self.check()?;
+        let name = self.contents_key_env.as_ref().filter(|_| self.contents == KeepContents::Encrypted);
+        name.map(|name| ContentsKey::from_env(name, env)).transpose()
     }
 
     /// Every key that may open contents, the newest first; none where no key is named.
@@ -139,32 +131,71 @@ impl AuditConfig {
         (self.contents == KeepContents::Encrypted).then(|| self.max_contents_bytes.unwrap_or(MAX_CONTENTS_BYTES))
     }
 
-    /// Reads the keys and checks the limits.
-    pub fn journal(&self, env: Env<'_>) -> Result<JournalConfig, AuditError> {
-        let fsync = match (self.fsync, self.fsync_ms) {
-            (FsyncWhen::Interval, Some(ms)) if (1..=60_000).contains(&ms) => Fsync::Every(Duration::from_millis(ms)),
-            (FsyncWhen::Interval, _) => {
-                return Err(AuditError::Config("`fsync = \"interval\"` needs `fsync_ms`, 1 to 60000".to_owned()));
+    /// What can be wrong with it without a look at any key.
+    ///
+    /// # Errors
+    /// [`AuditError::Config`]
+    pub fn check(&self) -> Result<(), AuditError> {
+        let wrong = |what: String| Err(AuditError::Config(what));
+        self.fsync()?;
+        if self.key_file.is_some() && self.key_env.is_some() {
+            return wrong("it has both `key_env` and `key_file`; keep one of them".to_owned());
+        }
+        match (self.contents, &self.contents_key_env) {
+            (KeepContents::None, Some(_)) => {
+                return wrong(
+                    "`contents_key_env` means nothing with `contents = \"none\"`; remove one of them".to_owned(),
+                );
             }
-            (_, Some(_)) => {
-                return Err(AuditError::Config("`fsync_ms` means nothing without `fsync = \"interval\"`".to_owned()));
+            (KeepContents::Encrypted, None) => {
+                return wrong(
+                    "`contents = \"encrypted\"` needs `contents_key_env`, the variable that holds 32 random bytes"
+                        .to_owned(),
+                );
             }
-            (FsyncWhen::Always, None) => Fsync::EveryBatch,
-            (FsyncWhen::Never, None) => Fsync::Never,
-        };
+            (KeepContents::None, None) | (KeepContents::Encrypted, Some(_)) => {}
+        }
         let max_contents_bytes = self.max_contents_bytes.unwrap_or(MAX_CONTENTS_BYTES);
         // Escapes may make a text six times longer, and base64 by a third: two texts must fit into a line.
         if max_contents_bytes > 400 * 1024 {
-            return Err(AuditError::Config(format!(
-                "`max_contents_bytes` is {max_contents_bytes} and the limit is {}",
-                400 * 1024
-            )));
+            return wrong(format!("`max_contents_bytes` is {max_contents_bytes} and the limit is {}", 400 * 1024));
         }
-        if self.keep_segments == Some(0) || self.max_segment_bytes == Some(0) || self.max_segment_hours == Some(0) {
-            return Err(AuditError::Config(
-                "`keep_segments`, `max_segment_bytes` and `max_segment_hours` must be 1 or more".to_owned(),
-            ));
+        let none = [
+            ("keep_segments", self.keep_segments),
+            ("keep_days", self.keep_days),
+            ("max_segment_hours", self.max_segment_hours),
+            ("max_queued", self.max_queued.map(|count| count as u64)),
+        ];
+        if let Some((name, _)) = none.iter().find(|(_, value)| *value == Some(0)) {
+            return wrong(format!("`{name}` is 0 and must be 1 or more"));
         }
+        if let Some(bytes) = self.max_segment_bytes.filter(|bytes| *bytes < MIN_SEGMENT_BYTES) {
+            return wrong(format!("`max_segment_bytes` is {bytes} and must be {MIN_SEGMENT_BYTES} or more"));
+        }
+        Ok(())
+    }
+
+    fn fsync(&self) -> Result<Fsync, AuditError> {
+        match (self.fsync, self.fsync_ms) {
+            (FsyncWhen::Interval, Some(ms)) if (1..=60_000).contains(&ms) => {
+                Ok(Fsync::Every(Duration::from_millis(ms)))
+            }
+            (FsyncWhen::Interval, _) => {
+                Err(AuditError::Config("`fsync = \"interval\"` needs `fsync_ms`, 1 to 60000".to_owned()))
+            }
+            (_, Some(_)) => {
+                Err(AuditError::Config("`fsync_ms` means nothing without `fsync = \"interval\"`".to_owned()))
+            }
+            (FsyncWhen::Always, None) => Ok(Fsync::EveryBatch),
+            (FsyncWhen::Never, None) => Ok(Fsync::Never),
+        }
+    }
+
+    /// Reads the keys and checks the limits.
+    pub fn journal(&self, env: Env<'_>) -> Result<JournalConfig, AuditError> {
+        self.check()?;
+        let fsync = self.fsync()?;
+        let max_contents_bytes = self.max_contents_bytes.unwrap_or(MAX_CONTENTS_BYTES);
         Ok(JournalConfig {
             path: self.path.clone(),
             key: self.key(env)?,

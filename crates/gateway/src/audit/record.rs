@@ -17,6 +17,9 @@ pub struct RequestRecord {
     /// By which key; the id, never the key.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub key_id: Option<String>,
+    /// The model's name as it was asked for, cut to a bounded length; empty where the request could not be read.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub asked: String,
     /// What answered.
     pub model: ModelUsed,
     /// Where.
@@ -77,6 +80,9 @@ pub struct TokenCounts {
     pub completion: u64,
     /// Of the answer, those that were reasoning.
     pub reasoning: u64,
+    /// Nobody counted them: they are a bound or a guess.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub estimated: bool,
 }
 
 /// Prompt and answer as they were, for those policies that keep them.

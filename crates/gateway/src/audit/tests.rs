@@ -54,7 +54,7 @@ fn request(number: usize) -> RequestRecord {
             adapter: Some(AdapterUsed { name: "fr".to_owned(), digest: "sha256:2".to_owned(), licence: None }),
         },
         route: RouteTaken { to: "local".to_owned(), why: "rule 3".to_owned() },
-        tokens: TokenCounts { prompt: 10, cached: 0, completion: number as u64, reasoning: 0 },
+        tokens: TokenCounts { prompt: 10, completion: number as u64, ..TokenCounts::default() },
         outcome: "stop".to_owned(),
         ..RequestRecord::default()
     }

@@ -4,11 +4,12 @@
 //! in the order of their lines, not only the first. [`reach`] finds what is well-formed and leads nowhere.
 
 mod reach;
+mod routes;
+mod upstreams;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     ops::Range,
-    path::PathBuf,
     sync::Arc,
     time::Duration,
 };
@@ -16,8 +17,8 @@ use std::{
 use toml::Spanned;
 
 use super::{
-    CredentialSource, GatewayConfig, Patience, Problem, StoreConfig, TenantConfig, UpstreamConfig,
-    tables::{Ceilings, Described, File, Identity, Link, Overflow, Rule, Tenant, To, Upstream, When, Words, line_of},
+    CredentialSource, GatewayConfig, Problem, StoreConfig, TenantConfig, UpstreamConfig,
+    tables::{Ceilings, File, Identity, Overflow, Rule, Tenant, Upstream, When, line_of},
 };
 use crate::{
     audit::config::KeepContents,
@@ -25,13 +26,14 @@ use crate::{
     guardrails::{Policy, language, no_secrets},
     keys::{IssuerOptions, SigningAlgorithm, TenantFrom},
     ledger::{Budget, BudgetScope, Period},
+    limits::RateLimits,
     money::Money,
     names::TenantId,
     policy::{
-        Choice, Condition, PrivacyClass, Router, Target, TenantRouting, TimeOfDay, VirtualModel,
-        route::{Otherwise, Overflow as OverflowRule, WEEKDAYS},
+        PrivacyClass, Target, TenantRouting,
+        route::{Otherwise, Overflow as OverflowRule},
     },
-    providers::{AzureForm, Catalogue, ModelEntry, Provider, UnmappedFields, catalogue::ModelOverride},
+    providers::{Catalogue, ModelEntry, UnmappedFields},
     store::Durability,
 };
 
@@ -92,8 +94,9 @@ impl Builder<'_> {
         let (cost, reference) = self.local(file.local.as_ref(), &upstreams);
         self.guardrails(&file);
         let tenants = self.tenants(&file);
+        self.audit(&file);
         self.contents(&file);
-        let router = self.router(&file, &upstreams);
+        let router = self.router(&file, &upstreams, &tenants);
         if store.is_none()
             && tenants.iter().any(|tenant| !tenant.budgets.is_empty() || !tenant.overflow_budgets.is_empty())
         {
@@ -113,7 +116,7 @@ impl Builder<'_> {
             tenants,
             router,
             guardrails: file.guardrails.into_iter().map(Spanned::into_inner).collect(),
-            audit: file.audit,
+            audit: file.audit.map(Spanned::into_inner),
             issuers,
         })
     }
@@ -177,178 +180,6 @@ impl Builder<'_> {
                 Some(Budget { scope: scope.clone(), per, ceiling })
             })
             .collect()
-    }
-
-    // --- upstreams ---
-
-    fn upstreams(&mut self, tables: &[Spanned<Upstream>], catalogue: &Catalogue) -> Vec<UpstreamConfig> {
-        let mut seen: BTreeMap<&str, usize> = BTreeMap::new();
-        let mut built = Vec::new();
-        for table in tables {
-            let name = &table.get_ref().name;
-            let line = self.line(&name.span());
-            if let Some(first) = seen.insert(name.get_ref(), line) {
-                let message = format!("the upstream {:?} is in line {first} already", name.get_ref());
-                self.problem(&name.span(), message, "give each a name of its own");
-            }
-            built.extend(self.upstream(table, catalogue));
-        }
-        built
-    }
-
-    fn upstream(&mut self, table: &Spanned<Upstream>, catalogue: &Catalogue) -> Option<UpstreamConfig> {
-        let upstream = table.get_ref();
-        let name = upstream.name.get_ref();
-        let is_plain = |text: &str| {
-            !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
-        };
-        if !is_plain(name) || name == "local" {
-            let message = format!("{name:?} cannot name an upstream");
-            self.problem(&upstream.name.span(), message, "use letters, digits, -, _ and ., and not the word local");
-        }
-        let models = self.models(upstream, catalogue);
-        for model in &models {
-            self.upstream_models.insert(format!("{name}/{}", model.id));
-        }
-        let budgets = self.budgets(upstream.budget.as_ref(), &BudgetScope::Upstream(name.clone()));
-        let credential = self.credential(table);
-        let provider = self.provider(upstream)?;
-        if upstream.base_url.is_none() && provider.default_base_url().is_none() {
-            let message = format!("the upstream {name:?} of kind {:?} has no base_url", upstream.kind.get_ref());
-            self.problem(&table.span(), message, "add base_url: where the server answers");
-        }
-        let patience = self.patience(upstream)?;
-        Some(UpstreamConfig {
-            name: name.as_str().into(),
-            provider,
-            base_url: upstream.base_url.clone(),
-            credential: credential?,
-            account: (upstream.organization.clone(), upstream.project.clone()),
-            models,
-            budgets,
-            patience,
-        })
-    }
-
-    /// Ours where nothing is said.
-    fn patience(&mut self, upstream: &Upstream) -> Option<Patience> {
-        let ours = Patience::default();
-        let mut read = |asked: &Option<Spanned<String>>, ours| match asked {
-            None => Some(ours),
-            Some(text) => {
-                let time = self.duration(text)?;
-                if time.is_zero() {
-                    self.problem(&text.span(), "no time at all", "write how long to wait, as 30s");
-                    return None;
-                }
-                Some(time)
-            }
-        };
-        let connect = read(&upstream.connect_timeout, ours.connect);
-        let first_byte = read(&upstream.first_byte_timeout, ours.first_byte);
-        let idle = read(&upstream.idle_timeout, ours.idle);
-        let max_attempts = upstream.max_attempts.as_ref().map_or(ours.max_attempts, |count| *count.get_ref());
-        if let Some(count) = upstream.max_attempts.as_ref().filter(|count| !(1..=10).contains(count.get_ref())) {
-            let message = format!("max_attempts is {}, the limits are 1 and 10", count.get_ref());
-            self.problem(&count.span(), message, "1 tries nothing again");
-        }
-        Some(Patience { connect: connect?, first_byte: first_byte?, idle: idle?, max_attempts })
-    }
-
-    fn provider(&mut self, upstream: &Upstream) -> Option<Provider> {
-        let azure = || {
-            let dated = upstream.api_version.clone();
-            Provider::Azure(dated.map_or(AzureForm::V1, |api_version| AzureForm::Dated { api_version }))
-        };
-        let provider = match upstream.kind.get_ref().as_str() {
-            "openai" => Provider::OpenAi,
-            "anthropic" => Provider::Anthropic,
-            "gemini" => Provider::Gemini,
-            "azure" => azure(),
-            "openai-compatible" => Provider::Compatible,
-            other => {
-                let message = format!("{other:?} is no kind of upstream");
-                let hint = "it must be openai, anthropic, gemini, azure or openai-compatible";
-                self.problem(&upstream.kind.span(), message, hint);
-                return None;
-            }
-        };
-        if upstream.api_version.is_some() && !matches!(provider, Provider::Azure(_)) {
-            self.problem(&upstream.kind.span(), "api_version belongs to the kind azure alone", "remove it");
-        }
-        Some(provider)
-    }
-
-    fn credential(&mut self, table: &Spanned<Upstream>) -> Option<CredentialSource> {
-        let upstream = table.get_ref();
-        let mut given = Vec::new();
-        for (name, source) in [(&upstream.api_key_env, true), (&upstream.token_env, false)] {
-            let Some(name) = name else { continue };
-            self.check_variable(name);
-            let variable = name.get_ref().clone();
-            given.push(if source { CredentialSource::KeyEnv(variable) } else { CredentialSource::TokenEnv(variable) });
-        }
-        given.extend(upstream.api_key_file.as_ref().map(|path| CredentialSource::KeyFile(PathBuf::from(path))));
-        given.extend(upstream.token_file.as_ref().map(|path| CredentialSource::TokenFile(PathBuf::from(path))));
-        if given.len() > 1 {
-            let message = format!("the upstream {:?} has several credentials", upstream.name.get_ref());
-            self.problem(&table.span(), message, "keep one of api_key_env, api_key_file, token_env, token_file");
-            return None;
-        }
-        Some(given.pop().unwrap_or(CredentialSource::None))
-    }
-
-    /// What stands there may be the key itself, so it is not repeated.
-    fn check_variable(&mut self, name: &Spanned<String>) {
-        let text = name.get_ref();
-        let is_variable = !text.is_empty()
-            && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
-            && !text.starts_with(|first: char| first.is_ascii_digit());
-        if !is_variable {
-            let hint = "put the key into the environment, and the variable's name here, like OPENAI_API_KEY";
-            self.problem(&name.span(), "this is no name of an environment variable", hint);
-        }
-    }
-
-    fn models(&mut self, upstream: &Upstream, catalogue: &Catalogue) -> Vec<ModelEntry> {
-        if upstream.models.get_ref().is_empty() {
-            let message = format!("the upstream {:?} offers no model", upstream.name.get_ref());
-            self.problem(&upstream.models.span(), message, "list the models that may be asked of it");
-        }
-        let listed: BTreeSet<&str> = upstream.models.get_ref().iter().map(|name| name.get_ref().as_str()).collect();
-        for name in upstream.prices.keys().chain(upstream.deployments.keys()).chain(upstream.describe.keys()) {
-            if !listed.contains(name.as_str()) {
-                let message = format!(
-                    "{name:?} has a price, a deployment or a description, and is not among the models of this upstream"
-                );
-                self.problem(&upstream.models.span(), message, "add it to models, or correct the name");
-            }
-        }
-        let changes: Vec<ModelOverride> = listed
-            .iter()
-            .map(|&name| {
-                let Described { like, max_input, max_output } =
-                    upstream.describe.get(name).cloned().unwrap_or_default();
-                ModelOverride {
-                    id: name.to_owned(),
-                    like,
-                    deployment: upstream.deployments.get(name).cloned(),
-                    max_input,
-                    max_output,
-                    price: upstream.prices.get(name).copied(),
-                }
-            })
-            .collect();
-        match catalogue.clone().with_overrides(&changes) {
-            Ok(catalogue) => listed
-                .iter()
-                .map(|name| catalogue.find_ever(name).cloned().unwrap_or_else(|| ModelEntry::open(name)))
-                .collect(),
-            Err(error) => {
-                self.problem(&upstream.models.span(), error.to_string(), "correct the model's entry");
-                Vec::new()
-            }
-        }
     }
 
     // --- tenants ---
@@ -431,6 +262,21 @@ impl Builder<'_> {
         if let Some(weight) = table.weight.as_ref().filter(|weight| *weight.get_ref() == 0) {
             self.problem(&weight.span(), "a weight of 0 would leave the tenant nothing", "use 1 or more");
         }
+        if let Some(limits) = &table.limits {
+            let RateLimits { requests_per_minute, tokens_per_minute, concurrent } = *limits.get_ref();
+            let fields = [
+                ("requests_per_minute", requests_per_minute),
+                ("tokens_per_minute", tokens_per_minute),
+                ("concurrent", concurrent.map(u64::from)),
+            ];
+            for (field, _) in fields.into_iter().filter(|(_, limit)| *limit == Some(0)) {
+                let message = format!("{field} is 0, so the tenant {name:?} could ask for nothing");
+                self.problem(&limits.span(), message, "use 1 or more, or leave it out for no limit");
+            }
+        }
+        if let Some(tokens) = table.max_output_tokens.as_ref().filter(|tokens| *tokens.get_ref() == 0) {
+            self.problem(&tokens.span(), "answers of 0 tokens", "use 1 or more, or leave it out");
+        }
         let overflow = table.overflow.as_ref().and_then(|overflow| self.overflow(overflow, privacy));
         let overflow_budgets = table.overflow.as_ref().map_or_else(Vec::new, |overflow| {
             let Overflow { usd_per_day, usd_per_month, .. } = *overflow.get_ref();
@@ -446,17 +292,20 @@ impl Builder<'_> {
         if let Some(models) = &table.models {
             self.check_models(models, &routing);
         }
+        if let (Some(rule), Some(table)) = (&routing.overflow, &table.overflow) {
+            self.check_overflow(&table.get_ref().to.span(), &rule.to, &routing);
+        }
         if class.is_some() {
             self.routings.insert(name.clone(), routing.clone());
         }
         TenantConfig {
             routing,
             api_key_env: table.api_key_env.as_ref().map(|name| name.get_ref().clone()),
-            limits: table.limits,
+            limits: table.limits.as_ref().map(|limits| *limits.get_ref()).unwrap_or_default(),
             budgets: self.budgets(table.budget.as_ref(), &BudgetScope::Tenant(id.clone())),
             overflow_budgets,
             guardrails: table.guardrails.iter().map(|name| name.get_ref().clone()).collect(),
-            max_output_tokens: table.max_output_tokens,
+            max_output_tokens: table.max_output_tokens.as_ref().map(|tokens| *tokens.get_ref()),
             fields: if table.strict_params { UnmappedFields::Refuse } else { UnmappedFields::Drop },
             weight: table.weight.as_ref().map_or(1, |weight| *weight.get_ref()),
             store_contents: table.store_contents.as_ref().is_some_and(|stores| *stores.get_ref()),
@@ -464,9 +313,17 @@ impl Builder<'_> {
         }
     }
 
+    fn audit(&mut self, file: &File) {
+        if let Some(audit) = &file.audit
+            && let Err(error) = audit.get_ref().check()
+        {
+            self.problem(&audit.span(), error.to_string(), "correct [audit]");
+        }
+    }
+
     /// What a tenant has stored must be kept somewhere, and encrypted.
     fn contents(&mut self, file: &File) {
-        if file.audit.as_ref().is_some_and(|audit| audit.contents == KeepContents::Encrypted) {
+        if file.audit.as_ref().is_some_and(|audit| audit.get_ref().contents == KeepContents::Encrypted) {
             return;
         }
         for tenant in &file.tenants {
@@ -521,196 +378,6 @@ impl Builder<'_> {
             self.problem(&text.span(), message, "write it as 500ms, 2s or 1m");
         }
         duration.ok()
-    }
-
-    // --- routes ---
-
-    /// A place that the file knows; what is neither `local` nor an upstream's is a name that is looked up when it is asked for.
-    fn target(&mut self, text: &str, span: &Range<usize>) -> Option<Target> {
-        let target = Target::parse(text, &self.upstreams);
-        let is_known = match &target {
-            Target::Local => true,
-            Target::Upstream { .. } => self.upstream_models.contains(text),
-            // A slash is in hub names, too; one that looks like an upstream's and is not there is a mistake.
-            Target::LocalModel(name) => !name.is_empty() && !self.virtual_models.contains(name.as_ref()),
-        };
-        if !is_known {
-            self.no_target(text, span);
-            return None;
-        }
-        Some(target)
-    }
-
-    fn no_target(&mut self, text: &str, span: &Range<usize>) {
-        if self.virtual_models.contains(text) {
-            let message = format!("{text:?} is a virtual model itself, and rules lead to real ones");
-            self.problem(span, message, "name a local model or UPSTREAM/MODEL");
-            return;
-        }
-        let known: Vec<&str> = self.upstream_models.iter().map(String::as_str).take(8).collect();
-        let known = if known.is_empty() {
-            "there are no [[upstreams]]".to_owned()
-        } else {
-            format!("known: {}", known.join(", "))
-        };
-        self.problem(span, format!("no upstream offers {text:?}"), known);
-    }
-
-    fn router(&mut self, file: &File, upstreams: &[UpstreamConfig]) -> Router {
-        let mut virtual_models = BTreeMap::new();
-        for table in &file.routes {
-            let route = table.get_ref();
-            let name: Arc<str> = route.model.get_ref().as_str().into();
-            if virtual_models.contains_key(&name) || name.is_empty() || &*name == "local" {
-                let message = format!("the virtual model {name:?} is there already, or is no name");
-                self.problem(&route.model.span(), message, "give each a name of its own");
-                continue;
-            }
-            if self.upstream_models.contains(&*name) {
-                let message = format!("the virtual model {name:?} hides the model of an upstream that has this name");
-                self.problem(&route.model.span(), message, "give it another name");
-            }
-            let rules = self.rules(&route.rules);
-            virtual_models.insert(Arc::clone(&name), VirtualModel { name, rules });
-        }
-        let upstream_models = upstreams
-            .iter()
-            .flat_map(|upstream| {
-                let target = |model: &ModelEntry| Target::Upstream {
-                    upstream: Arc::clone(&upstream.name),
-                    model: model.id.as_str().into(),
-                };
-                upstream.models.iter().map(target).collect::<Vec<_>>()
-            })
-            .collect();
-        Router { virtual_models, upstream_models }
-    }
-
-    fn rules(&mut self, tables: &[Spanned<Rule>]) -> Vec<crate::policy::Rule> {
-        let mut rules: Vec<crate::policy::Rule> = Vec::new();
-        for (at, table) in tables.iter().enumerate() {
-            let rule = table.get_ref();
-            if rules.last().is_some_and(|before| before.when.is_always()) {
-                let message = format!("rule {} is never asked: the one before it applies to every request", at + 1);
-                self.problem(&table.span(), message, "put it in front, or remove it");
-            }
-            let (when, to) = (self.condition(&rule.when), self.choices(&rule.to));
-            let (Some(when), Some(to)) = (when, to) else { continue };
-            let rule = crate::policy::Rule { when, to };
-            self.check_rule(at + 1, &table.span(), &rule);
-            rules.push(rule);
-        }
-        rules
-    }
-
-    fn choices(&mut self, to: &Spanned<To>) -> Option<Vec<Choice>> {
-        let span = to.span();
-        let links = match to.get_ref() {
-            To::One(text) => return Some(vec![Choice::One(self.target(text, &span)?)]),
-            To::Chain(links) => links,
-        };
-        if links.is_empty() {
-            self.problem(&span, "a rule leads nowhere", "name at least one place in to");
-        }
-        let mut choices = Vec::new();
-        for link in links {
-            choices.push(match link {
-                Link::One(text) => self.target(text, &span).map(Choice::One),
-                Link::Weighted(weights) => {
-                    if weights.values().all(|&weight| weight == 0) {
-                        self.problem(&span, "all weights are 0", "give at least one place a weight above it");
-                    }
-                    let targets: Vec<_> =
-                        weights.iter().map(|(text, &weight)| Some((self.target(text, &span)?, weight))).collect();
-                    targets.into_iter().collect::<Option<Vec<_>>>().map(Choice::Weighted)
-                }
-            });
-        }
-        choices.into_iter().collect()
-    }
-
-    fn condition(&mut self, when: &When) -> Option<Condition> {
-        let words = |words: &Option<Spanned<Words>>| words.as_ref().map(|words| words.get_ref().list());
-        let mut tenants = None;
-        if let Some(names) = &when.tenant {
-            let list = names.get_ref().list();
-            for name in &list {
-                if !self.tenants.contains(name) {
-                    let message = format!("the tenant {name:?} is not there, so the rule cannot apply to it");
-                    self.problem(&names.span(), message, "add it to [[tenants]], or correct the name");
-                }
-            }
-            tenants = Some(list);
-        }
-        let mut privacy = None;
-        if let Some(names) = &when.privacy {
-            let spanned = |word: String| Spanned::new(names.span(), word);
-            let classes: Vec<_> = names.get_ref().list().into_iter().map(|word| self.privacy(&spanned(word))).collect();
-            privacy = Some(classes.into_iter().collect::<Option<Vec<_>>>());
-        }
-        // All are read before the first mistake ends it.
-        let ttft_over = when.ttft_over.as_ref().map(|text| self.duration(text));
-        let budget_left_under =
-            when.budget_left_under.as_ref().map(|dollars| self.money(*dollars.get_ref(), &dollars.span()));
-        let time = when.time.as_ref().map(|text| self.time_of_day(text));
-        let weekdays = when.weekdays.as_ref().map(|words| self.weekdays(words));
-        let languages = when.language.as_ref().map(|names| {
-            let list = names.get_ref().list();
-            let codes: Vec<_> = list.iter().map(|name| self.language(name, &names.span())).collect();
-            codes.into_iter().collect::<Option<Vec<String>>>()
-        });
-        self.check_words(when);
-        Some(Condition {
-            tenants,
-            privacy: all_or_none(privacy)?,
-            tasks: when.task.as_ref().map(Words::list),
-            reasoning_effort: words(&when.reasoning_effort),
-            tools: when.tools,
-            images: when.images,
-            over_local_context: when.over_local_context,
-            prompt_tokens_over: when.prompt_tokens_over,
-            personal_data: when.pii,
-            languages: all_or_none(languages)?,
-            ttft_over: all_or_none(ttft_over)?,
-            budget_left_under: all_or_none(budget_left_under)?,
-            time: all_or_none(time)?,
-            weekdays: all_or_none(weekdays)?,
-        })
-    }
-
-    /// `22:00-06:00`, UTC.
-    fn time_of_day(&mut self, text: &Spanned<String>) -> Option<TimeOfDay> {
-        let minute = |text: &str| {
-            let (hours, minutes) = text.trim().split_once(':')?;
-            let (hours, minutes): (u16, u16) = (hours.parse().ok()?, minutes.parse().ok()?);
-            (hours <= 24 && minutes < 60 && hours * 60 + minutes <= 1440).then_some(hours * 60 + minutes)
-        };
-        let time = text
-            .get_ref()
-            .split_once('-')
-            .and_then(|(from, to)| Some(TimeOfDay { from: minute(from)?, to: minute(to)? }));
-        if time.is_none() {
-            let message = format!("{:?} is no time of day", text.get_ref());
-            self.problem(&text.span(), message, "write it as 22:00-06:00, in UTC");
-        }
-        if time.is_some_and(|time| time.from == time.to) {
-            let message = format!("{:?} ends where it begins, so it is no time at all", text.get_ref());
-            self.problem(&text.span(), message, "leave it out for the whole day");
-        }
-        time
-    }
-
-    fn weekdays(&mut self, words: &Spanned<Words>) -> Option<Vec<u8>> {
-        let mut days = Vec::new();
-        for word in words.get_ref().list() {
-            let Some(day) = WEEKDAYS.iter().position(|day| *day == word) else {
-                let message = format!("{word:?} is no day of the week");
-                self.problem(&words.span(), message, format!("it must be one of {}", WEEKDAYS.join(", ")));
-                return None;
-            };
-            days.push(day as u8);
-        }
-        Some(days)
     }
 
     // --- identity ---

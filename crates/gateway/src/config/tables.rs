@@ -24,7 +24,7 @@ pub(super) struct File {
     pub(super) tenants: Vec<Spanned<Tenant>>,
     pub(super) routes: Vec<Spanned<Route>>,
     pub(super) guardrails: Vec<Spanned<GuardrailConfig>>,
-    pub(super) audit: Option<AuditConfig>,
+    pub(super) audit: Option<Spanned<AuditConfig>>,
     pub(super) identity: Vec<Spanned<Identity>>,
 }
 
@@ -51,7 +51,7 @@ pub(super) struct Local {
 pub(super) struct Upstream {
     pub(super) name: Spanned<String>,
     pub(super) kind: Spanned<String>,
-    pub(super) base_url: Option<String>,
+    pub(super) base_url: Option<Spanned<String>>,
     pub(super) api_key_env: Option<Spanned<String>>,
     pub(super) api_key_file: Option<String>,
     pub(super) token_env: Option<Spanned<String>>,
@@ -97,13 +97,12 @@ pub(super) struct Tenant {
     pub(super) privacy: Option<Spanned<String>>,
     pub(super) models: Option<Spanned<Vec<String>>>,
     pub(super) weight: Option<Spanned<u32>>,
-    #[serde(default)]
-    pub(super) limits: crate::limits::RateLimits,
+    pub(super) limits: Option<Spanned<crate::limits::RateLimits>>,
     pub(super) budget: Option<Spanned<Ceilings>>,
     #[serde(default)]
     pub(super) guardrails: Vec<Spanned<String>>,
     pub(super) overflow: Option<Spanned<Overflow>>,
-    pub(super) max_output_tokens: Option<u64>,
+    pub(super) max_output_tokens: Option<Spanned<u64>>,
     #[serde(default)]
     pub(super) strict_params: bool,
     pub(super) store_contents: Option<Spanned<bool>>,

@@ -143,6 +143,39 @@ fn every_mistake_is_found_with_its_line_and_a_way_out() {
             "3: the guardrail \"pi\" is not there (add a [[guardrails]] with name = \"pi\"",
         ),
         ("[[tenants]]\nname = \"a\"\nweight = 0".to_owned(), "3: a weight of 0"),
+        (
+            "[[tenants]]\nname = \"a\"\nlimits = { concurrent = 0 }".to_owned(),
+            "3: concurrent is 0, so the tenant \"a\" could ask for nothing (use 1 or more",
+        ),
+        ("[[tenants]]\nname = \"a\"\nmax_output_tokens = 0".to_owned(), "3: answers of 0 tokens"),
+        (
+            format!("{upstream}base_url = \"127.0.0.1:9/v1\""),
+            "5: base_url is no URL of a server (write it with its scheme",
+        ),
+        (
+            format!(
+                "{upstream}[[tenants]]\nname = \"a\"\nmodels = [\"base\"]\noverflow = {{ when_ttft_over = \"1s\", to = \"up/gpt-4.1\" }}"
+            ),
+            "8: the overflow of the tenant \"a\" is closed for ever: up/gpt-4.1 is not among its models",
+        ),
+        ("[[routes]]\nmodel = \"auto\"\nrules = []".to_owned(), "2: the virtual model \"auto\" has no rule"),
+        (
+            "[[routes]]\nmodel = \"auto\"\nrules = [{ when = { prompt_tokens_over = 5 }, to = \"local\" }, \
+             { when = { prompt_tokens_over = 50, tools = true }, to = \"local\" }]"
+                .to_owned(),
+            "3: rule 2 is never asked: rule 1, before it, applies wherever this one would",
+        ),
+        (
+            "[[routes]]\nmodel = \"auto\"\nrules = [{ when = { budget_left_under = 1.0 }, to = \"local\" }]".to_owned(),
+            "2: a rule of \"auto\" asks for budget_left_under, and no tenant has a budget",
+        ),
+        (
+            "[audit]\npath = \"log\"\ncontents = \"encrypted\"".to_owned(),
+            "1: audit log: `contents = \"encrypted\"` needs `contents_key_env`",
+        ),
+        ("[audit]\npath = \"log\"\nfsync_ms = 5".to_owned(), "1: audit log: `fsync_ms` means nothing"),
+        ("[audit]\npath = \"log\"\nkeep_days = 0".to_owned(), "1: audit log: `keep_days` is 0"),
+        ("[audit]\npath = \"log\"\nmax_segment_bytes = 10".to_owned(), "1: audit log: `max_segment_bytes` is 10"),
         ("[[tenants]]\nname = \"a\"\nbudget = { usd_per_day = 1.0 }".to_owned(), "1: a budget needs a store"),
         (
             format!(

@@ -14,7 +14,7 @@ use super::{
     BlockedBecause, Exchange, Gateway, GatewayError, Tenant,
     call::SharedTold,
     class_of,
-    exchange::{kept, record_of},
+    exchange::{self, kept, record_of},
     facts,
     transcript::Transcript,
 };
@@ -23,13 +23,16 @@ use crate::{
     clock::UnixMillis,
     guardrails::{Decision, PromptOutcome, Vault, Verdict},
     keys::{Credential, KeyGrant},
-    ledger,
+    ledger::{self, PromptSize},
     limits::{Ask, Limited},
-    providers::Refusal,
+    providers::{Refusal, UnmappedFields},
 };
 
 /// Output tokens that are assumed for limits where neither request, tenant nor model says how many there can be.
 const ASSUMED_OUTPUT_TOKENS: u64 = 4096;
+
+/// What `/v1/completions` gives where a request names no limit, by OpenAI's documentation.
+const DEFAULT_COMPLETION_TOKENS: u64 = 16;
 
 /// Which of OpenAI's routes a request came by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -137,7 +140,9 @@ impl Gateway {
             // Nobody here, so nobody's log.
             Err(error) => return Err(TurnedAway { error, record: None }),
         };
-        let mut record = record_of(asked.request_id, &tenant, &asked.credential);
+        let model = asked.body.get("model").and_then(Value::as_str).unwrap_or(asked.default_model);
+        let mut record =
+            RequestRecord { asked: exchange::asked(model), ..record_of(asked.request_id, &tenant, &asked.credential) };
         let mut seen = Seen::default();
         self.admit(asked, tenant, &mut seen).map_err(|error| {
             record.outcome = error.shown().2;
@@ -153,8 +158,6 @@ impl Gateway {
         let model = asked.body.get("model").and_then(Value::as_str).unwrap_or(asked.default_model).to_owned();
         let mut body = Value::Object(asked.body);
         let size = facts::size_of(&body);
-        let max_tokens =
-            ledger::max_prompt_tokens(size, 0).saturating_add(asked_output(&body).unwrap_or(ASSUMED_OUTPUT_TOKENS));
         let mut under = vec![(Limited::Tenant(tenant.config.id.clone()), tenant.config.limits)];
         // Both must hold; the tighter one is told.
         if let (Some(grant), Credential::Key(key)) = (&asked.grant, &asked.credential)
@@ -162,12 +165,14 @@ impl Gateway {
         {
             under.push((Limited::Key(key.clone()), grant.limits));
         }
+        let least = under.iter().filter_map(|(_, limits)| limits.tokens_per_minute).min();
+        let max_tokens = expected_tokens(&body, size, (asked.wire, tenant.config.max_output_tokens), least);
         let mut permit = self.0.limiter.admit(&Ask { under: &under, max_tokens }, asked.now)?;
         // Whoever is turned away has used nothing.
         let checked = self.check(&tenant, &mut body, seen).inspect_err(|_| permit.settle(0, asked.now))?;
         let Checked { vault, must_stay } = checked;
         let transcript = self.transcript(&tenant, &body);
-        Ok(Exchange {
+        let exchange = Exchange {
             gateway: self.clone(),
             transcript,
             tenant,
@@ -191,7 +196,17 @@ impl Gateway {
             told: SharedTold::default(),
             is_logged: false,
             time_left: asked.time_left,
-        })
+        };
+        if exchange.loses_logprobs() && exchange.tenant.config.fields == UnmappedFields::Refuse {
+            let message =
+                "this tenant's guardrails may change answers, so their log-probabilities are not told: leave it out";
+            // Dropped, it would log itself; whoever turns it away does.
+            let mut exchange = exchange;
+            exchange.is_logged = true;
+            exchange.permit.settle(0, asked.now);
+            return Err(Refusal::unsupported("logprobs", message.to_owned()).into());
+        }
+        Ok(exchange)
     }
 
     /// The prompt before its tenant's guardrails.
@@ -229,8 +244,21 @@ pub(super) fn draw() -> f64 {
     bits as f64 / (1_u64 << 48) as f64
 }
 
-/// What the request asks for, of all its answers together.
-fn asked_output(body: &Value) -> Option<u64> {
-    let limit = ["max_completion_tokens", "max_tokens"].iter().find_map(|name| body.get(name)?.as_u64())?;
-    Some(limit.saturating_mul(body.get("n").and_then(Value::as_u64).unwrap_or(1)))
+/// Tokens that a request is charged at its admission: the bound of its prompt and what it asks for in all its answers, or what it
+/// gets where it names nothing. What is only assumed never asks for more than a whole minute's worth, which would let nobody in.
+fn expected_tokens(
+    body: &Value,
+    size: PromptSize,
+    (wire, default_output): (WireRoute, Option<u64>),
+    tokens_per_minute: Option<u64>,
+) -> u64 {
+    let prompt = ledger::max_prompt_tokens(size, 0);
+    let named = ["max_completion_tokens", "max_tokens"].iter().find_map(|name| body.get(name)?.as_u64());
+    let given = named.or(default_output).or((wire == WireRoute::Completions).then_some(DEFAULT_COMPLETION_TOKENS));
+    let num_answers = body.get("n").and_then(Value::as_u64).unwrap_or(1).max(1);
+    let output = given.unwrap_or_else(|| {
+        let room = tokens_per_minute.map_or(u64::MAX, |limit| limit.saturating_sub(prompt) / num_answers);
+        ASSUMED_OUTPUT_TOKENS.min(room)
+    });
+    prompt.saturating_add(output.saturating_mul(num_answers))
 }

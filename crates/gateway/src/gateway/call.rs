@@ -141,5 +141,6 @@ pub(super) fn counts(usage: &Usage) -> TokenCounts {
         num_cached_tokens: usage.cached,
         num_completion_tokens: usage.completion,
         num_reasoning_tokens: usage.reasoning,
+        is_estimated: usage.estimated,
     }
 }

@@ -33,7 +33,7 @@ use crate::{
     limits::Permit,
     money::Money,
     policy::{Condition, Facts, LocalState, PrivacyClass, Route, Target, route::LocalName},
-    providers::Usage,
+    providers::{Usage, Warnings},
 };
 
 /// Texts up to this are looked through on the thread that asks: some hundred microseconds.
@@ -151,6 +151,31 @@ impl Exchange {
     /// Tokens of its prompt, about.
     pub fn estimated_prompt_tokens(&self) -> usize {
         facts::estimated_tokens(self.size)
+    }
+
+    /// The longest answer where the request names no limit.
+    pub fn default_output_tokens(&self) -> Option<u64> {
+        self.tenant.config.max_output_tokens
+    }
+
+    /// A place of the route is not tried, or gave the request back: the log says why.
+    pub fn passed_over(&mut self, place: &Target, why: &str) {
+        self.why = format!("{}; {place} is passed over: {why}", self.why);
+    }
+
+    /// Fields that the answer's guardrails take away, as `x-bindery-warning` says it.
+    pub fn warnings(&self) -> Warnings {
+        let mut warnings = Warnings::default();
+        if self.loses_logprobs() {
+            warnings.drop("logprobs");
+        }
+        warnings
+    }
+
+    /// Log-probabilities spell a text as it was before guardrails changed it.
+    pub(super) fn loses_logprobs(&self) -> bool {
+        let asked = self.body.get("logprobs").is_some_and(|asked| !matches!(asked, Value::Null | Value::Bool(false)));
+        asked && self.tenant.policy.changes_answers()
     }
 
     /// What guardrails said.
@@ -304,9 +329,9 @@ impl Exchange {
         Some(audit.record(record, contents))
     }
 
-    /// A record that says whose request it is, and nothing else yet.
+    /// A record that says whose request it is and what was asked for, and nothing else yet.
     pub(super) fn blank_record(&self) -> RequestRecord {
-        record_of(&self.request_id, &self.tenant, &self.credential)
+        RequestRecord { asked: asked(&self.model), ..record_of(&self.request_id, &self.tenant, &self.credential) }
     }
 
     fn record(&self) -> RequestRecord {
@@ -389,14 +414,20 @@ pub(super) fn record_of(request_id: &str, tenant: &Tenant, credential: &Credenti
     }
 }
 
+/// A model's name as a record holds it: whoever asks may have named anything.
+pub(super) fn asked(model: &str) -> String {
+    const MAX_CHARS: usize = 256;
+    model.chars().take(MAX_CHARS).collect()
+}
+
 /// Waits until a record is in the log.
 pub(super) async fn kept(record: Pending) -> Result<(), GatewayError> {
     record.kept().await.map(|_| ()).map_err(GatewayError::Audit)
 }
 
 impl From<Usage> for TokenCounts {
-    fn from(Usage { prompt, cached, completion, reasoning, .. }: Usage) -> Self {
-        Self { prompt, cached, completion, reasoning }
+    fn from(Usage { prompt, cached, completion, reasoning, estimated, .. }: Usage) -> Self {
+        Self { prompt, cached, completion, reasoning, estimated }
     }
 }
 

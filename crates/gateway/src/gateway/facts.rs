@@ -4,11 +4,19 @@
 
 use serde_json::{Map, Value};
 
+use super::call::{date, money};
 use crate::{
+    clock::UnixMillis,
     guardrails::{GuardrailConfig, GuardrailError, Policy, no_secrets},
     ledger::{self, PromptSize},
+    money::Money,
     policy::{CannotTake, PrivacyClass, TenantRouting},
-    providers::{ModelEntry, catalogue::ServedTier, chat::ServiceTier, fields::Word},
+    providers::{
+        ModelEntry,
+        catalogue::{Bound, ServedTier},
+        chat::ServiceTier,
+        fields::Word,
+    },
 };
 
 /// Parts of messages that carry something else than text.
@@ -96,6 +104,7 @@ fn measure(value: &Value, written: Written, size: &mut PromptSize) {
     match value {
         Value::String(text) => {
             size.num_bytes += text.len() as u64;
+            size.num_wide_bytes += text.bytes().filter(|byte| !byte.is_ascii()).count() as u64;
             if matches!(written, Written::AsJson) {
                 size.num_overhead_bytes += escapes(text);
             }
@@ -141,15 +150,37 @@ pub fn max_prompt_tokens(size: PromptSize, model: &ModelEntry) -> Option<u64> {
     model.max_input_tokens.map(|most| most.max(counted))
 }
 
+/// What a call can cost at most; None: nobody can tell, as its answer has no limit or its model no price.
+pub fn most_it_can_cost(
+    body: &Value,
+    model: &ModelEntry,
+    default_output: Option<u64>,
+    now: UnixMillis,
+) -> Option<Money> {
+    let named = ["max_completion_tokens", "max_tokens"].iter().find_map(|name| body.get(name)?.as_u64());
+    let most = model.max_output_tokens;
+    let output = named.or(default_output).or(most)?.min(most.unwrap_or(u64::MAX));
+    let num_answers = body.get("n").and_then(Value::as_u64).unwrap_or(1).max(1);
+    let bound = Bound {
+        max_prompt_tokens: max_prompt_tokens(size_of(body), model)?,
+        max_output_tokens: output.saturating_mul(num_answers),
+        tier: asked_tier(body),
+    };
+    model.upper_bound(&bound, date(now)).ok().map(money)
+}
+
 /// The dearest service that a request's `service_tier` may lead to.
 pub fn asked_tier(body: &Value) -> ServedTier {
     let word = body.get("service_tier").and_then(Value::as_str);
     ServedTier::asked(word.and_then(<ServiceTier as Word>::from_word))
 }
 
-/// Tokens of a prompt, by people's languages: decides where to, not what may be spent, which takes a bound.
+/// Tokens of a prompt, about: decides where to, not what may be spent, which takes a bound. Four bytes of ASCII are a token, as of
+/// English texts, and two of anything else, as where a vocabulary has few words of a script. Where it is too low, and the local
+/// model finds a prompt too long, the next place of its route is tried.
 pub fn estimated_tokens(size: PromptSize) -> usize {
-    usize::try_from(size.num_bytes / 4).unwrap_or(usize::MAX)
+    let num_tokens = size.num_bytes.saturating_sub(size.num_wide_bytes) / 4 + size.num_wide_bytes / 2;
+    usize::try_from(num_tokens).unwrap_or(usize::MAX)
 }
 
 /// Whether tools are offered.

@@ -293,7 +293,7 @@ impl Bench<'_> {
     /// A text goes out to be judged: the log says where to, beside the record of its request.
     fn open_record(&self, (model, to): (ModelUsed, &str), why: String, departure: Option<Departure>) -> OpenRecord<'_> {
         let exchange = self.0;
-        let audit = exchange.gateway.0.audit.as_ref();
+        let audit = exchange.gateway.0.audit.as_deref();
         let record = audit.map(|_| RequestRecord {
             model,
             route: RouteTaken { to: to.to_owned(), why },

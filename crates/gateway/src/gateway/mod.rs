@@ -74,7 +74,7 @@ struct Inner {
     upstreams: BTreeMap<Arc<str>, LiveUpstream>,
     ledger: Option<Ledger>,
     on_store_failure: OnFailure,
-    audit: Option<Audit>,
+    audit: Option<Arc<Audit>>,
     /// The longest prompt, and answer, that the log keeps of tenants who have them stored; None: it keeps none.
     max_contents_bytes: Option<usize>,
     /// The store, and its writer's thread until somebody has waited for it.
@@ -211,7 +211,13 @@ impl GatewayError {
         match self {
             Self::UnknownTenant { .. } => fixed(403, "permission_error", "unknown_tenant"),
             Self::Limited(_) => fixed(429, "rate_limit_error", "rate_limit_exceeded"),
-            Self::Blocked { .. } => fixed(400, "invalid_request_error", "content_filter"),
+            // Nothing was found: whoever is asked is silent, and may speak again.
+            Self::Blocked { because: BlockedBecause::Silence, .. } => {
+                fixed(503, "service_unavailable_error", "guardrail_unavailable")
+            }
+            Self::Blocked { because: BlockedBecause::Found, .. } => {
+                fixed(400, "invalid_request_error", "content_filter")
+            }
             Self::Route(Refused::UnknownModel { .. }) => fixed(404, "invalid_request_error", "model_not_found"),
             Self::Route(Refused::NotAllowed { .. }) => fixed(403, "permission_error", "forbidden"),
             Self::Route(Refused::NoPlace { .. }) => fixed(400, "invalid_request_error", "no_place"),
@@ -233,7 +239,7 @@ impl GatewayError {
             Self::Refusal(refusal) => Some(refusal.param().to_owned()),
             Self::Upstream(error) => error.param.clone(),
             Self::Route(Refused::UnknownModel { .. } | Refused::NotAllowed { .. }) => Some("model".to_owned()),
-            Self::Blocked { .. } => Some("messages".to_owned()),
+            Self::Blocked { because: BlockedBecause::Found, .. } => Some("messages".to_owned()),
             Self::Route(Refused::CannotTake(what)) => Some(what.field.clone()),
             _ => None,
         }
@@ -245,8 +251,10 @@ impl GatewayError {
             Self::Limited(refused) => refused.retry_after_seconds().map(Duration::from_secs),
             Self::Route(Refused::TooSlow { retry_after, .. }) => Some(*retry_after),
             Self::Upstream(error) => error.retry_after,
-            Self::Ledger(LedgerError::OverBudget(over)) => Some(over.renews_at.since(now)),
-            Self::Ledger(LedgerError::Store(_)) | Self::Audit(_) => Some(Duration::from_secs(5)),
+            Self::Ledger(LedgerError::OverBudget(over)) => over.retry_after(now),
+            Self::Ledger(LedgerError::Store(_))
+            | Self::Audit(_)
+            | Self::Blocked { because: BlockedBecause::Silence, .. } => Some(Duration::from_secs(5)),
             _ => None,
         }
     }

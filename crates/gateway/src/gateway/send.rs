@@ -112,7 +112,13 @@ impl Exchange {
         let most = facts::max_prompt_tokens(size, &entry);
         let max_prompt_tokens =
             most.unwrap_or_else(|| ledger::max_prompt_tokens(size, ledger::max_image_tokens(&entry.id)));
-        let outgoing = self.translate(live, &entry, max_prompt_tokens, now)?;
+        let mut outgoing = self.translate(live, &entry, max_prompt_tokens, now)?;
+        if self.loses_logprobs() {
+            outgoing.warnings.drop("logprobs");
+        }
+        if let Some(on) = entry.retires.filter(|on| *on <= date(now).date_naive()) {
+            outgoing.warnings.adjust("model", format!("{} was retired by its provider on {on}", entry.id));
+        }
         let warning = outgoing.warnings.header();
         let reservation = self.reserve(live, &entry, &outgoing, (most, overflows), now).await?;
         let most = (max_prompt_tokens, outgoing.max_output_tokens.unwrap_or(0));
@@ -141,7 +147,7 @@ impl Exchange {
                     self.spend(&usage, now);
                 }
                 open.settle(error.spent.clone(), RequestStatus::Failed).await;
-                self.why = format!("{}; {upstream} failed: {}", self.why, error.code());
+                self.why = format!("{}; {upstream}/{model} failed: {}", self.why, error.code());
                 Err(GatewayError::Upstream(error))
             }
         }

@@ -18,13 +18,18 @@ use super::{
 use tokio::runtime::Handle;
 
 use crate::{
-    audit::{Audit, AuditConfig, AuditError, HeadStore, Journal, MemoryHeadStore, config::WriterConfig, has_segments},
+    audit::{
+        Audit, AuditConfig, AuditError, HeadStore, Journal, MemoryHeadStore,
+        config::WriterConfig,
+        has_segments,
+        record::{ModelUsed, RequestRecord, RouteTaken, TokenCounts},
+    },
     clock::UnixMillis,
     config::{CredentialSource, GatewayConfig, Patience, StoreConfig, TenantConfig, UpstreamConfig},
     failure::OnFailure,
     guardrails::{GuardrailError, Policy},
     keys::{Authenticator, JwtError, JwtVerifier, KeyError, KeyRing, RingOptions},
-    ledger::{Ledger, LedgerError, LedgerOptions},
+    ledger::{Ledger, LedgerError, LedgerOptions, Orphan, WhenOrphaned},
     limits::{Limiter, RateLimits},
     names::{NodeId, TenantId},
     providers::{Credential, Endpoint, Secret, UnmappedFields, endpoint::EndpointError},
@@ -143,33 +148,41 @@ impl Gateway {
         }
         let tokens = if issuers.is_empty() { None } else { Some(JwtVerifier::new(issuers)?) };
         let mut on_store_failure = OnFailure::default();
-        let (mut door_of_keys, mut door_of_tokens, mut ledger, mut opened) = (None, None, None, None);
-        match store {
-            Some(StoreConfig { url, durability, max_bytes, keep, on_failure }) => {
-                on_store_failure = on_failure;
-                let options =
-                    StoreOptions { url, durability, max_bytes, max_waiting: MAX_WAITING, timeout: STORE_TIMEOUT };
-                let (store, thread) = Store::open(options).await?;
-                let ring = KeyRing::open(
-                    store.clone(),
-                    RingOptions { poll_every: POLL_KEYS, stale_after: KEYS_STALE_AFTER },
-                    now,
-                )
-                .await?;
-                ring.watch();
-                for (tenant, num_keys) in ring.num_live_by_tenant(now) {
-                    if !ready.contains_key(&tenant) {
-                        tracing::warn!(%tenant, num_keys, "keys in the store are of a tenant that the config does not name: they open nothing");
-                    }
+        let (mut door_of_keys, mut door_of_tokens, mut ledger, mut opened, mut log) = (None, None, None, None, None);
+        let max_contents_bytes = audit.as_ref().and_then(AuditConfig::contents_bytes);
+        if let Some(StoreConfig { url, durability, max_bytes, keep, on_failure }) = store {
+            on_store_failure = on_failure;
+            let options = StoreOptions { url, durability, max_bytes, max_waiting: MAX_WAITING, timeout: STORE_TIMEOUT };
+            let (store, thread) = Store::open(options).await?;
+            let ring =
+                KeyRing::open(store.clone(), RingOptions { poll_every: POLL_KEYS, stale_after: KEYS_STALE_AFTER }, now)
+                    .await?;
+            ring.watch();
+            for (tenant, num_keys) in ring.num_live_by_tenant(now) {
+                if !ready.contains_key(&tenant) {
+                    tracing::warn!(%tenant, num_keys, "keys in the store are of a tenant that the config does not name: they open nothing");
                 }
-                door_of_keys = Some(Authenticator::new(ring, tokens));
-                let options = LedgerOptions { node: surroundings.node.clone(), beat_every: BEAT, lease: LEASE, keep };
-                let books = Ledger::open(store.clone(), options, now).await?;
-                books.watch();
-                ledger = Some(books);
-                opened = Some((store, Mutex::new(Some(thread))));
             }
-            None => door_of_tokens = tokens,
+            door_of_keys = Some(Authenticator::new(ring, tokens));
+            if let Some(config) = audit.clone() {
+                log = Some(Arc::new(open_log(config, surroundings, Some(store.clone())).await?));
+            }
+            let options = LedgerOptions {
+                node: surroundings.node.clone(),
+                beat_every: BEAT,
+                lease: LEASE,
+                keep,
+                when_orphaned: log.as_ref().map(tell_of_orphans),
+            };
+            let books = Ledger::open(store.clone(), options, now).await?;
+            books.watch();
+            ledger = Some(books);
+            opened = Some((store, Mutex::new(Some(thread))));
+        } else {
+            door_of_tokens = tokens;
+            if let Some(config) = audit {
+                log = Some(Arc::new(open_log(config, surroundings, None).await?));
+            }
         }
         Ok(Self(Arc::new(Inner {
             tenants: ready,
@@ -181,13 +194,8 @@ impl Gateway {
             upstreams: live,
             ledger,
             on_store_failure,
-            max_contents_bytes: audit.as_ref().and_then(AuditConfig::contents_bytes),
-            audit: match audit {
-                Some(config) => {
-                    Some(open_log(config, surroundings, opened.as_ref().map(|(store, _)| store.clone())).await?)
-                }
-                None => None,
-            },
+            max_contents_bytes,
+            audit: log,
             store: opened,
             local: LocalCosts { per_hour: local_cost_per_hour, reference },
             personal_data: facts::personal_data()?,
@@ -195,6 +203,29 @@ impl Gateway {
             meters,
         })))
     }
+}
+
+/// What a process that was killed had sent has its record from whoever finds its reservation.
+fn tell_of_orphans(log: &Arc<Audit>) -> WhenOrphaned {
+    // The log ends with the gateway, not with its ledger.
+    let log = Arc::downgrade(log);
+    WhenOrphaned(Arc::new(move |orphan: Orphan| {
+        let Some(log) = log.upgrade() else { return };
+        let Orphan { id, at, tenant, credential, model, route } = orphan;
+        let to = route.strip_prefix("upstream:").unwrap_or(&route).to_owned();
+        let record = RequestRecord {
+            request_id: id,
+            tenant,
+            key_id: Some(credential),
+            model: ModelUsed { name: model, ..ModelUsed::default() },
+            route: RouteTaken { to, why: format!("sent at {at}; its process ended before its answer did") },
+            tokens: TokenCounts { estimated: true, ..TokenCounts::default() },
+            outcome: "unsettled".to_owned(),
+            ..RequestRecord::default()
+        };
+        // Written all the same; nobody waits for it.
+        drop(log.record(record, None));
+    }))
 }
 
 /// The audit log. Its head is kept in the store, so that a log cut at its end shows.

@@ -15,7 +15,7 @@ use super::*;
 use crate::{
     audit::record::ModelUsed,
     config::GatewayConfig,
-    ledger::{CostColumn, CostQuery, RequestStatus, costs},
+    ledger::{self, Call, CostColumn, CostQuery, LedgerOptions, LedgerRoute, RequestStatus, ReserveRequest, costs},
     names::NodeId,
     policy::{LocalState, Target, route::LocalName},
     store::{Durability, LogWriter, Store, StoreHeads, StoreOptions},
@@ -93,6 +93,7 @@ pub(super) async fn gateway(double: &Double, rest: &str) -> (Gateway, tempfile::
         folder.path().join("b.db").display(),
         double.address
     );
+    std::fs::write(folder.path().join("config.toml"), &text).unwrap();
     let config = GatewayConfig::parse(&text).unwrap_or_else(|problems| panic!("{problems:?}"));
     let env = |name: &str| match name {
         "UP_KEY" => Some("sk-test".to_owned()),
@@ -338,6 +339,129 @@ async fn without_its_store_a_local_answer_does_not_end_well_unless_that_is_confi
     }
 }
 
+/// A new model of a known provider: its wire has no words for these, whatever the model can do.
+#[tokio::test]
+async fn fields_that_a_wire_cannot_carry_are_refused_or_named_for_models_no_table_knows() {
+    let double = upstream().await;
+    let rest = format!(
+        "[[tenants]]\nname = \"acme\"\nprivacy = \"any\"\n[[upstreams]]\nname = \"claude\"\nkind = \"anthropic\"\nbase_url = \"http://{}\"\n\
+         models = [\"claude-99\"]\n[[upstreams]]\nname = \"gemini\"\nkind = \"gemini\"\nbase_url = \"http://{}\"\nmodels = [\"gemini-99\"]\n",
+        double.address, double.address
+    );
+    let (gateway, _folder) = gateway(&double, &rest).await;
+    for (model, field, value) in [
+        ("claude/claude-99", "n", json!(2)),
+        ("claude/claude-99", "logit_bias", json!({"5": 1})),
+        ("claude/claude-99", "logprobs", json!(true)),
+        ("gemini/gemini-99", "logit_bias", json!({"5": 1})),
+    ] {
+        let mut request = body(model, "hello");
+        request[field] = value;
+        let refused = ask(&gateway, asked("acme", &request, None)).await.unwrap_err();
+        assert_eq!((refused.shown().0, refused.param().as_deref()), (400, Some(field)), "{model}: {refused}");
+    }
+    assert_eq!(double.num_calls.load(Ordering::SeqCst), 0);
+    let mut hints = body("claude/claude-99", "hello");
+    for (field, value) in [("seed", json!(5)), ("presence_penalty", json!(1)), ("reasoning_effort", json!("high"))] {
+        hints[field] = value;
+    }
+    let now = UnixMillis::now();
+    let mut exchange = gateway.begin(asked("acme", &hints, None)).unwrap();
+    exchange.route(idle(), now, &local).await.unwrap();
+    let (_, warning) = exchange.send("claude", "claude-99", false, now).await.unwrap();
+    let warning = warning.unwrap_or_default();
+    for field in ["seed", "presence_penalty", "reasoning_effort"] {
+        assert!(warning.contains(field), "{field} in {warning:?}");
+    }
+}
+
+#[tokio::test]
+async fn whoever_is_over_budget_hears_when_it_is_worth_coming_back() {
+    let double = upstream().await;
+    // gpt-4.1 costs 2 and 8 dollars a million: 100 tokens out and the prompt's bound are some $0.002.
+    let tenant = "[[tenants]]\nname = \"acme\"\nprivacy = \"any\"\nbudget = { usd_per_day = 0.003 }\n";
+    let (gateway, _folder) = gateway(&double, tenant).await;
+    let now = UnixMillis::now();
+    let mut held = gateway.begin(asked("acme", &body("up/gpt-4.1", "hello"), None)).unwrap();
+    held.route(idle(), now, &local).await.unwrap();
+    let mut streamed = body("up/gpt-4.1", "hello");
+    streamed["stream"] = json!(true);
+    let (stream, exchange) = begin_stream(&gateway, asked("acme", &streamed, None)).await;
+    let second = ask(&gateway, asked("acme", &body("up/gpt-4.1", "hello"), None)).await.unwrap_err();
+    assert_eq!((second.shown().0, second.retry_after(now)), (429, Some(Duration::from_secs(5))), "{second}");
+    assert!(second.to_string().contains("once calls under way have ended"), "{second}");
+    drop((stream, exchange));
+    let mut dear = body("up/gpt-4.1", "hello");
+    dear["max_tokens"] = json!(30_000);
+    let never = ask(&gateway, asked("acme", &dear, None)).await.unwrap_err();
+    assert_eq!((never.shown().0, never.retry_after(now)), (429, None), "{never}");
+    assert!(never.to_string().contains("more than the whole of it"), "{never}");
+}
+
+#[tokio::test]
+async fn what_an_answer_may_be_is_what_its_limit_is_charged_with() {
+    let double = upstream().await;
+    let tenants = "[[tenants]]\nname = \"short\"\nlimits = { tokens_per_minute = 1000 }\nmax_output_tokens = 8\n\
+                   [[tenants]]\nname = \"open\"\nlimits = { tokens_per_minute = 1000 }\n";
+    let (gateway, _folder) = gateway(&double, tenants).await;
+    let unsaid = json!({"model": "base", "messages": [{"role": "user", "content": "hello"}]});
+    let left = |exchange: Exchange| -> u64 {
+        let headers = exchange.rate_headers();
+        headers.iter().find(|(name, _)| *name == "x-ratelimit-remaining-tokens").unwrap().1.parse().unwrap()
+    };
+    let bound = ledger::max_prompt_tokens(facts::size_of(&unsaid), 0);
+    assert_eq!(left(gateway.begin(asked("short", &unsaid, None)).unwrap()), 1000 - bound - 8);
+    // What is only assumed keeps nobody out for ever.
+    assert_eq!(left(gateway.begin(asked("open", &unsaid, None)).unwrap()), 0);
+    let completion = Asked { wire: WireRoute::Completions, ..asked("open", &json!({"prompt": "hello", "n": 2}), None) };
+    let bound = ledger::max_prompt_tokens(facts::size_of(&json!({"prompt": "hello", "n": 2})), 0);
+    assert_eq!(left(gateway.begin(completion).unwrap()), 1000 - bound - 2 * 16);
+}
+
+/// A prompt has left, the process is killed: the log of the next one says so.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_call_that_a_crash_cut_off_is_in_the_log() {
+    let double = upstream().await;
+    let log = tempfile::tempdir().unwrap();
+    let (path, key_file) = (log.path().join("log"), log.path().join("key"));
+    std::fs::write(&key_file, "ab".repeat(32)).unwrap();
+    let audit = format!("{ACME}[audit]\npath = {path:?}\nkey_file = {key_file:?}\n");
+    let (gateway, folder) = gateway(&double, &audit).await;
+    // What another process of this node had reserved and sent before it was killed.
+    let options = LedgerOptions {
+        node: NodeId::new("test").unwrap(),
+        beat_every: Duration::from_mins(1),
+        lease: Duration::from_mins(10),
+        keep: None,
+        when_orphaned: None,
+    };
+    let text = std::fs::read_to_string(folder.path().join("config.toml")).unwrap();
+    gateway.close().await;
+    drop(gateway);
+    let killed = Ledger::open(store(&folder).await, options, UnixMillis::now()).await.unwrap();
+    let call = Call {
+        tenant: TenantId::new("acme").unwrap(),
+        credential: configured_credential(),
+        model: "gpt-4.1".to_owned(),
+        adapter: None,
+        route: LedgerRoute::Upstream("up".to_owned()),
+    };
+    let request = ReserveRequest { call, at_most: Some(Money::from_nanos(5)), budgets: Vec::new() };
+    std::mem::forget(killed.reserve(request, UnixMillis::now()).await.unwrap());
+    let env = |name: &str| (name == "UP_KEY").then(|| "sk-test".to_owned());
+    let surroundings = Surroundings { env: &env, node: NodeId::new("test").unwrap(), host: "here" };
+    let next = Gateway::start(GatewayConfig::parse(&text).unwrap(), &surroundings, UnixMillis::now()).await.unwrap();
+    next.close().await;
+    drop(next);
+    let text: String = std::fs::read_dir(&path)
+        .unwrap()
+        .map(|entry| std::fs::read_to_string(entry.unwrap().path()).unwrap_or_default())
+        .collect();
+    for expected in ["\"outcome\":\"unsettled\"", "\"to\":\"up\"", "\"name\":\"gpt-4.1\"", "\"tenant\":\"acme\""] {
+        assert!(text.contains(expected), "{expected} in {text}");
+    }
+}
+
 #[tokio::test]
 async fn a_search_s_fee_has_no_place_in_a_budget() {
     let double = upstream().await;
@@ -513,6 +637,7 @@ async fn every_request_is_in_a_log_that_verifies() {
         "names up/gpt-4.1",
         "\"guardrail\":\"words\"",
         "model_not_found",
+        "\"asked\":\"nobody\"",
         "budget_exceeded",
         "cancelled",
         "\"side\":\"answer\"",

@@ -237,12 +237,14 @@ impl Outside {
         template.set_fuel(Some(TEMPLATE_FUEL));
         let answers: &[_] = if config.template.is_none() { &VERDICTS } else { &[] };
         let source = config.template.clone().unwrap_or_else(|| TEMPLATE.to_owned());
-        if !source.contains("text") {
-            return Err(config.bad("its `template` does not show the text; write {{ text }} where it belongs"));
-        }
         template
             .add_template_owned("question", source)
             .map_err(|error| config.bad(format!("its `template` cannot be read: {error}")))?;
+        let is_shown =
+            template.get_template("question").is_ok_and(|read| read.undeclared_variables(false).contains("text"));
+        if !is_shown {
+            return Err(config.bad("its `template` does not show the text; write {{ text }} where it belongs"));
+        }
         Self::new(config, Whom::Model { model, template: Box::new(template), answers }, MODEL_TIMEOUT_MS)
     }
 

@@ -168,14 +168,21 @@ impl Authenticator {
         self.jwt.is_some() || !self.keys.is_empty()
     }
 
-    /// Who presents this. Waits only for an issuer's keys that were not met before.
+    /// Who presents this. Waits only for an issuer's keys that were not met before, and, where a key is not known, for a look at the
+    /// store: it may have been made a moment ago.
     pub async fn authenticate(&self, presented: &str, now: UnixMillis) -> Result<Identity, AuthError> {
         match &self.jwt {
             Some(jwt) if !presented.starts_with(PREFIX) && presented.contains('.') => {
                 Ok(jwt.verify(presented, now).await?)
             }
             _ => {
-                let KeyOwner { tenant, key, grant } = self.keys.authenticate(presented, now)?;
+                let known = self.keys.authenticate(presented, now);
+                let KeyOwner { tenant, key, grant } = match known {
+                    Err(KeyError::Unknown) if self.keys.look_again(now).await => {
+                        self.keys.authenticate(presented, now)?
+                    }
+                    known => known?,
+                };
                 Ok(Identity { tenant, credential: Credential::Key(key), grant: Some(grant) })
             }
         }

@@ -8,7 +8,10 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    sync::{Arc, PoisonError, RwLock, Weak},
+    sync::{
+        Arc, PoisonError, RwLock, Weak,
+        atomic::{AtomicI64, Ordering},
+    },
     time::Duration,
 };
 
@@ -51,6 +54,8 @@ struct Inner {
     known: RwLock<Known>,
     /// One reader at a time, so that an older answer never overwrites a newer.
     refreshing: tokio::sync::Mutex<()>,
+    /// When somebody last looked for a key that was not known, in milliseconds.
+    looked_at: AtomicI64,
 }
 
 struct Known {
@@ -70,7 +75,13 @@ impl KeyRing {
     /// Reads all keys. [`watch`](Self::watch) keeps them true.
     pub async fn open(store: Store, options: RingOptions, now: UnixMillis) -> Result<Self, KeyError> {
         let known = RwLock::new(Known { keys: HashMap::new(), counter: 0, read_at: now });
-        let ring = Self(Arc::new(Inner { store, options, known, refreshing: tokio::sync::Mutex::new(()) }));
+        let ring = Self(Arc::new(Inner {
+            store,
+            options,
+            known,
+            refreshing: tokio::sync::Mutex::new(()),
+            looked_at: AtomicI64::new(i64::MIN),
+        }));
         ring.refresh(now).await?;
         Ok(ring)
     }
@@ -80,6 +91,20 @@ impl KeyRing {
         let weak = Arc::downgrade(&self.0);
         let every = self.0.options.poll_every;
         tokio::spawn(watch(weak, every));
+    }
+
+    /// Reads what changed where a key is not known, which may have been made just now. False: nothing was read, for others have
+    /// looked a moment ago (anybody can present keys that do not exist), or the store does not answer.
+    pub async fn look_again(&self, now: UnixMillis) -> bool {
+        const BETWEEN: i64 = 20;
+        const AT_MOST: Duration = Duration::from_secs(1);
+        let looked_at = self.0.looked_at.load(Ordering::Relaxed);
+        let is_due = now.0.saturating_sub(looked_at) >= BETWEEN;
+        if !is_due || self.0.looked_at.compare_exchange(looked_at, now.0, Ordering::Relaxed, Ordering::Relaxed).is_err()
+        {
+            return false;
+        }
+        matches!(tokio::time::timeout(AT_MOST, self.refresh(now)).await, Ok(Ok(())))
     }
 
     /// Reads what changed since it was last read.

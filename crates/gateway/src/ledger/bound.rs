@@ -20,6 +20,8 @@ const TOKENS_PER_REQUEST: u64 = 512;
 pub struct PromptSize {
     /// Of all texts together.
     pub num_bytes: u64,
+    /// Of those, of characters beyond ASCII.
+    pub num_wide_bytes: u64,
     /// Messages, tool results among them.
     pub num_messages: u64,
     /// What is around the texts in structures, and in texts that are written with escapes.

@@ -6,7 +6,7 @@
 //!
 //! **Invariant**: the words that name a budget's row are made here alone, and no two budgets share them.
 
-use std::fmt;
+use std::{fmt, time::Duration};
 
 use crate::{clock::UnixMillis, money::Money, names::TenantId};
 
@@ -120,7 +120,7 @@ pub struct Standing {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "the budget of {scope} for {period} (UTC) is {ceiling}: {} is spent, {} is reserved for calls under way, and this request may \
-     cost up to {asked}; ask for fewer tokens, wait until {renews_at}, or have the budget raised", .standing.spent, .standing.reserved
+     cost up to {asked}; {}", .standing.spent, .standing.reserved, self.advice()
 )]
 pub struct OverBudget {
     /// Whose.
@@ -135,4 +135,34 @@ pub struct OverBudget {
     pub asked: Money,
     /// When all of it is there again.
     pub renews_at: UnixMillis,
+}
+
+/// When a call that is under way may have ended.
+const SETTLED_AFTER: Duration = Duration::from_secs(5);
+
+impl OverBudget {
+    /// When the same request may pass; None: never, for it may cost more than the whole budget.
+    pub fn retry_after(&self, now: UnixMillis) -> Option<Duration> {
+        if self.asked > self.ceiling {
+            return None;
+        }
+        let renewal = self.renews_at.since(now);
+        Some(if self.is_held() { renewal.min(SETTLED_AFTER) } else { renewal })
+    }
+
+    /// Whether it is short only of what calls under way have set aside.
+    fn is_held(&self) -> bool {
+        self.standing.spent.saturating_add(self.asked) <= self.ceiling
+    }
+
+    fn advice(&self) -> String {
+        if self.asked > self.ceiling {
+            "that is more than the whole of it: ask for fewer tokens (max_tokens), or have the budget raised".to_owned()
+        } else if self.is_held() {
+            "ask for fewer tokens, or again once calls under way have ended: what they do not use is given back"
+                .to_owned()
+        } else {
+            format!("ask for fewer tokens, wait until {}, or have the budget raised", self.renews_at)
+        }
+    }
 }

@@ -72,6 +72,8 @@ pub struct CostRow {
     pub local_requests: u64,
     /// Of those, charged in full because nobody said what they used.
     pub unsettled_requests: u64,
+    /// Of all, those whose tokens nobody counted.
+    pub estimated_requests: u64,
     /// Tokens, named as OpenAI's usage names them.
     pub prompt_tokens: u64,
     /// Of the prompt's, read from a cache.
@@ -109,6 +111,7 @@ impl CostReport {
             "requests",
             "local_requests",
             "unsettled_requests",
+            "estimated_requests",
             "prompt_tokens",
             "cached_tokens",
             "completion_tokens",
@@ -135,6 +138,7 @@ impl CostReport {
             row.requests,
             row.local_requests,
             row.unsettled_requests,
+            row.estimated_requests,
             row.prompt_tokens,
             row.cached_tokens,
             row.completion_tokens,
@@ -208,6 +212,7 @@ fn text(by: &[CostColumn]) -> String {
         "CAST(COUNT(*) AS BIGINT)".to_owned(),
         sum("CASE WHEN route = 'local' THEN 1 ELSE 0 END"),
         sum("CASE WHEN settlement = 'unsettled' THEN 1 ELSE 0 END"),
+        sum("estimated"),
         sum("prompt_tokens"),
         sum("cached_tokens"),
         sum("completion_tokens"),
@@ -237,14 +242,15 @@ fn cost_row(by: &[CostColumn], row: &AnyRow) -> Result<CostRow, sqlx::Error> {
     cost.requests = count(0)?;
     cost.local_requests = count(1)?;
     cost.unsettled_requests = count(2)?;
-    cost.prompt_tokens = count(3)?;
-    cost.cached_tokens = count(4)?;
-    cost.completion_tokens = count(5)?;
-    cost.reasoning_tokens = count(6)?;
-    cost.upstream_cost = Money::from_nanos(number(7)?);
-    cost.local_cost = Money::from_nanos(number(8)?);
+    cost.estimated_requests = count(3)?;
+    cost.prompt_tokens = count(4)?;
+    cost.cached_tokens = count(5)?;
+    cost.completion_tokens = count(6)?;
+    cost.reasoning_tokens = count(7)?;
+    cost.upstream_cost = Money::from_nanos(number(8)?);
+    cost.local_cost = Money::from_nanos(number(9)?);
     cost.cost = cost.upstream_cost.saturating_add(cost.local_cost);
-    cost.saved = Money::from_nanos(number(9)?);
+    cost.saved = Money::from_nanos(number(10)?);
     Ok(cost)
 }
 
@@ -262,9 +268,9 @@ mod tests {
         };
         let report = CostReport { by: vec![CostColumn::Tenant], rows: vec![row], is_cut: false };
         let csv = report.to_csv().unwrap();
-        let expected = "tenant,requests,local_requests,unsettled_requests,prompt_tokens,cached_tokens,completion_tokens,\
+        let expected = "tenant,requests,local_requests,unsettled_requests,estimated_requests,prompt_tokens,cached_tokens,completion_tokens,\
                         reasoning_tokens,upstream_cost,local_cost,cost,saved\r\n\
-                        \"a \"\"b\"\", $5\",2,0,0,0,0,0,0,0.00,0.00,1.50,0.00\r\n";
+                        \"a \"\"b\"\", $5\",2,0,0,0,0,0,0,0,0.00,0.00,1.50,0.00\r\n";
         assert_eq!(csv, expected);
     }
 }

@@ -53,6 +53,8 @@ pub struct TokenCounts {
     pub num_completion_tokens: u64,
     /// Of those, thought and not said.
     pub num_reasoning_tokens: u64,
+    /// Nobody counted them: they are a bound or a guess.
+    pub is_estimated: bool,
 }
 
 /// How a request ended.

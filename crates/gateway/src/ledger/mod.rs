@@ -31,6 +31,7 @@ pub use price::{local_price, share_of_step};
 pub use reservation::Reservation;
 
 use std::{
+    fmt,
     sync::{
         Arc, Mutex, PoisonError, Weak,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -111,6 +112,35 @@ pub struct LedgerOptions {
     pub lease: Duration,
     /// Rows of requests older than this are deleted; none: never.
     pub keep: Option<Duration>,
+    /// Who is told of the calls of dead processes that are charged.
+    pub when_orphaned: Option<WhenOrphaned>,
+}
+
+/// A call whose process ended before anybody settled it: something has left, and no other record of it was written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Orphan {
+    /// Of its reservation.
+    pub id: String,
+    /// When it was made.
+    pub at: UnixMillis,
+    /// Whose.
+    pub tenant: String,
+    /// The key's id; or a token's issuer and subject.
+    pub credential: String,
+    /// The model.
+    pub model: String,
+    /// As `x-bindery-route` says it.
+    pub route: String,
+}
+
+/// See [`LedgerOptions::when_orphaned`]. Must not wait.
+#[derive(Clone)]
+pub struct WhenOrphaned(pub Arc<dyn Fn(Orphan) + Send + Sync>);
+
+impl fmt::Debug for WhenOrphaned {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("WhenOrphaned")
+    }
 }
 
 /// An upstream call that is to be made.
@@ -335,14 +365,21 @@ impl Inner {
                 return Ok(());
             }
             // Each round ends what it found, or another process did: this ends.
-            self.note_charge(self.store.submit(Charge { held }).await?);
+            let charged = self.store.submit(Charge { held }).await?;
+            self.note_charge(&charged);
+            if let Some(WhenOrphaned(tell)) = &self.options.when_orphaned {
+                for held in charged {
+                    tell(held.into_orphan());
+                }
+            }
         }
     }
 
-    fn note_charge(&self, (count, sum): (u64, Money)) {
-        if count > 0 {
-            self.unsettled.fetch_add(count, Relaxed);
-            tracing::warn!(calls = count, %sum, "calls that nobody settled were charged in full");
+    fn note_charge(&self, charged: &[Held]) {
+        if !charged.is_empty() {
+            self.unsettled.fetch_add(charged.len() as u64, Relaxed);
+            let sum = charged.iter().fold(Money::ZERO, |sum, held| sum.saturating_add(held.amount));
+            tracing::warn!(calls = charged.len(), %sum, "calls that nobody settled were charged in full");
         }
     }
 

@@ -15,6 +15,7 @@ use futures::{FutureExt as _, future::BoxFuture};
 use sqlx::{AnyConnection, Row as _, any::AnyRow};
 
 use super::{
+    Orphan,
     budget::{Budget, BudgetKey, OverBudget, Standing},
     entry::{Call, Outcome, credential_words},
 };
@@ -58,6 +59,11 @@ impl Held {
 
     fn locks(&self) -> Vec<String> {
         self.budgets.iter().map(BudgetKey::lock).collect()
+    }
+
+    pub(super) fn into_orphan(self) -> Orphan {
+        let Self { id, at, tenant, credential, model, route, .. } = self;
+        Orphan { id, at, tenant, credential, model, route }
     }
 }
 
@@ -202,26 +208,25 @@ pub(super) struct Charge {
 }
 
 impl Operation for Charge {
-    /// How many of them were still open, and for how much.
-    type Output = (u64, Money);
+    /// Those of them that were still open.
+    type Output = Vec<Held>;
 
     fn locks(&self) -> Vec<String> {
         self.held.iter().flat_map(Held::locks).collect()
     }
 
-    fn run<'a>(&'a self, connection: &'a mut AnyConnection) -> BoxFuture<'a, Result<(u64, Money), sqlx::Error>> {
+    fn run<'a>(&'a self, connection: &'a mut AnyConnection) -> BoxFuture<'a, Result<Vec<Held>, sqlx::Error>> {
         async move {
-            let (mut count, mut sum) = (0, Money::ZERO);
+            let mut charged = Vec::new();
             for held in &self.held {
                 let Some(amount) = delete_reservation(connection, &held.id).await? else { continue };
                 for key in &held.budgets {
                     change_budget(connection, key, Change { spent: amount, reserved: -amount }).await?;
                 }
                 insert_unsettled(connection, held, amount).await?;
-                count += 1;
-                sum = sum.saturating_add(Money::from_nanos(amount));
+                charged.push(Held { amount: Money::from_nanos(amount), ..held.clone() });
             }
-            Ok((count, sum))
+            Ok(charged)
         }
         .boxed()
     }
@@ -414,6 +419,7 @@ static REQUESTS: Table = Table::new(
         "reference_price",
         "settlement",
         "overrun",
+        "estimated",
     ],
 );
 
@@ -451,6 +457,7 @@ impl<'a> Row<'a> {
             outcome.reference_price.map(Money::nanos).into(),
             settlement.into(),
             overrun.nanos().into(),
+            i64::from(tokens.is_estimated).into(),
         ]
     }
 }
@@ -462,7 +469,7 @@ async fn insert_request(connection: &mut AnyConnection, row: Row<'_>) -> Result<
 async fn insert_unsettled(connection: &mut AnyConnection, held: &Held, amount: i64) -> Result<(), sqlx::Error> {
     let outcome = Outcome {
         status: super::entry::RequestStatus::Failed,
-        tokens: super::entry::TokenCounts::default(),
+        tokens: super::entry::TokenCounts { is_estimated: true, ..super::entry::TokenCounts::default() },
         latency: std::time::Duration::ZERO,
         price: Money::from_nanos(amount),
         reference_price: None,

@@ -236,7 +236,7 @@ impl Inner {
                 }
                 Leftover::Record(record) => self.store.insert(Arc::clone(record) as _).await,
                 Leftover::Charge(charge) => {
-                    self.store.submit(charge.clone()).await.map(|charged| self.note_charge(charged))
+                    self.store.submit(charge.clone()).await.map(|charged| self.note_charge(&charged))
                 }
             };
             match done {

@@ -63,9 +63,10 @@ impl Bucket {
         Err(Short::Wait(self.time_for(asked - self.level)))
     }
 
-    /// Takes what [`check`](Self::check) allowed.
+    /// Takes what [`check`](Self::check) allowed, or what was used beyond it. Nobody owes more than a minute's worth: the counts of
+    /// others may be anything.
     pub(super) fn take(&mut self, count: u64) {
-        self.level -= i128::from(count) * PARTS;
+        self.level = (self.level - i128::from(count) * PARTS).max(-self.capacity());
     }
 
     /// Gives back, as of the last refill.
@@ -181,6 +182,9 @@ mod tests {
                     Step::Overdraw(count) => {
                         bucket.take(count);
                         twin.whole -= count as i64;
+                        if twin.whole < -(per_minute as i64) {
+                            (twin.whole, twin.sixty_thousandths) = (-(per_minute as i64), 0);
+                        }
                     }
                 }
                 bucket.refill(now);

@@ -118,7 +118,7 @@ pub struct Facts<'a> {
     pub has_tools: bool,
     /// Images are among the parts.
     pub has_images: bool,
-    /// As the local tokenizer counts, or an upper bound.
+    /// About: before a tokenizer has counted.
     pub prompt_tokens: usize,
     /// Personal data was found in it.
     pub has_personal_data: bool,
@@ -367,7 +367,7 @@ fn local_able(mut route: Route, facts: &Facts<'_>) -> Result<Route, Refused> {
     let local = &facts.local;
     let too_long = (facts.prompt_tokens > local.max_prompt_tokens).then(|| {
         format!(
-            "the prompt has up to {} tokens, the local model takes {}",
+            "the prompt has about {} tokens, the local model takes {}",
             facts.prompt_tokens, local.max_prompt_tokens
         )
     });

@@ -105,6 +105,38 @@ impl Condition {
             && self.weekdays.as_ref().is_none_or(|days| days.contains(&facts.now.weekday))
     }
 
+    /// Whether it holds for every request for which the other does. False also where that is not plain to see.
+    pub fn covers(&self, other: &Self) -> bool {
+        fn words(own: Option<&Vec<String>>, other: Option<&Vec<String>>) -> bool {
+            own.is_none_or(|own| other.is_some_and(|other| other.iter().all(|word| own.contains(word))))
+        }
+        fn same<T: PartialEq + Copy>(own: Option<T>, other: Option<T>) -> bool {
+            own.is_none() || own == other
+        }
+        /// Above a lower limit is also what is above a higher one.
+        fn over<T: PartialOrd + Copy>(own: Option<T>, other: Option<T>) -> bool {
+            own.is_none_or(|own| other.is_some_and(|other| own <= other))
+        }
+        words(self.tenants.as_ref(), other.tenants.as_ref())
+            && self.privacy.as_ref().is_none_or(|own| {
+                other.privacy.as_ref().is_some_and(|other| other.iter().all(|class| own.contains(class)))
+            })
+            && words(self.tasks.as_ref(), other.tasks.as_ref())
+            && words(self.reasoning_effort.as_ref(), other.reasoning_effort.as_ref())
+            && same(self.tools, other.tools)
+            && same(self.images, other.images)
+            && same(self.over_local_context, other.over_local_context)
+            && over(self.prompt_tokens_over, other.prompt_tokens_over)
+            && same(self.personal_data, other.personal_data)
+            && words(self.languages.as_ref(), other.languages.as_ref())
+            && over(self.ttft_over, other.ttft_over)
+            && self.budget_left_under.is_none_or(|own| other.budget_left_under.is_some_and(|other| own >= other))
+            && same(self.time, other.time)
+            && self.weekdays.as_ref().is_none_or(|own| {
+                other.weekdays.as_ref().is_some_and(|other| other.iter().all(|day| own.contains(day)))
+            })
+    }
+
     /// Whether it holds for every request, so that no rule after it is ever asked.
     pub fn is_always(&self) -> bool {
         *self == Self::default()

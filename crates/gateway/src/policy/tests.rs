@@ -347,7 +347,59 @@ fn any_condition() -> impl Strategy<Value = Condition> {
     )
 }
 
+/// Of every field, in few values, so that many are alike.
+fn any_full_condition() -> impl Strategy<Value = Condition> {
+    let some = |words: &'static [&'static str]| option::of(vec(select(words).prop_map(str::to_owned), 1..3));
+    let flags = (option::of(any::<bool>()), option::of(any::<bool>()), option::of(any::<bool>()));
+    let days = option::of(vec(0_u8..3, 1..3));
+    let limits = (option::of(0_usize..3), option::of(0_u64..3), option::of(0_i64..3));
+    let classes = option::of(vec(select(vec![PrivacyClass::LocalFirst, PrivacyClass::Any]), 1..3));
+    (some(&["chat", "code"]), some(&["eng", "fra"]), flags, days, limits, classes).prop_map(
+        |(tasks, languages, (tools, images, over), weekdays, (tokens, ttft, left), privacy)| Condition {
+            privacy,
+            tasks,
+            languages,
+            tools,
+            images,
+            over_local_context: over,
+            weekdays,
+            prompt_tokens_over: tokens,
+            ttft_over: ttft.map(Duration::from_secs),
+            budget_left_under: left.map(Money::from_nanos),
+            ..Condition::default()
+        },
+    )
+}
+
 proptest! {
+    /// What `check` calls a rule that is never asked would never have been.
+    #[test]
+    fn what_a_condition_covers_never_holds_without_it(
+        (one, other) in (any_full_condition(), any_full_condition()),
+        (task, language) in (select(vec![None, Some("chat"), Some("code")]), select(vec![None, Some("eng"), Some("fra")])),
+        (has_tools, has_images, weekday) in (any::<bool>(), any::<bool>(), 0_u8..3),
+        (prompt_tokens, ttft, left) in (0_usize..5, option::of(0_u64..5), option::of(0_i64..5)),
+        privacy in select(vec![PrivacyClass::LocalFirst, PrivacyClass::Any]),
+    ) {
+        prop_assert!(one.covers(&one) && Condition::default().covers(&one));
+        let tenant = tenant();
+        let facts = Facts {
+            privacy,
+            task,
+            language,
+            has_tools,
+            has_images,
+            prompt_tokens,
+            budget_left: left.map(Money::from_nanos),
+            now: Moment { minute_of_day: 0, weekday },
+            local: LocalState { max_prompt_tokens: 2, predicted_ttft: ttft.map(Duration::from_secs), ..LocalState::default() },
+            ..facts(&tenant)
+        };
+        if one.covers(&other) && other.holds(&facts) {
+            prop_assert!(one.holds(&facts), "{one:?} does not hold where {other:?} does");
+        }
+    }
+
     #[test]
     fn what_is_local_only_or_kept_never_gets_an_upstream(
         rules in vec((any_condition(), vec(any_choice(), 0..4)).prop_map(|(when, to)| Rule { when, to }), 0..5),

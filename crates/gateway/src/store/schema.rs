@@ -20,6 +20,7 @@ const MIGRATIONS: &[(i64, &str, &str)] = &[
     (3, "key_grants", include_str!("migrations/0003_key_grants.sql")),
     (4, "audit_writers", include_str!("migrations/0004_audit_writers.sql")),
     (5, "costs_by_time", include_str!("migrations/0005_costs_by_time.sql")),
+    (6, "estimates", include_str!("migrations/0006_estimates.sql")),
 ];
 
 /// Bindery's own, so that two nodes that start at once migrate one after the other (PostgreSQL).

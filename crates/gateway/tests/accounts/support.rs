@@ -100,6 +100,7 @@ pub(crate) fn node(name: &str) -> LedgerOptions {
         beat_every: Duration::from_secs(2),
         lease: Duration::from_secs(30),
         keep: None,
+        when_orphaned: None,
     }
 }
 
@@ -137,6 +138,7 @@ pub(crate) fn outcome(price: i64) -> Outcome {
             num_cached_tokens: 4,
             num_completion_tokens: 5,
             num_reasoning_tokens: 2,
+            is_estimated: false,
         },
         latency: Duration::from_millis(1500),
         price: Money::from_nanos(price),

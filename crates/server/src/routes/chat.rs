@@ -26,7 +26,7 @@ use crate::{
     logprobs::{TokenStyle, chat_logprobs, prompt_logprobs},
     router::Serving,
     routes::refusals::{BodyRefusals, GateRefusals},
-    sampling::{Delivery, RequestPrompt, RouteRules, Sampling, UsageInStream, num_logprobs},
+    sampling::{DefaultMaxTokens, Delivery, RequestPrompt, RouteRules, Sampling, UsageInStream, num_logprobs},
     sse::{self, ChunkEncoder},
     state::{Job, SharedState, unix_seconds},
 };
@@ -41,6 +41,7 @@ use crate::{
 pub(crate) async fn create(
     State(state): State<SharedState>,
     Extension(serving): Extension<Serving>,
+    tenants_default: Option<Extension<DefaultMaxTokens>>,
     body: Result<ApiJson<ChatCompletionRequest>, ApiError>,
 ) -> Result<Response, ApiError> {
     let ApiJson { value: mut request, mut warnings, timeout, context } = body?;
@@ -57,6 +58,7 @@ pub(crate) async fn create(
     let rules = RouteRules {
         default_max_tokens: None,
         least_max_tokens: 1,
+        tenants_default: tenants_default.map(|Extension(default)| default),
         max_tokens_param,
         max_model_len: serving.model.max_model_len,
     };

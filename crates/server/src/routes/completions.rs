@@ -23,7 +23,9 @@ use crate::{
     logprobs::{CompletionLogprobsWriter, TokenStyle, prompt_logprobs},
     router::Serving,
     routes::refusals::{BodyRefusals, GateRefusals},
-    sampling::{Delivery, MAX_N, RequestPrompt, RouteRules, Sampling, UsageInStream, num_logprobs, whole},
+    sampling::{
+        DefaultMaxTokens, Delivery, MAX_N, RequestPrompt, RouteRules, Sampling, UsageInStream, num_logprobs, whole,
+    },
     sse::{self, ChunkEncoder},
     state::{SharedState, unix_seconds},
 };
@@ -42,6 +44,7 @@ const OBJECT: &str = "text_completion";
 pub(crate) async fn create(
     State(state): State<SharedState>,
     Extension(serving): Extension<Serving>,
+    tenants_default: Option<Extension<DefaultMaxTokens>>,
     body: Result<ApiJson<CompletionRequest>, ApiError>,
 ) -> Result<Response, ApiError> {
     let ApiJson { value: mut request, mut warnings, timeout, context } = body?;
@@ -54,6 +57,7 @@ pub(crate) async fn create(
     let rules = RouteRules {
         default_max_tokens: Some(DEFAULT_MAX_TOKENS),
         least_max_tokens: i64::from(!echo),
+        tenants_default: tenants_default.map(|Extension(default)| default),
         max_tokens_param: "max_tokens",
         max_model_len: serving.model.max_model_len,
     };

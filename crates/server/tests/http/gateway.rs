@@ -467,6 +467,46 @@ async fn a_chain_that_begins_upstream_is_no_overflow() {
     );
 }
 
+/// Tokens are estimated before the local model counts them: where it finds a prompt too long, the next place has it, and the
+/// client hears how its limits stand whatever becomes of it.
+#[tokio::test]
+async fn a_prompt_too_long_for_this_machine_goes_on_and_refusals_tell_limits() {
+    let rest = "[[routes]]\nmodel = \"auto\"\nrules = [{ to = [\"local\", \"up/fake-model\"] }]\n";
+    let mut setup = Setup::new();
+    setup.engine.max_model_len = 64;
+    let house = House::build_with(rest, setup).await;
+    let acme = house.key("acme").await;
+    let long = |model: &str| json!({"model": model, "messages": [{"role": "user", "content": "a b c d ".repeat(40)}], "max_tokens": 1});
+    let here = house.chat(&acme, &long(MODEL)).send().await.unwrap();
+    check_error(here, 400, Some("messages"), "maximum context length").await;
+    let there = house.chat(&acme, &long("auto")).send().await.unwrap();
+    assert_eq!((there.status().as_u16(), &there.headers()["x-bindery-route"]), (200, &"upstream:up".parse().unwrap()));
+    let small = house.key_that_gets("small", KeyGrant::default(), 200).await;
+    let refused = house.chat(&small, &body("nothing")).send().await.unwrap();
+    assert_eq!(
+        (refused.status().as_u16(), &refused.headers()["x-ratelimit-limit-requests"]),
+        (404, &"1".parse().unwrap())
+    );
+}
+
+#[tokio::test]
+async fn a_tenants_longest_answer_holds_for_local_ones_that_name_no_limit() {
+    let rest = "[[tenants]]\nname = \"brief\"\nmax_output_tokens = 3\n";
+    let house = House::build(rest).await;
+    let key = house.key("brief").await;
+    let num_tokens = async |request: RequestBuilder| {
+        let answer: Value = request.send().await.unwrap().json().await.unwrap();
+        answer["usage"]["completion_tokens"].as_u64().unwrap_or_else(|| panic!("{answer}"))
+    };
+    let unsaid = json!({"model": MODEL, "messages": [{"role": "user", "content": "hi"}]});
+    assert_eq!(num_tokens(house.chat(&key, &unsaid)).await, 3);
+    let said = json!({"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 5});
+    assert_eq!(num_tokens(house.chat(&key, &said)).await, 5);
+    let completion =
+        house.server.request(Method::POST, "/v1/completions").bearer_auth(&key).json(&json!({"prompt": "hi"}));
+    assert_eq!(num_tokens(completion).await, 3);
+}
+
 /// A hybrid that loads its weights for a minute serves what runs elsewhere meanwhile, and overflows to it.
 #[tokio::test]
 async fn what_runs_elsewhere_is_served_before_the_model_is_loaded() {

@@ -110,14 +110,14 @@ async fn a_text_that_goes_to_a_web_hook_is_in_the_log() {
     let key = house.key("asked").await;
     assert_eq!(house.chat(&key, &body(MODEL)).send().await.unwrap().status(), 200);
     hook.set(Manner::Fail);
-    assert_eq!(house.chat(&key, &body(MODEL)).send().await.unwrap().status(), 400);
+    assert_eq!(house.chat(&key, &body(MODEL)).send().await.unwrap().status(), 503);
     let records = house.records();
     let told: Vec<(&str, &str)> = records
         .iter()
         .map(|record| (record["route"]["to"].as_str().unwrap(), record["outcome"].as_str().unwrap()))
         .collect();
     let host = "webhook:127.0.0.1";
-    assert_eq!(told, [(host, "judged"), ("local", "completed"), (host, "failed"), ("", "content_filter")]);
+    assert_eq!(told, [(host, "judged"), ("local", "completed"), (host, "failed"), ("", "guardrail_unavailable")]);
     assert_eq!(records[0]["request_id"], records[1]["request_id"]);
 }
 

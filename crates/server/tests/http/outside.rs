@@ -174,17 +174,25 @@ async fn a_web_hook_decides_about_prompts_and_answers_and_its_silence_as_configu
         for (on_failure, is_open) in [("closed", false), ("open", true)] {
             let key = house.key(&format!("{side}-{on_failure}")).await;
             let gone = house.key(&format!("gone-{side}-{on_failure}")).await;
-            let blocked = if side == "prompt" { 400 } else { 200 };
-            let blocked = (blocked, String::new(), json!("content_filter"));
+            let (found, silent) = if side == "prompt" { (400, 503) } else { (200, 200) };
+            let blocked = |status| {
+                let code = if status == 503 { "guardrail_unavailable" } else { "content_filter" };
+                (status, String::new(), json!(code))
+            };
+            let (blocked, silent) = (blocked(found), blocked(silent));
             for stream in [false, true] {
                 for manner in [Manner::Allow, Manner::Block, Manner::Broken, Manner::Huge, Manner::Fail] {
                     hook.set(manner);
                     let passes = manner == Manner::Allow || (is_open && manner != Manner::Block);
-                    let expected = if passes { &plain } else { &blocked };
+                    let expected = match manner {
+                        _ if passes => &plain,
+                        Manner::Block => &blocked,
+                        _ => &silent,
+                    };
                     let got = answered(&house, &key, stream).await;
                     assert_eq!(&got, expected, "{side} {on_failure} {manner:?} {stream}");
                 }
-                let expected = if is_open { &plain } else { &blocked };
+                let expected = if is_open { &plain } else { &silent };
                 assert_eq!(&answered(&house, &gone, stream).await, expected, "{side} {on_failure} dead {stream}");
             }
         }
@@ -205,7 +213,7 @@ async fn a_hook_that_never_answers_is_waited_for_no_longer_than_its_timeout() {
     hook.set(Manner::Gated);
     let key = house.key("slow").await;
     let got = answered(&house, &key, true).await;
-    assert_eq!((got.0, got.2), (400, json!("content_filter")));
+    assert_eq!((got.0, got.2), (503, json!("guardrail_unavailable")));
     wait_until("the question is withdrawn", || hook.seen.num_dropped.load(Ordering::SeqCst) == 1).await;
 }
 
@@ -272,8 +280,8 @@ async fn nothing_of_a_local_only_request_reaches_a_web_hook() {
         + &tenant("free", "privacy = \"any\"\nguardrails = [\"open\"]");
     let house = House::build(&rest).await;
     for (name, header, status) in [
-        ("strict", None, 400),
-        ("strict", Some("any"), 400),
+        ("strict", None, 503),
+        ("strict", Some("any"), 503),
         ("lenient", None, 200),
         ("kept", None, 200),
         ("free", Some("local-only"), 200),

@@ -87,6 +87,57 @@ pub(super) fn lost_patterns(config: &GatewayConfig, local: &[String]) -> Vec<Str
     lines
 }
 
+/// Places of rules, of overflows' adapters and of judges that are nothing known: a mistyped upstream looks like an adapter of some
+/// day. And virtual models that hide a local name.
+pub(super) fn lost_places(config: &GatewayConfig, local: &[String]) -> Vec<String> {
+    let mut lines = Vec::new();
+    let is_known = |name: &str| local.iter().any(|known| known == name);
+    let hint = |name: &str| match name.split_once('/') {
+        Some((upstream, _)) => {
+            format!("there is no upstream {upstream:?}, and no model or adapter of that name is known now")
+        }
+        None => "no model or adapter of that name is known now".to_owned(),
+    };
+    for model in config.router.virtual_models.values() {
+        if is_known(&model.name) {
+            lines.push(format!(
+                "Warning: the virtual model {} hides the local model or adapter of that name.",
+                model.name
+            ));
+        }
+        for (at, rule) in model.rules.iter().enumerate() {
+            for target in rule.to.iter().flat_map(Choice::targets) {
+                if let Target::LocalModel(name) = target
+                    && !is_known(name)
+                {
+                    lines.push(format!(
+                        "Warning: rule {} of {} leads to {name:?}: {}.",
+                        at + 1,
+                        model.name,
+                        hint(name)
+                    ));
+                }
+            }
+        }
+    }
+    for TenantConfig { id, routing, .. } in &config.tenants {
+        let patterns = routing.overflow.iter().flat_map(|overflow| &overflow.adapters);
+        for pattern in patterns.filter(|pattern| !local.iter().any(|name| fits(pattern, name))) {
+            lines.push(format!(
+                "Warning: {pattern:?} among the adapters that overflow for the tenant {id} fits none that is known now."
+            ));
+        }
+    }
+    let upstream = |name: &str| config.router.upstream_models.iter().any(|known| known.to_string() == name);
+    for guardrail in &config.guardrails {
+        let Some(judge) = guardrail.model.as_ref().map(|model| model.get_ref().as_str()) else { continue };
+        if !judge.is_empty() && judge != "local" && !is_known(judge) && !upstream(judge) {
+            lines.push(format!("Warning: the guardrail {} asks {judge:?}: {}.", guardrail.name, hint(judge)));
+        }
+    }
+    lines
+}
+
 /// Keys that open nothing, as nobody is configured whose they are. A store that is not there yet is not made, and no other
 /// machine is asked.
 pub(super) async fn strangers(file: &ConfigFile) -> anyhow::Result<Vec<String>> {
@@ -180,7 +231,9 @@ fn priced(entry: &ModelEntry) -> String {
         Err(_) => "no price known".to_owned(),
     };
     match entry.retires {
-        Some(on) if on <= today.date_naive() => format!("{} (Warning: retired by its provider on {on})", entry.id),
+        Some(on) if on <= today.date_naive() => {
+            format!("{} ({price}; Warning: retired by its provider on {on})", entry.id)
+        }
         _ => format!("{} ({price})", entry.id),
     }
 }

@@ -60,7 +60,9 @@ pub(crate) async fn run(args: CheckArgs) -> anyhow::Result<()> {
     let mut text = format!("{}\n\n", show(&mut table));
     let mut gateway_lines = file.tables.gateway.as_deref().map(gateway::meaning).unwrap_or_default();
     if let Some(config) = &file.tables.gateway {
-        gateway_lines.extend(gateway::lost_patterns(config, &local_names(&settings)?));
+        let local = local_names(&settings)?;
+        gateway_lines.extend(gateway::lost_patterns(config, &local));
+        gateway_lines.extend(gateway::lost_places(config, &local));
     }
     let strangers = match file.tables.gateway.clone() {
         Some(gateway) => {

@@ -40,6 +40,8 @@ pub(super) struct RequestFacts<'a> {
     pub(super) asked: String,
     pub(super) tenant: TenantRouting,
     pub(super) has_budget: bool,
+    /// The longest answer where the request names no limit, by its tenant.
+    pub(super) default_output: Option<u64>,
     pub(super) blocked_by: Option<Arc<str>>,
     pub(super) draw: f64,
     pub(super) known: Vec<Known>,
@@ -50,7 +52,7 @@ pub(super) struct RequestFacts<'a> {
     prompt_tokens: usize,
     checked: Checked,
     language: Option<&'static str>,
-    budget_left: Option<Money>,
+    pub(super) budget_left: Option<Money>,
     local: LocalState,
     now: Moment,
 }
@@ -81,7 +83,7 @@ impl<'a> RequestFacts<'a> {
     ) -> anyhow::Result<Self> {
         let config = tenant_of(file, args.tenant.as_deref())?;
         let tenant = config.map_or_else(facts::nobodys_routing, |tenant| tenant.routing.clone());
-        let asked = body["model"].as_str().unwrap_or_default().to_owned();
+        let asked = body["model"].as_str().unwrap_or_else(|| names.primary()).to_owned();
         let shape = Shape::of(body);
         let prompt_tokens = args.prompt_tokens.unwrap_or_else(|| facts::estimated_tokens(shape.size));
         let checked = Checked::of(file, config, body)?;
@@ -98,6 +100,7 @@ impl<'a> RequestFacts<'a> {
         let at = args.at.map(|seconds| UnixMillis(i64::try_from(seconds).unwrap_or(i64::MAX).saturating_mul(1000)));
         let mut facts = Self {
             privacy: args.privacy.map_or(tenant.privacy, |class| tenant.privacy.tightened_by(class_of(class))),
+            default_output: config.and_then(|config| config.max_output_tokens),
             has_budget: config.is_some_and(|config| !config.budgets.is_empty()),
             task: args.task.as_deref(),
             reasoning_effort: body["reasoning_effort"].as_str(),
@@ -161,7 +164,7 @@ impl<'a> RequestFacts<'a> {
                 "prompt",
                 match args.prompt_tokens {
                     Some(_) => format!("{tokens} tokens (--prompt-tokens)"),
-                    None => format!("about {tokens} tokens, a quarter of its bytes (--prompt-tokens)"),
+                    None => format!("about {tokens} tokens, by its bytes (--prompt-tokens)"),
                 },
             ),
             ("personal data", yes(self.checked.has_personal_data)),

@@ -51,6 +51,11 @@ impl LocalNames {
         Ok(Self { base, adapters, max_model_len: max_model_len.or(model.local.max_model_len) })
     }
 
+    /// What a request that names no model gets.
+    pub(super) fn primary(&self) -> &str {
+        self.base.first().map_or("", String::as_str)
+    }
+
     /// What a name stands for to a tenant.
     pub(super) fn stands_for(&self, name: &str, tenant: &str) -> LocalName {
         if self.base.iter().any(|base| base == name) {

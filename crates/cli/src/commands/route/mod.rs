@@ -10,7 +10,8 @@ mod local;
 use std::fmt::Write as _;
 
 use bindery_gateway::{
-    gateway::GatewayError,
+    clock::UnixMillis,
+    gateway::{GatewayError, facts::most_it_can_cost},
     policy::{Choice, Refused, Route, Router, Target},
 };
 use chrono::Utc;
@@ -36,7 +37,7 @@ pub(crate) async fn run(args: RouteArgs) -> anyhow::Result<()> {
     let body = read(&args)?;
     let names = LocalNames::find(&file).await?;
     let facts = RequestFacts::find(&file, &args, &body, &names).await?;
-    let explained = Explained::decide(&file, &facts, &names);
+    let explained = Explained::decide(&file, &facts, (&names, &body));
     terminal::print(&if args.json { explained.as_json() } else { explained.in_words() })?;
     Ok(())
 }
@@ -56,9 +57,9 @@ fn read(args: &RouteExplainArgs) -> Result<Value, Failure> {
         Failure::usage(format!("the request {shown} is no JSON: {error}"))
             .hint("it is the body of a request to /v1/chat/completions or /v1/completions")
     })?;
-    if body["model"].as_str().is_none_or(str::is_empty) {
-        return Err(Failure::usage(format!("the request {shown} names no model"))
-            .hint("add \"model\": the base, an adapter, a virtual model or UPSTREAM/MODEL"));
+    if body.get("model").is_some_and(|model| model.as_str().is_none_or(str::is_empty)) {
+        return Err(Failure::usage(format!("the request {shown} has a model that is no name"))
+            .hint("it is the base (also where there is none), an adapter, a virtual model or UPSTREAM/MODEL"));
     }
     Ok(body)
 }
@@ -80,7 +81,7 @@ struct Explained<'a> {
 }
 
 impl<'a> Explained<'a> {
-    fn decide(file: &ConfigFile, facts: &'a RequestFacts<'a>, names: &LocalNames) -> Self {
+    fn decide(file: &ConfigFile, facts: &'a RequestFacts<'a>, (names, body): (&LocalNames, &Value)) -> Self {
         let router = &file.gateway.router;
         let decision = if let Some(guardrail) = &facts.blocked_by {
             Decision::Refused { status: 400, why: format!("the guardrail {guardrail:?} blocks the prompt") }
@@ -92,6 +93,7 @@ impl<'a> Explained<'a> {
             }
         };
         let mut notes = without_price(file, facts, &decision);
+        notes.extend(beyond_budget(file, facts, body, &decision));
         if draws(router, &facts.asked) {
             let draw = facts.draw;
             notes.push(format!("weights were drawn with {draw}; a server draws anew for each request (--draw)"));
@@ -163,6 +165,21 @@ fn status_of(refused: &Refused) -> u16 {
 fn draws(router: &Router, asked: &str) -> bool {
     let choices = router.virtual_models.get(asked).into_iter().flat_map(|model| &model.rules).flat_map(|rule| &rule.to);
     choices.into_iter().any(|choice| matches!(choice, Choice::Weighted(_)))
+}
+
+/// Targets that the tenant's budget has no room for.
+fn beyond_budget(file: &ConfigFile, facts: &RequestFacts<'_>, body: &Value, decision: &Decision) -> Vec<String> {
+    let (Decision::Goes(route), Some(left)) = (decision, facts.budget_left) else { return Vec::new() };
+    let note = |target: &Target| {
+        let Target::Upstream { upstream, model } = target else { return None };
+        let upstream = file.gateway.upstreams.iter().find(|known| known.name == *upstream)?;
+        let entry = upstream.models.iter().find(|entry| entry.id == **model)?;
+        let most = most_it_can_cost(body, entry, facts.default_output, UnixMillis::now())?;
+        (most > left).then(|| {
+            format!("{target} may cost up to {most} and {left} of the budget is left, so the call would be refused there: ask for fewer tokens")
+        })
+    };
+    route.targets.iter().filter_map(note).collect()
 }
 
 /// Targets that a budget would close, as nobody knows what they cost.

@@ -42,6 +42,18 @@ impl Builder<'_> {
         }
     }
 
+    /// Where a tenant's overflow leads is a place that it may use.
+    pub(super) fn check_overflow(&mut self, span: &Range<usize>, to: &Target, routing: &TenantRouting) {
+        let place = to.to_string();
+        if !to.is_local() && !routing.models.iter().any(|pattern| fits(pattern, &place)) {
+            let message = format!(
+                "the overflow of the tenant {:?} is closed for ever: {place} is not among its models",
+                routing.name
+            );
+            self.problem(span, message, "add it to models");
+        }
+    }
+
     /// A rule that applies to somebody leads somewhere.
     pub(super) fn check_rule(&mut self, number: usize, span: &Range<usize>, rule: &Rule) {
         let Condition { tenants, privacy, .. } = &rule.when;

@@ -285,8 +285,9 @@ fn thinking(translation: &mut Translation, conversation: &Conversation, tools: &
         }
         Thinking::Adaptive => Thinks::Adaptive(effort),
         Thinking::Budget | Thinking::AlwaysBudget => {
-            // A budget stays below the limit; a turn that is still at work must start with its signed thoughts.
-            let budget = budget(effort).min(limit.saturating_sub(1));
+            // Thoughts count against the limit, so some of it is left for the answer; a turn that is still at work must start with its
+            // signed thoughts.
+            let budget = budget(effort).min(limit.saturating_mul(3) / 4);
             let model = &translation.call.model.wire_name;
             if budget < MIN_BUDGET_TOKENS || is_at_work_without_thoughts(conversation, model) {
                 translation.warnings.drop("reasoning_effort");

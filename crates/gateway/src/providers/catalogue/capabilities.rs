@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 
 use serde::Deserialize;
 
-use crate::providers::chat::Effort;
+use crate::providers::{Provider, chat::Effort};
 
 /// Everything a translation asks about a model.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,6 +37,26 @@ impl Capabilities {
             limit_field: LimitField::MaxTokens,
             max_answers: 128,
         }
+    }
+
+    /// Those of them that a provider's wire has words for: what a model that no table knows may be asked for.
+    #[must_use]
+    pub fn carried_by(mut self, provider: &Provider) -> Self {
+        use Capability::{
+            Audio, AudioOutput, Completions, LogitBias, Logprobs, ParallelToolCalls, Penalties, Prefill, Seed,
+        };
+        let (unknown, max_answers): (&[Capability], u64) = match provider {
+            Provider::OpenAi | Provider::Azure(_) | Provider::Compatible => return self,
+            Provider::Anthropic => (&[Completions, Penalties, LogitBias, Logprobs, Seed, Audio, AudioOutput], 1),
+            Provider::Gemini => (&[Completions, LogitBias, AudioOutput, ParallelToolCalls, Prefill], 8),
+        };
+        self.flags.retain(|flag| !unknown.contains(flag));
+        self.max_answers = self.max_answers.min(max_answers);
+        // An effort as a word is OpenAI's; how a model here is told to think is known of those in the table.
+        if self.thinking == Thinking::Effort {
+            (self.thinking, self.efforts) = (Thinking::None, Efforts::default());
+        }
+        self
     }
 }
 

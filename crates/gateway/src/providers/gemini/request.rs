@@ -133,7 +133,7 @@ fn generation_config(
             put("responseJsonSchema", format.schema.map(Value::Object));
         }
     }
-    put("thinkingConfig", thinking(translation));
+    put("thinkingConfig", thinking(translation, limit));
     Ok((config, limit))
 }
 
@@ -148,17 +148,32 @@ fn seed(translation: &mut Translation) -> Result<Option<i64>, Refusal> {
     }
 }
 
-fn thinking(translation: &mut Translation) -> Option<Value> {
+fn thinking(translation: &mut Translation, limit: Option<u64>) -> Option<Value> {
     let effort = translation.effort()?;
     match translation.call.model.capabilities.thinking {
         Thinking::Level => Some(json!({"includeThoughts": true, "thinkingLevel": level(effort)})),
         Thinking::Budget | Thinking::AlwaysBudget if effort == Effort::None => Some(json!({"thinkingBudget": 0})),
-        Thinking::Budget | Thinking::AlwaysBudget => {
-            Some(json!({"includeThoughts": true, "thinkingBudget": budget(effort)}))
+        kind @ (Thinking::Budget | Thinking::AlwaysBudget) => {
+            // Thoughts count against the answer's limit, so some of it is left for the answer. Unsaid, a model thinks as much as it likes.
+            let room = limit.map_or(u64::MAX, |limit| limit.saturating_mul(3) / 4);
+            let budget = match (budget(effort), kind) {
+                (wanted, _) if wanted <= room => wanted,
+                (_, Thinking::AlwaysBudget) => room.max(MIN_BUDGET_TOKENS),
+                (_, _) if room < MIN_BUDGET_TOKENS => 0,
+                _ => room,
+            };
+            if budget < self::budget(effort) {
+                let how = format!("{} sent as a budget of {budget} tokens (of the answer's limit)", effort.as_str());
+                translation.warnings.adjust("reasoning_effort", how);
+            }
+            Some(json!({"includeThoughts": budget > 0, "thinkingBudget": budget}))
         }
         Thinking::None | Thinking::Effort | Thinking::Adaptive | Thinking::AlwaysAdaptive => None,
     }
 }
+
+/// The least beside none at all, by Gemini's documentation of 2.5 Pro; Flash-Lite's is 512.
+const MIN_BUDGET_TOKENS: u64 = 512;
 
 fn level(effort: Effort) -> &'static str {
     match effort {

@@ -237,7 +237,7 @@ fn effort_becomes_thinking_as_the_model_takes_it() {
         of("claude-haiku-4-5", json!({"reasoning_effort": effort, "max_tokens": max, "temperature": 0.5}))
     };
     assert_eq!(budget("medium", 9000)["thinking"], json!({"type": "enabled", "budget_tokens": 2048}));
-    assert_eq!(budget("max", 5000)["thinking"]["budget_tokens"], 4999);
+    assert_eq!(budget("max", 5000)["thinking"]["budget_tokens"], 3750);
     assert!(budget("medium", 9000).get("temperature").is_none());
     let small = claude("claude-haiku-4-5").send(hi(json!({"reasoning_effort": "high", "max_tokens": 1024}))).unwrap();
     assert_eq!(dropped(&small), ["reasoning_effort"]);
