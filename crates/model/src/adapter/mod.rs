@@ -171,11 +171,6 @@ impl OpenedAdapter {
     /// Opens a folder as peft's `save_pretrained` writes it, or a GGUF file as llama.cpp's convert_lora_to_gguf.py does, and
     /// checks it against the base's configuration. Errors name the file, the tensor or key, the value and the limit.
     pub fn open(path: &Path, base: &DecoderConfig, limits: &AdapterLimits) -> Result<Self, ModelError> {
-        if base.architecture == "phi3small" {
-            // Its rows of queries, keys and values, and of gate and up, alternate; nothing has proven yet where an adapter's go.
-            let what = "adapters beside Phi-3-small are not supported; merge it into the base (peft: merge_and_unload) and serve that";
-            return Err(ModelError::unsupported(path, what));
-        }
         let (tensors, described) = if path.is_dir() { open_folder(path)? } else { open_file(path, base)? };
         let names = match described {
             Described::Peft(_) => ModuleNames::HuggingFace,

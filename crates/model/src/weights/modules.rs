@@ -6,9 +6,9 @@
 
 use super::{
     LayerTensor, RowsAt, TensorRole,
-    names::{Expected, Naming, Place, TensorKind, projections},
+    names::{Expected, Naming, Place, TensorKind, is_falcon, is_phi3_small, projections},
 };
-use crate::config::{DecoderConfig, NormKind};
+use crate::config::DecoderConfig;
 
 /// Who named the modules.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,10 +62,14 @@ impl ModuleNames {
         }
     }
 
-    /// Falcon's modules have names of their own, and the table of places does not ask whose they are.
-    fn is_of_the_family(self, config: &DecoderConfig, name: &str) -> bool {
-        let is_falcons = name.contains("self_attention.") || name.contains("mlp.dense_");
-        self == Self::Gguf || is_falcons == (config.norm.kind == NormKind::Layer)
+    /// Falcon's and Phi-3-small's modules have names of their own, or rows in an order of their own, and the table of places does
+    /// not ask whose they are.
+    fn is_of_the_family(self, config: &DecoderConfig, place: &Place) -> bool {
+        let has = |part: &str| place.name.contains(part);
+        let is_falcons = has("self_attention.") || has("mlp.dense_");
+        let is_by_turns = has("mlp.") && matches!(place.rows_at, RowsAt::Runs { .. });
+        let is_phi3_smalls = has("self_attn.query_key_value") || has("self_attn.dense.") || is_by_turns;
+        self == Self::Gguf || is_falcons == is_falcon(config) && (!is_phi3_smalls || is_phi3_small(config))
     }
 
     /// What `module` is.
@@ -87,7 +91,7 @@ impl ModuleNames {
                 return Module::NoSuchLayer(layer.to_owned());
             };
             let ways =
-                if self.is_of_the_family(config, &tensor) { ways(config, naming, layer, &tensor) } else { Vec::new() };
+                ways(config, naming, layer, |place| place.name == tensor && self.is_of_the_family(config, place));
             return match ways.is_empty() {
                 false => Module::Known(ways),
                 true if is_of_experts(local) => Module::Experts,
@@ -102,7 +106,7 @@ impl ModuleNames {
         let mut names: Vec<String> = Vec::new();
         for naming in self.namings(config) {
             let places = projections(config, 0).into_iter().flat_map(|tensor| naming.places(config, &tensor));
-            for place in places.filter(|place| self.is_of_the_family(config, &place.name)) {
+            for place in places.filter(|place| self.is_of_the_family(config, place)) {
                 let name = place.name.trim_end_matches(".weight");
                 let last = name.rsplit_once('.').map_or(name, |(_, last)| last);
                 if !names.iter().any(|name| name == last) {
@@ -118,15 +122,15 @@ impl ModuleNames {
     }
 }
 
-/// The matrices of a layer that `tensor` may hold, together where they have one shape.
-fn ways(config: &DecoderConfig, naming: Naming, layer: usize, tensor: &str) -> Vec<Parts> {
+/// The matrices of a layer that some place may hold, together where they have one shape.
+fn ways(config: &DecoderConfig, naming: Naming, layer: usize, is_it: impl Fn(&Place) -> bool) -> Vec<Parts> {
     let mut ways: Vec<Parts> = Vec::new();
     for expected in projections(config, layer) {
         let fits = |place: &Place| {
             // Without a gate there is nothing to be fused with.
             let is_fused = place.shape[0] != expected.rows;
             let is_up = expected.role == TensorRole::Layer(layer, LayerTensor::Up);
-            place.name == tensor && (config.mlp.gated || !is_fused || !is_up)
+            is_it(place) && (config.mlp.gated || !is_fused || !is_up)
         };
         for place in naming.places(config, &expected).into_iter().filter(fits) {
             let part = Part { role: expected.role, rows: expected.rows, rows_at: place.rows_at };

@@ -242,22 +242,26 @@ enum Kept {
     StackedGateUp(&'static str),
 }
 
+/// Layers by Falcon's names. (Phi-3-small has its norms, and names of its own.)
+pub(super) fn is_falcon(config: &DecoderConfig) -> bool {
+    config.norm.kind == NormKind::Layer && !is_phi3_small(config)
+}
+
+pub(super) fn is_phi3_small(config: &DecoderConfig) -> bool {
+    config.architecture == "phi3small"
+}
+
 impl Naming {
     /// How a Hugging Face checkpoint's names begin; `has` says whether there is a tensor of that name.
     pub(super) fn hugging_face(config: &DecoderConfig, has: impl Fn(&str) -> bool) -> Self {
         let found = Prefix::ALL.into_iter().find(|prefix| has(&prefix.embedding_name()));
-        Self::HuggingFace(found.unwrap_or(match config.norm.kind {
-            NormKind::Rms => Prefix::plain("model."),
-            NormKind::Layer => Prefix::falcon("transformer."),
-        }))
+        let usual = if is_falcon(config) { Prefix::falcon("transformer.") } else { Prefix::plain("model.") };
+        Self::HuggingFace(found.unwrap_or(usual))
     }
 
     /// Every way in which a checkpoint of this family may begin its names.
     pub(super) fn of_the_family(config: &DecoderConfig) -> impl Iterator<Item = Self> {
-        let layers = match config.norm.kind {
-            NormKind::Rms => Prefix::plain("").layers,
-            NormKind::Layer => Prefix::falcon("").layers,
-        };
+        let layers = if is_falcon(config) { Prefix::falcon("").layers } else { Prefix::plain("").layers };
         Prefix::ALL.into_iter().filter(move |prefix| prefix.layers == layers).map(Self::HuggingFace)
     }
 

@@ -89,12 +89,6 @@ fn good_ones_are_taken_under_every_usual_name() {
 }
 
 #[test]
-fn a_base_that_no_adapter_is_proven_beside_is_named() {
-    let error = good().open_on(&base("tiny-phi3-small")).unwrap_err().to_string();
-    assert!(error.contains("adapters beside Phi-3-small are not supported"), "{error}");
-}
-
-#[test]
 fn other_methods_are_refused_by_their_keys() {
     for (key, value, expected) in [
         ("peft_type", json!("LOHA"), "peft_type is \"LOHA\", which is not supported; \"LORA\" is"),
