@@ -96,6 +96,14 @@ pub type Fetch = Arc<dyn Fn() -> Result<PathBuf, String> + Send + Sync>;
 pub enum AdapterSource {
     /// A PEFT folder or a GGUF file.
     Path(PathBuf),
+    /// The same, where it may only lie in some folders: those are asked again whenever it is read, which is also after it had to
+    /// leave memory, for what lies there may be a link to elsewhere by then.
+    Confined {
+        /// Where it was found.
+        path: PathBuf,
+        /// Called on a blocking thread, whenever it is to be read.
+        find: Fetch,
+    },
     /// Something else, by its name for people ("org/repo"), and how to get it.
     Remote {
         /// As it was given.
@@ -114,7 +122,7 @@ impl std::fmt::Debug for AdapterSource {
 impl std::fmt::Display for AdapterSource {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Path(path) => write!(f, "{}", path.display()),
+            Self::Path(path) | Self::Confined { path, .. } => write!(f, "{}", path.display()),
             Self::Remote { name, .. } => f.write_str(name),
         }
     }

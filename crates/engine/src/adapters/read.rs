@@ -41,7 +41,7 @@ pub(super) struct Loaded {
 pub(super) fn read(reader: &dyn ReadAdapter, source: &AdapterSource, limits: &AdapterLimits) -> Result<Loaded, String> {
     let path = match source {
         AdapterSource::Path(path) => path.clone(),
-        AdapterSource::Remote { fetch, .. } => fetch()?,
+        AdapterSource::Confined { find: fetch, .. } | AdapterSource::Remote { fetch, .. } => fetch()?,
     };
     let mut before = fingerprint(&path).ok();
     for _ in 0..MAX_READINGS {

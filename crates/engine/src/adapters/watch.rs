@@ -74,7 +74,11 @@ async fn carry_out(pool: &AdapterPool, change: Change) {
 }
 
 fn is_known_from(pool: &AdapterPool, name: &str, path: &Path) -> bool {
-    pool.spec(name).is_some_and(|spec| matches!(spec.source, AdapterSource::Path(known) if known == path))
+    let is_from = |source| match source {
+        AdapterSource::Path(known) | AdapterSource::Confined { path: known, .. } => known == path,
+        AdapterSource::Remote { .. } => false,
+    };
+    pool.spec(name).is_some_and(|spec| is_from(spec.source))
 }
 
 fn appeared(pool: &AdapterPool, name: &str, path: PathBuf) {

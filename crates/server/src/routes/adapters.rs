@@ -1,6 +1,6 @@
 //! `POST /v1/load_lora_adapter`, `/v1/unload_lora_adapter` and `GET /v1/adapters`: for whoever holds the admin key.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use axum::{
     Extension, Json,
@@ -49,8 +49,10 @@ pub(crate) async fn load(
     }
     let path =
         state.config.adapter_roots.resolve(&lora_path).map_err(|error| ApiError::from_adapter(&error, "lora_path"))?;
-    let spec =
-        AdapterSpec { name: name.clone(), source: AdapterSource::Path(path), tenants, pinned: pinned.unwrap_or(false) };
+    let (roots, asked) = (state.config.adapter_roots.clone(), lora_path.clone());
+    let find = Arc::new(move || roots.resolve(&asked).map_err(|error| error.to_string()));
+    let source = AdapterSource::Confined { path, find };
+    let spec = AdapterSpec { name: name.clone(), source, tenants, pinned: pinned.unwrap_or(false) };
     serving
         .model
         .adapters

@@ -401,6 +401,29 @@ async fn a_running_stream_keeps_its_version_and_a_new_request_gets_the_new_one()
     assert_eq!(server.tokens("x", 10).await, expected(Some(2), 10));
 }
 
+/// What lay in the root when it was loaded is a link to elsewhere when it is read again.
+#[cfg(unix)]
+#[tokio::test(flavor = "multi_thread")]
+async fn an_adapter_that_moved_out_of_its_root_is_not_read_again() {
+    let files = Files::new();
+    let mut setup = setup(&files);
+    setup.model.adapters.max_loras = 1;
+    setup.model.adapters.max_cpu_loras = 1;
+    let server = setup.start();
+    files.write("first", "1");
+    files.write("second", "2");
+    server.load("first", "first").await;
+    server.tokens("first", 3).await;
+    server.load("second", "second").await;
+    server.tokens("second", 3).await;
+    assert_eq!(server.status("first").state, AdapterState::Disk, "it had to leave");
+    let outside = write(&files.temp.path().join("outside"), "3");
+    fs::remove_dir_all(files.root().join("first")).unwrap();
+    std::os::unix::fs::symlink(&outside, files.root().join("first")).unwrap();
+    let refused = server.post(COMPLETIONS, &request("first", 3)).await;
+    check_error(refused, 503, None, "cannot be loaded").await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn unloading_refuses_waits_or_gives_up_waiting() {
     let files = Files::new();
