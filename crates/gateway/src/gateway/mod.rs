@@ -15,6 +15,8 @@ mod filters;
 #[cfg(test)]
 mod guardrail_tests;
 mod judging;
+#[cfg(test)]
+mod log_tests;
 mod meters;
 mod send;
 mod start;
