@@ -32,7 +32,7 @@ use crate::{
 const ASSUMED_OUTPUT_TOKENS: u64 = 4096;
 
 /// What `/v1/completions` gives where a request names no limit, by OpenAI's documentation.
-const DEFAULT_COMPLETION_TOKENS: u64 = 16;
+pub const DEFAULT_COMPLETION_TOKENS: u64 = 16;
 
 /// Which of OpenAI's routes a request came by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,6 +68,13 @@ pub struct Asked<'a> {
     pub time_left: Option<Duration>,
     /// Now.
     pub now: UnixMillis,
+}
+
+impl Asked<'_> {
+    /// The name of the model that it is for.
+    fn model(&self) -> &str {
+        self.body.get("model").and_then(Value::as_str).unwrap_or(self.default_model)
+    }
 }
 
 /// A request that is answered by its refusal, and whose record is on its way.
@@ -140,9 +147,10 @@ impl Gateway {
             // Nobody here, so nobody's log.
             Err(error) => return Err(TurnedAway { error, record: None }),
         };
-        let model = asked.body.get("model").and_then(Value::as_str).unwrap_or(asked.default_model);
-        let mut record =
-            RequestRecord { asked: exchange::asked(model), ..record_of(asked.request_id, &tenant, &asked.credential) };
+        let mut record = RequestRecord {
+            asked: exchange::asked(asked.model()),
+            ..record_of(asked.request_id, &tenant, &asked.credential)
+        };
         let mut seen = Seen::default();
         self.admit(asked, tenant, &mut seen).map_err(|error| {
             record.outcome = error.shown().2;
@@ -155,7 +163,7 @@ impl Gateway {
 
     fn admit(&self, asked: Asked<'_>, tenant: Arc<Tenant>, seen: &mut Seen) -> Result<Exchange, GatewayError> {
         let privacy = class_of(tenant.config.routing.privacy, asked.privacy)?;
-        let model = asked.body.get("model").and_then(Value::as_str).unwrap_or(asked.default_model).to_owned();
+        let model = asked.model().to_owned();
         let mut body = Value::Object(asked.body);
         let size = facts::size_of(&body);
         let mut under = vec![(Limited::Tenant(tenant.config.id.clone()), tenant.config.limits)];
@@ -169,10 +177,13 @@ impl Gateway {
         let max_tokens = expected_tokens(&body, size, (asked.wire, tenant.config.max_output_tokens), least);
         let mut permit = self.0.limiter.admit(&Ask { under: &under, max_tokens }, asked.now)?;
         // Whoever is turned away has used nothing.
-        let checked = self.check(&tenant, &mut body, seen).inspect_err(|_| permit.settle(0, asked.now))?;
-        let Checked { vault, must_stay } = checked;
+        let checked = self.check(&tenant, &mut body, seen).and_then(|checked| {
+            refuse_lost_logprobs(&tenant, &body)?;
+            Ok(checked)
+        });
+        let Checked { vault, must_stay } = checked.inspect_err(|_| permit.settle(0, asked.now))?;
         let transcript = self.transcript(&tenant, &body);
-        let exchange = Exchange {
+        Ok(Exchange {
             gateway: self.clone(),
             transcript,
             tenant,
@@ -196,17 +207,7 @@ impl Gateway {
             told: SharedTold::default(),
             is_logged: false,
             time_left: asked.time_left,
-        };
-        if exchange.loses_logprobs() && exchange.tenant.config.fields == UnmappedFields::Refuse {
-            let message =
-                "this tenant's guardrails may change answers, so their log-probabilities are not told: leave it out";
-            // Dropped, it would log itself; whoever turns it away does.
-            let mut exchange = exchange;
-            exchange.is_logged = true;
-            exchange.permit.settle(0, asked.now);
-            return Err(Refusal::unsupported("logprobs", message.to_owned()).into());
-        }
-        Ok(exchange)
+        })
     }
 
     /// The prompt before its tenant's guardrails.
@@ -237,6 +238,16 @@ impl Gateway {
     }
 }
 
+/// Where nothing may be dropped, log-probabilities that the answer's guardrails take away are refused.
+fn refuse_lost_logprobs(tenant: &Tenant, body: &Value) -> Result<(), GatewayError> {
+    if tenant.config.fields == UnmappedFields::Refuse && exchange::loses_logprobs(tenant, body) {
+        let message =
+            "this tenant's guardrails may change answers, so their log-probabilities are not told: leave it out";
+        return Err(Refusal::unsupported("logprobs", message.to_owned()).into());
+    }
+    Ok(())
+}
+
 /// Evenly spread over 0..1, and nothing that a request brings decides it: who could would choose its arm of a comparison.
 pub(super) fn draw() -> f64 {
     // Keyed anew at each call, by the process's own random numbers.
@@ -253,9 +264,10 @@ fn expected_tokens(
     tokens_per_minute: Option<u64>,
 ) -> u64 {
     let prompt = ledger::max_prompt_tokens(size, 0);
-    let named = ["max_completion_tokens", "max_tokens"].iter().find_map(|name| body.get(name)?.as_u64());
-    let given = named.or(default_output).or((wire == WireRoute::Completions).then_some(DEFAULT_COMPLETION_TOKENS));
-    let num_answers = body.get("n").and_then(Value::as_u64).unwrap_or(1).max(1);
+    let given = facts::named_output(body)
+        .or(default_output)
+        .or((wire == WireRoute::Completions).then_some(DEFAULT_COMPLETION_TOKENS));
+    let num_answers = facts::num_answers(body);
     let output = given.unwrap_or_else(|| {
         let room = tokens_per_minute.map_or(u64::MAX, |limit| limit.saturating_sub(prompt) / num_answers);
         ASSUMED_OUTPUT_TOKENS.min(room)

@@ -166,16 +166,10 @@ impl Exchange {
     /// Fields that the answer's guardrails take away, as `x-bindery-warning` says it.
     pub fn warnings(&self) -> Warnings {
         let mut warnings = Warnings::default();
-        if self.loses_logprobs() {
+        if loses_logprobs(&self.tenant, &self.body) {
             warnings.drop("logprobs");
         }
         warnings
-    }
-
-    /// Log-probabilities spell a text as it was before guardrails changed it.
-    pub(super) fn loses_logprobs(&self) -> bool {
-        let asked = self.body.get("logprobs").is_some_and(|asked| !matches!(asked, Value::Null | Value::Bool(false)));
-        asked && self.tenant.policy.changes_answers()
     }
 
     /// What guardrails said.
@@ -412,6 +406,12 @@ pub(super) fn record_of(request_id: &str, tenant: &Tenant, credential: &Credenti
         key_id: Some(key_id(credential)),
         ..RequestRecord::default()
     }
+}
+
+/// Log-probabilities spell a text as it was before guardrails changed it.
+pub(super) fn loses_logprobs(tenant: &Tenant, body: &Value) -> bool {
+    let asked = body.get("logprobs").is_some_and(|asked| !matches!(asked, Value::Null | Value::Bool(false)));
+    asked && tenant.policy.changes_answers()
 }
 
 /// A model's name as a record holds it: whoever asks may have named anything.

@@ -150,6 +150,16 @@ pub fn max_prompt_tokens(size: PromptSize, model: &ModelEntry) -> Option<u64> {
     model.max_input_tokens.map(|most| most.max(counted))
 }
 
+/// The longest answer that a request asks for by either of its names.
+pub fn named_output(body: &Value) -> Option<u64> {
+    ["max_completion_tokens", "max_tokens"].iter().find_map(|name| body.get(name)?.as_u64())
+}
+
+/// How many answers a request asks for.
+pub fn num_answers(body: &Value) -> u64 {
+    body.get("n").and_then(Value::as_u64).unwrap_or(1).max(1)
+}
+
 /// What a call can cost at most; None: nobody can tell, as its answer has no limit or its model no price.
 pub fn most_it_can_cost(
     body: &Value,
@@ -157,13 +167,11 @@ pub fn most_it_can_cost(
     default_output: Option<u64>,
     now: UnixMillis,
 ) -> Option<Money> {
-    let named = ["max_completion_tokens", "max_tokens"].iter().find_map(|name| body.get(name)?.as_u64());
     let most = model.max_output_tokens;
-    let output = named.or(default_output).or(most)?.min(most.unwrap_or(u64::MAX));
-    let num_answers = body.get("n").and_then(Value::as_u64).unwrap_or(1).max(1);
+    let output = named_output(body).or(default_output).or(most)?.min(most.unwrap_or(u64::MAX));
     let bound = Bound {
         max_prompt_tokens: max_prompt_tokens(size_of(body), model)?,
-        max_output_tokens: output.saturating_mul(num_answers),
+        max_output_tokens: output.saturating_mul(num_answers(body)),
         tier: asked_tier(body),
     };
     model.upper_bound(&bound, date(now)).ok().map(money)

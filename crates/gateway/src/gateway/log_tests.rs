@@ -1,7 +1,10 @@
 //! What the audit log holds of requests: every one of them, also those whose process was killed, and of whom it is configured their
 //! texts.
 
-use std::time::Duration;
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use serde_json::{Value, json};
 
@@ -17,13 +20,25 @@ use crate::{
     store::{LogWriter, StoreHeads},
 };
 
+/// Where a log is to lie, and its key beside it; all of it goes with the first.
+fn log_folder() -> (tempfile::TempDir, PathBuf, PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, key_file) = (folder.path().join("log"), folder.path().join("key"));
+    std::fs::write(&key_file, "ab".repeat(32)).unwrap();
+    (folder, path, key_file)
+}
+
+/// All that its files hold.
+fn written(path: &Path) -> String {
+    let files = std::fs::read_dir(path).unwrap();
+    files.map(|entry| std::fs::read_to_string(entry.unwrap().path()).unwrap_or_default()).collect()
+}
+
 /// A prompt has left, the process is killed: the log of the next one says so.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_call_that_a_crash_cut_off_is_in_the_log() {
     let double = upstream().await;
-    let log = tempfile::tempdir().unwrap();
-    let (path, key_file) = (log.path().join("log"), log.path().join("key"));
-    std::fs::write(&key_file, "ab".repeat(32)).unwrap();
+    let (_log, path, key_file) = log_folder();
     let audit = format!("{ACME}[audit]\npath = {path:?}\nkey_file = {key_file:?}\n");
     let (gateway, folder) = gateway(&double, &audit).await;
     // What another process of this node had reserved and sent before it was killed.
@@ -52,10 +67,7 @@ async fn a_call_that_a_crash_cut_off_is_in_the_log() {
     let next = Gateway::start(GatewayConfig::parse(&text).unwrap(), &surroundings, UnixMillis::now()).await.unwrap();
     next.close().await;
     drop(next);
-    let text: String = std::fs::read_dir(&path)
-        .unwrap()
-        .map(|entry| std::fs::read_to_string(entry.unwrap().path()).unwrap_or_default())
-        .collect();
+    let text = written(&path);
     for expected in ["\"outcome\":\"unsettled\"", "\"to\":\"up\"", "\"name\":\"gpt-4.1\"", "\"tenant\":\"acme\""] {
         assert!(text.contains(expected), "{expected} in {text}");
     }
@@ -66,9 +78,7 @@ async fn every_request_is_in_a_log_that_verifies() {
     use crate::audit::{AuditKey, HeadStore, verify};
 
     let double = upstream().await;
-    let log = tempfile::tempdir().unwrap();
-    let (path, key_file) = (log.path().join("log"), log.path().join("key"));
-    std::fs::write(&key_file, "ab".repeat(32)).unwrap();
+    let (_log, path, key_file) = log_folder();
     let rest = format!(
         "{ACME}[audit]\npath = {path:?}\nkey_file = {key_file:?}\n[[guardrails]]\nname = \"words\"\nkind = \"blocklist\"\n\
          action = \"block\"\nphrases = [\"swordfish\"]\n[[tenants]]\nname = \"strict\"\nprivacy = \"any\"\nguardrails = [\"words\"]\n"
@@ -100,10 +110,7 @@ async fn every_request_is_in_a_log_that_verifies() {
     let report = tokio::task::spawn_blocking(move || {
         let head = heads.load().unwrap();
         let key = AuditKey::from_file(&key_file, &path).unwrap();
-        let text: String = std::fs::read_dir(&path)
-            .unwrap()
-            .map(|entry| std::fs::read_to_string(entry.unwrap().path()).unwrap_or_default())
-            .collect();
+        let text = written(&path);
         (verify(&path, &key, head).unwrap(), text)
     });
     let (report, text) = report.await.unwrap();
@@ -137,9 +144,7 @@ async fn prompts_and_answers_are_kept_of_whom_it_is_configured_for_and_after_gua
     };
 
     let double = upstream().await;
-    let log = tempfile::tempdir().unwrap();
-    let (path, key_file) = (log.path().join("log"), log.path().join("key"));
-    std::fs::write(&key_file, "ab".repeat(32)).unwrap();
+    let (_log, path, key_file) = log_folder();
     let rest = format!(
         "[audit]\npath = {path:?}\nkey_file = {key_file:?}\ncontents = \"encrypted\"\ncontents_key_env = \"CONTENTS\"\n\
          [[guardrails]]\nname = \"pii\"\nkind = \"pii\"\naction = \"redact\"\n\

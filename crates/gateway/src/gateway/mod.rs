@@ -32,7 +32,7 @@ use std::{
     time::Duration,
 };
 
-pub use admission::{Asked, TurnedAway, Unreadable, WireRoute};
+pub use admission::{Asked, DEFAULT_COMPLETION_TOKENS, TurnedAway, Unreadable, WireRoute};
 use credential::LiveEndpoint;
 pub use exchange::{Exchange, LocalUse};
 pub use filters::{AnswerFilters, MAX_HELD_BYTES};

@@ -14,7 +14,7 @@ use serde_json::Value;
 use super::{
     AnswerFilters, Exchange, GatewayError, LiveUpstream, MAX_CALL, WireRoute,
     call::{OpenCall, date, money},
-    exchange::internal,
+    exchange::{internal, loses_logprobs},
     facts,
     meters::CallMeter,
 };
@@ -113,10 +113,10 @@ impl Exchange {
         let max_prompt_tokens =
             most.unwrap_or_else(|| ledger::max_prompt_tokens(size, ledger::max_image_tokens(&entry.id)));
         let mut outgoing = self.translate(live, &entry, max_prompt_tokens, now)?;
-        if self.loses_logprobs() {
+        if loses_logprobs(&self.tenant, &self.body) {
             outgoing.warnings.drop("logprobs");
         }
-        if let Some(on) = entry.retires.filter(|on| *on <= date(now).date_naive()) {
+        if let Some(on) = entry.retired_on(date(now)) {
             outgoing.warnings.adjust("model", format!("{} was retired by its provider on {on}", entry.id));
         }
         let warning = outgoing.warnings.header();

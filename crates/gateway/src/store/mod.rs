@@ -40,7 +40,6 @@ use tokio::{
 };
 
 use connect::Settings;
-use direct::Direct;
 use writer::{Connections, Inbox, Job, Waiting, Writer};
 
 /// Against what an answered write is safe.
@@ -187,7 +186,7 @@ async fn start(settings: Arc<Settings>, inbox: Inbox) -> Result<JoinHandle<()>, 
                 match prepare(&settings).await {
                     Ok(connection) => {
                         let _ = ready.send(Ok(()));
-                        let connections = Connections { direct: Direct::open(&settings), all: connection };
+                        let connections = Connections::beside(connection, &settings);
                         Writer { settings }.work(connections, inbox).await;
                     }
                     Err(error) => drop(ready.send(Err(error))),

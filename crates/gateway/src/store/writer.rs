@@ -134,9 +134,16 @@ type Group = Vec<Job>;
 /// What the writer writes through, one at a time. Made and given up together, so that both are the same file.
 pub(super) struct Connections {
     /// For groups of rows alone, where the store is SQLite.
-    pub(super) direct: Option<Direct>,
+    direct: Option<Direct>,
     /// For all the rest, and for what failed there.
-    pub(super) all: AnyConnection,
+    all: AnyConnection,
+}
+
+impl Connections {
+    /// Beside one that is ready, what else it takes.
+    pub(super) fn beside(all: AnyConnection, settings: &connect::Settings) -> Self {
+        Self { direct: Direct::open(settings), all }
+    }
 }
 
 /// What waits to be written.
@@ -234,7 +241,7 @@ impl Writer {
                 connections
             } else {
                 let all = connect::open(&self.settings).await.map_err(Failure::Unreachable)?;
-                Connections { direct: Direct::open(&self.settings), all }
+                Connections::beside(all, &self.settings)
             };
             // Put back only after a commit. After a failure nobody knows whether the database has rolled back by itself
             // (SQLite does on a full disk) or is still at it; closing the connection ends either.

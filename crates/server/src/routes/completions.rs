@@ -10,6 +10,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use bindery_engine::{Prompt, TokenId, TokenText};
+use bindery_gateway::gateway::DEFAULT_COMPLETION_TOKENS;
 use bindery_protocol::openai::{
     Completion, CompletionChoice, CompletionLogprobs, CompletionPrompt, CompletionRequest, PromptLogprobs, StopReason,
     completions::UsageField,
@@ -31,7 +32,7 @@ use crate::{
 };
 
 /// OpenAI's and vLLM's default of this route.
-const DEFAULT_MAX_TOKENS: usize = 16;
+const DEFAULT_MAX_TOKENS: usize = DEFAULT_COMPLETION_TOKENS as usize;
 const OBJECT: &str = "text_completion";
 
 /// Continues prompts.

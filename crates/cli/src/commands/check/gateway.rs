@@ -230,11 +230,9 @@ fn priced(entry: &ModelEntry) -> String {
         Ok(price) => format!("${} in, ${} out for a million tokens", price.rates.input, price.rates.output),
         Err(_) => "no price known".to_owned(),
     };
-    match entry.retires {
-        Some(on) if on <= today.date_naive() => {
-            format!("{} ({price}; Warning: retired by its provider on {on})", entry.id)
-        }
-        _ => format!("{} ({price})", entry.id),
+    match entry.retired_on(today) {
+        Some(on) => format!("{} ({price}; Warning: retired by its provider on {on})", entry.id),
+        None => format!("{} ({price})", entry.id),
     }
 }
 

@@ -80,6 +80,11 @@ impl ModelEntry {
         self
     }
 
+    /// The day on which its provider has switched it off, where that has come.
+    pub fn retired_on(&self, at: DateTime<Utc>) -> Option<NaiveDate> {
+        self.retires.filter(|on| *on <= at.date_naive())
+    }
+
     /// Whether it can do something.
     pub fn can(&self, capability: Capability) -> bool {
         self.capabilities.flags.contains(&capability)
@@ -142,11 +147,9 @@ impl Catalogue {
         let id = self.aliases.get(name).map_or(name, String::as_str);
         let unknown = || LookupError::Unknown { id: name.to_owned() };
         let listed = self.models.get(id).ok_or_else(unknown)?;
-        match listed.entry.retires {
-            Some(on) if on <= at.date_naive() => {
-                Err(LookupError::Retired { id: name.to_owned(), on, successor: listed.successor.clone() })
-            }
-            _ => Ok(&listed.entry),
+        match listed.entry.retired_on(at) {
+            Some(on) => Err(LookupError::Retired { id: name.to_owned(), on, successor: listed.successor.clone() }),
+            None => Ok(&listed.entry),
         }
     }
 
