@@ -611,10 +611,13 @@ proptest! {
         }
     }
 
+    /// But for a written `▁` where that character stands for a space, as it does in SentencePiece's own library.
     #[test]
-    fn encoding_then_decoding_gives_the_text_back(tokenizer in any_tokenizer(), text in "(\\PC|[ \\n\\t]){0,60}") {
+    fn encoding_then_decoding_gives_the_text_back(tokenizer in any_tokenizer(), text in "(\\PC|[ \\n\\t\u{2581}]){0,60}") {
         let tokens = tokenizer.encode(&text, false).unwrap();
-        prop_assert_eq!(tokenizer.decode(&tokens, false).unwrap(), text.clone());
+        let is_sentence_piece = tokenizer.token_id("<0x0A>").is_some();
+        let expected = if is_sentence_piece { text.replace('\u{2581}', " ") } else { text.clone() };
+        prop_assert_eq!(tokenizer.decode(&tokens, false).unwrap(), expected);
         prop_assert!(tokens.len() >= tokenizer.min_tokens_for(&text));
     }
 
