@@ -22,9 +22,11 @@ const TOOLS: [&str; 2] = ["cmake==4.4.4", "ninja==1.13.2"];
 /// What a server may take to become ready.
 const READY_TIMEOUT: Duration = Duration::from_mins(2);
 
-/// One comparison: the peer's file, and what is sent.
+/// One comparison: the model, the peer's file, and what is sent.
 struct Scenario {
     name: &'static str,
+    /// A card.
+    model: &'static str,
     peer_file: PeerFile,
     load: &'static [&'static str],
 }
@@ -39,11 +41,14 @@ enum PeerFile {
 
 const CLIENTS: &[&str] = &["--concurrency", "1,8,32", "--num-requests", "32"];
 const PREFILL: &[&str] = &["--concurrency", "1", "--num-requests", "8", "--input-words", "500", "--output-tokens", "2"];
-const SCENARIOS: [Scenario; 4] = [
-    Scenario { name: "clients, same Q4_1 file", peer_file: PeerFile::Same, load: CLIENTS },
-    Scenario { name: "clients, peer on Q4_0", peer_file: PeerFile::Requantised, load: CLIENTS },
-    Scenario { name: "long prompt, same Q4_1 file", peer_file: PeerFile::Same, load: PREFILL },
-    Scenario { name: "long prompt, peer on Q4_0", peer_file: PeerFile::Requantised, load: PREFILL },
+const SMOLLM: &str = "smollm2-135m";
+const GEMMA: &str = "gemma3-270m";
+const SCENARIOS: [Scenario; 5] = [
+    Scenario { name: "clients, same Q4_1 file", model: SMOLLM, peer_file: PeerFile::Same, load: CLIENTS },
+    Scenario { name: "clients, peer on Q4_0", model: SMOLLM, peer_file: PeerFile::Requantised, load: CLIENTS },
+    Scenario { name: "long prompt, same Q4_1 file", model: SMOLLM, peer_file: PeerFile::Same, load: PREFILL },
+    Scenario { name: "long prompt, peer on Q4_0", model: SMOLLM, peer_file: PeerFile::Requantised, load: PREFILL },
+    Scenario { name: "clients, Gemma 3's same Q4_K_M file", model: GEMMA, peer_file: PeerFile::Same, load: CLIENTS },
 ];
 
 /// Runs all scenarios; `rounds` A B A B each.
@@ -51,17 +56,18 @@ pub(crate) fn run(steps: &mut Steps, rounds: u32) -> Result<()> {
     let Built { bindery, bin, folder } = build_both(steps)?;
     let model = default_model(&bindery)?;
     let requantised = converted(steps, &bin, &model, "q4_0")?;
+    let halves = converted(steps, &bin, &model, "f16")?;
     let threads = threads();
     let mut text = circumstances(&threads)?;
     for scenario in SCENARIOS {
         steps.begin(scenario.name);
-        let ours = Server::start(Command::new(&bindery).args(["serve", "smollm2-135m"]), "/ready")?;
+        let ours = Server::start(Command::new(&bindery).args(["serve", scenario.model]), "/ready")?;
         let file = match scenario.peer_file {
-            PeerFile::Same => &model,
-            PeerFile::Requantised => &requantised,
+            PeerFile::Same => card(&bindery, scenario.model)?,
+            PeerFile::Requantised => requantised.clone(),
         };
         let mut peer = Command::new(bin.join("llama-server"));
-        peer.arg("-m").arg(file).args(["-t", &threads, "-np", "32", "-c", "16384", "--host", "127.0.0.1"]);
+        peer.arg("-m").arg(&file).args(["-t", &threads, "-np", "32", "-c", "16384", "--host", "127.0.0.1"]);
         let theirs = Server::start(&mut peer, "/health")?;
         let mut bench = Command::new(&bindery);
         bench.args(["bench", "--url", &ours.url(), "--compare", &theirs.url(), "--rounds", &rounds.to_string()]);
@@ -82,7 +88,7 @@ pub(crate) fn run(steps: &mut Steps, rounds: u32) -> Result<()> {
         text.push_str(&table);
         steps.end();
     }
-    text.push_str(&whole_steps(steps, &bin, &model, &requantised, &threads, rounds)?);
+    text.push_str(&whole_steps(steps, &bin, [&model, &requantised, &halves], &threads, rounds)?);
     let results = folder.join("results.md");
     fs::write(&results, text)?;
     println!("written to {}", results.display());
@@ -138,23 +144,26 @@ pub(crate) fn circumstances(threads: &str) -> Result<String> {
     ))
 }
 
-/// Steps without a server: a prompt of 512, and 1, 8 and 32 sequences that decode together; ours and theirs in turns.
+/// Steps without a server: a prompt of 512, and 1, 8 and 32 sequences that decode together; ours and theirs in turns. The
+/// file, and what the peer made of it: Q4_0 for itself, and F16 for both.
 fn whole_steps(
     steps: &mut Steps,
     bin: &Path,
-    model: &Path,
-    requantised: &Path,
+    [model, requantised, halves]: [&Path; 3],
     threads: &str,
     rounds: u32,
 ) -> Result<String> {
     steps.begin("whole steps");
     let mut text = String::from("## whole steps\n\n");
     for round in 1..=rounds {
-        let mut ours = cargo();
-        ours.args(["bench", "--quiet", "--workspace", "--bench", "steps", "--", "--threads", threads, "--model"]);
-        ours.arg(model).args(["--rounds", "3"]);
-        let mut commands = vec![("ours, Q4_1".to_owned(), ours)];
-        for (name, file) in [("theirs, Q4_1", model), ("theirs, Q4_0", requantised)] {
+        let mut commands = Vec::new();
+        for (name, file) in [("ours, Q4_1", model), ("ours, F16", halves)] {
+            let mut ours = cargo();
+            ours.args(["bench", "--quiet", "--workspace", "--bench", "steps", "--", "--threads", threads, "--model"]);
+            ours.arg(file).args(["--rounds", "3"]);
+            commands.push((name.to_owned(), ours));
+        }
+        for (name, file) in [("theirs, Q4_1", model), ("theirs, Q4_0", requantised), ("theirs, F16", halves)] {
             let mut single = Command::new(bin.join("llama-bench"));
             single.arg("-m").arg(file).args(["-t", threads, "-p", "512", "-n", "64", "-r", "3"]);
             commands.push((name.to_owned(), single));

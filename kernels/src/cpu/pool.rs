@@ -273,6 +273,13 @@ impl<T> SharedMut<T> {
         Self(self.0.wrapping_add(range.start), range.len())
     }
 
+    /// Where a part of it begins; nothing is borrowed, so that parts of several tasks may lie between each other.
+    #[inline(always)]
+    pub(crate) fn pointer(&self, range: std::ops::Range<usize>) -> *mut T {
+        assert!(range.start <= range.end && range.end <= self.1, "{range:?} of {} elements", self.1);
+        self.0.wrapping_add(range.start)
+    }
+
     /// A part of it, borrowed.
     ///
     /// # Safety

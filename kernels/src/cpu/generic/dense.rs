@@ -1,7 +1,7 @@
 //! Dense product: sixteen weight rows in a vector, activations broadcast.
 //!
-//! A group of tiles is walked for four activation rows at a time, so that a weight loaded (and widened) once serves
-//! four of them; a lone row meets more tiles at once instead, to have enough chains.
+//! A group of tiles is walked for several activation rows at a time, so that a weight loaded (and widened) once serves
+//! all of them; a lone row meets more tiles at once instead, to have enough chains.
 
 use super::block::multiply_add;
 use super::{Element, Lanes};
@@ -11,12 +11,18 @@ use crate::matrix::{DENSE_TILE_ROWS, DenseElement};
 /// How far ahead of a load weights are asked for.
 const AHEAD_BYTES: usize = 2048;
 
-/// `V` tiles at a time for several rows, `W` for one.
+/// `V` tiles at a time for several rows, `R` of them at a time at most, and `W` tiles for a lone row.
 ///
 /// # Safety
 /// As [`Lanes`]; the task's ranges lie within its buffers.
 #[inline(always)]
-pub(in crate::cpu) unsafe fn multiply<L: Lanes, E: Element + DenseElement, const V: usize, const W: usize>(
+pub(in crate::cpu) unsafe fn multiply<
+    L: Lanes,
+    E: Element + DenseElement,
+    const V: usize,
+    const W: usize,
+    const R: usize,
+>(
     task: &DenseTask<'_, E>,
 ) {
     // SAFETY: the caller's duties are the same.
@@ -29,44 +35,62 @@ pub(in crate::cpu) unsafe fn multiply<L: Lanes, E: Element + DenseElement, const
             }
         } else {
             while V > 1 && tile + V <= task.tiles.end {
-                walk_rows::<L, E, V>(task, tile);
+                walk_rows::<L, E, V, R>(task, tile);
                 tile += V;
             }
         }
         // What is left, or all of it where V = 1.
         while tile < task.tiles.end {
-            walk_rows::<L, E, 1>(task, tile);
+            walk_rows::<L, E, 1, R>(task, tile);
             tile += 1;
         }
     }
 }
 
-/// All of the task's rows by the tiles `tile..tile + V`.
+/// All of the task's rows by the tiles `tile..tile + V`: as many `R`s and fours as leave no lone row if that can be.
 ///
 /// # Safety
 /// As [`multiply`]; the tiles are the task's.
 #[inline(always)]
-unsafe fn walk_rows<L: Lanes, E: Element + DenseElement, const V: usize>(task: &DenseTask<'_, E>, tile: usize) {
+unsafe fn walk_rows<L: Lanes, E: Element + DenseElement, const V: usize, const R: usize>(
+    task: &DenseTask<'_, E>,
+    tile: usize,
+) {
     let mut m = task.m.start;
     // SAFETY: the caller's duties; the rows named lie within the task's.
     unsafe {
         // Memory is asked by the first rows (and by the few that may be the first): the others find the tiles in the
         // caches.
-        if m + 4 <= task.m.end {
+        if R > 4 && takes_most(task.m.len(), R) {
+            rows::<L, E, R, V, AHEAD_BYTES>(task, tile, m);
+            m += R;
+        } else if task.m.len() >= 4 && task.m.len() != 5 {
             rows::<L, E, 4, V, AHEAD_BYTES>(task, tile, m);
             m += 4;
         }
-        while m + 4 <= task.m.end {
+        while R > 4 && takes_most(task.m.end - m, R) {
+            rows::<L, E, R, V, 0>(task, tile, m);
+            m += R;
+        }
+        while task.m.end - m >= 4 && task.m.end - m != 5 {
             rows::<L, E, 4, V, 0>(task, tile, m);
             m += 4;
         }
+        if task.m.end - m >= 3 {
+            rows::<L, E, 3, V, AHEAD_BYTES>(task, tile, m);
+            m += 3;
+        }
         match task.m.end - m {
-            3 => rows::<L, E, 3, V, AHEAD_BYTES>(task, tile, m),
             2 => rows::<L, E, 2, V, AHEAD_BYTES>(task, tile, m),
             1 => rows::<L, E, 1, V, AHEAD_BYTES>(task, tile, m),
             _ => {}
         }
     }
+}
+
+/// Whether `most` rows are taken of these: not where fours and threes alone leave fewer passes half empty.
+fn takes_most(num_rows: usize, most: usize) -> bool {
+    num_rows >= most && !(most + 1..=most + 2).contains(&num_rows)
 }
 
 /// # Safety
@@ -92,37 +116,67 @@ unsafe fn rows<L: Lanes, E: Element + DenseElement, const Q: usize, const V: usi
         }
         let mut acc = [[L::splat(0.0); V]; Q];
         multiply_add::<L, E, Q, V, AHEAD, 1>(a, cols, b, DENSE_TILE_ROWS, &mut acc);
+        store(task.out, m, tile * DENSE_TILE_ROWS, acc);
+    }
+}
+
+/// The sums of `Q` rows by `V` tiles, finished, where they lie. One check for all of them and nothing but vectors: with less
+/// than that it took longer than the product of a low-rank pair itself.
+///
+/// # Safety
+/// As [`Lanes`]; the elements belong to the task.
+#[inline(always)]
+unsafe fn store<L: Lanes, const Q: usize, const V: usize>(
+    out: &Output<'_>,
+    m: usize,
+    first_row: usize,
+    mut sums: [[L; V]; Q],
+) {
+    let width = V * DENSE_TILE_ROWS;
+    // SAFETY: every vector touches elements that `pointer` or a slice has checked; else the caller's duty.
+    unsafe {
+        if first_row < out.rows.start || first_row + width > out.rows.end {
+            for q in 0..Q {
+                for v in 0..V {
+                    let mut tile = [0.0; DENSE_TILE_ROWS];
+                    sums[q][v].store(tile.as_mut_ptr());
+                    store_edge(out, m + q, first_row + v * DENSE_TILE_ROWS, &tile);
+                }
+            }
+            return;
+        }
+        let start = out.index(m, first_row);
+        let to = out.elements.pointer(start..start + (Q - 1) * out.stride + width);
+        if let Some(bias) = out.bias {
+            let bias = bias[first_row..first_row + width].as_ptr();
+            for v in 0..V {
+                let bias = L::load(bias.add(v * DENSE_TILE_ROWS));
+                for q in 0..Q {
+                    sums[q][v] = sums[q][v].add(bias);
+                }
+            }
+        }
+        if out.accumulate {
+            for q in 0..Q {
+                for v in 0..V {
+                    sums[q][v] = L::load(to.add(q * out.stride + v * DENSE_TILE_ROWS)).add(sums[q][v]);
+                }
+            }
+        }
         for q in 0..Q {
             for v in 0..V {
-                store(task.out, m + q, (tile + v) * DENSE_TILE_ROWS, acc[q][v]);
+                sums[q][v].store(to.add(q * out.stride + v * DENSE_TILE_ROWS));
             }
         }
     }
 }
 
-/// A tile's sums of row `m`, finished. Element by element took as long as the product of a low-rank pair itself.
+/// A tile's sums of one row where not all of them may be asked for.
 ///
 /// # Safety
-/// As [`Lanes`]; the elements belong to the task.
-#[inline(always)]
-unsafe fn store<L: Lanes>(out: &Output<'_>, m: usize, first_row: usize, sums: L) {
-    // SAFETY: the slices have a vector's elements where vectors touch them; else the caller's duty.
-    unsafe {
-        if first_row < out.rows.start || first_row + DENSE_TILE_ROWS > out.rows.end {
-            let mut tail = [0.0; DENSE_TILE_ROWS];
-            sums.store(tail.as_mut_ptr());
-            out.store(m, first_row, &tail);
-            return;
-        }
-        let start = out.index(m, first_row);
-        let to = out.elements.slice(start..start + DENSE_TILE_ROWS).as_mut_ptr();
-        let mut sums = sums;
-        if let Some(bias) = out.bias {
-            sums = sums.add(L::load(bias[first_row..first_row + DENSE_TILE_ROWS].as_ptr()));
-        }
-        if out.accumulate {
-            sums = L::load(to).add(sums);
-        }
-        sums.store(to);
-    }
+/// The elements belong to the task.
+#[cold]
+unsafe fn store_edge(out: &Output<'_>, m: usize, first_row: usize, tile: &[f32; DENSE_TILE_ROWS]) {
+    // SAFETY: passed on to the caller.
+    unsafe { out.store(m, first_row, tile) };
 }

@@ -258,7 +258,7 @@ pub(super) use move_bits;
 
 /// One instruction set's table: each algorithm over [`Lanes`] compiled with its features, the others taken from `rest`.
 ///
-/// `block` is how many vectors several broadcasts meet in dense products (4 of them) and attention (`queries`), `wide_block`
+/// `block` is how many vectors several broadcasts (`queries` at most) meet in dense products and attention, `wide_block`
 /// how many one broadcast meets; in `quant_table!`, `columns` is how many activation rows meet an unpacked weight tile: as many as the
 /// registers hold.
 macro_rules! kernel_table {
@@ -284,9 +284,9 @@ macro_rules! kernel_table {
                     }
                 };
             }
-    entry!(dense_f32(&DenseTask<'_, f32>) = dense::multiply::<$lanes, f32, $block, $wide_block>);
-    entry!(dense_f16(&DenseTask<'_, f16>) = dense::multiply::<$lanes, f16, $block, $wide_block>);
-    entry!(dense_bf16(&DenseTask<'_, bf16>) = dense::multiply::<$lanes, bf16, $block, $wide_block>);
+    entry!(dense_f32(&DenseTask<'_, f32>) = dense::multiply::<$lanes, f32, $block, $wide_block, $queries>);
+    entry!(dense_f16(&DenseTask<'_, f16>) = dense::multiply::<$lanes, f16, $block, $wide_block, $queries>);
+    entry!(dense_bf16(&DenseTask<'_, bf16>) = dense::multiply::<$lanes, bf16, $block, $wide_block, $queries>);
     entry!(rope(&mut RopeRow<'_>) = rows::rope::<$lanes>);
     entry!(gated(&GatedTask<'_>) = gated::gated::<$lanes>);
 
