@@ -61,6 +61,29 @@ impl QuantLanes for Rows8 {
         unsafe { keep_place(narrow) }
     }
 
+    /// A quad meets all rows before the next one comes: left alone, the compiler finishes row after row, and keeps the codes of a
+    /// whole group in memory for that.
+    #[inline(always)]
+    unsafe fn dot_two_bytes<const N: usize>(
+        wide: &mut [__m256i; N],
+        _narrow: &mut [__m256i; N],
+        first: Bytes,
+        second: Bytes,
+        x: &[*const i8; N],
+    ) {
+        // SAFETY: the caller's duties.
+        unsafe {
+            for (codes, from) in [(first, 0), (second, 4)] {
+                for n in 0..N {
+                    let x = _mm256_set1_epi32(x[n].add(from).cast::<i32>().read_unaligned());
+                    let pairs = _mm256_maddubs_epi16(codes.magnitudes, _mm256_sign_epi8(x, codes.codes));
+                    let quads = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+                    wide[n] = keep_place(_mm256_add_epi32(wide[n], quads));
+                }
+            }
+        }
+    }
+
     lane_functions! {
         fn load_codes(from: *const u8) -> __m256i = _mm256_loadu_si256(from.cast());
         fn field(vector: __m256i, from: usize, width: usize, to: usize) -> __m256i = {
