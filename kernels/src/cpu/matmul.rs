@@ -125,7 +125,7 @@ impl Cpu {
     ) {
         let piece_of = |at: usize, piece: usize, num_pieces: usize| {
             let (x, part) = (&x[at], &parts[at]);
-            let tiles = piece * part.tiles / num_pieces..(piece + 1) * part.tiles / num_pieces;
+            let tiles = part.tiles_before(piece, num_pieces)..part.tiles_before(piece + 1, num_pieces);
             let cols = tiles.start * part.tile_rows..(tiles.end * part.tile_rows).min(part.weights.rows());
             self.tiles(x, part.weights, tiles, 0..x.panels().num_panels(), &part.out);
             if let Some(addends) = addends {
@@ -141,7 +141,7 @@ impl Cpu {
         }
         let num_pieces: [usize; N] = std::array::from_fn(|at| {
             let part = &parts[at];
-            (num_wanted * macs(part) / total.max(1)).clamp(1, part.tiles.max(1))
+            part.even_pieces((num_wanted * macs(part) / total.max(1)).clamp(1, part.blocks().max(1)))
         });
         self.pool.run(num_pieces.iter().sum(), |mut index| {
             for (at, &num_pieces) in num_pieces.iter().enumerate() {
@@ -208,6 +208,29 @@ struct Part<'a> {
     tiles: usize,
     tile_rows: usize,
     out: Output<'a>,
+}
+
+impl Part<'_> {
+    /// Blocks of as many tiles as a dense tile has rows of. Pieces are whole blocks: what stands beside a product in dense tiles
+    /// would have to do those that two pieces share twice and output by output, and tiles that go by twos would be left alone.
+    fn blocks(&self) -> usize {
+        self.tiles.div_ceil(self.tiles_of_block())
+    }
+
+    fn tiles_of_block(&self) -> usize {
+        (DENSE_TILE_ROWS / self.tile_rows).max(1)
+    }
+
+    /// As many pieces, or up to a third fewer if those are all of one size.
+    fn even_pieces(&self, num_pieces: usize) -> usize {
+        let blocks = self.blocks();
+        (num_pieces - num_pieces / 3..=num_pieces).rev().find(|n| blocks.is_multiple_of(*n)).unwrap_or(num_pieces)
+    }
+
+    /// Tiles of the pieces before this one.
+    fn tiles_before(&self, piece: usize, num_pieces: usize) -> usize {
+        (piece * self.blocks() / num_pieces * self.tiles_of_block()).min(self.tiles)
+    }
 }
 
 fn dense<E: DenseElement>(
