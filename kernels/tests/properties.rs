@@ -319,13 +319,15 @@ fn low_rank(cpu: &Cpu, case: &LowRankCase, range: Range<usize>, seed: u64, is_ch
     // The first product replaces what is there, the second is added to it.
     let mut sums = [vec![f32::NAN; m * outputs], vec![0.0; m * outputs]];
     let [first, second] = &mut sums;
-    let addends = cpu.low_rank_down(&activations, &segments, &mut between);
     let [gate, up] = &base;
+    let addends = cpu.low_rank(&activations, &segments, &mut between);
     let wanted = [(gate, first), (up, &mut vec![1.0; m * outputs])];
     cpu.matmul_all(&activations, wanted.map(|(weights, out)| Product { weights, bias: None, out }), Some(addends));
     let wanted = [(gate, &mut vec![1.0; m * outputs]), (up, second)];
+    let addends = cpu.low_rank(&activations, &segments, &mut between);
     cpu.matmul_add_all(&activations, wanted.map(|(weights, out)| Product { weights, bias: None, out }), Some(addends));
     let both = gate_and_up(&base[0], &base[1], Activation::Silu);
+    let addends = cpu.low_rank(&activations, &segments, &mut between);
     cpu.gated_matmul(&activations, &both, Some(addends), Form::F32, &mut out);
     if is_checked {
         for (product_at, sums) in sums.iter().enumerate() {

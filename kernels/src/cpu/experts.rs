@@ -7,13 +7,12 @@
 
 use std::ops::Range;
 
+use super::Cpu;
 use super::activations::{Activations, Form, Inputs};
 use super::gated::{Call, GatedProduct, Projection};
 use super::low_rank::copy_groups;
-use super::matmul::MIN_PIECE_MACS;
 use super::pool::SharedMut;
 use super::task::Output;
-use super::{Cpu, PIECES_PER_THREAD};
 use crate::matrix::Matrix;
 use crate::quant_format::GROUP;
 
@@ -269,7 +268,7 @@ impl Cpu {
         self.arrange_segments(gathered, segments, other_up, arranged_up);
         let form = Form::of(segments.iter().map(|segment| expert(segment.expert).down.weights));
         let out = gated.reshape(rows.len(), cols, form, columns);
-        let num_wanted = (self.threads() * PIECES_PER_THREAD).min(rows.len() * first.macs() / MIN_PIECE_MACS);
+        let num_wanted = self.pieces_for(rows.len() * first.macs());
         let pieces = Pieces { segments, num_rows: rows.len(), num_wanted, units: |_| cols.div_ceil(GROUP) };
         self.run_pieces(&pieces, |segment, groups| {
             let product = expert(segment.expert).product;
@@ -301,7 +300,7 @@ impl Cpu {
         outputs.resize(outputs.len().max(len), 0.0);
         let outputs = SharedMut::new(&mut outputs[..len]);
         let num_macs = len * gated.cols();
-        let num_wanted = (self.threads() * PIECES_PER_THREAD).min(num_macs / MIN_PIECE_MACS);
+        let num_wanted = self.pieces_for(num_macs);
         let tiles = |index: usize| width.div_ceil(self.tile_rows(expert(index).down.weights));
         let pieces = Pieces { segments, num_rows: rows.len(), num_wanted, units: tiles };
         self.run_pieces(&pieces, |segment, tiles| {

@@ -7,12 +7,12 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
+use super::Cpu;
 use super::activations::{Activations, Form, Inputs};
 use super::low_rank::Addends;
-use super::matmul::{MIN_PIECE_MACS, even_parts};
+use super::matmul::even_parts;
 use super::pool::SharedMut;
 use super::task::{ActivationsOut, GatedTask, Output};
-use super::{Cpu, PIECES_PER_THREAD};
 use crate::matrix::Matrix;
 use crate::quant_format::GROUP;
 
@@ -104,14 +104,22 @@ impl Cpu {
             return;
         }
         let groups = cols.div_ceil(GROUP);
-        let num_wanted = (self.threads() * PIECES_PER_THREAD).min(m * product.macs() / MIN_PIECE_MACS);
-        let num_pieces = if self.threads() == 1 { 1 } else { num_wanted.clamp(1, groups.max(1)) };
+        let num_pieces = self.pieces_for(m * product.macs()).min(groups.max(1));
+        let num_first = addends.as_ref().map_or(0, Addends::num_pieces);
         let gate = product.gate.weights;
         self.with_inputs(&x.inputs(), [gate, product.up.map_or(gate, |up| up.weights)], |[x, up_x]| {
             let call = Call { x, up_x, product: *product, addends, out };
-            self.pool.run(num_pieces, |piece| {
+            let run = |piece: usize| {
+                if let Some(addends) = call.addends.as_ref().filter(|_| piece < num_first) {
+                    return addends.run_piece(self, piece);
+                }
+                let piece = piece - num_first;
                 self.gated_groups(&call, piece * groups / num_pieces..(piece + 1) * groups / num_pieces);
-            });
+            };
+            if num_pieces == 1 {
+                return (0..=num_first).for_each(run);
+            }
+            self.pool.run(num_first + num_pieces, run);
         });
     }
 

@@ -1,19 +1,20 @@
 //! Products of low rank beside those of a base matrix: `out += up (down x)` for the rows of one adapter, `out += ...` of
 //! another's for the next rows, in one go (LoRA, arXiv:2106.09685; segments of rows as in Punica, arXiv:2310.18547).
 //!
-//! It knows rows, matrices and buffers, not adapters or layers. The first half of all segments is one parallel region; the
-//! second half belongs to the base product's: a piece adds it to its own outputs while they are in the caches. Rows that no
-//! segment names are neither read nor written.
+//! It knows rows, matrices and buffers, not adapters or layers. Both halves belong to the base product's parallel region: the
+//! first pieces of it are those of the first half, and a piece of the base adds the second half to its own outputs while they
+//! are in the caches; it waits until the first half is there, which others have begun before it. So a step has no region more
+//! for its adapters, and nobody idles between the halves. Rows that no segment names are neither read nor written.
 //! Invariant: what a row gets depends on its own segment's matrices alone, not on where the row stands or on who else is
 //! there.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
+use super::Cpu;
 use super::activations::{Activations, Form, Inputs};
-use super::matmul::MIN_PIECE_MACS;
-use super::pool::SharedMut;
-use super::task::{ActivationsOut, Output, Panels};
-use super::{Cpu, PIECES_PER_THREAD};
+use super::pool::{SharedMut, wait_until};
+use super::task::{ActivationsOut, Output, Panels, QuantRows};
 use crate::matrix::{DENSE_TILE_ROWS, Matrix};
 
 /// `x -> up (down x)`.
@@ -45,17 +46,58 @@ pub struct LowRank {
     places: Vec<usize>,
 }
 
-/// Second halves, which N products of as many rows as the activations had are to add: what [`Cpu::low_rank_down`] gives.
-#[derive(Clone, Copy, Debug)]
+/// What N products of the same activations are to add: what [`Cpu::low_rank`] gives. Nothing of it is computed yet.
 pub struct Addends<'a, const N: usize> {
     segments: &'a [LowRankSegment<'a, N>],
-    low_rank: &'a LowRank,
+    x: Inputs<'a>,
+    /// Of the segments whose rows share a panel of `x` with others.
+    gathered: &'a Activations,
+    /// Of the activations: the one that comes first in `gathered`.
+    first_gathered: usize,
+    inner: SharedMut<f32>,
+    places: &'a [usize],
+    /// Rows of a panel of `gathered`, at most.
+    columns: usize,
+    num_pieces: usize,
+    /// Multiply-adds of all first halves.
+    macs: usize,
+    num_done: AtomicUsize,
 }
 
-impl LowRank {
-    /// What a first half gave, as the second reads it.
-    fn inputs(&self, place: usize, num_rows: usize, rank: usize) -> Inputs<'_> {
-        Inputs::dense(num_rows, rank, &self.inner[place..place + num_rows * rank])
+impl<const N: usize> std::fmt::Debug for Addends<'_, N> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Addends").field("segments", &self.segments).finish_non_exhaustive()
+    }
+}
+
+/// The first half of a pair for a segment's rows.
+struct Job<'a> {
+    /// The segment's rows alone.
+    x: Inputs<'a>,
+    weights: &'a Matrix,
+    out: Output<'a>,
+}
+
+impl Job<'_> {
+    fn macs(&self) -> usize {
+        self.x.num_rows() * self.weights.rows() * self.weights.cols()
+    }
+
+    fn num_tiles(&self, cpu: &Cpu) -> usize {
+        self.weights.rows().div_ceil(cpu.tile_rows(self.weights))
+    }
+
+    fn run(&self, cpu: &Cpu, tiles: Range<usize>) {
+        cpu.tiles(&self.x, self.weights, tiles, 0..self.x.panels().num_panels(), &self.out);
+    }
+}
+
+/// Counts a piece of the first half as done, also where it unwinds: nobody shall wait for it then.
+struct Done<'a>(&'a AtomicUsize);
+
+impl Drop for Done<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_add(1, Ordering::Release);
     }
 }
 
@@ -68,15 +110,66 @@ impl<const N: usize> Addends<'_, N> {
         }
     }
 
+    /// Pieces of the first half, which come before all others in the product's region.
+    pub(super) fn num_pieces(&self) -> usize {
+        self.num_pieces
+    }
+
+    /// One of them.
+    pub(super) fn run_piece(&self, cpu: &Cpu, mut piece: usize) {
+        let _done = Done(&self.num_done);
+        for job in self.jobs() {
+            let (num_tiles, num_pieces) = (job.num_tiles(cpu), self.pieces_of(cpu, &job));
+            if self.num_pieces == 1 {
+                job.run(cpu, 0..num_tiles);
+            } else if piece < num_pieces {
+                return job.run(cpu, piece * num_tiles / num_pieces..(piece + 1) * num_tiles / num_pieces);
+            } else {
+                piece -= num_pieces;
+            }
+        }
+    }
+
+    fn pieces_of(&self, cpu: &Cpu, job: &Job<'_>) -> usize {
+        let num_wanted = cpu.pieces_for(self.macs);
+        (num_wanted * job.macs() / self.macs.max(1)).clamp(1, job.num_tiles(cpu).max(1))
+    }
+
+    fn jobs(&self) -> impl Iterator<Item = Job<'_>> {
+        (0..self.segments.len() * N).filter_map(|index| {
+            let segment = &self.segments[index / N];
+            let weights = segment.pairs[index % N]?.down;
+            let (rank, place) = (weights.rows(), self.places[index]);
+            let elements = self.inner.part(place..place + segment.rows.len() * rank);
+            let out = Output { elements, stride: rank, first_m: 0, rows: 0..rank, bias: None, accumulate: false };
+            Some(Job { x: self.inputs(&segment.rows, weights), weights, out })
+        })
+    }
+
+    /// A segment's rows, as such a matrix reads them.
+    fn inputs(&self, rows: &Range<usize>, weights: &Matrix) -> Inputs<'_> {
+        let x = &self.x;
+        match weights {
+            Matrix::Quantized(_) => x.whole_panels(rows).unwrap_or_else(|| {
+                let rows = rows.start - self.first_gathered..rows.end - self.first_gathered;
+                self.gathered.segment(rows, self.columns)
+            }),
+            _ => Inputs::dense(rows.len(), x.cols(), &x.rows()[rows.start * x.cols()..rows.end * x.cols()]),
+        }
+    }
+
     /// Adds to the outputs `cols` of the rows `rows`, which are the calling task's, what their segments have for product
-    /// number `product`.
+    /// number `product`. All pieces of the first half have been begun.
     pub(super) fn add(&self, cpu: &Cpu, product: usize, rows: &Range<usize>, cols: &Range<usize>, out: &Output<'_>) {
+        wait_until(|| self.num_done.load(Ordering::Acquire) >= self.num_pieces);
         for (index, segment) in self.segments.iter().enumerate() {
             let common = segment.rows.start.max(rows.start)..segment.rows.end.min(rows.end);
             let Some(pair) = segment.pairs[product].filter(|_| !common.is_empty()) else { continue };
             let rank = pair.up.cols();
-            let first = self.low_rank.places[index * N + product] + (common.start - segment.rows.start) * rank;
-            let x = self.low_rank.inputs(first, common.len(), rank);
+            let first = self.places[index * N + product] + (common.start - segment.rows.start) * rank;
+            // SAFETY: nobody writes it any more: the first half is done.
+            let inner = unsafe { self.inner.read(first..first + common.len() * rank) };
+            let x = Inputs::dense(common.len(), rank, inner);
             let start = out.index(common.start, cols.start);
             let elements = out.elements.part(start..start + (common.len() - 1) * out.stride + cols.len());
             let out = Output { elements, first_m: 0, rows: cols.clone(), bias: None, accumulate: true, ..*out };
@@ -86,101 +179,36 @@ impl<const N: usize> Addends<'_, N> {
     }
 }
 
-/// The first half of a pair for a segment's rows.
-struct Job<'a> {
-    x: Inputs<'a>,
-    weights: &'a Matrix,
-    out: Output<'a>,
-}
-
-/// Jobs divided into pieces of tiles by the work in them.
-struct Jobs<'a, F> {
-    cpu: &'a Cpu,
-    len: usize,
-    /// None: there is nothing to do.
-    job: F,
-}
-
-impl<'a, F: Fn(usize) -> Option<Job<'a>> + Sync> Jobs<'a, F> {
-    fn run(&self) {
-        let macs = |job: &Job<'_>| job.x.num_rows() * job.weights.rows() * job.weights.cols();
-        let jobs = || (0..self.len).filter_map(&self.job);
-        let total: usize = jobs().map(|job| macs(&job)).sum();
-        let num_wanted = (self.cpu.threads() * PIECES_PER_THREAD).min(total / MIN_PIECE_MACS);
-        if num_wanted <= 1 || self.cpu.threads() == 1 {
-            for job in jobs() {
-                self.tiles(&job, 0..self.num_tiles(&job));
-            }
-            return;
-        }
-        let num_pieces = |job: &Job<'_>| (num_wanted * macs(job) / total).clamp(1, self.num_tiles(job).max(1));
-        self.cpu.pool.run(jobs().map(|job| num_pieces(&job)).sum(), |mut index| {
-            for job in jobs() {
-                let num_pieces = num_pieces(&job);
-                if index < num_pieces {
-                    let tiles = self.num_tiles(&job);
-                    return self.tiles(&job, index * tiles / num_pieces..(index + 1) * tiles / num_pieces);
-                }
-                index -= num_pieces;
-            }
-        });
-    }
-
-    fn num_tiles(&self, job: &Job<'_>) -> usize {
-        job.weights.rows().div_ceil(self.cpu.tile_rows(job.weights))
-    }
-
-    fn tiles(&self, job: &Job<'_>, tiles: Range<usize>) {
-        self.cpu.tiles(&job.x, job.weights, tiles, 0..job.x.panels().num_panels(), &job.out);
-    }
-}
-
 impl Cpu {
-    /// The first halves: `down x` of every segment and product, kept in `low_rank`. Segments ascend and do not overlap.
-    /// What comes back is for the products of the same activations.
-    pub fn low_rank_down<'a, const N: usize>(
+    /// Products of low rank of `x`, for [`Cpu::matmul_all`] and its like, which compute them: `low_rank` is room for what lies
+    /// between. Segments ascend and do not overlap.
+    pub fn low_rank<'a, const N: usize>(
         &self,
-        x: &Activations,
+        x: &'a Activations,
         segments: &'a [LowRankSegment<'a, N>],
         low_rank: &'a mut LowRank,
     ) -> Addends<'a, N> {
-        let LowRank { gathered, inner, places } = &mut *low_rank;
+        let LowRank { gathered, inner, places } = low_rank;
         let len = self.place(x, segments, places);
         // What is left over from earlier is overwritten.
         inner.resize(inner.len().max(len), 0.0);
+        let (x, first_gathered) = (x.inputs(), segments.first().map_or(0, |segment| segment.rows.start));
         let is_quantized = |pair: &LowRankPair<'_>| pair.down.is_quantized();
-        let has_quantized = segments.iter().flat_map(|segment| segment.pairs.iter().flatten()).any(is_quantized);
-        // One segment of all rows finds its panels as they are.
-        let is_whole = |segment: &LowRankSegment<'_, N>| segment.rows == (0..x.num_rows());
-        let first = segments.first().map_or(0, |segment| segment.rows.start);
-        if has_quantized && !segments.iter().all(is_whole) {
-            self.gather_segments(x, segments, first, gathered);
+        let must_gather = |segment: &LowRankSegment<'_, N>| {
+            segment.pairs.iter().flatten().any(is_quantized) && x.whole_panels(&segment.rows).is_none()
+        };
+        if segments.iter().any(must_gather) {
+            self.gather_segments(&x, segments.iter().filter(|segment| must_gather(segment)), first_gathered, gathered);
         }
-        let (gathered, elements) = (&*gathered, SharedMut::new(&mut inner[..len]));
-        Jobs {
-            cpu: self,
-            len: segments.len() * N,
-            job: |index: usize| {
-                let segment = &segments[index / N];
-                let weights = segment.pairs[index % N]?.down;
-                let x = match weights {
-                    _ if is_whole(segment) => x.inputs(),
-                    Matrix::Quantized(_) => {
-                        gathered.segment(segment.rows.start - first..segment.rows.end - first, self.kernels.columns)
-                    }
-                    _ => {
-                        let values = &x.rows()[segment.rows.start * x.cols()..segment.rows.end * x.cols()];
-                        Inputs::dense(segment.rows.len(), x.cols(), values)
-                    }
-                };
-                let (rank, place) = (weights.rows(), places[index]);
-                let elements = elements.part(place..place + segment.rows.len() * rank);
-                let out = Output { elements, stride: rank, first_m: 0, rows: 0..rank, bias: None, accumulate: false };
-                Some(Job { x, weights, out })
-            },
+        let inner = SharedMut::new(&mut inner[..len]);
+        let (columns, num_done) = (self.kernels.columns, AtomicUsize::new(0));
+        let mut addends =
+            Addends { segments, x, gathered, first_gathered, inner, places, columns, num_pieces: 1, macs: 0, num_done };
+        addends.macs = addends.jobs().map(|job| job.macs()).sum();
+        if self.pieces_for(addends.macs) > 1 {
+            addends.num_pieces = addends.jobs().map(|job| addends.pieces_of(self, &job)).sum();
         }
-        .run();
-        Addends { segments, low_rank }
+        addends
     }
 
     /// Checks the segments and says where their first halves go; how long all are.
@@ -213,21 +241,20 @@ impl Cpu {
         len
     }
 
-    /// The int8 groups of each segment's rows by themselves, as if there were no others.
-    fn gather_segments<const N: usize>(
+    /// The int8 groups of these segments' rows, each by themselves, as if there were no others.
+    fn gather_segments<'a, const N: usize>(
         &self,
-        x: &Activations,
-        segments: &[LowRankSegment<'_, N>],
+        x: &Inputs<'_>,
+        segments: impl Iterator<Item = &'a LowRankSegment<'a, N>>,
         first: usize,
         gathered: &mut Activations,
     ) {
-        let (x, columns) = (x.inputs(), self.kernels.columns);
-        let num_rows = segments.last().map_or(0, |segment| segment.rows.end - first);
-        let out = gathered.reshape(num_rows, x.cols(), Form::Int8, columns);
+        let columns = self.kernels.columns;
+        let out = gathered.reshape(x.num_rows() - first, x.cols(), Form::Int8, columns);
         for segment in segments {
             let out = out.segment(segment.rows.start - first..segment.rows.end - first, columns);
             for (to, from) in segment.rows.clone().enumerate() {
-                copy_groups(&x, from, &out, to);
+                copy_groups(x, from, &out, to);
             }
         }
     }
@@ -247,5 +274,13 @@ impl<'a> Inputs<'a> {
     /// Rows in f32.
     fn dense(num_rows: usize, cols: usize, rows: &'a [f32]) -> Self {
         Self { num_rows, cols, form: Form::F32, panels: Panels::new(num_rows, 0, num_rows.max(1)), rows, groups: &[] }
+    }
+
+    /// The int8 groups of some rows where they lie; none if they share a panel with others.
+    fn whole_panels(&self, rows: &Range<usize>) -> Option<Self> {
+        let QuantRows { panels, elements } = self.quantized_rows();
+        let part = panels.part(rows)?;
+        let groups = &elements[rows.start * panels.groups..rows.end * panels.groups];
+        Some(Self { num_rows: rows.len(), cols: self.cols, form: Form::Int8, panels: part, rows: &[], groups })
     }
 }

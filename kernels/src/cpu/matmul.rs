@@ -19,7 +19,7 @@ const ROW_BLOCK_BYTES: usize = 256 * 1024;
 /// Rows of a block at least, so that an unpacked weight tile is used often enough.
 const MIN_BLOCK_ROWS: usize = 32;
 /// Multiply-adds that are worth waking another thread for: about two microseconds of one core.
-pub(super) const MIN_PIECE_MACS: usize = 64 * 1024;
+const MIN_PIECE_MACS: usize = 64 * 1024;
 
 thread_local! {
     /// Memory a thread keeps between calls.
@@ -39,6 +39,7 @@ impl Cpu {
     }
 
     /// Several products of the same activations in one parallel region: each `out = x . w^T (+ bias) (+ addends)`.
+    #[expect(clippy::needless_pass_by_value, reason = "addends are computed once")]
     pub fn matmul_all<const N: usize>(
         &self,
         x: &Activations,
@@ -46,10 +47,11 @@ impl Cpu {
         addends: Option<Addends<'_, N>>,
     ) {
         let x = &x.inputs();
-        self.products(x, &products.map(|product| self.part(x, product, false)), addends);
+        self.products(x, &products.map(|product| self.part(x, product, false)), addends.as_ref());
     }
 
     /// [`Cpu::matmul_all`], but added to what is there: each `out += x . w^T (+ bias) (+ addends)`.
+    #[expect(clippy::needless_pass_by_value, reason = "addends are computed once")]
     pub fn matmul_add_all<const N: usize>(
         &self,
         x: &Activations,
@@ -57,7 +59,7 @@ impl Cpu {
         addends: Option<Addends<'_, N>>,
     ) {
         let x = &x.inputs();
-        self.products(x, &products.map(|product| self.part(x, product, true)), addends);
+        self.products(x, &products.map(|product| self.part(x, product, true)), addends.as_ref());
     }
 
     /// A product, checked.
@@ -103,17 +105,17 @@ impl Cpu {
     }
 
     /// One region for all parts: pieces of tiles, shared out by the work in them.
-    fn products<const N: usize>(&self, x: &Inputs<'_>, parts: &[Part<'_>; N], addends: Option<Addends<'_, N>>) {
+    fn products<const N: usize>(&self, x: &Inputs<'_>, parts: &[Part<'_>; N], addends: Option<&Addends<'_, N>>) {
         if x.num_rows() == 0 {
             return;
         }
-        if let Some(addends) = &addends {
+        if let Some(addends) = addends {
             for (product, part) in parts.iter().enumerate() {
                 addends.check(product, part.weights.rows());
             }
         }
         let weights = parts.each_ref().map(|part| part.weights);
-        self.with_inputs(x, weights, |x| self.run_products(&x, parts, addends.as_ref()));
+        self.with_inputs(x, weights, |x| self.run_products(&x, parts, addends));
     }
 
     /// Of what each part reads.
@@ -134,16 +136,24 @@ impl Cpu {
         };
         let macs = |part: &Part<'_>| part.tiles * part.tile_rows * part.weights.cols() * x[0].num_rows();
         let total: usize = parts.iter().map(macs).sum();
-        let num_wanted = (self.threads() * PIECES_PER_THREAD).min(total / MIN_PIECE_MACS);
-        if num_wanted <= 1 || self.threads() == 1 {
+        let num_wanted = self.pieces_for(total);
+        if num_wanted == 1 {
+            if let Some(addends) = addends {
+                (0..addends.num_pieces()).for_each(|piece| addends.run_piece(self, piece));
+            }
             (0..N).for_each(|at| piece_of(at, 0, 1));
             return;
         }
+        let num_first = addends.map_or(0, Addends::num_pieces);
         let num_pieces: [usize; N] = std::array::from_fn(|at| {
             let part = &parts[at];
             part.even_pieces((num_wanted * macs(part) / total.max(1)).clamp(1, part.blocks().max(1)))
         });
-        self.pool.run(num_pieces.iter().sum(), |mut index| {
+        self.pool.run(num_first + num_pieces.iter().sum::<usize>(), |mut index| {
+            if let Some(addends) = addends.filter(|_| index < num_first) {
+                return addends.run_piece(self, index);
+            }
+            index -= num_first;
             for (at, &num_pieces) in num_pieces.iter().enumerate() {
                 if index < num_pieces {
                     return piece_of(at, index, num_pieces);
@@ -151,6 +161,12 @@ impl Cpu {
                 index -= num_pieces;
             }
         });
+    }
+
+    /// Pieces that so many multiply-adds are worth: one, or some for each thread.
+    pub(super) fn pieces_for(&self, macs: usize) -> usize {
+        let most = if self.threads() == 1 { 1 } else { self.threads() * PIECES_PER_THREAD };
+        (macs / MIN_PIECE_MACS).clamp(1, most)
     }
 
     /// Every one of `tiles` meets every row of `panels` once. Shapes are checked, and the outputs are the calling task's.

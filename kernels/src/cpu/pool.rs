@@ -1,7 +1,8 @@
 //! The worker pool: threads made once, which spin briefly for the next region and then park.
 //!
 //! A region is `run(num_tasks, task)`: the caller and the workers draw task numbers from one counter until none is
-//! left. The pool knows nothing of what a task does, and promises no order: results must not depend on who ran what.
+//! left. The pool knows nothing of what a task does; tasks begin in order, each after those of lower numbers have begun, and
+//! nothing more is promised: results must not depend on who ran what.
 //!
 //! How a region opens and closes: one atomic word holds the region's number, an OPEN bit and the count of workers
 //! inside. A worker enters by raising the count while OPEN is set; the caller, out of tasks itself, clears OPEN and
@@ -23,7 +24,7 @@ use std::time::{Duration, Instant};
 const SPIN: Duration = Duration::from_micros(100);
 /// Looks between two glances at the clock.
 const LOOKS_PER_CLOCK: u32 = 64;
-/// Looks of the closing caller before it gives its core away between looks.
+/// Looks of a thread that waits for another's task before it gives its core away between looks.
 const LOOKS_BEFORE_YIELD: u32 = 4096;
 
 const OPEN: u64 = 1 << 31;
@@ -160,15 +161,7 @@ impl Shared {
     /// Ends the region: nobody enters any more, and everybody inside has left. Acquires what they wrote.
     fn close(&self) {
         self.state.fetch_and(!OPEN, Ordering::AcqRel);
-        let mut looks = 0_u32;
-        while self.state.load(Ordering::Acquire) & COUNT > 0 {
-            looks = looks.saturating_add(1);
-            if looks < LOOKS_BEFORE_YIELD {
-                std::hint::spin_loop();
-            } else {
-                std::thread::yield_now();
-            }
-        }
+        wait_until(|| self.state.load(Ordering::Acquire) & COUNT == 0);
     }
 
     /// Enters the region that `state` shows, if it is still open.
@@ -207,6 +200,20 @@ impl Shared {
             };
             drop(self.wake.wait_while(guard, quiet).unwrap_or_else(PoisonError::into_inner));
             self.num_parked.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+}
+
+/// Waits for what a running task of another thread is about to do, microseconds as a rule. What it waits for must not wait in
+/// turn: tasks are drawn in order, so a task may wait for those of lower numbers that wait for none.
+pub(crate) fn wait_until(is_done: impl Fn() -> bool) {
+    let mut looks = 0_u32;
+    while !is_done() {
+        looks = looks.saturating_add(1);
+        if looks < LOOKS_BEFORE_YIELD {
+            std::hint::spin_loop();
+        } else {
+            std::thread::yield_now();
         }
     }
 }
@@ -278,6 +285,16 @@ impl<T> SharedMut<T> {
     pub(crate) fn pointer(&self, range: std::ops::Range<usize>) -> *mut T {
         assert!(range.start <= range.end && range.end <= self.1, "{range:?} of {} elements", self.1);
         self.0.wrapping_add(range.start)
+    }
+
+    /// A part of it, to read.
+    ///
+    /// # Safety
+    /// - Nobody writes that part meanwhile.
+    /// - The slice given to `new` is still borrowed.
+    pub(crate) unsafe fn read(&self, range: std::ops::Range<usize>) -> &[T] {
+        // SAFETY: in bounds, which `pointer` asserts; not written, by the caller's duty.
+        unsafe { std::slice::from_raw_parts(self.pointer(range.clone()), range.len()) }
     }
 
     /// A part of it, borrowed.

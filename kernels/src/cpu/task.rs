@@ -67,6 +67,12 @@ impl Panels {
         (panels.start * self.panel_rows).min(self.num_rows)..(panels.end * self.panel_rows).min(self.num_rows)
     }
 
+    /// Some rows as panels of their own, lying as they do here; none where they share a panel with others.
+    pub(crate) fn part(&self, rows: &Range<usize>) -> Option<Self> {
+        let is_bound = |row: usize| row.is_multiple_of(self.panel_rows) || row == self.num_rows;
+        (is_bound(rows.start) && is_bound(rows.end)).then_some(Self { num_rows: rows.len(), ..*self })
+    }
+
     /// Where a row's first group lies, and how far apart its groups are.
     pub(crate) fn place(&self, row: usize) -> (usize, usize) {
         let rows = self.rows_of(row / self.panel_rows);

@@ -206,11 +206,11 @@ fn add_branch(
 /// What the adapters add to the next products of `x`.
 fn addends<'a, const N: usize>(
     cpu: &Cpu,
-    x: &Activations,
+    x: &'a Activations,
     segments: &'a [Segment<'a, N>],
     low_rank: &'a mut LowRank,
 ) -> Option<Addends<'a, N>> {
-    (!segments.is_empty()).then(|| cpu.low_rank_down(x, segments, low_rank))
+    (!segments.is_empty()).then(|| cpu.low_rank(x, segments, low_rank))
 }
 
 /// The first half of an MLP.
