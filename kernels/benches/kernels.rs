@@ -6,8 +6,9 @@
 use std::hint::black_box;
 
 use bindery_kernels::{
-    Activation, Activations, AttentionArgs, AttentionSequence, CodeBits, CodeBook, Cpu, Form, GatedProduct, Isa,
-    KvCache, KvDtype, KvShape, Matrix, Norm, Projection, QuantFormat, Quantized, Scaling,
+    Activation, Activations, AttentionArgs, AttentionSequence, CodeBits, CodeBook, Cpu, ExpertWeights, Form,
+    GatedProduct, Isa, KvCache, KvDtype, KvShape, LayerNorm, LowRank, LowRankPair, LowRankSegment, Matrix, Mixture,
+    Norm, Product, Projection, QuantFormat, Quantized, RopeStyle, RoutingArgs, Scaling, Shares,
 };
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use half::{bf16, f16};
@@ -151,6 +152,14 @@ fn rows(c: &mut Criterion) {
         group.bench_function(BenchmarkId::new("rms_norm+quantize", m), |b| {
             b.iter(|| cpu.norm(&x, m, &norm, Form::Int8, black_box(&mut activations)));
         });
+        let layer_norm = Norm::Layer(LayerNorm { weight: &weight, bias: &weight, eps: 1e-5 });
+        group.bench_function(BenchmarkId::new("layer_norm+quantize", m), |b| {
+            b.iter(|| cpu.norm(&x, m, &layer_norm, Form::Int8, black_box(&mut activations)));
+        });
+        let (mut heads, angles) = (x.clone(), vec![0.6; m * 32]);
+        group.bench_function(BenchmarkId::new("rope", m), |b| {
+            b.iter(|| cpu.rope(black_box(&mut heads), m, 9, 64, 64, RopeStyle::Neox, &angles, &angles));
+        });
         let (gate, up) = (matrix(&cpu, "q4_1", 1536, 576), matrix(&cpu, "q4_1", 1536, 576));
         let mut gated = Activations::default();
         for (name, activation) in
@@ -176,9 +185,72 @@ fn rows(c: &mut Criterion) {
     group.finish();
 }
 
+/// Eight experts of which a row has two; the router's product is not in it.
+fn experts(c: &mut Criterion) {
+    const NUM_EXPERTS: usize = 8;
+    const NUM_CHOSEN: usize = 2;
+    let cpu = cpu();
+    let mut group = c.benchmark_group(format!("{}/experts", cpu.isa()));
+    let experts: Vec<[Matrix; 3]> = (0..NUM_EXPERTS)
+        .map(|_| [(1536, 576), (1536, 576), (576, 1536)].map(|(rows, cols)| matrix(&cpu, "q4_1", rows, cols)))
+        .collect();
+    let expert = |index: usize| {
+        let [gate, up, down] = experts[index].each_ref().map(|weights| Projection { weights, bias: None });
+        let product = GatedProduct { gate, up: Some(up), activation: Activation::Silu };
+        ExpertWeights { product, down }
+    };
+    let args = RoutingArgs { num_experts: NUM_EXPERTS, num_chosen: NUM_CHOSEN, shares: Shares::OfChosen };
+    for m in [1, 32, 512] {
+        let x: Vec<f32> = (0..m * 576).map(noise).collect();
+        let logits: Vec<f32> = (0..m * NUM_EXPERTS).map(noise).collect();
+        let (mut activations, mut mixture, mut out) = (Activations::default(), Mixture::default(), vec![0.0; m * 576]);
+        cpu.prepare(&x, m, 576, Form::Int8, &mut activations);
+        group.throughput(Throughput::Elements(2 * (3 * m * NUM_CHOSEN * 1536 * 576) as u64));
+        group.bench_function(BenchmarkId::new("route+experts q4_1", m), |b| {
+            b.iter(|| {
+                cpu.route(&mut logits.clone(), &args, &mut mixture);
+                cpu.experts(&activations, &mut mixture, expert, black_box(&mut out));
+            });
+        });
+    }
+    group.finish();
+}
+
+/// A product with and without adapters of rank 16 beside it; operations are those of both.
+fn low_rank(c: &mut Criterion) {
+    const RANK: usize = 16;
+    let cpu = cpu();
+    let mut group = c.benchmark_group(format!("{}/low_rank", cpu.isa()));
+    let base = matrix(&cpu, "q4_1", 1536, 576);
+    let pairs: Vec<[Matrix; 2]> =
+        (0..8).map(|_| [matrix(&cpu, "q8_0", RANK, 576), matrix(&cpu, "f16", 1536, RANK)]).collect();
+    for (num_adapters, m) in [(0, 1), (1, 1), (0, 32), (1, 32), (8, 32), (0, 512), (1, 512), (8, 512)] {
+        let x: Vec<f32> = (0..m * 576).map(noise).collect();
+        let (mut activations, mut between, mut out) = (Activations::default(), LowRank::default(), vec![0.0; m * 1536]);
+        cpu.prepare(&x, m, 576, Form::Int8, &mut activations);
+        let segments: Vec<LowRankSegment<'_, 1>> = (0..num_adapters)
+            .map(|at| {
+                let [down, up] = &pairs[at];
+                let rows = at * m / num_adapters..(at + 1) * m / num_adapters;
+                LowRankSegment { rows, pairs: [Some(LowRankPair { down, up })] }
+            })
+            .collect();
+        let of_adapters = if num_adapters > 0 { RANK * (1536 + 576) } else { 0 };
+        group.throughput(Throughput::Elements(2 * (m * (1536 * 576 + of_adapters)) as u64));
+        group.bench_function(BenchmarkId::new(format!("product+{num_adapters} adapters"), m), |b| {
+            b.iter(|| {
+                let addends =
+                    (num_adapters > 0).then(|| cpu.low_rank(&activations, &segments, black_box(&mut between)));
+                cpu.matmul_all(&activations, [Product { weights: &base, bias: None, out: &mut out }], addends);
+            });
+        });
+    }
+    group.finish();
+}
+
 fn attention(c: &mut Criterion) {
     let cpu = cpu();
-    for dtype in [KvDtype::F16, KvDtype::F32] {
+    for dtype in [KvDtype::F16, KvDtype::Bf16, KvDtype::F32, KvDtype::Int8] {
         let mut group = c.benchmark_group(format!("{}/attention {dtype:?}", cpu.isa()));
         for (context, m) in [(128, 1), (1024, 1), (8192, 1), (512, 512)] {
             let shape = KvShape { num_layers: 1, num_kv_heads: 3, head_dim: 64, block_size: 16, dtype };
@@ -200,6 +272,7 @@ fn attention(c: &mut Criterion) {
                 let sequence = AttentionSequence { rows: 0..m, context_len: context, block_table: &table };
                 b.iter(|| cpu.attention(&q, &cache, 0, std::slice::from_ref(&sequence), &args, black_box(&mut out)));
             });
+            group.throughput(Throughput::Bytes((2 * m * 192 * dtype.size_bytes()) as u64));
             group.bench_function(BenchmarkId::new(format!("write {m} of {context}"), m), |b| {
                 let first = context - m;
                 b.iter(|| cpu.write_kv(&mut cache, 0, &k[first * 192..], &k[first * 192..], &slots[first..]));
@@ -209,5 +282,5 @@ fn attention(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, products, rows, attention);
+criterion_group!(benches, products, rows, experts, low_rank, attention);
 criterion_main!(benches);
