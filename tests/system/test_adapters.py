@@ -188,6 +188,36 @@ def test_a_watched_folder_brings_replaces_and_takes_away(serve, tmp_path):
     assert server.stop() == 0
 
 
+def test_a_watched_folder_may_be_a_tenants_own(serve, tmp_path):
+    for folder in ("shared", "acmes"):
+        (tmp_path / folder).mkdir()
+    write(tmp_path / "shared" / "everyones", "llama-qv")
+    write(tmp_path / "shared" / "both", "llama-qv")
+    # The folder that comes first has the name.
+    write(tmp_path / "acmes" / "both", "llama-patterns")
+    config = tmp_path / "bindery.toml"
+    config.write_text(
+        f'[[adapter_dir]]\npath = "{tmp_path / "shared"}"\n'
+        f'[[adapter_dir]]\npath = "{tmp_path / "acmes"}"\ntenants = ["acme"]\n'
+        '[[tenants]]\nname = "acme"\napi_key_env = "ACME_KEY"\n[[tenants]]\nname = "other"\napi_key_env = "OTHER_KEY"\n'
+    )
+    server = serve("--config", str(config), env={"ACME_KEY": "acme-1", "OTHER_KEY": "other-1"})
+    acme, other = server.client(api_key="acme-1"), server.client(api_key="other-1")
+    write(tmp_path / "acmes" / "ours", "llama-patterns")
+    eventually("it appears", lambda: says(acme, "ours", "llama-patterns"))
+    assert [model.id for model in acme.models.list()] == [BASE, "both", "everyones", "ours"]
+    assert [model.id for model in other.models.list()] == [BASE, "both", "everyones"]
+    assert says(other, "ours", "llama-patterns") is None, "to others it does not exist"
+    assert says(other, "both", "llama-qv") and says(acme, "both", "llama-qv")
+    # A new version stays its tenant's.
+    write(tmp_path / "acmes" / "ours", "llama-all-rslora")
+    eventually("the new version is in use", lambda: says(acme, "ours", "llama-all-rslora"))
+    assert says(other, "ours", "llama-all-rslora") is None
+    shutil.rmtree(tmp_path / "shared" / "both")
+    eventually("the name is free", lambda: says(other, "both", "llama-qv") is None)
+    assert server.stop() == 0
+
+
 def test_adapters_of_tenants_in_a_config_file(serve, tmp_path):
     config = tmp_path / "bindery.toml"
     config.write_text(

@@ -31,7 +31,7 @@ const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 #[derive(Clone, Default)]
 pub(crate) struct AdapterSettings {
     pub(crate) adapters: Vec<NamedAdapter>,
-    pub(crate) folder: Option<AdapterFolder>,
+    pub(crate) folders: Vec<AdapterFolder>,
     pub(crate) roots: AdapterRoots,
     pub(crate) tenants: Vec<Tenant>,
 }
@@ -60,6 +60,15 @@ pub(crate) enum ReadWhen {
 pub(crate) struct AdapterFolder {
     pub(crate) path: PathBuf,
     pub(crate) watch: bool,
+    pub(crate) tenants: Option<Vec<String>>,
+}
+
+impl AdapterFolder {
+    /// What is in it now, by name. Blocking.
+    pub(crate) fn adapters(&self) -> Result<Vec<(String, PathBuf)>, Failure> {
+        adapters_in(&self.path)
+            .map_err(|error| Failure::new(format!("cannot read the adapters' folder {}: {error}", self.path.display())))
+    }
 }
 
 impl AdapterSettings {
@@ -100,14 +109,15 @@ impl AdapterSettings {
             return Err(Failure::usage(format!("{origin}: {count} adapters are pinned and max_loras is {max_loras}"))
                 .hint("pin fewer, or raise --max-loras"));
         }
-        let folder = tables.folder.map(|table| folder_of(table, at)).transpose()?;
-        let roots = roots(&flags.adapter_root, &adapters, folder.as_ref())?;
+        let folders: Vec<AdapterFolder> =
+            tables.folders.into_iter().map(|table| folder_of(table, at)).collect::<Result<_, _>>()?;
+        let roots = roots(&flags.adapter_root, &adapters, &folders)?;
         let line =
             |name: &str| tables.tenants.iter().find(|tenant| tenant.name == name).map_or(1, |tenant| tenant.line);
         let configured = tables.gateway.iter().flat_map(|gateway| &gateway.tenants);
         let tenants =
             configured.map(|tenant| tenant_of(tenant, &at(line(tenant.id.as_str())))).collect::<Result<_, _>>()?;
-        Ok(Self { adapters, folder, roots, tenants })
+        Ok(Self { adapters, folders, roots, tenants })
     }
 
     /// Refuses adapters that requests could not name, as the base has their name.
@@ -122,13 +132,18 @@ impl AdapterSettings {
         }
     }
 
-    /// What of the folder is there now, without names that are taken.
-    pub(crate) fn in_folder(&self) -> anyhow::Result<Vec<(String, PathBuf)>> {
-        let Some(folder) = &self.folder else { return Ok(Vec::new()) };
-        let found = adapters_in(&folder.path).map_err(|error| {
-            Failure::new(format!("cannot read the adapters' folder {}: {error}", folder.path.display()))
-        })?;
-        Ok(found.into_iter().filter(|(name, _)| self.adapters.iter().all(|adapter| adapter.name != *name)).collect())
+    /// What is in the folders now, without names that are taken: by an adapter given by name, or by an earlier folder.
+    pub(crate) fn in_folders(&self) -> anyhow::Result<Vec<(String, PathBuf, &AdapterFolder)>> {
+        let mut found: Vec<(String, PathBuf, &AdapterFolder)> = Vec::new();
+        for folder in &self.folders {
+            for (name, path) in folder.adapters()? {
+                let is_given = self.adapters.iter().any(|adapter| adapter.name == name);
+                if !is_given && found.iter().all(|(other, ..)| *other != name) {
+                    found.push((name, path, folder));
+                }
+            }
+        }
+        Ok(found)
     }
 
     /// Brings those that are read at the start to this machine, so that a hub that cannot be reached is told early.
@@ -152,8 +167,9 @@ impl AdapterSettings {
                 ReadWhen::FirstAskedFor => pool.register(spec)?,
             }
         }
-        for (name, path) in self.in_folder()? {
-            let spec = AdapterSpec { name, source: AdapterSource::Path(path), tenants: None, pinned: false };
+        for (name, path, folder) in self.in_folders()? {
+            let (source, tenants) = (AdapterSource::Path(path), folder.tenants.clone());
+            let spec = AdapterSpec { name, source, tenants, pinned: false };
             match pool.register(spec) {
                 Ok(()) => {}
                 // A folder's name that is none for an adapter: the others are as good as they were.
@@ -164,10 +180,13 @@ impl AdapterSettings {
         Ok(())
     }
 
-    /// Looks at the folder until it is aborted; None where there is none to watch.
-    pub(crate) fn watch(&self, pool: &AdapterPool) -> Option<tokio::task::JoinHandle<()>> {
-        let folder = self.folder.as_ref().filter(|folder| folder.watch)?;
-        Some(tokio::spawn(watch_folder(pool.clone(), folder.path.clone(), WATCH_INTERVAL)))
+    /// Looks at the folders that are to be watched until it is aborted.
+    pub(crate) fn watch(&self, pool: &AdapterPool) -> Vec<tokio::task::JoinHandle<()>> {
+        let watch = |folder: &AdapterFolder| {
+            let AdapterFolder { path, tenants, .. } = folder.clone();
+            tokio::spawn(watch_folder(pool.clone(), path, tenants, WATCH_INTERVAL))
+        };
+        self.folders.iter().filter(|folder| folder.watch).map(watch).collect()
     }
 }
 
@@ -182,29 +201,25 @@ fn source_of(asked: &str, origin: &str) -> Result<AdapterRef, Failure> {
 }
 
 fn folder_of(table: FolderTable, at: impl Fn(usize) -> String) -> Result<AdapterFolder, Failure> {
-    let FolderTable { line, path, watch } = table;
+    let FolderTable { line, path, watch, tenants } = table;
     let path = PathBuf::from(path);
     if !path.is_dir() {
         let what = if path.exists() { "is not a folder" } else { "is not there" };
         return Err(Failure::usage(format!("{}: the adapters' folder {} {what}", at(line), path.display()))
             .hint("create it, or correct path in [adapter_dir]"));
     }
-    Ok(AdapterFolder { path, watch })
+    Ok(AdapterFolder { path, watch, tenants })
 }
 
 /// The folders that were named, or those that the adapters lie in.
-fn roots(
-    given: &[PathBuf],
-    adapters: &[NamedAdapter],
-    folder: Option<&AdapterFolder>,
-) -> Result<AdapterRoots, Failure> {
+fn roots(given: &[PathBuf], adapters: &[NamedAdapter], watched: &[AdapterFolder]) -> Result<AdapterRoots, Failure> {
     if given.is_empty() {
         let parent = |adapter: &NamedAdapter| match &adapter.source {
             AdapterRef::Path(path) => path.canonicalize().ok()?.parent().map(Path::to_owned),
             AdapterRef::Hub { .. } => None,
         };
         let mut folders: Vec<PathBuf> =
-            adapters.iter().filter_map(parent).chain(folder.map(|folder| folder.path.clone())).collect();
+            adapters.iter().filter_map(parent).chain(watched.iter().map(|folder| folder.path.clone())).collect();
         folders.sort();
         folders.dedup();
         // They were there a moment ago.

@@ -120,7 +120,7 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
         }
     }
     stop.cancel();
-    if let Some(watch) = &watch {
+    for watch in &watch {
         watch.abort();
     }
     let outcome = tokio::select! {
@@ -345,7 +345,7 @@ impl Start<'_> {
         if all.len() > num_loaded {
             lines.push(format!("{} more known by name, each read when first asked for", all.len() - num_loaded));
         }
-        if let Some(folder) = self.settings.adapters.folder.as_ref().filter(|folder| folder.watch) {
+        for folder in self.settings.adapters.folders.iter().filter(|folder| folder.watch) {
             lines.push(format!("what appears in {} (watched)", folder.path.display()));
         }
         lines

@@ -146,6 +146,14 @@ pub(crate) const TABLE_KEYS: &[TableKey] = &[
         default: "true",
         explain: "adapters that are put there later, new versions and removals count too; else it is looked at once",
     },
+    TableKey {
+        header: "[adapter_dir]",
+        name: "tenants",
+        kind: Kind::Texts,
+        example: "[\"acme\"]",
+        default: "everyone",
+        explain: "who may see and use what is in it; several folders are written as [[adapter_dir]]",
+    },
 ];
 
 /// Rows are in the order of `check`'s output; those of a section stand together.

@@ -22,7 +22,7 @@ use super::{
 #[derive(Clone, Debug, Default)]
 pub(crate) struct FileTables {
     pub(crate) adapters: Vec<AdapterTable>,
-    pub(crate) folder: Option<FolderTable>,
+    pub(crate) folders: Vec<FolderTable>,
     /// Names of tenants, right or wrong, and where they stand.
     pub(crate) tenants: Vec<TenantLine>,
     /// None where no file was read.
@@ -39,12 +39,13 @@ pub(crate) struct AdapterTable {
     pub(crate) pinned: bool,
 }
 
-/// `[adapter_dir]`
+/// `[adapter_dir]`, or one of several `[[adapter_dir]]`.
 #[derive(Clone, Debug)]
 pub(crate) struct FolderTable {
     pub(crate) line: usize,
     pub(crate) path: String,
     pub(crate) watch: bool,
+    pub(crate) tenants: Option<Vec<String>>,
 }
 
 /// Where a `[[tenants]]` stands.
@@ -72,6 +73,9 @@ pub(super) fn is_table(name: &str) -> bool {
     header_of(name).is_some()
 }
 
+/// The section that may stand once or several times.
+const ADAPTER_DIR: &str = "adapter_dir";
+
 fn header_of(name: &str) -> Option<&'static str> {
     TABLE_KEYS.iter().map(|key| key.header).find(|header| header.trim_matches(['[', ']']) == name)
 }
@@ -90,7 +94,7 @@ impl FileTables {
         let mut problems = Vec::new();
         let tables: Vec<(usize, &DeTable<'_>)> = match (value, header.starts_with("[[")) {
             (DeValue::Table(table), false) => vec![(at, table)],
-            (DeValue::Array(items), true) => items
+            (DeValue::Array(items), is_many) if is_many || name == ADAPTER_DIR => items
                 .iter()
                 .filter_map(|item| {
                     let at = item.span().start;
@@ -114,8 +118,13 @@ impl FileTables {
         if name == "adapters" {
             return self.add_adapter(fields);
         }
-        let watch = fields.flag("watch").unwrap_or(true);
-        self.folder = Some(FolderTable { line: fields.line(), path: fields.required("path")?, watch });
+        let (line, path) = (fields.line(), fields.required("path")?);
+        if let Some(other) = self.folders.iter().find(|other| other.path == path) {
+            let message = format!("the adapters' folder {path} is in line {} already", other.line);
+            return Err(fields.problem("path", message));
+        }
+        let tenants = fields.tenants(&format!("the adapters' folder {path}"))?;
+        self.folders.push(FolderTable { line, path, watch: fields.flag("watch").unwrap_or(true), tenants });
         Ok(())
     }
 
@@ -127,14 +136,7 @@ impl FileTables {
                 format!("the adapter {name:?} is in line {} already: give each a name of its own", other.line);
             return Err(fields.problem("name", message));
         }
-        let tenants = fields.texts("tenants");
-        if tenants.as_ref().is_some_and(Vec::is_empty) {
-            let message = format!("the adapter {name:?} has an empty list of tenants, so that nobody could use it");
-            return Err(Problem {
-                hint: Some("name tenants, or leave the key out: then everyone may".to_owned()),
-                ..fields.problem("tenants", message)
-            });
-        }
+        let tenants = fields.tenants(&format!("the adapter {name:?}"))?;
         let pinned = fields.flag("pinned").unwrap_or(false);
         let line = fields.line();
         self.adapters.push(AdapterTable { line, name, source: fields.required("source")?, tenants, pinned });
@@ -145,20 +147,23 @@ impl FileTables {
     /// name them.
     pub(super) fn strangers(&self) -> Vec<Problem> {
         let known: Vec<&str> = self.tenants.iter().map(|tenant| tenant.name.as_str()).collect();
-        let problem = |adapter: &AdapterTable| {
-            let stranger = adapter.tenants.iter().flatten().find(|tenant| !known.contains(&tenant.as_str()))?;
+        let problem = |(what, line, tenants): (String, usize, &Option<Vec<String>>)| {
+            let stranger = tenants.iter().flatten().find(|tenant| !known.contains(&tenant.as_str()))?;
             let near = nearest(stranger, known.iter().copied()).first().map(|near| format!("; did you mean {near:?}?"));
             Some(Problem {
-                line: Some(adapter.line),
+                line: Some(line),
                 message: format!(
-                    "the adapter {:?} is for the tenant {stranger:?}, which is not there{}",
-                    adapter.name,
+                    "{what} is for the tenant {stranger:?}, which is not there{}",
                     near.unwrap_or_default()
                 ),
                 hint: Some(format!("add a [[tenants]] with name = {stranger:?}, or correct the name")),
             })
         };
-        self.adapters.iter().filter_map(problem).collect()
+        let adapters = self.adapters.iter();
+        let adapters = adapters.map(|it| (format!("the adapter {:?}", it.name), it.line, &it.tenants));
+        let folders = self.folders.iter();
+        let folders = folders.map(|it| (format!("the adapters' folder {}", it.path), it.line, &it.tenants));
+        adapters.chain(folders).filter_map(problem).collect()
     }
 }
 
@@ -201,6 +206,19 @@ impl Fields<'_> {
         texts_of(self.table.get(key)?.get_ref(), Kind::Texts)
     }
 
+    /// Who may use it; None: everyone.
+    fn tenants(&self, of: &str) -> Result<Option<Vec<String>>, Problem> {
+        let tenants = self.texts("tenants");
+        if tenants.as_ref().is_some_and(Vec::is_empty) {
+            let message = format!("{of} has an empty list of tenants, so that nobody could use it");
+            return Err(Problem {
+                hint: Some("name tenants, or leave the key out: then everyone may".to_owned()),
+                ..self.problem("tenants", message)
+            });
+        }
+        Ok(tenants)
+    }
+
     fn required(&self, key: &str) -> Result<String, Problem> {
         let text = self.texts(key).and_then(|mut texts| texts.pop()).filter(|text| !text.trim().is_empty());
         text.ok_or_else(|| self.problem(key, format!("in {}: {key} is missing or empty", self.header)))
@@ -237,11 +255,17 @@ mod tests {
         assert_eq!((a.line, a.name.as_str(), a.source.as_str(), a.pinned), (1, "a", "org/repo", true));
         assert_eq!(a.tenants.as_deref(), Some(&["acme".to_owned()][..]));
         assert_eq!((b.line, b.tenants.as_deref(), b.pinned), (6, None, false));
-        let folder = tables.folder.unwrap();
+        let folder = &tables.folders[0];
         assert_eq!((folder.line, folder.path.as_str(), folder.watch), (9, "/srv", false));
         assert_eq!((tables.tenants[0].line, tables.tenants[0].name.as_str()), (12, "acme"));
         assert_eq!(tables.gateway.unwrap().tenants[0].api_key_env.as_deref(), Some("ACME_KEY"));
-        assert!(parse("[adapter_dir]\npath = \"/srv\"").unwrap().tables.folder.unwrap().watch, "unless told otherwise");
+        let tables = parse(
+            "[[adapter_dir]]\npath = \"/srv\"\n[[adapter_dir]]\npath = \"/acme\"\ntenants = [\"acme\"]\n\
+             [[tenants]]\nname = \"acme\"\napi_key_env = \"ACME_KEY\"\n",
+        );
+        let [everyones, acmes] = &tables.unwrap().tables.folders[..] else { panic!("two folders") };
+        assert!(everyones.watch && everyones.tenants.is_none(), "unless told otherwise");
+        assert_eq!((acmes.line, acmes.tenants.as_deref()), (3, Some(&["acme".to_owned()][..])));
     }
 
     #[test]
@@ -267,7 +291,15 @@ mod tests {
                 "2: the adapter's name \" a\" has blanks around it",
             ),
             ("[adapters]\nname = \"a\"".to_owned(), "1: write the header of `adapters` as [[adapters]]"),
-            ("[[adapter_dir]]\npath = \"a\"".to_owned(), "1: write the header of `adapter_dir` as [adapter_dir]"),
+            ("adapter_dir = \"a\"".to_owned(), "1: write the header of `adapter_dir` as [adapter_dir]"),
+            (
+                "[[adapter_dir]]\npath = \"/a\"\n[[adapter_dir]]\npath = \"/a\"".to_owned(),
+                "4: the adapters' folder /a is in line 1 already",
+            ),
+            (
+                format!("{tenant}[adapter_dir]\npath = \"/a\"\ntenants = [\"acne\"]"),
+                "4: the adapters' folder /a is for the tenant \"acne\", which is not there; did you mean \"acme\"?",
+            ),
             ("adapters = [1]".to_owned(), "1: [[adapters]] is a table"),
             (format!("{tenant}wight = 2"), "4: unknown field `wight`, expected one of `name`, `api_key_env`"),
         ] {

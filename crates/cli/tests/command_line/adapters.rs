@@ -176,7 +176,7 @@ fn check_says_what_a_config_of_adapters_means() {
     for expected in [
         &format!("Adapter fr: {}; for acme; read when first asked for.", adapters().join("llama-qv").display())[..],
         "Adapter hub: org/repo@v1, to be fetched first; for everyone; read when first asked for.",
-        "(looked at once): 15, falcon-40b, ",
+        "(looked at once; for everyone): 15, falcon-40b, ",
         "Tenants with keys of their own: acme.",
         "Clients would have to send one of 2 keys of tenants.",
     ] {

@@ -18,8 +18,8 @@ use super::{
 };
 
 /// Looks at a folder until the future is dropped. Every folder in it with an adapter_config.json and weights, and every `.gguf` file,
-/// is known by its name without the ending; a dot in front hides it.
-pub async fn watch_folder(pool: AdapterPool, folder: PathBuf, interval: Duration) {
+/// is known by its name without the ending, to these tenants (None: to everyone); a dot in front hides it.
+pub async fn watch_folder(pool: AdapterPool, folder: PathBuf, tenants: Option<Vec<String>>, interval: Duration) {
     let mut watched = Watched::default();
     let mut problem = None;
     loop {
@@ -29,7 +29,7 @@ pub async fn watch_folder(pool: AdapterPool, folder: PathBuf, interval: Duration
             Ok(seen) => {
                 problem = None;
                 for change in watched.look(seen) {
-                    carry_out(&pool, change).await;
+                    carry_out(&pool, change, tenants.as_deref()).await;
                 }
             }
             Err(error) => {
@@ -53,11 +53,11 @@ pub fn adapters_in(folder: &Path) -> io::Result<Vec<(String, PathBuf)>> {
     Ok(scan(folder)?.into_iter().map(|(name, (path, _))| (name, path)).collect())
 }
 
-async fn carry_out(pool: &AdapterPool, change: Change) {
+async fn carry_out(pool: &AdapterPool, change: Change, tenants: Option<&[String]>) {
     match change {
         // What was unloaded by hand comes back with its next version.
-        Change::Changed(name, path) if pool.spec(&name).is_none() => appeared(pool, &name, path),
-        Change::Appeared(name, path) => appeared(pool, &name, path),
+        Change::Changed(name, path) if pool.spec(&name).is_none() => appeared(pool, &name, path, tenants),
+        Change::Appeared(name, path) => appeared(pool, &name, path, tenants),
         // Read when it is asked for; or given by another path under this name, and that one counts.
         Change::Changed(name, path) if !is_known_from(pool, &name, &path) || !pool.is_in_memory(&name) => {}
         Change::Changed(name, _) => match pool.refresh(&name).await {
@@ -81,8 +81,9 @@ fn is_known_from(pool: &AdapterPool, name: &str, path: &Path) -> bool {
     pool.spec(name).is_some_and(|spec| is_from(spec.source))
 }
 
-fn appeared(pool: &AdapterPool, name: &str, path: PathBuf) {
-    let spec = AdapterSpec { name: name.to_owned(), source: AdapterSource::Path(path), tenants: None, pinned: false };
+fn appeared(pool: &AdapterPool, name: &str, path: PathBuf, tenants: Option<&[String]>) {
+    let (source, tenants) = (AdapterSource::Path(path), tenants.map(<[String]>::to_vec));
+    let spec = AdapterSpec { name: name.to_owned(), source, tenants, pinned: false };
     match pool.register(spec) {
         Ok(()) => tracing::info!(adapter = name, "an adapter appeared"),
         // Given by name elsewhere: that one counts, with its tenants.

@@ -84,7 +84,7 @@ pub(crate) async fn run(args: CheckArgs) -> anyhow::Result<()> {
 fn local_names(settings: &Settings) -> anyhow::Result<Vec<String>> {
     let mut names = served_names(settings)?;
     names.extend(settings.adapters.adapters.iter().map(|adapter| adapter.name.clone()));
-    names.extend(settings.adapters.in_folder()?.into_iter().map(|(name, _)| name));
+    names.extend(settings.adapters.in_folders()?.into_iter().map(|(name, ..)| name));
     Ok(names)
 }
 
@@ -196,15 +196,14 @@ impl Model {
 
 /// Adapters and tenants, in sentences.
 fn adapters(settings: &Settings) -> anyhow::Result<Vec<String>> {
-    let AdapterSettings { adapters, folder, roots, tenants } = &settings.adapters;
+    let AdapterSettings { adapters, folders, roots, tenants } = &settings.adapters;
+    let audience =
+        |tenants: &Option<Vec<String>>| tenants.as_ref().map_or("everyone".to_owned(), |them| them.join(", "));
     let options = local::fetch_options(&settings.model)?;
     let mut lines: Vec<String> = adapters
         .iter()
         .map(|adapter| {
-            let who = match &adapter.tenants {
-                None => "everyone".to_owned(),
-                Some(tenants) => tenants.join(", "),
-            };
+            let who = audience(&adapter.tenants);
             let when = match (adapter.read, adapter.pinned) {
                 (ReadWhen::AtStart, true) => "read at the start and kept",
                 (ReadWhen::AtStart, false) => "read at the start",
@@ -214,13 +213,15 @@ fn adapters(settings: &Settings) -> anyhow::Result<Vec<String>> {
             format!("Adapter {}: {}{here}; for {who}; {when}.", adapter.name, adapter.source)
         })
         .collect();
-    if let Some(folder) = folder {
-        let names: Vec<String> = settings.adapters.in_folder()?.into_iter().map(|(name, _)| name).collect();
+    let found = settings.adapters.in_folders()?;
+    for folder in folders {
+        let of_it = found.iter().filter(|(_, _, of)| of.path == folder.path);
+        let names: Vec<String> = of_it.map(|(name, ..)| name.clone()).collect();
         let watched = if folder.watch { "watched" } else { "looked at once" };
-        let path = folder.path.display();
+        let (path, who) = (folder.path.display(), audience(&folder.tenants));
         lines.push(match names.len() {
-            0 => format!("Adapters in {path} ({watched}): none yet."),
-            count => format!("Adapters in {path} ({watched}): {count}, {}.", shortened(&names)),
+            0 => format!("Adapters in {path} ({watched}; for {who}): none yet."),
+            count => format!("Adapters in {path} ({watched}; for {who}): {count}, {}.", shortened(&names)),
         });
     }
     if !lines.is_empty() {

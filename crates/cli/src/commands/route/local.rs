@@ -45,8 +45,10 @@ impl LocalNames {
         let given = settings.adapters.all().map(|adapter| Adapter { name: adapter.name.clone(), tenants: None });
         let tables = settings.tables.adapters.iter();
         let tables = tables.map(|table| Adapter { name: table.name.clone(), tenants: table.tenants.clone() });
-        let folder = settings.tables.folder.as_ref().map(|folder| adapters_in(std::path::Path::new(&folder.path)));
-        let found = folder.into_iter().flatten().flatten().map(|(name, _)| Adapter { name, tenants: None });
+        let found = settings.tables.folders.iter().flat_map(|folder| {
+            let found = adapters_in(std::path::Path::new(&folder.path)).unwrap_or_default();
+            found.into_iter().map(|(name, _)| Adapter { name, tenants: folder.tenants.clone() })
+        });
         let adapters = given.chain(tables).chain(found).collect();
         Ok(Self { base, adapters, max_model_len: max_model_len.or(model.local.max_model_len) })
     }
