@@ -182,7 +182,22 @@ def test_a_watched_folder_brings_replaces_and_takes_away(serve, tmp_path):
     eventually("it is noticed", lambda: "a new version is not used" in server.output)
     assert says(client, "second", "llama-patterns")
 
-    shutil.rmtree(folder / "first")
+    # A link to elsewhere is not taken, one within the folder is.
+    write(tmp_path / "elsewhere", "llama-qv")
+    (folder / "out").symlink_to(tmp_path / "elsewhere")
+    (folder / "link").symlink_to(folder / "first")
+    eventually("the link is known", lambda: says(client, "link", "llama-all-rslora"))
+    assert "out" not in [model.id for model in client.models.list()]
+    assert "there is no adapter at" in server.output and str(folder) in server.output
+    (folder / "link").unlink()
+    eventually("the link is gone", lambda: says(client, "link", "llama-all-rslora") is None)
+
+    # A file in the folder's place is the same name.
+    (folder / "first").rename(folder / ".first-old")
+    shutil.copy(TESTS / "adapters/llama-qv/adapter.gguf", folder / ".first.gguf")
+    (folder / ".first.gguf").rename(folder / "first.gguf")
+    eventually("the file is in use", lambda: says(client, "first", "llama-qv"))
+    (folder / "first.gguf").unlink()
     eventually("it is gone", lambda: says(client, "first", "llama-qv") is None)
     assert says(client, "second", "llama-patterns")
     assert server.stop() == 0
@@ -218,6 +233,31 @@ def test_a_watched_folder_may_be_a_tenants_own(serve, tmp_path):
     assert server.stop() == 0
 
 
+def test_the_memory_of_an_unloaded_adapter_goes_back(serve):
+    server = serve("--adapter-root", str(TESTS / "adapters"), "--admin-key", ADMIN)
+
+    def resident():
+        status = Path(f"/proc/{server.process.pid}/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0])
+
+    def round_of(names):
+        for name in names:
+            server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": "llama-all-rslora"}, ADMIN)
+        full = resident()
+        for name in names:
+            server.post("/v1/unload_lora_adapter", {"lora_name": name}, ADMIN)
+        server.wait_idle()
+        return full
+
+    names = [f"a{at}" for at in range(60)]
+    # What reading needs besides is there after the first round.
+    round_of(names)
+    empty = resident()
+    full = round_of(names)
+    assert full - empty > 60 * 100, f"KiB with none {empty}, with 60 {full}"
+    eventually("the memory is free", lambda: resident() - empty < (full - empty) / 4)
+
+
 def test_adapters_of_tenants_in_a_config_file(serve, tmp_path):
     config = tmp_path / "bindery.toml"
     config.write_text(
@@ -227,6 +267,8 @@ def test_adapters_of_tenants_in_a_config_file(serve, tmp_path):
     )
     server = serve("--config", str(config), env={"ACME_KEYS": "acme-1, acme-2", "OTHER_KEY": "other-1"})
     acme, other = server.client(api_key="acme-2"), server.client(api_key="other-1")
+    # Without any upstream, too.
+    assert server.metric("vllm:lora_requests_info") is not None
     assert [model.id for model in acme.models.list()] == [BASE, "all", "ours"]
     assert [model.id for model in other.models.list()] == [BASE, "all"]
     assert says(acme, "ours", "llama-qv") and says(other, "all", "llama-patterns")

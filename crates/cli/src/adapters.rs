@@ -168,12 +168,15 @@ impl AdapterSettings {
             }
         }
         for (name, path, folder) in self.in_folders()? {
-            let (source, tenants) = (AdapterSource::Path(path), folder.tenants.clone());
-            let spec = AdapterSpec { name, source, tenants, pinned: false };
-            match pool.register(spec) {
+            let registered = self.roots.clone().with(&folder.path).source(&path.to_string_lossy()).and_then(|source| {
+                pool.register(AdapterSpec { name, source, tenants: folder.tenants.clone(), pinned: false })
+            });
+            match registered {
                 Ok(()) => {}
-                // A folder's name that is none for an adapter: the others are as good as they were.
-                Err(error @ AdapterError::BadName { .. }) => tracing::warn!(%error, "an adapter cannot be used"),
+                // A folder's name that is none for an adapter, or a link to elsewhere: the others are as good as they were.
+                Err(error @ (AdapterError::BadName { .. } | AdapterError::Forbidden { .. })) => {
+                    tracing::warn!(%error, "an adapter cannot be used");
+                }
                 Err(error) => return Err(error.into()),
             }
         }
@@ -184,7 +187,7 @@ impl AdapterSettings {
     pub(crate) fn watch(&self, pool: &AdapterPool) -> Vec<tokio::task::JoinHandle<()>> {
         let watch = |folder: &AdapterFolder| {
             let AdapterFolder { path, tenants, .. } = folder.clone();
-            tokio::spawn(watch_folder(pool.clone(), path, tenants, WATCH_INTERVAL))
+            tokio::spawn(watch_folder(pool.clone(), path, self.roots.clone(), tenants, WATCH_INTERVAL))
         };
         self.folders.iter().filter(|folder| folder.watch).map(watch).collect()
     }
@@ -208,6 +211,7 @@ fn folder_of(table: FolderTable, at: impl Fn(usize) -> String) -> Result<Adapter
         return Err(Failure::usage(format!("{}: the adapters' folder {} {what}", at(line), path.display()))
             .hint("create it, or correct path in [adapter_dir]"));
     }
+    let path = std::path::absolute(&path).unwrap_or(path);
     Ok(AdapterFolder { path, watch, tenants })
 }
 

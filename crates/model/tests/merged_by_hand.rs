@@ -10,7 +10,7 @@ mod decoder_harness;
 
 use std::{collections::BTreeMap, fs, path::Path, sync::Arc};
 
-use bindery_model::{AdapterLimits, BackendKind, Dtype, LoadOptions, StepModel as _};
+use bindery_model::{AdapterLimits, BackendKind, Dtype, LoadOptions, Quantize, StepModel as _};
 use decoder_harness::{Harness, Row, Sequence, checkpoint, log_softmax, repository};
 use safetensors::{SafeTensors, tensor::TensorView};
 use serde_json::{Value, json};
@@ -260,6 +260,41 @@ fn adapters_are_what_merging_them_into_the_file_gives() {
         assert!(pairs.len() >= 4, "{base} has modules");
         let added = pairs.iter().map(|pair| (pair.module.clone(), pair.product())).collect();
         check(base, base, &pairs, &added);
+    }
+}
+
+/// One half large and the other small, by the same power of two: the product is what it was. Found with halves that f16 cannot hold,
+/// whose adapter had no effect, silently.
+#[test]
+fn halves_of_any_size_are_one_product() {
+    const BASE: &str = "tiny-llama";
+    let tokens: Vec<u32> = (0..23_u32).map(|at| (at * at * 7 + 3 * at + 5) % 128).collect();
+    for quantize in [Quantize::None, Quantize::Int8] {
+        let options = LoadOptions { dtype: Dtype::F16, quantize, ..LoadOptions::new(BackendKind::Cpu) };
+        let adapted = |exponent: i32| {
+            let mut numbers = Numbers(5);
+            let scaled = |mut matrix: Matrix, exponent: i32| {
+                matrix.values.iter_mut().for_each(|value| *value *= f64::from(exponent).exp2());
+                matrix
+            };
+            let pairs: Vec<Pair> = modules_of(BASE)
+                .iter()
+                .map(|(module, weight)| Pair::random(module, weight.rows, weight.cols, &mut numbers))
+                .map(|Pair { module, a, b }| Pair { module, a: scaled(a, exponent), b: scaled(b, -exponent) })
+                .collect();
+            let folder = tempfile::tempdir().unwrap();
+            write_adapter(folder.path(), &pairs);
+            let mut harness = Harness::load(&checkpoint(BASE), &options, 8);
+            let loaded = harness.model.adapter_loader().load(folder.path(), &AdapterLimits::default()).unwrap();
+            harness.model.add_adapter(ID, &Arc::new(loaded)).unwrap();
+            rows(&mut harness, &tokens, Some(ID))
+        };
+        let as_trained = adapted(0);
+        for exponent in [-40, -18, -12, 12, 18, 40] {
+            let worst = difference(&as_trained, &adapted(exponent));
+            eprintln_measured(&format!("halves times 2^{exponent} ({quantize:?})"), worst);
+            assert!(worst == 0.0, "halves times 2^{exponent} ({quantize:?}): off by {worst:.2e}");
+        }
     }
 }
 

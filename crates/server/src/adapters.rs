@@ -122,7 +122,11 @@ impl Serving {
                 Err(ApiError::AdapterUnreadable { message })
             }
             Err(AdapterError::NoRoom { .. }) => {
-                let message = format!("the adapter {:?} finds no room beside those that are pinned", named.name);
+                let message = format!(
+                    "the adapter {:?} finds no room beside those that are pinned: unpin one, or start the server with a \
+                     higher --max-loras",
+                    named.name
+                );
                 Err(ApiError::AdapterUnreadable { message })
             }
             Err(error) => Err(ApiError::from_adapter(&error, "model")),

@@ -163,24 +163,24 @@ impl Metrics {
     }
 
     /// The text format; `stats` is absent while there is no engine.
+    ///
+    /// # Errors
+    /// Where a family of metrics cannot be written, which is a mistake of this program.
     pub(crate) fn render(
         &self,
         stats: Option<&EngineStats>,
         adapters: &AdapterLabels,
         gateway: Option<&Gateway>,
-    ) -> String {
+    ) -> prometheus::Result<String> {
         let idle = EngineStats::default();
         let mut families = self.engine_families(stats.unwrap_or(&idle), adapters);
         families.extend(self.registry.gather());
         families.extend(gateway.map(Gateway::metrics).unwrap_or_default());
+        // The encoder refuses all for one that has no series (yet).
+        families.retain(|family| !family.get_metric().is_empty());
         let mut text = Vec::new();
-        match TextEncoder::new().encode(&families, &mut text) {
-            Ok(()) => String::from_utf8_lossy(&text).into_owned(),
-            Err(error) => {
-                tracing::error!(%error, "the metrics could not be written");
-                String::new()
-            }
-        }
+        TextEncoder::new().encode(&families, &mut text)?;
+        Ok(String::from_utf8_lossy(&text).into_owned())
     }
 
     /// The engine's snapshot as metric families.
@@ -303,12 +303,13 @@ fn iteration_tokens(labels: Vec<LabelPair>, stats: &EngineStats) -> proto::Metri
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
 mod tests {
     use super::*;
 
     #[test]
     fn every_metric_of_the_contract_exists_at_zero_without_an_engine() {
-        let text = Metrics::new("m").render(None, &AdapterLabels::default(), None);
+        let text = Metrics::new("m").render(None, &AdapterLabels::default(), None).unwrap();
         for name in [
             "vllm:num_requests_running{model_name=\"m\"} 0",
             "vllm:num_requests_waiting{model_name=\"m\"} 0",
@@ -347,7 +348,7 @@ mod tests {
             iteration_tokens_sum: 40,
             ..EngineStats::default()
         };
-        let text = Metrics::new("m").render(Some(&stats), &AdapterLabels::default(), None);
+        let text = Metrics::new("m").render(Some(&stats), &AdapterLabels::default(), None).unwrap();
         for line in [
             "vllm:iteration_tokens_total_bucket{model_name=\"m\",le=\"1\"} 3",
             "vllm:iteration_tokens_total_bucket{model_name=\"m\",le=\"8\"} 5",
@@ -362,7 +363,7 @@ mod tests {
     #[test]
     fn usage_is_a_share_of_the_blocks() {
         let stats = EngineStats { num_blocks: 8, num_used_blocks: 2, block_size: 16, ..EngineStats::default() };
-        let text = Metrics::new("m").render(Some(&stats), &AdapterLabels::default(), None);
+        let text = Metrics::new("m").render(Some(&stats), &AdapterLabels::default(), None).unwrap();
         assert!(text.contains("vllm:kv_cache_usage_perc{model_name=\"m\"} 0.25"), "{text}");
         assert!(text.contains("vllm:cache_config_info{block_size=\"16\",num_gpu_blocks=\"8\"} 1"), "{text}");
     }

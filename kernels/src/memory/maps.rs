@@ -27,11 +27,19 @@ thread_local! {
 }
 
 /// A map being filled.
-#[derive(Default)]
 struct Shared {
     map: Option<Arc<Map>>,
     /// Bytes of it given away.
     used: usize,
+    /// Of each, unless a buffer needs more.
+    map_bytes: usize,
+    usage: Use,
+}
+
+impl Default for Shared {
+    fn default() -> Self {
+        Self { map: None, used: 0, map_bytes: SHARED_MAP_BYTES, usage: Use::Whole }
+    }
 }
 
 /// `bytes` zeroed bytes, none of them touched yet, with what keeps them; none where the allocator should serve.
@@ -53,6 +61,17 @@ pub(super) fn take(bytes: usize, usage: Use) -> std::io::Result<Option<(NonNull<
 /// Weights that `work` packs on this thread lie together, in large pages where the system has them. Memory goes back
 /// when the last of those that share a map is dropped, so pack together what goes together: one model.
 pub fn pack_together<R>(work: impl FnOnce() -> R) -> R {
+    pack_in(Shared::default(), work)
+}
+
+/// The same of something small that comes and goes, about this large in all: one adapter. From the allocator its memory would hardly
+/// go back to the system. It lies in large pages only where they are filled.
+pub fn pack_together_within<R>(bytes: usize, work: impl FnOnce() -> R) -> R {
+    let usage = if bytes < SHARED_MAP_BYTES / 4 { Use::Sparse } else { Use::Whole };
+    pack_in(Shared { map_bytes: bytes.clamp(1, SHARED_MAP_BYTES), usage, ..Shared::default() }, work)
+}
+
+fn pack_in<R>(shared: Shared, work: impl FnOnce() -> R) -> R {
     /// Puts back what was there, on a panic too.
     struct Restore(Option<Shared>);
     impl Drop for Restore {
@@ -60,7 +79,7 @@ pub fn pack_together<R>(work: impl FnOnce() -> R) -> R {
             SHARED.set(self.0.take());
         }
     }
-    let _restore = Restore(SHARED.replace(Some(Shared::default())));
+    let _restore = Restore(SHARED.replace(Some(shared)));
     work()
 }
 
@@ -128,8 +147,9 @@ impl Shared {
         let map = if let Some(map) = self.map.take().filter(|map| map.bytes - self.used >= bytes) {
             map
         } else {
-            let map = Map::new(bytes.max(SHARED_MAP_BYTES) + LARGE_PAGE_BYTES, Use::Whole)?;
-            self.used = map.large_page_offset();
+            let spare = if self.usage == Use::Whole { LARGE_PAGE_BYTES } else { 0 };
+            let map = Map::new(bytes.max(self.map_bytes) + spare, self.usage)?;
+            self.used = if self.usage == Use::Whole { map.large_page_offset() } else { 0 };
             Arc::new(map)
         };
         // SAFETY: `used + bytes` lies within the map, by the filter or by the size it was made with.

@@ -23,3 +23,8 @@ pub(super) fn take(_bytes: usize, _usage: Use) -> std::io::Result<Option<(NonNul
 pub fn pack_together<R>(work: impl FnOnce() -> R) -> R {
     work()
 }
+
+/// Likewise.
+pub fn pack_together_within<R>(_bytes: usize, work: impl FnOnce() -> R) -> R {
+    work()
+}

@@ -229,7 +229,7 @@ pub enum Unload {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AdapterError {
     /// Nobody knows the name.
-    #[error("there is no adapter {name:?}")]
+    #[error("there is no adapter {name:?}: GET /v1/adapters lists those that there are")]
     Unknown {
         /// As it was asked for.
         name: String,
@@ -299,6 +299,11 @@ pub enum AdapterError {
 /// Longest name of an adapter, bytes.
 pub const MAX_NAME_BYTES: usize = 256;
 
+/// Characters that change the direction in which others are shown, or are not shown themselves.
+fn turns_text(char: char) -> bool {
+    matches!(char, '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}')
+}
+
 /// Refuses what could not be told apart in a listing, or not be written in a path.
 pub fn check_name(name: &str) -> Result<(), AdapterError> {
     let refuse = |reason: String| Err(AdapterError::BadName { reason });
@@ -308,8 +313,11 @@ pub fn check_name(name: &str) -> Result<(), AdapterError> {
     if name.len() > MAX_NAME_BYTES {
         return refuse(format!("an adapter's name has {} bytes, the limit is {MAX_NAME_BYTES}", name.len()));
     }
-    if name.trim() != name || name.chars().any(char::is_control) {
+    if name.trim() != name || name.chars().any(|char| char.is_control() || turns_text(char)) {
         return refuse(format!("the adapter's name {name:?} has blanks around it or control characters in it"));
+    }
+    if name.contains(',') {
+        return refuse(format!("the adapter's name {name:?} has a comma in it, which parts names in the metrics"));
     }
     Ok(())
 }

@@ -10,7 +10,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
         mpsc,
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use bindery_model::Adapter;
@@ -30,6 +30,9 @@ use crate::engine::Command;
 const MAX_READINGS: usize = 4;
 /// Loads that somebody asked for at one time, each with an adapter that may have to wait for its place; others wait unread.
 const MAX_LOADS: usize = 4;
+
+/// How long a load waits for its place while requests use all of them.
+const LOAD_PATIENCE: Duration = Duration::from_secs(30);
 
 /// Cheap to clone.
 #[derive(Clone)]
@@ -157,12 +160,26 @@ impl AdapterPool {
     }
 
     /// Loads an adapter under a name, at once and whole: who asks for the name before gets what was there, who asks after
-    /// gets the new one.
+    /// gets the new one. What is replaced stays with the tenants that it is for, unless the new one is for others, and pinned if
+    /// it was.
     ///
     /// # Errors
     /// [`AdapterError::Exists`] where the name is taken and is not to be replaced. [`AdapterError::Unreadable`]: what was
-    /// there stays as it was.
+    /// there stays as it was. [`AdapterError::NoRoom`] where requests use all places in memory for half a minute.
     pub async fn load(&self, spec: AdapterSpec, load_inplace: bool) -> Result<(), AdapterError> {
+        let name = spec.name.clone();
+        tokio::time::timeout(LOAD_PATIENCE, self.load_now(spec, load_inplace)).await.unwrap_or_else(|_| {
+            let (max, seconds) = (self.0.config.max_cpu_loras, LOAD_PATIENCE.as_secs());
+            Err(AdapterError::NoRoom {
+                reason: format!(
+                    "the adapter {name:?} found no place in memory within {seconds} s: requests use all {max} \
+                     (--max-cpu-loras); try again when fewer run, or raise it"
+                ),
+            })
+        })
+    }
+
+    async fn load_now(&self, spec: AdapterSpec, load_inplace: bool) -> Result<(), AdapterError> {
         check_name(&spec.name)?;
         // Read before the name is touched: a broken file changes nothing.
         let name = spec.name.clone();
@@ -216,6 +233,16 @@ impl AdapterPool {
                 }
             }
         }
+    }
+
+    /// Takes a name away, and waits for nobody.
+    ///
+    /// # Errors
+    /// [`AdapterError::Unknown`]
+    pub(super) fn forget(&self, name: &str) -> Result<(), AdapterError> {
+        self.change(|state| state.forget(name))?;
+        self.0.changed.notify_waiters();
+        Ok(())
     }
 
     /// Waits until the adapter is in memory and has a place in batches, reading it where it is not. `who` is whose share of
@@ -290,6 +317,11 @@ impl AdapterPool {
         let work = tokio::task::spawn_blocking(move || read::read(&*shared.reader, &source, &shared.config.limits));
         let loaded = work.await.unwrap_or_else(|_| Err("reading it failed".to_owned()))?;
         Ok((Arc::new(loaded.adapter), loaded.digest))
+    }
+
+    /// The files of a known adapter have changed: if they could not be read before, the next request tries again.
+    pub(super) fn forget_failure(&self, name: &str) {
+        self.change(|state| state.forget_failure(name));
     }
 
     /// What is known of a name.

@@ -3,9 +3,12 @@
 //! Paths are followed to where they really lead, symbolic links and all, before they are compared; and the files inside are,
 //! too. It must not know who asks.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
-use super::{AdapterError, read};
+use super::{AdapterError, AdapterSource, read};
 
 /// Folders, as they really are.
 #[derive(Clone, Debug, Default)]
@@ -45,6 +48,28 @@ impl AdapterRoots {
             self.roots.iter().map(|root| root.join(path)).collect()
         };
         candidates.iter().find_map(|candidate| self.inside(candidate)).ok_or_else(|| self.refusal(asked))
+    }
+
+    /// The same as a source that asks again whenever it is read.
+    ///
+    /// # Errors
+    /// As [`AdapterRoots::resolve`].
+    pub fn source(&self, asked: &str) -> Result<AdapterSource, AdapterError> {
+        let path = self.resolve(asked)?;
+        // A link in a folder is known by its own place.
+        let path = if Path::new(asked).is_absolute() { PathBuf::from(asked) } else { path };
+        let (roots, asked) = (self.clone(), asked.to_owned());
+        Ok(AdapterSource::Confined {
+            path,
+            find: Arc::new(move || roots.resolve(&asked).map_err(|error| error.to_string())),
+        })
+    }
+
+    /// These folders and one more, which exists.
+    #[must_use]
+    pub fn with(mut self, folder: &Path) -> Self {
+        self.roots.extend(folder.canonicalize().ok().filter(|root| !self.roots.contains(root)));
+        self
     }
 
     /// The path's real place, where it and the files of an adapter there lie in one of the folders.

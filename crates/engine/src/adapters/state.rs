@@ -340,7 +340,11 @@ impl State {
             return Ok(false);
         }
         match self.entries.get_mut(name) {
-            Some(entry) => entry.spec = spec.clone(),
+            Some(entry) => {
+                // New weights are nobody else's than the old ones were, unless that is asked for.
+                let tenants = spec.tenants.clone().or_else(|| entry.spec.tenants.take());
+                entry.spec = AdapterSpec { tenants, pinned: spec.pinned || entry.spec.pinned, ..spec.clone() };
+            }
             None => self.register(spec.clone())?,
         }
         if let Some(attempt) = self.begin_reading(name)? {
@@ -348,6 +352,13 @@ impl State {
         }
         self.pin(name);
         Ok(true)
+    }
+
+    /// Its files are others than those that could not be read: it need not be waited until they are tried again.
+    pub(super) fn forget_failure(&mut self, name: &str) {
+        if let Some(entry) = self.entries.get_mut(name) {
+            entry.failure = None;
+        }
     }
 
     /// What came of it. The new version takes the name over; the old one stays with those who use it.

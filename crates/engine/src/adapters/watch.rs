@@ -12,15 +12,28 @@ use std::{
     time::Duration,
 };
 
+use tokio::task::JoinSet;
+
 use super::{
-    AdapterError, AdapterPool, AdapterSource, AdapterSpec, Unload,
+    AdapterError, AdapterPool, AdapterRoots, AdapterSource, AdapterSpec,
     read::{Fingerprint, fingerprint},
 };
 
 /// Looks at a folder until the future is dropped. Every folder in it with an adapter_config.json and weights, and every `.gguf` file,
 /// is known by its name without the ending, to these tenants (None: to everyone); a dot in front hides it.
-pub async fn watch_folder(pool: AdapterPool, folder: PathBuf, tenants: Option<Vec<String>>, interval: Duration) {
+///
+/// What leads out of the folder and of `roots` by a link is not taken. New versions are read beside the looks: one that waits for a
+/// place in memory keeps no other from being seen.
+pub async fn watch_folder(
+    pool: AdapterPool,
+    folder: PathBuf,
+    roots: AdapterRoots,
+    tenants: Option<Vec<String>>,
+    interval: Duration,
+) {
     let mut watched = Watched::default();
+    let of = Folder { pool, roots: roots.with(&folder), tenants };
+    let mut refreshes = JoinSet::new();
     let mut problem = None;
     loop {
         let path = folder.clone();
@@ -29,7 +42,7 @@ pub async fn watch_folder(pool: AdapterPool, folder: PathBuf, tenants: Option<Ve
             Ok(seen) => {
                 problem = None;
                 for change in watched.look(seen) {
-                    carry_out(&pool, change, tenants.as_deref()).await;
+                    of.carry_out(change, &mut refreshes);
                 }
             }
             Err(error) => {
@@ -41,6 +54,7 @@ pub async fn watch_folder(pool: AdapterPool, folder: PathBuf, tenants: Option<Ve
                 }
             }
         }
+        while refreshes.try_join_next().is_some() {}
         tokio::time::sleep(interval).await;
     }
 }
@@ -53,42 +67,66 @@ pub fn adapters_in(folder: &Path) -> io::Result<Vec<(String, PathBuf)>> {
     Ok(scan(folder)?.into_iter().map(|(name, (path, _))| (name, path)).collect())
 }
 
-async fn carry_out(pool: &AdapterPool, change: Change, tenants: Option<&[String]>) {
-    match change {
-        // What was unloaded by hand comes back with its next version.
-        Change::Changed(name, path) if pool.spec(&name).is_none() => appeared(pool, &name, path, tenants),
-        Change::Appeared(name, path) => appeared(pool, &name, path, tenants),
-        // Read when it is asked for; or given by another path under this name, and that one counts.
-        Change::Changed(name, path) if !is_known_from(pool, &name, &path) || !pool.is_in_memory(&name) => {}
-        Change::Changed(name, _) => match pool.refresh(&name).await {
-            Ok(()) => tracing::info!(adapter = name, "an adapter has a new version"),
-            Err(error) => tracing::warn!(adapter = name, %error, "a new version is not used, the old one stays"),
-        },
-        Change::Vanished(name, path) => {
-            if is_known_from(pool, &name, &path) {
-                let _gone_already = pool.unload(&name, Unload::Wait(Some(Duration::ZERO))).await;
-                tracing::info!(adapter = name, "an adapter vanished");
+/// What is done with what appears in a folder.
+struct Folder {
+    pool: AdapterPool,
+    roots: AdapterRoots,
+    tenants: Option<Vec<String>>,
+}
+
+impl Folder {
+    fn carry_out(&self, change: Change, refreshes: &mut JoinSet<()>) {
+        match change {
+            // What was unloaded by hand comes back with its next version.
+            Change::Changed(name, path) if self.pool.spec(&name).is_none() => self.appeared(&name, &path),
+            Change::Appeared(name, path) => self.appeared(&name, &path),
+            Change::Changed(name, path) if !self.is_known_from(&name, &path) => {
+                tracing::info!(
+                    adapter = name,
+                    "a new version is not used: the adapter was loaded from elsewhere since"
+                );
+            }
+            // Read when it is asked for.
+            Change::Changed(name, _) if !self.pool.is_in_memory(&name) => self.pool.forget_failure(&name),
+            Change::Changed(name, _) => {
+                let pool = self.pool.clone();
+                refreshes.spawn(async move {
+                    match pool.refresh(&name).await {
+                        Ok(()) => tracing::info!(adapter = name, "an adapter has a new version"),
+                        Err(error) => {
+                            tracing::warn!(adapter = name, %error, "a new version is not used, the old one stays");
+                        }
+                    }
+                });
+            }
+            Change::Vanished(name, path) => {
+                if self.is_known_from(&name, &path) {
+                    let _gone_already = self.pool.forget(&name);
+                    tracing::info!(adapter = name, "an adapter vanished");
+                }
             }
         }
     }
-}
 
-fn is_known_from(pool: &AdapterPool, name: &str, path: &Path) -> bool {
-    let is_from = |source| match source {
-        AdapterSource::Path(known) | AdapterSource::Confined { path: known, .. } => known == path,
-        AdapterSource::Remote { .. } => false,
-    };
-    pool.spec(name).is_some_and(|spec| is_from(spec.source))
-}
+    fn is_known_from(&self, name: &str, path: &Path) -> bool {
+        let is_from = |source| match source {
+            AdapterSource::Path(known) | AdapterSource::Confined { path: known, .. } => known == path,
+            AdapterSource::Remote { .. } => false,
+        };
+        self.pool.spec(name).is_some_and(|spec| is_from(spec.source))
+    }
 
-fn appeared(pool: &AdapterPool, name: &str, path: PathBuf, tenants: Option<&[String]>) {
-    let (source, tenants) = (AdapterSource::Path(path), tenants.map(<[String]>::to_vec));
-    let spec = AdapterSpec { name: name.to_owned(), source, tenants, pinned: false };
-    match pool.register(spec) {
-        Ok(()) => tracing::info!(adapter = name, "an adapter appeared"),
-        // Given by name elsewhere: that one counts, with its tenants.
-        Err(AdapterError::Exists { .. }) => {}
-        Err(error) => tracing::warn!(adapter = name, %error, "an adapter appeared and cannot be used"),
+    fn appeared(&self, name: &str, path: &Path) {
+        let registered = self.roots.source(&path.to_string_lossy()).and_then(|source| {
+            let (name, tenants) = (name.to_owned(), self.tenants.clone());
+            self.pool.register(AdapterSpec { name, source, tenants, pinned: false })
+        });
+        match registered {
+            Ok(()) => tracing::info!(adapter = name, "an adapter appeared"),
+            // Given by name elsewhere: that one counts, with its tenants.
+            Err(AdapterError::Exists { .. }) => {}
+            Err(error) => tracing::warn!(adapter = name, %error, "an adapter appeared and cannot be used"),
+        }
     }
 }
 
@@ -131,6 +169,11 @@ impl Watched {
             }
             match self.known.insert(name.clone(), state.clone()) {
                 None => changes.push(Change::Appeared(name.clone(), state.0.clone())),
+                // A file in a folder's place, or the other way round: another adapter under the name.
+                Some(before) if before.0 != state.0 => {
+                    changes.push(Change::Vanished(name.clone(), before.0));
+                    changes.push(Change::Appeared(name.clone(), state.0.clone()));
+                }
                 Some(before) if before != *state => changes.push(Change::Changed(name.clone(), state.0.clone())),
                 Some(_) => {}
             }
@@ -206,9 +249,18 @@ mod tests {
         fs::rename(root.join(".a-newer"), root.join("a")).unwrap();
         assert_eq!(look(), []);
         assert_eq!(look(), [Change::Changed("a".into(), root.join("a"))]);
+        // A file takes the folder's place.
         fs::remove_dir_all(root.join("a")).unwrap();
+        fs::write(root.join("a.gguf"), "x").unwrap();
         assert_eq!(look(), []);
-        assert_eq!(look(), [Change::Vanished("a".into(), root.join("a"))]);
+        let is_replaced = [("a", false), ("a.gguf", true)].map(|(file, is_new)| {
+            let change = if is_new { Change::Appeared } else { Change::Vanished };
+            change("a".into(), root.join(file))
+        });
+        assert_eq!(look(), is_replaced);
+        fs::remove_file(root.join("a.gguf")).unwrap();
+        assert_eq!(look(), []);
+        assert_eq!(look(), [Change::Vanished("a".into(), root.join("a.gguf"))]);
         fs::write(root.join("half/adapter_model.safetensors"), "one").unwrap();
         assert_eq!(look(), []);
         assert_eq!(look(), [Change::Appeared("half".into(), root.join("half"))], "its weights had not come before");

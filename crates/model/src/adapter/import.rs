@@ -20,9 +20,11 @@ use crate::{
 pub(crate) fn pack(isa: Isa, mut low_rank: LowRank, base: BaseForm) -> LowRankWeights<CpuBackend> {
     let LowRank { rank, a, b } = &mut low_rank;
     let (rank, inputs) = (*rank, a.len() / (*rank).max(1));
-    let down = if base == BaseForm::Quantized && inputs.is_multiple_of(GROUP) {
-        // Scales are f16, whose range is short: rows of about one, whatever they were. What moves is a power of two.
+    if base != BaseForm::F32 {
+        // The range of f16 is short, of scales and of elements: rows of about one, whatever they were. What moves is a power of two.
         balance(a, b, rank);
+    }
+    let down = if base == BaseForm::Quantized && inputs.is_multiple_of(GROUP) {
         int8_matrix(isa, a, rank)
     } else {
         dense(isa, a, rank, base)
@@ -62,11 +64,16 @@ fn int8_matrix(isa: Isa, values: &[f32], rows: usize) -> Matrix {
     }))
 }
 
-/// In f32 beside a base in f32; else in f16, which is closer to what was trained than bf16, where its range suffices.
+/// The least that the largest element of a matrix in f16 may be: what rounding does to elements too small for f16's full precision is
+/// then less than 2^-17 of that.
+const MIN_LARGEST: f32 = 1.0 / 256.0;
+
+/// In f32 beside a base in f32; else in f16, which is closer to what was trained than bf16, where its range suffices at both ends.
 fn dense(isa: Isa, values: &[f32], rows: usize, base: BaseForm) -> Matrix {
     let cols = values.len() / rows.max(1);
     let row_of = |row: usize| &values[row * cols..(row + 1) * cols];
-    let fits_f16 = values.iter().all(|&x| f16::from_f32(x).is_finite());
+    let largest = values.iter().fold(0.0_f32, |largest, x| largest.max(x.abs()));
+    let fits_f16 = largest == 0.0 || largest >= MIN_LARGEST && f16::from_f32(largest).is_finite();
     if base == BaseForm::F32 || !fits_f16 {
         Matrix::pack_f32(isa, rows, cols, |row, out| out.copy_from_slice(row_of(row)))
     } else {

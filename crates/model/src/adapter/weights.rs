@@ -5,6 +5,8 @@
 
 use std::{fmt, sync::Arc};
 
+use bindery_kernels::pack_together_within;
+
 use super::{AdapterInfo, AdapterLimits, AdapterTarget, OpenedAdapter};
 use crate::{
     backend::{Backend, cpu::CpuBackend, reference::ReferenceBackend},
@@ -144,7 +146,8 @@ impl<B: Backend> BackendLoader<B> {
         any: impl FnOnce(Arc<AdapterWeights<B>>) -> AnyAdapter,
     ) -> Result<Adapter, ModelError> {
         let opened = OpenedAdapter::open(path, &self.config, limits)?;
-        let weights = self.weights(&opened)?;
+        let bytes = usize::try_from(opened.info().num_bytes_in_f32).unwrap_or(usize::MAX);
+        let weights = pack_together_within(bytes, || self.weights(&opened))?;
         let num_bytes = weights.num_bytes;
         Ok(Adapter { weights: any(Arc::new(weights)), info: opened.info().clone(), num_bytes })
     }

@@ -14,10 +14,10 @@ pub struct LoadAdapterRequest {
     /// Where the name is taken: a new version takes it over, and running requests finish on the old one.
     #[serde(default)]
     pub load_inplace: Option<bool>,
-    /// Who may see it; absent: everyone (ours).
+    /// Who may see it; absent: everyone, or in another's place those who might see that (ours).
     #[serde(default)]
     pub tenants: Option<Vec<String>>,
-    /// Never gives way to others (ours).
+    /// Never gives way to others; absent: it may, or in another's place as that (ours).
     #[serde(default)]
     pub pinned: Option<bool>,
 }

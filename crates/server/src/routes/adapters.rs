@@ -1,13 +1,13 @@
 //! `POST /v1/load_lora_adapter`, `/v1/unload_lora_adapter` and `GET /v1/adapters`: for whoever holds the admin key.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use axum::{
     Extension, Json,
     extract::State,
     response::{IntoResponse, Response},
 };
-use bindery_engine::adapters::{AdapterSource, AdapterSpec, AdapterStatus, Unload, check_name};
+use bindery_engine::adapters::{AdapterSpec, AdapterStatus, Unload, check_name};
 use bindery_protocol::openai::{
     AdapterChanged, AdapterEntry, AdapterList, ErrorResponse, LoadAdapterRequest, UnloadAdapterRequest,
 };
@@ -47,11 +47,13 @@ pub(crate) async fn load(
         let what = "an empty list of tenants would leave an adapter that nobody could use: name some, or leave it out";
         return Err(ApiError::invalid("tenants", what));
     }
-    let path =
-        state.config.adapter_roots.resolve(&lora_path).map_err(|error| ApiError::from_adapter(&error, "lora_path"))?;
-    let (roots, asked) = (state.config.adapter_roots.clone(), lora_path.clone());
-    let find = Arc::new(move || roots.resolve(&asked).map_err(|error| error.to_string()));
-    let source = AdapterSource::Confined { path, find };
+    let is_pinned = || serving.model.adapters.spec(&name).is_some_and(|spec| spec.pinned);
+    if load_inplace == Some(true) && pinned == Some(false) && is_pinned() {
+        let what = format!("the adapter {name:?} is pinned, and a new version in its place stays so: unload it first");
+        return Err(ApiError::invalid("pinned", what));
+    }
+    let source =
+        state.config.adapter_roots.source(&lora_path).map_err(|error| ApiError::from_adapter(&error, "lora_path"))?;
     let spec = AdapterSpec { name: name.clone(), source, tenants, pinned: pinned.unwrap_or(false) };
     serving
         .model

@@ -3,7 +3,7 @@
 use axum::{
     Json,
     extract::State,
-    http::{HeaderMap, header},
+    http::{HeaderMap, StatusCode, header},
     response::{IntoResponse, Response},
 };
 use serde::Serialize;
@@ -57,8 +57,20 @@ pub(crate) async fn metrics(State(state): State<SharedState>, headers: HeaderMap
         .map(|model| AdapterLabels { max_loras: model.adapters.config().max_loras, in_use: model.adapters.in_use() });
     let may_see_tenants = matches!(state.keys.check_admin(&headers), Ok(()) | Err(ApiError::NoAdminKey));
     let gateway = state.config.gateway.as_ref().filter(|_| may_see_tenants);
-    let text = state.metrics.render(stats.as_deref(), &adapters.unwrap_or_default(), gateway);
-    ([(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], text).into_response()
+    let mut adapters = adapters.unwrap_or_default();
+    if let Some(model) = model.filter(|_| !may_see_tenants) {
+        let is_everyones = |name: &String| model.adapters.spec(name).is_none_or(|spec| spec.tenants.is_none());
+        adapters.in_use.running.retain(is_everyones);
+        adapters.in_use.waiting.retain(is_everyones);
+    }
+    match state.metrics.render(stats.as_deref(), &adapters, gateway) {
+        Ok(text) => ([(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], text).into_response(),
+        Err(error) => {
+            tracing::error!(%error, "the metrics could not be written");
+            let text = "the metrics could not be written: the log has the reason";
+            (StatusCode::INTERNAL_SERVER_ERROR, text).into_response()
+        }
+    }
 }
 
 /// The version of the server.

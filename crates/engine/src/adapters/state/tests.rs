@@ -56,6 +56,24 @@ fn residents(state: &State) -> Vec<&str> {
     names
 }
 
+/// Found where a load in place without a word of tenants opened a tenant's adapter to everybody.
+#[test]
+fn what_is_replaced_stays_with_its_tenants_and_stays_pinned() {
+    let mut state = State::new(2, 4);
+    let of = |tenants: &[&str], pinned| AdapterSpec {
+        tenants: (!tenants.is_empty()).then(|| tenants.iter().map(|&name| name.to_owned()).collect()),
+        ..spec("a", pinned)
+    };
+    let mut place = |spec: AdapterSpec| {
+        assert!(state.place(&spec, true, (adapter(), String::new())).unwrap());
+        let spec = state.spec("a").unwrap();
+        (spec.tenants.clone().unwrap_or_default(), spec.pinned)
+    };
+    assert_eq!(place(of(&["acme"], true)), (vec!["acme".to_owned()], true));
+    assert_eq!(place(of(&[], false)), (vec!["acme".to_owned()], true), "nothing was said of either");
+    assert_eq!(place(of(&["rival"], false)), (vec!["rival".to_owned()], true));
+}
+
 #[test]
 fn the_one_unused_for_longest_gives_way_and_a_used_one_never() {
     let mut state = with_names(2, 4);
