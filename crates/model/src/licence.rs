@@ -5,7 +5,10 @@
 
 use std::{fs::File, io::Read as _, path::Path};
 
-use crate::weights::gguf::GgufFile;
+use crate::weights::{
+    gguf::GgufFile,
+    mmap::{Within, check_within},
+};
 
 /// Heads of cards are short; what follows is prose.
 const MAX_HEAD_BYTES: u64 = 64 << 10;
@@ -13,12 +16,14 @@ const MAX_LICENCE_CHARS: usize = 100;
 
 /// Of a folder, or of a GGUF file. None: nothing is said.
 pub fn declared_licence(path: &Path) -> Option<String> {
-    if path.is_dir() { of_folder(path) } else { of_gguf(&GgufFile::open(path).ok()?) }
+    if path.is_dir() { of_folder(path, None) } else { of_gguf(&GgufFile::open(path).ok()?) }
 }
 
-pub(crate) fn of_folder(path: &Path) -> Option<String> {
-    let mut head = Vec::new();
-    File::open(path.join("README.md")).ok()?.take(MAX_HEAD_BYTES).read_to_end(&mut head).ok()?;
+pub(crate) fn of_folder(path: &Path, within: Within<'_>) -> Option<String> {
+    let (mut head, path) = (Vec::new(), path.join("README.md"));
+    let file = File::open(&path).ok()?;
+    check_within(&file, &path, within).ok()?;
+    file.take(MAX_HEAD_BYTES).read_to_end(&mut head).ok()?;
     shown(&of_card(&String::from_utf8_lossy(&head))?)
 }
 

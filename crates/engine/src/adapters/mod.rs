@@ -97,12 +97,14 @@ pub enum AdapterSource {
     /// A PEFT folder or a GGUF file.
     Path(PathBuf),
     /// The same, where it may only lie in some folders: those are asked again whenever it is read, which is also after it had to
-    /// leave memory, for what lies there may be a link to elsewhere by then.
+    /// leave memory, for what lies there may be a link to elsewhere by then; and the opened files are asked, too.
     Confined {
         /// Where it was found.
         path: PathBuf,
-        /// Called on a blocking thread, whenever it is to be read.
-        find: Fetch,
+        /// As it was asked for.
+        asked: String,
+        /// Where it may lie.
+        roots: AdapterRoots,
     },
     /// Something else, by its name for people ("org/repo"), and how to get it.
     Remote {

@@ -117,6 +117,19 @@ impl Drop for Waiting<'_> {
     }
 }
 
+/// A place in memory may be promised to it, as long as it is there.
+struct Promised<'a> {
+    pool: &'a AdapterPool,
+    ticket: u64,
+}
+
+impl Drop for Promised<'_> {
+    fn drop(&mut self) {
+        self.pool.change(|state| state.break_promise(self.ticket));
+        self.pool.0.changed.notify_waiters();
+    }
+}
+
 impl AdapterPool {
     pub(crate) fn new(
         config: AdapterPoolConfig,
@@ -148,13 +161,15 @@ impl AdapterPool {
     /// # Errors
     /// [`AdapterError::Unknown`], [`AdapterError::Unreadable`]: what was there before stays.
     pub async fn refresh(&self, name: &str) -> Result<(), AdapterError> {
+        let promised = self.promised();
         let attempt = loop {
             let changed = self.0.changed.notified();
-            if let Some(attempt) = self.change(|state| state.begin_reading(name))? {
+            if let Some(attempt) = self.change(|state| state.begin_reading(name, promised.ticket))? {
                 break attempt;
             }
             changed.await;
         };
+        drop(promised);
         let Some(spec) = self.spec(name) else { return Err(AdapterError::Unknown { name: name.to_owned() }) };
         self.read(spec, attempt).await
     }
@@ -190,15 +205,20 @@ impl AdapterPool {
         let _turn = self.0.loads.acquire().await;
         let unreadable = |reason| AdapterError::Unreadable { name: spec.name.clone(), reason };
         let (adapter, digest) = self.read_files(&spec.source).await.map_err(unreadable)?;
+        let promised = self.promised();
         loop {
             let changed = self.0.changed.notified();
             let read = (Arc::clone(&adapter), digest.clone());
-            if self.change(|state| state.place(&spec, load_inplace, read))? {
+            if self.change(|state| state.place(&spec, load_inplace, read, promised.ticket))? {
                 self.0.changed.notify_waiters();
                 return Ok(());
             }
             changed.await;
         }
+    }
+
+    fn promised(&self) -> Promised<'_> {
+        Promised { pool: self, ticket: self.change(State::ticket) }
     }
 
     /// Takes a name away. Requests that use it finish on what they have; its memory is freed with the last.

@@ -11,7 +11,10 @@ use std::{
     time::SystemTime,
 };
 
-use bindery_model::{Adapter, AdapterLimits, AdapterLoader, ModelError};
+use bindery_model::{
+    Adapter, AdapterLimits, AdapterLoader, ModelError,
+    weights::{Within, check_within},
+};
 use sha2::{Digest, Sha256};
 
 use super::AdapterSource;
@@ -39,13 +42,18 @@ pub(super) struct Loaded {
 
 /// Brings an adapter into memory.
 pub(super) fn read(reader: &dyn ReadAdapter, source: &AdapterSource, limits: &AdapterLimits) -> Result<Loaded, String> {
+    let mut limits = limits.clone();
     let path = match source {
         AdapterSource::Path(path) => path.clone(),
-        AdapterSource::Confined { find: fetch, .. } | AdapterSource::Remote { fetch, .. } => fetch()?,
+        AdapterSource::Confined { asked, roots, .. } => {
+            limits.within = Some(roots.folders().into());
+            roots.resolve(asked).map_err(|error| error.to_string())?
+        }
+        AdapterSource::Remote { fetch, .. } => fetch()?,
     };
     let mut before = fingerprint(&path).ok();
     for _ in 0..MAX_READINGS {
-        let loaded = read_once(reader, &path, limits);
+        let loaded = read_once(reader, &path, &limits);
         let after = fingerprint(&path).ok();
         if before == after {
             return loaded;
@@ -64,7 +72,7 @@ const MAX_READINGS: usize = 3;
 
 fn read_once(reader: &dyn ReadAdapter, path: &Path, limits: &AdapterLimits) -> Result<Loaded, String> {
     let adapter = reader.read(path, limits).map_err(|error| error.to_string())?;
-    let digest = digest(path).map_err(|error| format!("{}: {error}", path.display()))?;
+    let digest = digest(path, limits.within.as_deref()).map_err(|error| format!("{}: {error}", path.display()))?;
     Ok(Loaded { adapter, digest })
 }
 
@@ -94,11 +102,12 @@ pub(super) fn files(path: &Path) -> Vec<PathBuf> {
 }
 
 /// "sha256:..." over the contents of all files, one after the other.
-fn digest(path: &Path) -> io::Result<String> {
+fn digest(path: &Path, within: Within<'_>) -> io::Result<String> {
     let mut hash = Sha256::new();
     let mut buffer = vec![0; 1 << 20];
-    for file in files(path) {
-        let mut file = File::open(file)?;
+    for path in files(path) {
+        let mut file = File::open(&path)?;
+        check_within(&file, &path, within)?;
         loop {
             match file.read(&mut buffer)? {
                 0 => break,
@@ -157,7 +166,7 @@ mod tests {
         let overtaken = |times| read(&Overtaken { left: AtomicUsize::new(times) }, &source, &AdapterLimits::default());
         let loaded = overtaken(2).unwrap();
         assert_eq!(loaded.adapter.num_bytes(), 3003, "config and weights are of the third version");
-        assert_eq!(loaded.digest, digest(&path).unwrap());
+        assert_eq!(loaded.digest, digest(&path, None).unwrap());
         let Err(refused) = overtaken(MAX_READINGS) else { panic!("it never was the same twice") };
         assert!(refused.contains("changed while they were read"), "{refused}");
         assert_eq!(overtaken(0).unwrap().adapter.num_bytes(), 6006);

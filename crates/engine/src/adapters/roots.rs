@@ -3,10 +3,7 @@
 //! Paths are followed to where they really lead, symbolic links and all, before they are compared; and the files inside are,
 //! too. It must not know who asks.
 
-use std::{
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::path::{Path, PathBuf};
 
 use super::{AdapterError, AdapterSource, read};
 
@@ -58,11 +55,12 @@ impl AdapterRoots {
         let path = self.resolve(asked)?;
         // A link in a folder is known by its own place.
         let path = if Path::new(asked).is_absolute() { PathBuf::from(asked) } else { path };
-        let (roots, asked) = (self.clone(), asked.to_owned());
-        Ok(AdapterSource::Confined {
-            path,
-            find: Arc::new(move || roots.resolve(&asked).map_err(|error| error.to_string())),
-        })
+        Ok(AdapterSource::Confined { path, asked: asked.to_owned(), roots: self.clone() })
+    }
+
+    /// The folders, by their real paths.
+    pub(super) fn folders(&self) -> &[PathBuf] {
+        &self.roots
     }
 
     /// These folders and one more, which exists.

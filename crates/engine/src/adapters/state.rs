@@ -304,9 +304,13 @@ impl State {
 
     // --- reading ---
 
-    /// A place in memory for another version of a name. None: all are in use for now.
-    pub(super) fn begin_reading(&mut self, name: &str) -> Result<Option<u64>, AdapterError> {
+    /// A place in memory for another version of a name, for whoever runs the server. None: all are in use for now, and one is promised
+    /// to who has that ticket.
+    pub(super) fn begin_reading(&mut self, name: &str, ticket: u64) -> Result<Option<u64>, AdapterError> {
         let has_room = self.make_memory_room(None)?;
+        if !has_room {
+            self.promise_memory(name, ticket);
+        }
         self.begin_if(has_room, name, None)
     }
 
@@ -323,13 +327,14 @@ impl State {
         Ok(Some(attempt))
     }
 
-    /// Puts what has been read under a name, which is made known with it; false where all places in memory are in use for now.
-    /// Unless it is placed nothing changes.
+    /// Puts what has been read under a name, which is made known with it; false where all places in memory are in use for now, and
+    /// one is promised to who has that ticket. Unless it is placed nothing else changes.
     pub(super) fn place(
         &mut self,
         spec: &AdapterSpec,
         load_inplace: bool,
         read: (Arc<Adapter>, String),
+        ticket: u64,
     ) -> Result<bool, AdapterError> {
         let name = &spec.name;
         if self.entries.contains_key(name) && !load_inplace {
@@ -337,6 +342,7 @@ impl State {
         }
         self.check_pins(spec)?;
         if !self.make_memory_room(None)? {
+            self.promise_memory(name, ticket);
             return Ok(false);
         }
         match self.entries.get_mut(name) {
@@ -347,7 +353,7 @@ impl State {
             }
             None => self.register(spec.clone())?,
         }
-        if let Some(attempt) = self.begin_reading(name)? {
+        if let Some(attempt) = self.begin_reading(name, ticket)? {
             self.end_reading(name, attempt, Ok(read), Instant::now());
         }
         self.pin(name);

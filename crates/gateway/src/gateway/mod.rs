@@ -320,6 +320,13 @@ impl Gateway {
             && grant.is_none_or(|grant| grant.admits(name, of))
     }
 
+    /// Whether a virtual model or one of an upstream has this name, whoever may use that.
+    pub fn has_name(&self, name: &str) -> bool {
+        let router = &self.0.router;
+        router.virtual_models.contains_key(name)
+            || router.upstream_models.iter().any(|target| target.to_string() == name)
+    }
+
     /// Models beside the local ones that a tenant, by this key of its, may name: virtual ones and upstreams'. None for a
     /// stranger.
     pub fn models(&self, tenant: Option<&str>, grant: Option<&KeyGrant>) -> Vec<ListedModel> {

@@ -18,7 +18,11 @@ mod peft;
 mod read;
 pub(crate) mod weights;
 
-use std::{fmt, path::Path};
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 pub use self::weights::{Adapter, AdapterLoader};
 use self::{
@@ -31,7 +35,7 @@ use crate::{
     ModelError,
     config::{DecoderConfig, RopeStyle},
     licence,
-    weights::{gguf::GgufFile, loose::LooseTensors, modules::ModuleNames},
+    weights::{gguf::GgufFile, loose::LooseTensors, mmap::Within, modules::ModuleNames},
 };
 
 const CONFIG_FILE: &str = "adapter_config.json";
@@ -77,17 +81,19 @@ impl fmt::Display for AdapterTarget {
 }
 
 /// What an adapter may be at most. More is refused when it is opened, before a number is read.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct AdapterLimits {
     /// `--max-lora-rank`.
     pub max_rank: usize,
     /// Of all that [`OpenedAdapter::read`] hands out, in f32.
     pub max_bytes: u64,
+    /// Folders, by their real paths, that its files must lie in when they are opened; None: anywhere.
+    pub within: Option<Arc<[PathBuf]>>,
 }
 
 impl Default for AdapterLimits {
     fn default() -> Self {
-        Self { max_rank: 64, max_bytes: 4 << 30 }
+        Self { max_rank: 64, max_bytes: 4 << 30, within: None }
     }
 }
 
@@ -171,7 +177,9 @@ impl OpenedAdapter {
     /// Opens a folder as peft's `save_pretrained` writes it, or a GGUF file as llama.cpp's convert_lora_to_gguf.py does, and
     /// checks it against the base's configuration. Errors name the file, the tensor or key, the value and the limit.
     pub fn open(path: &Path, base: &DecoderConfig, limits: &AdapterLimits) -> Result<Self, ModelError> {
-        let (tensors, described) = if path.is_dir() { open_folder(path)? } else { open_file(path, base)? };
+        let within = limits.within.as_deref();
+        let (tensors, described) =
+            if path.is_dir() { open_folder(path, within)? } else { open_file(path, base, within)? };
         let names = match described {
             Described::Peft(_) => ModuleNames::HuggingFace,
             Described::Gguf(_) => ModuleNames::Gguf,
@@ -182,7 +190,7 @@ impl OpenedAdapter {
             Described::Gguf(file) => (AdapterFormat::Gguf, file.alpha, file.base.clone(), file.style),
         };
         let licence = match &described {
-            Described::Peft(_) => licence::of_folder(path),
+            Described::Peft(_) => licence::of_folder(path, within),
             // Not by its path: the file may have been written over since it was read.
             Described::Gguf(file) => file.licence.clone(),
         };
@@ -228,7 +236,7 @@ impl OpenedAdapter {
 /// Shown, so no longer than somebody reads.
 const MAX_NAME_CHARS: usize = 200;
 
-fn open_folder(path: &Path) -> Result<(LooseTensors, Described), ModelError> {
+fn open_folder(path: &Path, within: Within<'_>) -> Result<(LooseTensors, Described), ModelError> {
     let config = path.join(CONFIG_FILE);
     if !config.exists() {
         let what = format!(
@@ -237,7 +245,7 @@ fn open_folder(path: &Path) -> Result<(LooseTensors, Described), ModelError> {
         );
         return Err(ModelError::bad_file(path, what));
     }
-    let config = PeftConfig::read(&config)?;
+    let config = PeftConfig::read(&config, within)?;
     let tensors = path.join(TENSOR_FILE);
     if !tensors.exists() {
         let what = if path.join(PICKLE_FILE).exists() {
@@ -251,15 +259,15 @@ fn open_folder(path: &Path) -> Result<(LooseTensors, Described), ModelError> {
         };
         return Err(ModelError::bad_file(path, what));
     }
-    Ok((LooseTensors::read_safetensors(&tensors, MAX_FILE_BYTES)?, Described::Peft(Box::new(config))))
+    Ok((LooseTensors::read_safetensors(&tensors, MAX_FILE_BYTES, within)?, Described::Peft(Box::new(config))))
 }
 
-fn open_file(path: &Path, base: &DecoderConfig) -> Result<(LooseTensors, Described), ModelError> {
+fn open_file(path: &Path, base: &DecoderConfig, within: Within<'_>) -> Result<(LooseTensors, Described), ModelError> {
     if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("safetensors")) {
         let what = format!("this is a file of weights alone; name the folder that holds it and {CONFIG_FILE}");
         return Err(ModelError::bad_file(path, what));
     }
-    let file = GgufFile::read_whole(path, MAX_FILE_BYTES)?;
+    let file = GgufFile::read_whole(path, MAX_FILE_BYTES, within)?;
     let described = GgufAdapter::read(&file, base)?;
     Ok((LooseTensors::Gguf(file), Described::Gguf(described)))
 }

@@ -10,7 +10,10 @@ use regex::Regex;
 use serde_json::{Map, Value};
 
 use super::pattern::{self, SuffixPattern};
-use crate::{ModelError, weights::mmap::read_text};
+use crate::{
+    ModelError,
+    weights::mmap::{Within, read_text_within},
+};
 
 /// Those in use have some kB; patterns that name every module some hundreds.
 const MAX_CONFIG_BYTES: u64 = 16 << 20;
@@ -63,8 +66,8 @@ impl From<String> for Refusal {
 }
 
 impl PeftConfig {
-    pub(super) fn read(path: &Path) -> Result<Self, ModelError> {
-        let text = read_text(path, MAX_CONFIG_BYTES)?;
+    pub(super) fn read(path: &Path, within: Within<'_>) -> Result<Self, ModelError> {
+        let text = read_text_within(path, MAX_CONFIG_BYTES, within)?;
         let value: Value = serde_json::from_str(&text)
             .map_err(|error| ModelError::bad_file(path, format!("this is not valid JSON: {error}")))?;
         let Value::Object(keys) = &value else {

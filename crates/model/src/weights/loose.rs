@@ -6,8 +6,11 @@
 use std::path::Path;
 
 use super::{
-    Checkpoint, GgufFile, RowsAt, TensorView, WeightFormat, gguf_shape, mmap::MappedFile, names::TensorKind,
-    unreadable_type, view::TensorData,
+    Checkpoint, GgufFile, RowsAt, TensorView, WeightFormat, gguf_shape,
+    mmap::{MappedFile, Within},
+    names::TensorKind,
+    unreadable_type,
+    view::TensorData,
 };
 use crate::ModelError;
 
@@ -26,8 +29,8 @@ pub(crate) struct OneFile(Checkpoint);
 
 impl LooseTensors {
     /// The file's bytes are copied, see [`MappedFile::read_whole`].
-    pub(crate) fn read_safetensors(path: &Path, max_bytes: u64) -> Result<Self, ModelError> {
-        Checkpoint::of_file(MappedFile::read_whole(path, max_bytes)?)
+    pub(crate) fn read_safetensors(path: &Path, max_bytes: u64, within: Within<'_>) -> Result<Self, ModelError> {
+        Checkpoint::of_file(MappedFile::read_whole(path, max_bytes, within)?)
             .map(|file| Self::Safetensors(Box::new(OneFile(file))))
     }
 

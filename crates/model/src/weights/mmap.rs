@@ -49,8 +49,9 @@ impl MappedFile {
     }
 
     /// Copies a regular, non-empty file of at most `max_bytes` into memory. Whatever becomes of it afterwards, this stays.
-    pub(crate) fn read_whole(path: &Path, max_bytes: u64) -> Result<Self, ModelError> {
+    pub(crate) fn read_whole(path: &Path, max_bytes: u64, within: Within<'_>) -> Result<Self, ModelError> {
         let file = open_regular(path)?;
+        check_within(&file, path, within).map_err(|source| io_error(path, source))?;
         let len = file_len(&file, path)?;
         if len == 0 {
             return Err(ModelError::bad_file(path, "the file is empty"));
@@ -125,9 +126,43 @@ impl MappedFile {
     }
 }
 
+/// Folders, by their real paths, that a file must lie in; None: anywhere.
+pub type Within<'a> = Option<&'a [PathBuf]>;
+
+/// Refuses an opened file that lies in none of the folders. It is the file that is asked for its place, not its path: a link on that
+/// may lead elsewhere since it was looked at.
+///
+/// # Errors
+/// [`io::ErrorKind::PermissionDenied`], and where the system does not tell a file's place.
+pub fn check_within(file: &File, path: &Path, within: Within<'_>) -> io::Result<()> {
+    let Some(folders) = within else { return Ok(()) };
+    #[cfg(target_os = "linux")]
+    let place = {
+        let _ = path;
+        fs::read_link(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(file)))?
+    };
+    // No better is to be had: whoever changes links between two calls is not found out.
+    #[cfg(not(target_os = "linux"))]
+    let place = {
+        let _ = file;
+        path.canonicalize()?
+    };
+    if folders.iter().any(|folder| place.starts_with(folder)) {
+        return Ok(());
+    }
+    let what = "the file does not lie in the folders that adapters may be read from; put it there whole, without links";
+    Err(io::Error::new(io::ErrorKind::PermissionDenied, what))
+}
+
 /// Reads a small text file whole; more than `max_bytes` is refused before it is read.
 pub(crate) fn read_text(path: &Path, max_bytes: u64) -> Result<String, ModelError> {
+    read_text_within(path, max_bytes, None)
+}
+
+/// The same of a file that must lie in some folders.
+pub(crate) fn read_text_within(path: &Path, max_bytes: u64, within: Within<'_>) -> Result<String, ModelError> {
     let file = open_regular(path)?;
+    check_within(&file, path, within).map_err(|source| io_error(path, source))?;
     let mut text = String::new();
     // One byte more than allowed, so that a file that grows meanwhile is seen too.
     let read = file.take(max_bytes + 1).read_to_string(&mut text);

@@ -32,6 +32,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+pub use self::mmap::{Within, check_within};
 pub(crate) use self::view::RowsAt;
 use self::{
     dummy::Generator,

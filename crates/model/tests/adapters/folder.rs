@@ -11,7 +11,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 /// Beyond all committed adapters.
-pub(crate) const LIMITS: AdapterLimits = AdapterLimits { max_rank: 64, max_bytes: 1 << 20 };
+pub(crate) const LIMITS: AdapterLimits = AdapterLimits { max_rank: 64, max_bytes: 1 << 20, within: None };
 
 pub(crate) fn tests_folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests")

@@ -351,13 +351,53 @@ fn limits_hold_for_rank_and_bytes() {
     for name in ADAPTERS {
         let (config, info) = (base(&golden(name).base), open(name).info().clone());
         let open = |limits: AdapterLimits| OpenedAdapter::open(&adapter(name), &config, &limits);
-        let exact = AdapterLimits { max_rank: info.rank.max(8), max_bytes: info.num_bytes_in_f32 };
-        assert!(open(exact).is_ok(), "{name}");
-        let error = open(AdapterLimits { max_bytes: info.num_bytes_in_f32 - 1, ..exact }).unwrap_err().to_string();
+        let exact = AdapterLimits { max_rank: info.rank.max(8), max_bytes: info.num_bytes_in_f32, within: None };
+        assert!(open(exact.clone()).is_ok(), "{name}");
+        let error =
+            open(AdapterLimits { max_bytes: info.num_bytes_in_f32 - 1, ..exact.clone() }).unwrap_err().to_string();
         assert!(error.contains(&format!("takes {} bytes in f32, the limit is", info.num_bytes_in_f32)), "{error}");
         let error = open(AdapterLimits { max_rank: info.rank - 1, ..exact }).unwrap_err().to_string();
         assert!(error.contains("is over the limit of"), "{error}");
     }
+}
+
+/// A path that was looked at may be a link to elsewhere by the time it is opened, so it is the opened file that is asked.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_file_opened_outside_of_the_folders_is_refused() {
+    let (base, temp) = (base("tiny-llama"), tempfile::tempdir().unwrap());
+    let outside = temp.path().canonicalize().unwrap();
+    let root = outside.join("root");
+    for folder in ["inside", "config", "weights"] {
+        std::fs::create_dir_all(root.join(folder)).unwrap();
+    }
+    let copy = |name: &str, to: &std::path::Path| std::fs::copy(adapter("llama-qv").join(name), to).unwrap();
+    let names = ["adapter_config.json", "adapter_model.safetensors", "adapter.gguf"];
+    for name in names {
+        copy(name, &outside.join(name));
+        for folder in ["inside", "config", "weights"] {
+            copy(name, &root.join(folder).join(name));
+        }
+    }
+    let link = |folder: &str, name: &str| {
+        std::fs::remove_file(root.join(folder).join(name)).unwrap();
+        std::os::unix::fs::symlink(outside.join(name), root.join(folder).join(name)).unwrap();
+    };
+    link("config", names[0]);
+    link("weights", names[1]);
+    link("weights", names[2]);
+    std::os::unix::fs::symlink(root.join("inside"), root.join("linked")).unwrap();
+    let limits = AdapterLimits { within: Some([root.clone()].into()), ..LIMITS };
+    let open = |path: &str| OpenedAdapter::open(&root.join(path), &base, &limits);
+    for taken in ["inside", "inside/adapter.gguf", "linked"] {
+        open(taken).unwrap_or_else(|error| panic!("{taken}: {error}"));
+    }
+    for refused in ["config", "weights", "weights/adapter.gguf"] {
+        let Err(error) = open(refused) else { panic!("{refused} leads out") };
+        let ModelError::Io { source, .. } = &error else { panic!("{error}") };
+        assert_eq!(source.kind(), std::io::ErrorKind::PermissionDenied, "{error}");
+    }
+    assert!(OpenedAdapter::open(&root.join("weights"), &base, &LIMITS).is_ok(), "links are no mistake in themselves");
 }
 
 #[test]

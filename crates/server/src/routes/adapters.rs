@@ -38,6 +38,10 @@ pub(crate) async fn load(
     if state.config.served_model_names.contains(&name) {
         return Err(ApiError::invalid("lora_name", format!("{name:?} is the base's own name: choose another")));
     }
+    if state.config.gateway.as_ref().is_some_and(|gateway| gateway.has_name(&name)) {
+        let what = format!("{name:?} is a virtual model's or an upstream model's name: choose another");
+        return Err(ApiError::invalid("lora_name", what));
+    }
     if let Some(stranger) =
         tenants.iter().flatten().find(|tenant| !state.config.tenants.iter().any(|known| known.name == **tenant))
     {

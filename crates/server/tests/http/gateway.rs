@@ -686,3 +686,18 @@ async fn tenants_numbers_are_told_to_the_admin_key_alone_where_there_is_one() {
     }
     assert!(metrics(Some("boss")).await.contains("tenant=\"acme\""));
 }
+
+/// A request for such a name could not mean both.
+#[tokio::test]
+async fn no_adapter_takes_the_name_of_a_virtual_model_or_an_upstreams() {
+    let mut setup = Setup::new();
+    setup.config.admin_key = Some("boss".to_owned());
+    let house = House::build_with("[[routes]]\nmodel = \"smart\"\nrules = [{ to = \"local\" }]\n", setup).await;
+    for (name, refused) in [("smart", true), ("up/fake-model", true), ("up/other", false)] {
+        let body = json!({"lora_name": name, "lora_path": "nowhere"});
+        let request = house.server.request(Method::POST, "/v1/load_lora_adapter").bearer_auth("boss").json(&body);
+        let answer: Value = request.send().await.unwrap().json().await.unwrap();
+        let param = if refused { "lora_name" } else { "lora_path" };
+        assert_eq!(answer["error"]["param"], param, "{name}: {answer}");
+    }
+}

@@ -120,6 +120,12 @@ pub(super) fn lost_places(config: &GatewayConfig, local: &[String]) -> Vec<Strin
             }
         }
     }
+    for target in &config.router.upstream_models {
+        if is_known(&target.to_string()) {
+            lines
+                .push(format!("Warning: the local model or adapter {target} hides the upstream's model of that name."));
+        }
+    }
     for TenantConfig { id, routing, .. } in &config.tenants {
         let patterns = routing.overflow.iter().flat_map(|overflow| &overflow.adapters);
         for pattern in patterns.filter(|pattern| !local.iter().any(|name| fits(pattern, name))) {

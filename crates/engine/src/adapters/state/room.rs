@@ -128,6 +128,29 @@ impl State {
         }
     }
 
+    /// Likewise to whoever runs the server and wants a place in memory: that of another adapter, so that requests which follow each
+    /// other without a pause do not keep a load waiting.
+    pub(super) fn promise_memory(&mut self, name: &str, ticket: u64) {
+        if self
+            .versions
+            .values()
+            .any(|version| version.promise.as_ref().is_some_and(|promise| promise.ticket == ticket))
+        {
+            return;
+        }
+        let is_to_be_had = |version: &Version| {
+            version.name != name && version.promise.as_ref().is_none_or(|promise| promise.ticket > ticket)
+        };
+        let oldest = self
+            .holders(Places::Memory)
+            .filter(|(_, version)| is_to_be_had(version))
+            .min_by_key(|(_, version)| version.last_used)
+            .map(|(&id, _)| id);
+        if let Some(version) = oldest.and_then(|id| self.versions.get_mut(&id)) {
+            version.promise = Some(Promise { ticket, name: name.to_owned() });
+        }
+    }
+
     /// Where there is one.
     pub(in super::super) fn break_promise(&mut self, ticket: u64) {
         for version in self.versions.values_mut() {

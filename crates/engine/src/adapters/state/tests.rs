@@ -28,6 +28,14 @@ fn ask(state: &mut State, name: &str, who: Option<&Arc<str>>, since: Option<u64>
     state.acquire(&Asking { name, who, ticket, since, now })
 }
 
+/// For whoever runs the server, who does not wait.
+fn begin_reading(state: &mut State, name: &str) -> Result<Option<u64>, AdapterError> {
+    let ticket = state.ticket();
+    let begun = state.begin_reading(name, ticket);
+    state.break_promise(ticket);
+    begun
+}
+
 /// Reads whatever has to be read and gives the version in use, or None where it has to wait.
 fn acquire(state: &mut State, name: &str, owner: Option<&Arc<str>>) -> Option<u32> {
     let now = Instant::now();
@@ -65,13 +73,37 @@ fn what_is_replaced_stays_with_its_tenants_and_stays_pinned() {
         ..spec("a", pinned)
     };
     let mut place = |spec: AdapterSpec| {
-        assert!(state.place(&spec, true, (adapter(), String::new())).unwrap());
+        let ticket = state.ticket();
+        assert!(state.place(&spec, true, (adapter(), String::new()), ticket).unwrap());
         let spec = state.spec("a").unwrap();
         (spec.tenants.clone().unwrap_or_default(), spec.pinned)
     };
     assert_eq!(place(of(&["acme"], true)), (vec!["acme".to_owned()], true));
     assert_eq!(place(of(&[], false)), (vec!["acme".to_owned()], true), "nothing was said of either");
     assert_eq!(place(of(&["rival"], false)), (vec!["rival".to_owned()], true));
+}
+
+/// Requests that follow each other without a pause kept every load waiting.
+#[test]
+fn a_load_gets_a_place_beside_requests_that_never_pause() {
+    let mut state = with_names(2, 2);
+    let a = acquire(&mut state, "a", None).unwrap();
+    let b = acquire(&mut state, "b", None).unwrap();
+    let ticket = state.ticket();
+    let place = |state: &mut State| state.place(&spec("b", false), true, (adapter(), String::new()), ticket).unwrap();
+    assert!(!place(&mut state), "both places are in use");
+    // Another request for each, before the first ones end.
+    let next_b = acquire(&mut state, "b", None).expect("it is what is loaded");
+    assert_eq!(acquire(&mut state, "a", None), None, "its place is promised");
+    state.release(b, false);
+    assert!(!place(&mut state));
+    state.release(a, false);
+    assert!(place(&mut state));
+    state.break_promise(ticket);
+    let new = acquire(&mut state, "b", None).unwrap();
+    assert!(new != next_b, "who asks now gets the new version");
+    state.release(next_b, false);
+    assert!(acquire(&mut state, "a", None).is_some(), "the old version has made room");
 }
 
 #[test]
@@ -140,7 +172,7 @@ fn who_has_nothing_finds_a_place_also_where_all_keep_to_their_shares() {
 fn a_new_version_takes_the_name_and_the_old_one_stays_with_its_users() {
     let mut state = with_names(1, 3);
     let old = acquire(&mut state, "a", None).unwrap();
-    let attempt = state.begin_reading("a").unwrap().unwrap();
+    let attempt = begin_reading(&mut state, "a").unwrap().unwrap();
     state.end_reading("a", attempt, Ok((adapter(), String::new())), Instant::now());
     let new = acquire(&mut state, "a", None).unwrap();
     assert_ne!(old, new);
@@ -177,7 +209,7 @@ fn pinned_ones_stay_and_are_no_more_than_fit() {
     state.register(spec("a", false)).unwrap();
     state.check_pins(&spec("p", true)).unwrap();
     state.check_pins(&spec("a", true)).unwrap_err();
-    let attempt = state.begin_reading("p").unwrap().unwrap();
+    let attempt = begin_reading(&mut state, "p").unwrap().unwrap();
     state.end_reading("p", attempt, Ok((adapter(), String::new())), Instant::now());
     state.pin("p");
     assert_eq!(residents(&state), ["p"]);
@@ -191,7 +223,7 @@ fn where_all_places_are_pinned_nobody_waits_for_one() {
     let mut state = State::new(1, 2);
     state.register(spec("p", true)).unwrap();
     state.register(spec("a", false)).unwrap();
-    let attempt = state.begin_reading("p").unwrap().unwrap();
+    let attempt = begin_reading(&mut state, "p").unwrap().unwrap();
     state.end_reading("p", attempt, Ok((adapter(), String::new())), Instant::now());
     state.pin("p");
     let now = Instant::now();
@@ -365,7 +397,7 @@ fn pinned_ones_count_to_nobodys_share() {
     for name in ["a", "b"] {
         state.register(spec(name, false)).unwrap();
     }
-    let attempt = state.begin_reading("p").unwrap().unwrap();
+    let attempt = begin_reading(&mut state, "p").unwrap().unwrap();
     state.end_reading("p", attempt, Ok((adapter(), String::new())), Instant::now());
     state.pin("p");
     let id = acquire(&mut state, "a", Some(&who("x"))).unwrap();
@@ -434,7 +466,7 @@ proptest! {
                     state.pin(&name);
                 }
                 Step::Refresh(name) => {
-                    if let Ok(Some(attempt)) = state.begin_reading(NAMES[name]) {
+                    if let Ok(Some(attempt)) = begin_reading(&mut state, NAMES[name]) {
                         reading.push((NAMES[name].to_owned(), attempt));
                     }
                 }

@@ -33,7 +33,7 @@ pub use self::{
     metadata::MetadataValue,
     types::{GgmlType, TYPES},
 };
-use super::mmap::MappedFile;
+use super::mmap::{MappedFile, Within};
 use crate::ModelError;
 
 /// Keys and tensor table together may take this much of the file. The largest in use have some 20 MB (vocabularies).
@@ -73,8 +73,8 @@ impl GgufFile {
     }
 
     /// The same, copied into memory instead of mapped.
-    pub(crate) fn read_whole(path: &Path, max_bytes: u64) -> Result<Self, ModelError> {
-        Self::of_file(MappedFile::read_whole(path, max_bytes)?)
+    pub(crate) fn read_whole(path: &Path, max_bytes: u64, within: Within<'_>) -> Result<Self, ModelError> {
+        Self::of_file(MappedFile::read_whole(path, max_bytes, within)?)
     }
 
     fn of_file(map: MappedFile) -> Result<Self, ModelError> {
