@@ -7,11 +7,10 @@ are as far from peft's as quantising alone moves them, and nearer to their own a
 
 import json
 import random
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from test_adapters import TESTS, check, goldens, score
+from test_adapters import TESTS, check, checkpoint, given, goldens, in_small_steps, score
 
 ADAPTERS = sorted(folder.name for folder in (TESTS / "adapters").iterdir() if folder.is_dir())
 BASES = {name: json.loads((TESTS / "adapters" / name / "golden.json").read_text())["base"] for name in ADAPTERS}
@@ -22,18 +21,8 @@ QUANTISED = {"int8": 0.4, "int4": 1.6}
 
 def serve_base(start, tmp_path, base, *flags):
     """The base with all of its adapters, in steps of a few tokens."""
-    folder = tmp_path / base
-    folder.mkdir()
-    for file in (f"{base}/config.json", f"{base}/model.safetensors", "tokenizer.json"):
-        shutil.copy(TESTS / "checkpoints" / file, folder)
     names = [name for name in ADAPTERS if BASES[name] == base]
-    given = [word for name in names for word in ("--adapter", f"{name}={TESTS / 'adapters' / name}")]
-    flags = ("--max-num-batched-tokens", "24", "--served-model-name", base, *given, *flags)
-    return start(*flags, model=str(folder)), names
-
-
-def of_base(base):
-    return json.loads((TESTS / "checkpoints" / base / "golden.json").read_text())["prompts"]
+    return start(*in_small_steps(base), *given(*names), *flags, model=checkpoint(tmp_path, base)), names
 
 
 def all_at_once(client, asked, ask):
@@ -51,7 +40,7 @@ def all_at_once(client, asked, ask):
 @pytest.mark.parametrize("base", sorted(set(BASES.values())))
 def test_every_family_answers_as_peft_does(start, tmp_path, base):
     server, names = serve_base(start, tmp_path, base, "--dtype", "f32")
-    asked = [(base, prompt) for prompt in of_base(base)[:3]]
+    asked = [(base, prompt) for prompt in goldens(base)[:3]]
     asked += [(name, prompt) for name in names for prompt in goldens(name)]
     for (name, prompt), scored in zip(asked, all_at_once(server.client(), asked, score), strict=True):
         check(name, prompt, scored)
@@ -78,7 +67,7 @@ def away(scored, prompt):
 @pytest.mark.parametrize("base", sorted(set(BASES.values())))
 def test_every_family_carries_adapters_over_quantised_weights(start, tmp_path, base, bits):
     server, names = serve_base(start, tmp_path, base, "--quantize", bits)
-    asked = [(name, prompt) for name in names for prompt in goldens(name)] + [(base, of_base(base)[0])]
+    asked = [(name, prompt) for name in names for prompt in goldens(name)] + [(base, goldens(base)[0])]
     answers = all_at_once(server.client(), asked, given_tokens)
     for (name, prompt), scored in zip(asked, answers, strict=True):
         distance = away(scored, prompt)

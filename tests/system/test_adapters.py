@@ -30,19 +30,29 @@ TOLERANCE = 2e-4
 
 
 def goldens(name):
-    folder = TESTS / ("checkpoints" if name == BASE else "adapters") / name
+    """Of a base or of an adapter."""
+    folder = TESTS / ("checkpoints" if name.startswith("tiny-") else "adapters") / name
     return json.loads((folder / "golden.json").read_text())["prompts"]
+
+
+def checkpoint(parent, base):
+    """A folder with the base and a tokenizer."""
+    folder = parent / "base"
+    folder.mkdir()
+    for file in (f"{base}/config.json", f"{base}/model.safetensors", "tokenizer.json"):
+        shutil.copy(TESTS / "checkpoints" / file, folder)
+    return str(folder)
+
+
+def in_small_steps(base):
+    return "--max-num-batched-tokens", "24", "--served-model-name", base
 
 
 @pytest.fixture
 def serve(start, tmp_path):
     """Serves the tiny base, in steps of a few tokens, so that long prompts are computed in chunks beside others' tokens."""
-    folder = tmp_path / "base"
-    folder.mkdir()
-    for file in (f"{BASE}/config.json", f"{BASE}/model.safetensors", "tokenizer.json"):
-        shutil.copy(TESTS / "checkpoints" / file, folder)
-    flags = ("--dtype", "f32", "--max-num-batched-tokens", "24", "--served-model-name", BASE)
-    return lambda *more, **options: start(*flags, *more, model=str(folder), **options)
+    folder = checkpoint(tmp_path, BASE)
+    return lambda *more, **options: start("--dtype", "f32", *in_small_steps(BASE), *more, model=folder, **options)
 
 
 def given(*names):
@@ -96,6 +106,17 @@ def says(client, model, name):
         return score(client, model, prompt)[0] == prompt["tokens"] + prompt["greedy"]
     except openai.NotFoundError:
         return None
+
+
+def serve_two_tenants(serve, tmp_path, tables):
+    """With a config of these tables: the server, a client of acme (by the second of its keys) and one of another tenant."""
+    config = tmp_path / "bindery.toml"
+    config.write_text(
+        f'{tables}[[tenants]]\nname = "acme"\napi_key_env = "ACME_KEYS"\n'
+        '[[tenants]]\nname = "other"\napi_key_env = "OTHER_KEY"\n'
+    )
+    server = serve("--config", str(config), env={"ACME_KEYS": "acme-1, acme-2", "OTHER_KEY": "other-1"})
+    return server, server.client(api_key="acme-2"), server.client(api_key="other-1")
 
 
 def test_three_adapters_and_the_base_in_one_batch_answer_as_peft_does(serve):
@@ -210,14 +231,11 @@ def test_a_watched_folder_may_be_a_tenants_own(serve, tmp_path):
     write(tmp_path / "shared" / "both", "llama-qv")
     # The folder that comes first has the name.
     write(tmp_path / "acmes" / "both", "llama-patterns")
-    config = tmp_path / "bindery.toml"
-    config.write_text(
+    tables = (
         f'[[adapter_dir]]\npath = "{tmp_path / "shared"}"\n'
         f'[[adapter_dir]]\npath = "{tmp_path / "acmes"}"\ntenants = ["acme"]\n'
-        '[[tenants]]\nname = "acme"\napi_key_env = "ACME_KEY"\n[[tenants]]\nname = "other"\napi_key_env = "OTHER_KEY"\n'
     )
-    server = serve("--config", str(config), env={"ACME_KEY": "acme-1", "OTHER_KEY": "other-1"})
-    acme, other = server.client(api_key="acme-1"), server.client(api_key="other-1")
+    server, acme, other = serve_two_tenants(serve, tmp_path, tables)
     write(tmp_path / "acmes" / "ours", "llama-patterns")
     eventually("it appears", lambda: says(acme, "ours", "llama-patterns"))
     assert [model.id for model in acme.models.list()] == [BASE, "both", "everyones", "ours"]
@@ -259,14 +277,11 @@ def test_the_memory_of_an_unloaded_adapter_goes_back(serve):
 
 
 def test_adapters_of_tenants_in_a_config_file(serve, tmp_path):
-    config = tmp_path / "bindery.toml"
-    config.write_text(
+    tables = (
         f'[[adapters]]\nname = "ours"\nsource = "{TESTS / "adapters/llama-qv"}"\ntenants = ["acme"]\n'
         f'[[adapters]]\nname = "all"\nsource = "{TESTS / "adapters/llama-patterns"}"\npinned = true\n'
-        '[[tenants]]\nname = "acme"\napi_key_env = "ACME_KEYS"\n[[tenants]]\nname = "other"\napi_key_env = "OTHER_KEY"\n'
     )
-    server = serve("--config", str(config), env={"ACME_KEYS": "acme-1, acme-2", "OTHER_KEY": "other-1"})
-    acme, other = server.client(api_key="acme-2"), server.client(api_key="other-1")
+    server, acme, other = serve_two_tenants(serve, tmp_path, tables)
     # Without any upstream, too.
     assert server.metric("vllm:lora_requests_info") is not None
     assert [model.id for model in acme.models.list()] == [BASE, "all", "ours"]
