@@ -105,21 +105,12 @@ impl Cpu {
         }
         let groups = cols.div_ceil(GROUP);
         let num_pieces = self.pieces_for(m * product.macs()).min(groups.max(1));
-        let num_first = addends.as_ref().map_or(0, Addends::num_pieces);
         let gate = product.gate.weights;
         self.with_inputs(&x.inputs(), [gate, product.up.map_or(gate, |up| up.weights)], |[x, up_x]| {
             let call = Call { x, up_x, product: *product, addends, out };
-            let run = |piece: usize| {
-                if let Some(addends) = call.addends.as_ref().filter(|_| piece < num_first) {
-                    return addends.run_piece(self, piece);
-                }
-                let piece = piece - num_first;
+            self.run_beside(call.addends.as_ref(), num_pieces, |piece| {
                 self.gated_groups(&call, piece * groups / num_pieces..(piece + 1) * groups / num_pieces);
-            };
-            if num_pieces == 1 {
-                return (0..=num_first).for_each(run);
-            }
-            self.pool.run(num_first + num_pieces, run);
+            });
         });
     }
 

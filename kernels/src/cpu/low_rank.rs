@@ -56,8 +56,6 @@ pub struct Addends<'a, const N: usize> {
     first_gathered: usize,
     inner: SharedMut<f32>,
     places: &'a [usize],
-    /// Rows of a panel of `gathered`, at most.
-    columns: usize,
     num_pieces: usize,
     /// Multiply-adds of all first halves.
     macs: usize,
@@ -110,15 +108,10 @@ impl<const N: usize> Addends<'_, N> {
         }
     }
 
-    /// Pieces of the first half, which come before all others in the product's region.
-    pub(super) fn num_pieces(&self) -> usize {
-        self.num_pieces
-    }
-
-    /// One of them.
-    pub(super) fn run_piece(&self, cpu: &Cpu, mut piece: usize) {
+    /// A piece of the first half.
+    fn run_piece(&self, cpu: &Cpu, mut piece: usize) {
         let _done = Done(&self.num_done);
-        for job in self.jobs() {
+        for job in self.jobs(cpu) {
             let (num_tiles, num_pieces) = (job.num_tiles(cpu), self.pieces_of(cpu, &job));
             if self.num_pieces == 1 {
                 job.run(cpu, 0..num_tiles);
@@ -135,24 +128,25 @@ impl<const N: usize> Addends<'_, N> {
         (num_wanted * job.macs() / self.macs.max(1)).clamp(1, job.num_tiles(cpu).max(1))
     }
 
-    fn jobs(&self) -> impl Iterator<Item = Job<'_>> {
-        (0..self.segments.len() * N).filter_map(|index| {
+    fn jobs(&self, cpu: &Cpu) -> impl Iterator<Item = Job<'_>> {
+        let columns = cpu.kernels.columns;
+        (0..self.segments.len() * N).filter_map(move |index| {
             let segment = &self.segments[index / N];
             let weights = segment.pairs[index % N]?.down;
             let (rank, place) = (weights.rows(), self.places[index]);
             let elements = self.inner.part(place..place + segment.rows.len() * rank);
             let out = Output { elements, stride: rank, first_m: 0, rows: 0..rank, bias: None, accumulate: false };
-            Some(Job { x: self.inputs(&segment.rows, weights), weights, out })
+            Some(Job { x: self.inputs(&segment.rows, weights, columns), weights, out })
         })
     }
 
-    /// A segment's rows, as such a matrix reads them.
-    fn inputs(&self, rows: &Range<usize>, weights: &Matrix) -> Inputs<'_> {
+    /// A segment's rows, as such a matrix reads them; panels have `columns` rows at most.
+    fn inputs(&self, rows: &Range<usize>, weights: &Matrix, columns: usize) -> Inputs<'_> {
         let x = &self.x;
         match weights {
             Matrix::Quantized(_) => x.whole_panels(rows).unwrap_or_else(|| {
                 let rows = rows.start - self.first_gathered..rows.end - self.first_gathered;
-                self.gathered.segment(rows, self.columns)
+                self.gathered.segment(rows, columns)
             }),
             _ => Inputs::dense(rows.len(), x.cols(), &x.rows()[rows.start * x.cols()..rows.end * x.cols()]),
         }
@@ -201,14 +195,33 @@ impl Cpu {
             self.gather_segments(&x, segments.iter().filter(|segment| must_gather(segment)), first_gathered, gathered);
         }
         let inner = SharedMut::new(&mut inner[..len]);
-        let (columns, num_done) = (self.kernels.columns, AtomicUsize::new(0));
+        let num_done = AtomicUsize::new(0);
         let mut addends =
-            Addends { segments, x, gathered, first_gathered, inner, places, columns, num_pieces: 1, macs: 0, num_done };
-        addends.macs = addends.jobs().map(|job| job.macs()).sum();
+            Addends { segments, x, gathered, first_gathered, inner, places, num_pieces: 1, macs: 0, num_done };
+        addends.macs = addends.jobs(self).map(|job| job.macs()).sum();
         if self.pieces_for(addends.macs) > 1 {
-            addends.num_pieces = addends.jobs().map(|job| addends.pieces_of(self, &job)).sum();
+            addends.num_pieces = addends.jobs(self).map(|job| addends.pieces_of(self, &job)).sum();
         }
         addends
+    }
+
+    /// Runs the pieces of a product, those of the first half of what is added to it before all others: in one parallel region,
+    /// unless the product is one piece, which no other thread is worth.
+    pub(super) fn run_beside<const N: usize>(
+        &self,
+        addends: Option<&Addends<'_, N>>,
+        num_pieces: usize,
+        piece: impl Fn(usize) + Sync,
+    ) {
+        let num_first = addends.map_or(0, |addends| addends.num_pieces);
+        let run = |index: usize| match addends {
+            Some(addends) if index < num_first => addends.run_piece(self, index),
+            _ => piece(index - num_first),
+        };
+        if num_pieces == 1 {
+            return (0..=num_first).for_each(run);
+        }
+        self.pool.run(num_first + num_pieces, run);
     }
 
     /// Checks the segments and says where their first halves go; how long all are.

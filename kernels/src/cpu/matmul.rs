@@ -138,22 +138,13 @@ impl Cpu {
         let total: usize = parts.iter().map(macs).sum();
         let num_wanted = self.pieces_for(total);
         if num_wanted == 1 {
-            if let Some(addends) = addends {
-                (0..addends.num_pieces()).for_each(|piece| addends.run_piece(self, piece));
-            }
-            (0..N).for_each(|at| piece_of(at, 0, 1));
-            return;
+            return self.run_beside(addends, 1, |_| (0..N).for_each(|at| piece_of(at, 0, 1)));
         }
-        let num_first = addends.map_or(0, Addends::num_pieces);
         let num_pieces: [usize; N] = std::array::from_fn(|at| {
             let part = &parts[at];
             part.even_pieces((num_wanted * macs(part) / total.max(1)).clamp(1, part.blocks().max(1)))
         });
-        self.pool.run(num_first + num_pieces.iter().sum::<usize>(), |mut index| {
-            if let Some(addends) = addends.filter(|_| index < num_first) {
-                return addends.run_piece(self, index);
-            }
-            index -= num_first;
+        self.run_beside(addends, num_pieces.iter().sum(), |mut index| {
             for (at, &num_pieces) in num_pieces.iter().enumerate() {
                 if index < num_pieces {
                     return piece_of(at, index, num_pieces);
