@@ -12,6 +12,8 @@ import signal
 import threading
 import time
 import urllib.error
+import urllib.request
+from array import array
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -224,6 +226,70 @@ def test_a_watched_folder_brings_replaces_and_takes_away(serve, tmp_path):
     assert server.stop() == 0
 
 
+def halves(folder):
+    """What makes an adapter's files ones that compute the same: B is doubled and lora_alpha halved."""
+    config = json.loads((folder / FILES[0]).read_text())
+    config["lora_alpha"] /= 2
+    weights = (folder / FILES[1]).read_bytes()
+    start = 8 + int.from_bytes(weights[:8], "little")
+    header, data = json.loads(weights[8:start]), bytearray(weights[start:])
+    for name, tensor in header.items():
+        if "lora_B" in name:
+            first, end = tensor["data_offsets"]
+            doubled = array("f", data[first:end])
+            data[first:end] = array("f", [2 * value for value in doubled]).tobytes()
+    return {FILES[0]: json.dumps(config).encode(), FILES[1]: weights[:start] + bytes(data)}
+
+
+def test_half_of_a_new_version_in_a_watched_folder_is_never_used(serve, tmp_path):
+    folder = tmp_path / "adapters"
+    folder.mkdir()
+    for name in ("asked", "unasked"):
+        write(folder / name, "llama-qv")
+    config = tmp_path / "bindery.toml"
+    config.write_text(f'[adapter_dir]\npath = "{folder}"\n')
+    server = serve("--config", str(config), "--admin-key", ADMIN)
+    client = server.client()
+
+    def adapters():
+        question = urllib.request.Request(server.url + "/v1/adapters", headers={"authorization": f"Bearer {ADMIN}"})
+        with urllib.request.urlopen(question) as answer:
+            return json.load(answer)["data"]
+
+    def digest(name):
+        return next(entry["digest"] for entry in adapters() if entry["name"] == name)
+
+    assert says(client, "asked", "llama-qv")
+    first = digest("asked")
+    new = halves(folder / "asked")
+    # Either file of the one version fits the other of the other, and half of what either version computes is wrong.
+    def put(file):
+        for name in ("asked", "unasked"):
+            (folder / name / file).write_bytes(new[file])
+
+    put(FILES[0])
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(says, client, "unasked", "llama-qv")
+        for _ in range(40):
+            assert says(client, "asked", "llama-qv")
+            time.sleep(0.1)
+        assert not waiting.done(), "it waits for the other half"
+        put(FILES[1])
+        assert waiting.result()
+    eventually("the new version is in use", lambda: digest("asked") != first)
+    assert says(client, "asked", "llama-qv") and digest("unasked") == digest("asked")
+    message = server.post("/v1/unload_lora_adapter", {"lora_name": "asked"}, ADMIN)["message"]
+    assert "in a folder that is watched" in message
+    assert says(client, "asked", "llama-qv") is None
+    write(folder / "asked", "llama-patterns")
+    eventually("the next version has the name again", lambda: says(client, "asked", "llama-patterns"))
+
+    # A name that stands for something else is not taken.
+    write(folder / BASE, "llama-qv")
+    eventually("it is told", lambda: "its name is that of the base or of a model elsewhere" in server.output)
+    assert says(client, BASE, BASE)
+
+
 def test_a_watched_folder_may_be_a_tenants_own(serve, tmp_path):
     for folder in ("shared", "acmes"):
         (tmp_path / folder).mkdir()
@@ -280,19 +346,22 @@ def test_adapters_of_tenants_in_a_config_file(serve, tmp_path):
     tables = (
         f'[[adapters]]\nname = "ours"\nsource = "{TESTS / "adapters/llama-qv"}"\ntenants = ["acme"]\n'
         f'[[adapters]]\nname = "all"\nsource = "{TESTS / "adapters/llama-patterns"}"\npinned = true\n'
+        '[[routes]]\nmodel = "house"\nrules = [{ to = "ours" }]\n'
     )
     server, acme, other = serve_two_tenants(serve, tmp_path, tables)
     # Without any upstream, too.
     assert server.metric("vllm:lora_requests_info") is not None
-    assert [model.id for model in acme.models.list()] == [BASE, "all", "ours"]
+    # A model of rules that lead only to what others have is none, too.
+    assert [model.id for model in acme.models.list()] == [BASE, "all", "ours", "house"]
     assert [model.id for model in other.models.list()] == [BASE, "all"]
     assert says(acme, "ours", "llama-qv") and says(other, "all", "llama-patterns")
-    messages = []
-    for name in ("ours", "none"):
+    assert acme.completions.create(model="house", prompt="a", max_tokens=1).choices
+    messages = set()
+    for name in ("ours", "house", "none"):
         with pytest.raises(openai.NotFoundError) as caught:
             other.completions.create(model=name, prompt="a")
-        messages.append(caught.value.body["message"].replace(name, "NAME"))
-    assert messages[0] == messages[1]
+        messages.add(caught.value.body["message"].replace(name, "NAME"))
+    assert len(messages) == 1
     with pytest.raises(openai.AuthenticationError):
         server.client(api_key="nobody").models.list()
 

@@ -11,12 +11,13 @@ use std::{
 };
 
 use bindery_engine::{
-    AdapterError, AdapterPool, AdapterPoolConfig,
-    adapters::{AdapterRoots, AdapterSource, AdapterSpec, Fetch, adapters_in, check_name, watch_folder},
+    AdapterPool, AdapterPoolConfig,
+    adapters::{AdapterFolder, AdapterRoots, AdapterSource, AdapterSpec, Fetch, IsTaken, adapters_in, check_name},
 };
 use bindery_gateway::config::TenantConfig;
 use bindery_hub::{AdapterRef, FetchOptions, HubError, NoProgress, SharedProgress, resolve_adapter};
 use bindery_server::Tenant;
+use tokio::task::JoinHandle;
 
 use crate::{
     args::AdapterArgs,
@@ -31,7 +32,7 @@ const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 #[derive(Clone, Default)]
 pub(crate) struct AdapterSettings {
     pub(crate) adapters: Vec<NamedAdapter>,
-    pub(crate) folders: Vec<AdapterFolder>,
+    pub(crate) folders: Vec<GivenFolder>,
     pub(crate) roots: AdapterRoots,
     pub(crate) tenants: Vec<Tenant>,
 }
@@ -57,17 +58,21 @@ pub(crate) enum ReadWhen {
 
 /// `[adapter_dir]`
 #[derive(Clone, Debug)]
-pub(crate) struct AdapterFolder {
+pub(crate) struct GivenFolder {
     pub(crate) path: PathBuf,
     pub(crate) watch: bool,
     pub(crate) tenants: Option<Vec<String>>,
 }
 
-impl AdapterFolder {
+impl GivenFolder {
     /// What is in it now, by name. Blocking.
     pub(crate) fn adapters(&self) -> Result<Vec<(String, PathBuf)>, Failure> {
-        adapters_in(&self.path)
-            .map_err(|error| Failure::new(format!("cannot read the adapters' folder {}: {error}", self.path.display())))
+        adapters_in(&self.path).map_err(|error| self.unreadable(&error))
+    }
+
+    fn unreadable(&self, error: &std::io::Error) -> Failure {
+        Failure::new(format!("cannot read the adapters' folder {}: {error}", self.path.display()))
+            .hint("let the server's user read it, or correct path in [adapter_dir]")
     }
 }
 
@@ -109,7 +114,7 @@ impl AdapterSettings {
             return Err(Failure::usage(format!("{origin}: {count} adapters are pinned and max_loras is {max_loras}"))
                 .hint("pin fewer, or raise --max-loras"));
         }
-        let folders: Vec<AdapterFolder> =
+        let folders: Vec<GivenFolder> =
             tables.folders.into_iter().map(|table| folder_of(table, at)).collect::<Result<_, _>>()?;
         let roots = roots(&flags.adapter_root, &adapters, &folders)?;
         let line =
@@ -133,8 +138,8 @@ impl AdapterSettings {
     }
 
     /// What is in the folders now, without names that are taken: by an adapter given by name, or by an earlier folder.
-    pub(crate) fn in_folders(&self) -> anyhow::Result<Vec<(String, PathBuf, &AdapterFolder)>> {
-        let mut found: Vec<(String, PathBuf, &AdapterFolder)> = Vec::new();
+    pub(crate) fn in_folders(&self) -> anyhow::Result<Vec<(String, PathBuf, &GivenFolder)>> {
+        let mut found: Vec<(String, PathBuf, &GivenFolder)> = Vec::new();
         for folder in &self.folders {
             for (name, path) in folder.adapters()? {
                 let is_given = self.adapters.iter().any(|adapter| adapter.name == name);
@@ -157,8 +162,13 @@ impl AdapterSettings {
         Ok(())
     }
 
-    /// Makes the names known to the model, and reads what is to be read at the start.
-    pub(crate) async fn install(&self, pool: &AdapterPool, options: &FetchOptions) -> anyhow::Result<()> {
+    /// Makes the names known to the model, and reads what is to be read at the start. Gives back the folders that are to be watched.
+    pub(crate) async fn install(
+        &self,
+        pool: &AdapterPool,
+        options: &FetchOptions,
+        is_taken: IsTaken,
+    ) -> anyhow::Result<Vec<AdapterFolder>> {
         for adapter in &self.adapters {
             let NamedAdapter { name, source, tenants, pinned, read, .. } = adapter.clone();
             let spec = AdapterSpec { name, source: source_for_pool(source, options), tenants, pinned };
@@ -167,30 +177,20 @@ impl AdapterSettings {
                 ReadWhen::FirstAskedFor => pool.register(spec)?,
             }
         }
-        for (name, path, folder) in self.in_folders()? {
-            let registered = self.roots.clone().with(&folder.path).source(&path.to_string_lossy()).and_then(|source| {
-                pool.register(AdapterSpec { name, source, tenants: folder.tenants.clone(), pinned: false })
-            });
-            match registered {
-                Ok(()) => {}
-                // A folder's name that is none for an adapter, or a link to elsewhere: the others are as good as they were.
-                Err(error @ (AdapterError::BadName { .. } | AdapterError::Forbidden { .. })) => {
-                    tracing::warn!(%error, "an adapter cannot be used");
-                }
-                Err(error) => return Err(error.into()),
-            }
+        let mut watched = Vec::new();
+        for given in &self.folders {
+            let GivenFolder { path, watch, tenants } = given.clone();
+            let mut folder = AdapterFolder::new(pool.clone(), path, self.roots.clone(), tenants, Arc::clone(&is_taken));
+            folder.install().map_err(|error| given.unreadable(&error))?;
+            watched.extend(watch.then_some(folder));
         }
-        Ok(())
+        Ok(watched)
     }
+}
 
-    /// Looks at the folders that are to be watched until it is aborted.
-    pub(crate) fn watch(&self, pool: &AdapterPool) -> Vec<tokio::task::JoinHandle<()>> {
-        let watch = |folder: &AdapterFolder| {
-            let AdapterFolder { path, tenants, .. } = folder.clone();
-            tokio::spawn(watch_folder(pool.clone(), path, self.roots.clone(), tenants, WATCH_INTERVAL))
-        };
-        self.folders.iter().filter(|folder| folder.watch).map(watch).collect()
-    }
+/// Looks at folders until it is aborted.
+pub(crate) fn watch(folders: Vec<AdapterFolder>) -> Vec<JoinHandle<()>> {
+    folders.into_iter().map(|folder| tokio::spawn(folder.watch(WATCH_INTERVAL))).collect()
 }
 
 fn source_of(asked: &str, origin: &str) -> Result<AdapterRef, Failure> {
@@ -203,7 +203,7 @@ fn source_of(asked: &str, origin: &str) -> Result<AdapterRef, Failure> {
     })
 }
 
-fn folder_of(table: FolderTable, at: impl Fn(usize) -> String) -> Result<AdapterFolder, Failure> {
+fn folder_of(table: FolderTable, at: impl Fn(usize) -> String) -> Result<GivenFolder, Failure> {
     let FolderTable { line, path, watch, tenants } = table;
     let path = PathBuf::from(path);
     if !path.is_dir() {
@@ -212,11 +212,11 @@ fn folder_of(table: FolderTable, at: impl Fn(usize) -> String) -> Result<Adapter
             .hint("create it, or correct path in [adapter_dir]"));
     }
     let path = std::path::absolute(&path).unwrap_or(path);
-    Ok(AdapterFolder { path, watch, tenants })
+    Ok(GivenFolder { path, watch, tenants })
 }
 
 /// The folders that were named, or those that the adapters lie in.
-fn roots(given: &[PathBuf], adapters: &[NamedAdapter], watched: &[AdapterFolder]) -> Result<AdapterRoots, Failure> {
+fn roots(given: &[PathBuf], adapters: &[NamedAdapter], watched: &[GivenFolder]) -> Result<AdapterRoots, Failure> {
     if given.is_empty() {
         let parent = |adapter: &NamedAdapter| match &adapter.source {
             AdapterRef::Path(path) => path.canonicalize().ok()?.parent().map(Path::to_owned),

@@ -219,10 +219,12 @@ async fn no_more_requests_wait_for_adapters_than_may_be_queued() {
         let refused = model.adapters.acquire(name, None).await.unwrap_err();
         assert_eq!(refused, AdapterError::QueueFull { max_waiting: limit });
     }
+    assert_eq!(model.adapters.in_use().num_waiting, limit);
     drop(keeper);
     for waited in waiting {
         waited.await.unwrap().unwrap();
     }
+    assert_eq!(model.adapters.in_use().num_waiting, 0);
     // The refused request has had its adapter read all the same.
     model.adapters.acquire("other", None).await.unwrap();
     model.adapters.acquire("slow", None).await.unwrap();

@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use bindery_engine::{AdapterError, AdapterLease, AdapterPool, adapters::AdapterSpec};
-use bindery_gateway::{gateway::ListedModel, keys::NameOf};
+use bindery_gateway::{gateway::ListedModel, keys::NameOf, policy::route::LocalName};
 
 use crate::{auth::Caller, error::ApiError, generation::Deadline, router::Serving, state::AppState};
 
@@ -44,7 +44,16 @@ impl Caller {
     /// Models beside the local ones that the caller may name.
     pub(crate) fn elsewhere(&self, state: &AppState) -> Vec<ListedModel> {
         let Some(gateway) = &state.config.gateway else { return Vec::new() };
-        gateway.models(self.tenant.as_deref(), self.grant.as_deref())
+        gateway.models(self.tenant.as_deref(), self.grant.as_deref(), &|name| self.local_name(state, name))
+    }
+
+    /// Likewise for the router.
+    pub(crate) fn local_name(&self, state: &AppState, name: &str) -> LocalName {
+        match self.kind_of(state, name) {
+            Some(NamedKind::Base) => LocalName::Base,
+            Some(NamedKind::Adapter) => LocalName::Adapter,
+            None => LocalName::Unknown,
+        }
     }
 
     /// By the lists of its tenant and of its key.

@@ -33,7 +33,6 @@ use http_body_util::BodyExt;
 use serde_json::{Map, Value};
 
 use crate::{
-    adapters::NamedKind,
     auth::Caller,
     body::{check_content_encoding, check_content_type, object, read_body, request_timeout},
     context::RequestContext,
@@ -111,11 +110,7 @@ async fn answer_admitted(
         return Err(refused(context, exchange.give_up(error).await));
     }
     let local = LocalState { cannot, ..local_state(model, exchange.estimated_prompt_tokens()) };
-    let local_name = |name: &str| match caller.kind_of(state, name) {
-        Some(NamedKind::Base) => LocalName::Base,
-        Some(NamedKind::Adapter) => LocalName::Adapter,
-        None => LocalName::Unknown,
-    };
+    let local_name = |name: &str| caller.local_name(state, name);
     let route = exchange.route(local, UnixMillis::now(), &local_name).await;
     let route = match route {
         Ok(route) => route,

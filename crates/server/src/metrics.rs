@@ -205,7 +205,7 @@ impl Metrics {
             gauge(
                 "vllm:num_requests_waiting",
                 "Requests that wait to join the batch",
-                stats.num_requests_waiting as f64,
+                (stats.num_requests_waiting + adapters.in_use.num_waiting) as f64,
             ),
             gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use: 1 is all", usage),
             counter(

@@ -243,7 +243,8 @@ impl Backend {
         adapters.fetch(&options, &(progress as SharedProgress)).await?;
         let (model, report) = local::load(&files, &settings.local, LogFormat::Text).await?;
         report.notes.iter().for_each(|note| terminal::note(note));
-        adapters.install(&model.adapters, &options).await?;
+        // It was given no folders.
+        let _none = adapters.install(&model.adapters, &options, Arc::new(|_| false)).await?;
         let (mut name, mut adapter) = (files.name, None);
         if let Some(arg) = &args.adapter {
             name = format!("{name} through {}", arg.name);

@@ -12,7 +12,11 @@ use std::{
 };
 
 use anyhow::Context as _;
-use bindery_engine::{LocalModel, local_model::LoadReport};
+use bindery_engine::{
+    LocalModel,
+    adapters::{AdapterFolder, IsTaken},
+    local_model::LoadReport,
+};
 use bindery_gateway::{
     clock::UnixMillis,
     config::GatewayConfig,
@@ -26,6 +30,7 @@ use tokio::net::TcpSocket;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    adapters,
     args::{LogFormat, ServeArgs},
     failure::{Failure, Interrupted},
     gateway::host_name,
@@ -88,7 +93,8 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
         anyhow::Ok(())
     };
     let loading = async {
-        let (loaded, identified) = tokio::join!(load(&files, &settings), identified);
+        let (loaded, identified) =
+            tokio::join!(load(&files, &settings, is_taken(&names, gateway.as_ref())), identified);
         identified.and(loaded)
     };
     let loaded = tokio::select! {
@@ -104,9 +110,9 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
     let Some(loaded) = loaded else {
         return Err(Failure::new("the server ended while the weights were loading").into());
     };
-    let (model, report) = loaded?;
+    let (model, report, folders) = loaded?;
     slot.set(model.clone());
-    let watch = settings.adapters.watch(&model.adapters);
+    let watch = adapters::watch(folders);
     let start = Start { settings: &settings, files: &files, name: &names[0], model: &model, report: &report, address };
     start.announce();
 
@@ -172,10 +178,24 @@ async fn fetch(settings: &Settings) -> anyhow::Result<LocalFiles> {
     Ok(files)
 }
 
-async fn load(files: &LocalFiles, settings: &Settings) -> anyhow::Result<(Arc<LocalModel>, LoadReport)> {
+/// The model with its adapters, and the folders of them that are to be watched.
+async fn load(
+    files: &LocalFiles,
+    settings: &Settings,
+    is_taken: IsTaken,
+) -> anyhow::Result<(Arc<LocalModel>, LoadReport, Vec<AdapterFolder>)> {
     let (model, report) = local::load(files, &settings.model.local, settings.log_format).await?;
-    settings.adapters.install(&model.adapters, &local::fetch_options(&settings.model)?).await?;
-    Ok((model, report))
+    let options = local::fetch_options(&settings.model)?;
+    let folders = settings.adapters.install(&model.adapters, &options, is_taken).await?;
+    Ok((model, report, folders))
+}
+
+/// Names that requests reach something else by.
+fn is_taken(of_base: &[String], gateway: Option<&Gateway>) -> IsTaken {
+    let (of_base, gateway) = (of_base.to_vec(), gateway.cloned());
+    Arc::new(move |name| {
+        of_base.iter().any(|base| base == name) || gateway.as_ref().is_some_and(|gateway| gateway.has_name(name))
+    })
 }
 
 /// What became of the address to listen on.

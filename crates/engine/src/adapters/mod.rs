@@ -14,7 +14,11 @@ mod roots;
 mod state;
 mod watch;
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use bindery_model::{AdapterInfo, AdapterLimits};
 
@@ -22,7 +26,7 @@ pub use self::{
     pool::{AdapterLease, AdapterPool},
     read::ReadAdapter,
     roots::AdapterRoots,
-    watch::{adapters_in, watch_folder},
+    watch::{AdapterFolder, IsTaken, adapters_in},
 };
 
 /// Which weights a version of an adapter is.
@@ -113,6 +117,16 @@ pub enum AdapterSource {
         /// Called on a blocking thread, whenever it is to be read.
         fetch: Fetch,
     },
+}
+
+impl AdapterSource {
+    /// On this machine; None of what is fetched.
+    pub(crate) fn path(&self) -> Option<&Path> {
+        match self {
+            Self::Path(path) | Self::Confined { path, .. } => Some(path),
+            Self::Remote { .. } => None,
+        }
+    }
 }
 
 impl std::fmt::Debug for AdapterSource {
@@ -214,8 +228,10 @@ pub struct AdapterStatus {
 pub struct AdapterUse {
     /// With a request that has been scheduled.
     pub running: Vec<String>,
-    /// With a request that has not, or that waits for the adapter to be read.
+    /// With a request that has not, or that waits for the adapter to be read or for a place for it.
     pub waiting: Vec<String>,
+    /// Requests that the model does not know of yet, since they wait for their adapter.
+    pub num_waiting: usize,
 }
 
 /// What a running request's adapter is waited for, when it is unloaded.

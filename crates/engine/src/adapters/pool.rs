@@ -5,6 +5,7 @@
 //! of its end after the last.
 
 use std::{
+    path::PathBuf,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -21,7 +22,8 @@ use tokio::{
 
 use super::{
     AdapterError, AdapterIdentity, AdapterPoolConfig, AdapterSource, AdapterSpec, AdapterStatus, AdapterUse,
-    ReadAdapter, Unload, check_name, read,
+    ReadAdapter, Unload, check_name,
+    read::{self, BY_RENAMING, Fingerprint, Unread},
     state::{Asking, Next, Order, State},
 };
 use crate::engine::Command;
@@ -30,6 +32,9 @@ use crate::engine::Command;
 const MAX_READINGS: usize = 4;
 /// Loads that somebody asked for at one time, each with an adapter that may have to wait for its place; others wait unread.
 const MAX_LOADS: usize = 4;
+
+/// How long reading waits for files to come to rest.
+const SETTLE_PATIENCE: Duration = Duration::from_mins(1);
 
 /// How long a load waits for its place while requests use all of them.
 const LOAD_PATIENCE: Duration = Duration::from_secs(30);
@@ -47,6 +52,8 @@ struct Shared {
     state: Mutex<State>,
     /// Something was read, let go or made idle.
     changed: Notify,
+    /// The files of an adapter have come to rest.
+    settled: Notify,
     readings: Semaphore,
     /// Apart from the readings, since a load that waits for its place may wait for a reading.
     loads: Semaphore,
@@ -139,7 +146,17 @@ impl AdapterPool {
     ) -> Self {
         let state = Mutex::new(State::new(config.max_loras, config.max_cpu_loras));
         let (readings, loads) = (Semaphore::new(MAX_READINGS), Semaphore::new(MAX_LOADS));
-        Self(Arc::new(Shared { config, reader, commands, max_waiting, state, changed: Notify::new(), readings, loads }))
+        Self(Arc::new(Shared {
+            config,
+            reader,
+            commands,
+            max_waiting,
+            state,
+            changed: Notify::new(),
+            settled: Notify::new(),
+            readings,
+            loads,
+        }))
     }
 
     /// What it was made with.
@@ -204,7 +221,7 @@ impl AdapterPool {
         // Nobody closes it.
         let _turn = self.0.loads.acquire().await;
         let unreadable = |reason| AdapterError::Unreadable { name: spec.name.clone(), reason };
-        let (adapter, digest) = self.read_files(&spec.source).await.map_err(unreadable)?;
+        let (adapter, digest) = self.read_now(&spec.source).await.map_err(unreadable)?;
         let promised = self.promised();
         loop {
             let changed = self.0.changed.notified();
@@ -317,7 +334,7 @@ impl AdapterPool {
     }
 
     async fn read(&self, spec: AdapterSpec, attempt: u64) -> Result<(), AdapterError> {
-        let result = self.read_files(&spec.source).await;
+        let result = self.read_settled(&spec).await;
         let failure = result.as_ref().err().cloned();
         if let Some(reason) = &failure {
             tracing::warn!(adapter = spec.name, reason, "an adapter cannot be loaded");
@@ -330,13 +347,60 @@ impl AdapterPool {
         failure.map_or(Ok(()), |reason| Err(AdapterError::Unreadable { name: spec.name, reason }))
     }
 
+    /// A known adapter, as soon as its files are at rest where somebody looks after them.
+    async fn read_settled(&self, spec: &AdapterSpec) -> Result<(Arc<Adapter>, String), String> {
+        let deadline = Instant::now() + SETTLE_PATIENCE;
+        loop {
+            let news = self.0.settled.notified();
+            let settled = self.lock().settled(&spec.name).cloned();
+            match self.read_files(&spec.source, settled).await {
+                Ok(read) => return Ok(read),
+                Err(Unread::Failed(reason)) => return Err(reason),
+                Err(Unread::NotSettled) => {}
+            }
+            if timeout_at(deadline.into(), news).await.is_err() {
+                return Err(format!(
+                    "{}: its files have been changing for {} s; {BY_RENAMING}",
+                    spec.source,
+                    SETTLE_PATIENCE.as_secs()
+                ));
+            }
+        }
+    }
+
+    /// What is there now, in whatever state.
+    async fn read_now(&self, source: &AdapterSource) -> Result<(Arc<Adapter>, String), String> {
+        self.read_files(source, None).await.map_err(|unread| unread.to_string())
+    }
+
     /// An adapter and its digest, off the async threads.
-    async fn read_files(&self, source: &AdapterSource) -> Result<(Arc<Adapter>, String), String> {
+    async fn read_files(
+        &self,
+        source: &AdapterSource,
+        settled: Option<Fingerprint>,
+    ) -> Result<(Arc<Adapter>, String), Unread> {
         let (shared, source) = (Arc::clone(&self.0), source.clone());
         let _turn = self.0.readings.acquire().await;
-        let work = tokio::task::spawn_blocking(move || read::read(&*shared.reader, &source, &shared.config.limits));
-        let loaded = work.await.unwrap_or_else(|_| Err("reading it failed".to_owned()))?;
+        let work = tokio::task::spawn_blocking(move || {
+            read::read(&*shared.reader, &source, settled.as_ref(), &shared.config.limits)
+        });
+        let loaded = work.await.unwrap_or_else(|_| Err(Unread::Failed("reading it failed".to_owned())))?;
         Ok((Arc::new(loaded.adapter), loaded.digest))
+    }
+
+    /// These adapters' files are at rest, each in this state: in any other they are not read.
+    pub(super) fn settle<'a>(&self, files: impl Iterator<Item = (&'a String, &'a (PathBuf, Fingerprint))>) {
+        let mut state = self.lock();
+        let news = files.filter(|(name, (path, files))| state.settle(name, path, files)).count();
+        drop(state);
+        if news > 0 {
+            self.0.settled.notify_waiters();
+        }
+    }
+
+    /// Whether somebody looks after its files, and reads a new version by itself.
+    pub fn is_watched(&self, name: &str) -> bool {
+        self.lock().settled(name).is_some()
     }
 
     /// The files of a known adapter have changed: if they could not be read before, the next request tries again.

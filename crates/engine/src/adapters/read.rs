@@ -4,6 +4,7 @@
 //! the files; where those change meanwhile (a folder renamed over), all is read again.
 
 use std::{
+    ffi::OsString,
     fmt::Write as _,
     fs::{self, File},
     io::{self, Read},
@@ -40,8 +41,28 @@ pub(super) struct Loaded {
     pub(super) digest: String,
 }
 
-/// Brings an adapter into memory.
-pub(super) fn read(reader: &dyn ReadAdapter, source: &AdapterSource, limits: &AdapterLimits) -> Result<Loaded, String> {
+/// Why nothing was read.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Unread {
+    #[error("its files are not in the state that they have to be in")]
+    NotSettled,
+    #[error("{0}")]
+    Failed(String),
+}
+
+impl From<String> for Unread {
+    fn from(reason: String) -> Self {
+        Self::Failed(reason)
+    }
+}
+
+/// Brings an adapter into memory; where its files have to be in a `settled` state, only that.
+pub(super) fn read(
+    reader: &dyn ReadAdapter,
+    source: &AdapterSource,
+    settled: Option<&Fingerprint>,
+    limits: &AdapterLimits,
+) -> Result<Loaded, Unread> {
     let mut limits = limits.clone();
     let path = match source {
         AdapterSource::Path(path) => path.clone(),
@@ -53,19 +74,24 @@ pub(super) fn read(reader: &dyn ReadAdapter, source: &AdapterSource, limits: &Ad
     };
     let mut before = fingerprint(&path).ok();
     for _ in 0..MAX_READINGS {
+        if settled.is_some() && before.as_ref() != settled {
+            return Err(Unread::NotSettled);
+        }
         let loaded = read_once(reader, &path, &limits);
         let after = fingerprint(&path).ok();
         if before == after {
-            return loaded;
+            return Ok(loaded?);
         }
         before = after;
     }
-    Err(format!(
-        "{}: its files changed while they were read, {MAX_READINGS} times in a row; put a new version there whole, by renaming \
-         its folder or file, and load it again",
+    Err(Unread::Failed(format!(
+        "{}: its files changed while they were read, {MAX_READINGS} times in a row; {BY_RENAMING}, and load it again",
         path.display()
-    ))
+    )))
 }
+
+/// What to do about files that change.
+pub(super) const BY_RENAMING: &str = "put a new version there whole, by renaming its folder or file";
 
 /// Somebody who writes an adapter anew does not do it all the time.
 const MAX_READINGS: usize = 3;
@@ -76,19 +102,51 @@ fn read_once(reader: &dyn ReadAdapter, path: &Path, limits: &AdapterLimits) -> R
     Ok(Loaded { adapter, digest })
 }
 
-/// What tells one state of an adapter's files from another: name, length, time of change, and which file it is.
-pub(super) type Fingerprint = Vec<(PathBuf, u64, Option<SystemTime>, u64)>;
+/// What tells one state of an adapter's files from another. Links are followed: what counts is what is read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Fingerprint {
+    /// Of the folder, or the file that is the adapter: another one was put in its place whole.
+    which: FileId,
+    files: Vec<FileState>,
+}
+
+/// Device and number of the file on it, where the system has those.
+type FileId = (u64, u64);
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct FileState {
+    name: OsString,
+    which: FileId,
+    len: u64,
+    modified: Option<SystemTime>,
+}
+
+impl Fingerprint {
+    /// Whether one of the two became the other where it lies, file by file.
+    pub(super) fn is_in_place_of(&self, other: &Self) -> bool {
+        self.which == other.which
+    }
+}
 
 pub(super) fn fingerprint(path: &Path) -> io::Result<Fingerprint> {
     let one = |file: PathBuf| {
         let metadata = fs::metadata(&file)?;
-        #[cfg(unix)]
-        let which = std::os::unix::fs::MetadataExt::ino(&metadata);
-        #[cfg(not(unix))]
-        let which = 0;
-        Ok((file, metadata.len(), metadata.modified().ok(), which))
+        let name = file.file_name().unwrap_or_default().to_owned();
+        Ok(FileState { name, which: file_id(&metadata), len: metadata.len(), modified: metadata.modified().ok() })
     };
-    files(path).into_iter().map(one).collect()
+    let files = files(path).into_iter().map(one).collect::<io::Result<_>>()?;
+    Ok(Fingerprint { which: file_id(&fs::metadata(path)?), files })
+}
+
+#[cfg(unix)]
+fn file_id(metadata: &fs::Metadata) -> FileId {
+    use std::os::unix::fs::MetadataExt;
+    (metadata.dev(), metadata.ino())
+}
+
+#[cfg(not(unix))]
+fn file_id(_: &fs::Metadata) -> FileId {
+    (0, 0)
 }
 
 /// Files of an adapter, in the order of their names.
@@ -163,12 +221,35 @@ mod tests {
         let path = temp.path().join("a");
         write(&path, 1);
         let source = AdapterSource::Path(path.clone());
-        let overtaken = |times| read(&Overtaken { left: AtomicUsize::new(times) }, &source, &AdapterLimits::default());
+        let overtaken =
+            |times| read(&Overtaken { left: AtomicUsize::new(times) }, &source, None, &AdapterLimits::default());
         let loaded = overtaken(2).unwrap();
         assert_eq!(loaded.adapter.num_bytes(), 3003, "config and weights are of the third version");
         assert_eq!(loaded.digest, digest(&path, None).unwrap());
-        let Err(refused) = overtaken(MAX_READINGS) else { panic!("it never was the same twice") };
+        let Err(Unread::Failed(refused)) = overtaken(MAX_READINGS) else { panic!("it never was the same twice") };
         assert!(refused.contains("changed while they were read"), "{refused}");
         assert_eq!(overtaken(0).unwrap().adapter.num_bytes(), 6006);
+    }
+
+    #[test]
+    fn only_the_settled_state_of_files_is_read() {
+        let temp = tempfile::tempdir().unwrap();
+        let path = temp.path().join("a");
+        write(&path, 1);
+        let source = AdapterSource::Path(path.clone());
+        let settled = fingerprint(&path).unwrap();
+        let overtaken = |times, settled: &Fingerprint| {
+            let reader = Overtaken { left: AtomicUsize::new(times) };
+            read(&reader, &source, Some(settled), &AdapterLimits::default())
+        };
+        assert_eq!(overtaken(0, &settled).unwrap().adapter.num_bytes(), 1001);
+        assert!(matches!(overtaken(1, &settled), Err(Unread::NotSettled)), "it was another before it had been read");
+        assert!(matches!(overtaken(0, &settled), Err(Unread::NotSettled)), "and still is");
+        let now = fingerprint(&path).unwrap();
+        assert!(!now.is_in_place_of(&settled), "another folder under the name");
+        fs::write(path.join("adapter_config.json"), "30").unwrap();
+        assert!(matches!(overtaken(0, &now), Err(Unread::NotSettled)), "half of it is new");
+        let half_new = fingerprint(&path).unwrap();
+        assert!(half_new.is_in_place_of(&now) && half_new != now);
     }
 }

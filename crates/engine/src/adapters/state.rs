@@ -7,6 +7,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -14,7 +15,7 @@ use std::{
 use bindery_model::Adapter;
 
 use self::room::Promise;
-use super::{AdapterError, AdapterIdentity, AdapterSpec, AdapterState, AdapterStatus, AdapterUse};
+use super::{AdapterError, AdapterIdentity, AdapterSpec, AdapterState, AdapterStatus, AdapterUse, read::Fingerprint};
 
 /// After an adapter could not be read, requests for it are told so for this long before it is tried again.
 const RETRY_AFTER: Duration = Duration::from_secs(2);
@@ -63,6 +64,8 @@ struct Entry {
     /// Whose request had it read last.
     reader: Option<Arc<str>>,
     failure: Option<Failure>,
+    /// The only state of its files that may be read, where somebody looks after them.
+    settled: Option<Fingerprint>,
     num_versions: u32,
     /// Tickets of the requests that wait for it.
     waiting: BTreeSet<u64>,
@@ -144,12 +147,16 @@ impl State {
             return Err(AdapterError::Exists { name: spec.name });
         }
         self.check_pins(&spec)?;
+        // Versions of an earlier adapter of the name may still be in use: no two have the same number.
+        let draining = self.versions.values().filter(|version| version.name == spec.name);
+        let num_versions = draining.map(|version| version.number).max().unwrap_or(0);
         let entry = Entry {
             current: None,
             reading: None,
             reader: None,
             failure: None,
-            num_versions: 0,
+            settled: None,
+            num_versions,
             waiting: BTreeSet::new(),
             spec,
         };
@@ -285,7 +292,7 @@ impl State {
 
     /// Counts a request in, unless `max_waiting` wait already, for whatever adapters.
     pub(super) fn try_wait(&mut self, name: &str, ticket: u64, max_waiting: usize) -> bool {
-        if self.entries.values().map(|entry| entry.waiting.len()).sum::<usize>() >= max_waiting {
+        if self.num_waiting() >= max_waiting {
             return false;
         }
         if let Some(entry) = self.entries.get_mut(name) {
@@ -341,6 +348,7 @@ impl State {
             return Err(AdapterError::Exists { name: name.clone() });
         }
         self.check_pins(spec)?;
+        self.check_unpinned_place(spec)?;
         if !self.make_memory_room(None)? {
             self.promise_memory(name, ticket);
             return Ok(false);
@@ -350,14 +358,37 @@ impl State {
                 // New weights are nobody else's than the old ones were, unless that is asked for.
                 let tenants = spec.tenants.clone().or_else(|| entry.spec.tenants.take());
                 entry.spec = AdapterSpec { tenants, pinned: spec.pinned || entry.spec.pinned, ..spec.clone() };
+                entry.settled = None;
             }
             None => self.register(spec.clone())?,
         }
-        if let Some(attempt) = self.begin_reading(name, ticket)? {
+        if let Some(attempt) = self.begin_if(true, name, None)? {
             self.end_reading(name, attempt, Ok(read), Instant::now());
         }
         self.pin(name);
         Ok(true)
+    }
+
+    /// Refuses what no request could ever use, since pinned ones have all places in batches.
+    fn check_unpinned_place(&self, spec: &AdapterSpec) -> Result<(), AdapterError> {
+        let is_pinned = |entry: &&Entry| entry.spec.pinned;
+        let is_itself = self.entries.get(&spec.name).as_ref().is_some_and(is_pinned);
+        if spec.pinned || is_itself || self.entries.values().filter(is_pinned).count() < self.max_loras {
+            return Ok(());
+        }
+        Err(self.no_place_but_pinned())
+    }
+
+    /// The files of a name that lies at `path` are in this state, and only in this one may they be read. Whether that is news.
+    pub(super) fn settle(&mut self, name: &str, path: &Path, state: &Fingerprint) -> bool {
+        let entry = self.entries.get_mut(name).filter(|entry| entry.spec.source.path() == Some(path));
+        let Some(entry) = entry.filter(|entry| entry.settled.as_ref() != Some(state)) else { return false };
+        entry.settled = Some(state.clone());
+        true
+    }
+
+    pub(super) fn settled(&self, name: &str) -> Option<&Fingerprint> {
+        self.entries.get(name)?.settled.as_ref()
     }
 
     /// Its files are others than those that could not be read: it need not be waited until they are tried again.
@@ -502,7 +533,12 @@ impl State {
         AdapterUse {
             running: names(&|version| version.num_running > 0).into_iter().collect(),
             waiting: waiting.into_iter().collect(),
+            num_waiting: self.num_waiting(),
         }
+    }
+
+    fn num_waiting(&self) -> usize {
+        self.entries.values().map(|entry| entry.waiting.len()).sum()
     }
 
     fn check(&self) {

@@ -1,80 +1,115 @@
 //! A folder in which adapters appear, change and vanish.
 //!
-//! It is looked at again and again, since notices of changes do not reach across network file systems. An adapter counts once
-//! two looks in a row saw the same files: one that is put there whole, by renaming its folder, after one interval; one that is
-//! being copied, when the copying has ended. It has vanished once two looks in a row did not see it: to put a folder in another's
-//! place takes two renames, and a look may fall between them. It must not know what an adapter is, beyond which files make one.
+//! It is looked at again and again, since notices of changes do not reach across network file systems. An adapter that is put
+//! there whole, by renaming its folder or file, counts once two looks in a row saw the same; one that changes where it lies, once
+//! nothing of it has changed for [`QUIET`], since whoever copies file by file may pause between two that belong together. The
+//! pool reads its files in no other state than the one that counted last, so that half of a version is never used, whoever asks
+//! when. It has vanished once two looks in a row did not see it: to put a folder in another's place takes two renames, and a look
+//! may fall between them. It must not know what an adapter is, beyond which files make one.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
     path::{Path, PathBuf},
-    time::Duration,
+    sync::Arc,
+    time::{Duration, Instant},
 };
 
 use tokio::task::JoinSet;
 
 use super::{
-    AdapterError, AdapterPool, AdapterRoots, AdapterSource, AdapterSpec,
+    AdapterError, AdapterPool, AdapterRoots, AdapterSpec,
     read::{Fingerprint, fingerprint},
 };
 
-/// Looks at a folder until the future is dropped. Every folder in it with an adapter_config.json and weights, and every `.gguf` file,
-/// is known by its name without the ending, to these tenants (None: to everyone); a dot in front hides it.
-///
-/// What leads out of the folder and of `roots` by a link is not taken. New versions are read beside the looks: one that waits for a
-/// place in memory keeps no other from being seen.
-pub async fn watch_folder(
+/// How long an adapter that changes where it lies has to have been left alone.
+const QUIET: Duration = Duration::from_secs(10);
+
+/// Whether something else has a name, so that no request for it would reach an adapter.
+pub type IsTaken = Arc<dyn Fn(&str) -> bool + Send + Sync>;
+
+/// A folder whose adapters are known to a pool. Every folder in it with an adapter_config.json and weights, and every `.gguf` file,
+/// is known by its name without the ending; a dot in front hides it. A name that is known already stays what it is.
+pub struct AdapterFolder {
     pool: AdapterPool,
-    folder: PathBuf,
+    path: PathBuf,
     roots: AdapterRoots,
     tenants: Option<Vec<String>>,
-    interval: Duration,
-) {
-    let mut watched = Watched::default();
-    let of = Folder { pool, roots: roots.with(&folder), tenants };
-    let mut refreshes = JoinSet::new();
-    let mut problem = None;
-    loop {
-        let path = folder.clone();
-        let seen = tokio::task::spawn_blocking(move || scan(&path)).await.unwrap_or_else(|_| Ok(BTreeMap::new()));
-        match seen {
-            Ok(seen) => {
-                problem = None;
-                for change in watched.look(seen) {
-                    of.carry_out(change, &mut refreshes);
-                }
-            }
-            Err(error) => {
-                // Said once, not with every look.
-                let text = error.to_string();
-                if problem.as_ref() != Some(&text) {
-                    tracing::warn!(folder = %folder.display(), error = text, "the adapters' folder cannot be read");
-                    problem = Some(text);
-                }
-            }
-        }
-        while refreshes.try_join_next().is_some() {}
-        tokio::time::sleep(interval).await;
-    }
+    is_taken: IsTaken,
+    watched: Watched,
 }
 
-/// What [`watch_folder`] would find in a folder now: names and places, in the order of the names. Blocking.
+/// What a folder had in it now: names and places, in the order of the names. Blocking.
 ///
 /// # Errors
 /// Where the folder cannot be read.
 pub fn adapters_in(folder: &Path) -> io::Result<Vec<(String, PathBuf)>> {
-    Ok(scan(folder)?.into_iter().map(|(name, (path, _))| (name, path)).collect())
+    let whole = scan(folder)?.into_iter().filter(|(_, seen)| seen.is_whole);
+    Ok(whole.map(|(name, seen)| (name, seen.path)).collect())
 }
 
-/// What is done with what appears in a folder.
-struct Folder {
-    pool: AdapterPool,
-    roots: AdapterRoots,
-    tenants: Option<Vec<String>>,
-}
+impl AdapterFolder {
+    /// A folder whose adapters are for these tenants (None: for everyone), of which the pool knows nothing yet. What leads out of it
+    /// and of `roots` by a link is not taken.
+    pub fn new(
+        pool: AdapterPool,
+        path: PathBuf,
+        roots: AdapterRoots,
+        tenants: Option<Vec<String>>,
+        is_taken: IsTaken,
+    ) -> Self {
+        let roots = roots.with(&path);
+        Self { pool, path, roots, tenants, is_taken, watched: Watched::default() }
+    }
 
-impl Folder {
+    /// Makes known what is there now. Blocking.
+    ///
+    /// # Errors
+    /// Where the folder cannot be read.
+    pub fn install(&mut self) -> io::Result<()> {
+        self.watched = Watched::from_first(scan(&self.path)?, Instant::now());
+        for (name, (path, _)) in &self.watched.known {
+            self.appeared(name, path);
+        }
+        Ok(())
+    }
+
+    /// Looks at it until the future is dropped. New versions are read beside the looks: one that waits for a place in memory keeps no
+    /// other from being seen.
+    pub async fn watch(mut self, interval: Duration) {
+        self.pool.settle(self.watched.known.iter());
+        let mut refreshes = JoinSet::new();
+        let mut problem = None;
+        loop {
+            let path = self.path.clone();
+            let seen = tokio::task::spawn_blocking(move || scan(&path)).await;
+            match seen.unwrap_or_else(|_| Err(io::Error::other("looking at it failed"))) {
+                Ok(seen) => {
+                    problem = None;
+                    self.look(seen, &mut refreshes);
+                }
+                Err(error) => {
+                    // Said once, not with every look.
+                    let text = error.to_string();
+                    if problem.as_ref() != Some(&text) {
+                        tracing::warn!(folder = %self.path.display(), error = text, "the adapters' folder cannot be read");
+                        problem = Some(text);
+                    }
+                }
+            }
+            while refreshes.try_join_next().is_some() {}
+            tokio::time::sleep(interval).await;
+        }
+    }
+
+    fn look(&mut self, seen: BTreeMap<String, Seen>, refreshes: &mut JoinSet<()>) {
+        for change in self.watched.look(seen, Instant::now()) {
+            self.carry_out(change, refreshes);
+        }
+        // All, since one may have been loaded anew by hand meanwhile.
+        self.pool.settle(self.watched.known.iter());
+    }
+
     fn carry_out(&self, change: Change, refreshes: &mut JoinSet<()>) {
         match change {
             // What was unloaded by hand comes back with its next version.
@@ -109,14 +144,18 @@ impl Folder {
     }
 
     fn is_known_from(&self, name: &str, path: &Path) -> bool {
-        let is_from = |source| match source {
-            AdapterSource::Path(known) | AdapterSource::Confined { path: known, .. } => known == path,
-            AdapterSource::Remote { .. } => false,
-        };
-        self.pool.spec(name).is_some_and(|spec| is_from(spec.source))
+        self.pool.spec(name).is_some_and(|spec| spec.source.path() == Some(path))
     }
 
     fn appeared(&self, name: &str, path: &Path) {
+        if (self.is_taken)(name) {
+            tracing::warn!(
+                adapter = name,
+                path = %path.display(),
+                "an adapter is not used: its name is that of the base or of a model elsewhere; give its folder or file another"
+            );
+            return;
+        }
         let registered = self.roots.source(&path.to_string_lossy()).and_then(|source| {
             let (name, tenants) = (name.to_owned(), self.tenants.clone());
             self.pool.register(AdapterSpec { name, source, tenants, pinned: false })
@@ -138,11 +177,35 @@ enum Change {
     Vanished(String, PathBuf),
 }
 
+/// An adapter, or what may become one, as a look saw it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Seen {
+    path: PathBuf,
+    files: Fingerprint,
+    /// A config alone is one whose weights are still being copied.
+    is_whole: bool,
+}
+
+impl Seen {
+    /// Whether it lies where that lay and has become something else: file by file, not put there as a whole.
+    fn grew_out_of(&self, path: &Path, files: &Fingerprint) -> bool {
+        self.path == path && self.files.is_in_place_of(files) && self.files != *files
+    }
+}
+
+/// What the last look saw, and since when it has been like that.
+#[derive(Debug)]
+struct Last {
+    seen: Seen,
+    since: Instant,
+    /// It changes where it lies: it counts after [`QUIET`].
+    is_growing: bool,
+}
+
 /// What earlier looks found.
 #[derive(Debug, Default)]
 struct Watched {
-    /// As the last look saw them.
-    last: BTreeMap<String, (PathBuf, Fingerprint)>,
+    last: BTreeMap<String, Last>,
     /// As they are known to the pool.
     known: BTreeMap<String, (PathBuf, Fingerprint)>,
     /// Known, and not seen by the last look.
@@ -150,11 +213,41 @@ struct Watched {
 }
 
 impl Watched {
-    fn look(&mut self, seen: BTreeMap<String, (PathBuf, Fingerprint)>) -> Vec<Change> {
+    /// What is whole counts at once.
+    fn from_first(seen: BTreeMap<String, Seen>, now: Instant) -> Self {
+        let whole = seen.iter().filter(|(_, seen)| seen.is_whole);
+        let known = whole.map(|(name, seen)| (name.clone(), (seen.path.clone(), seen.files.clone()))).collect();
+        let last = seen.into_iter().map(|(name, seen)| (name, Last { seen, since: now, is_growing: false })).collect();
+        Self { last, known, missed: BTreeSet::new() }
+    }
+
+    fn look(&mut self, seen: BTreeMap<String, Seen>, now: Instant) -> Vec<Change> {
+        let mut changes = self.vanished(&seen);
+        let mut before = std::mem::take(&mut self.last);
+        for (name, seen) in seen {
+            let before = before.remove(&name);
+            if let Some(last) = before.as_ref().filter(|last| last.seen == seen) {
+                if last.is_at_rest(now) {
+                    changes.extend(self.settle(&name, &seen));
+                }
+                self.last.extend(before.map(|last| (name, last)));
+                continue;
+            }
+            let is_growing = match &before {
+                Some(last) => seen.grew_out_of(&last.seen.path, &last.seen.files),
+                // The last look missed it.
+                None => self.known.get(&name).is_some_and(|(path, files)| seen.grew_out_of(path, files)),
+            };
+            self.last.insert(name, Last { seen, since: now, is_growing });
+        }
+        changes
+    }
+
+    fn vanished(&mut self, seen: &BTreeMap<String, Seen>) -> Vec<Change> {
         let mut changes = Vec::new();
         let missed_before = std::mem::take(&mut self.missed);
         self.known.retain(|name, (path, _)| {
-            let is_there = seen.contains_key(name);
+            let is_there = seen.get(name).is_some_and(|seen| seen.is_whole);
             let has_vanished = !is_there && missed_before.contains(name);
             if has_vanished {
                 changes.push(Change::Vanished(name.clone(), path.clone()));
@@ -163,45 +256,55 @@ impl Watched {
             }
             !has_vanished
         });
-        for (name, state) in &seen {
-            if self.last.get(name) != Some(state) {
-                continue;
-            }
-            match self.known.insert(name.clone(), state.clone()) {
-                None => changes.push(Change::Appeared(name.clone(), state.0.clone())),
-                // A file in a folder's place, or the other way round: another adapter under the name.
-                Some(before) if before.0 != state.0 => {
-                    changes.push(Change::Vanished(name.clone(), before.0));
-                    changes.push(Change::Appeared(name.clone(), state.0.clone()));
-                }
-                Some(before) if before != *state => changes.push(Change::Changed(name.clone(), state.0.clone())),
-                Some(_) => {}
-            }
-        }
-        self.last = seen;
         changes
+    }
+
+    /// What is news of what came to rest.
+    fn settle(&mut self, name: &str, seen: &Seen) -> Vec<Change> {
+        let (name, path) = (name.to_owned(), seen.path.clone());
+        match self.known.insert(name.clone(), (path.clone(), seen.files.clone())) {
+            None => vec![Change::Appeared(name, path)],
+            // A file in a folder's place, or the other way round: another adapter under the name.
+            Some((before, _)) if before != path => {
+                vec![Change::Vanished(name.clone(), before), Change::Appeared(name, path)]
+            }
+            Some((_, files)) if files != seen.files => vec![Change::Changed(name, path)],
+            Some(_) => Vec::new(),
+        }
     }
 }
 
-/// A config alone is one whose weights are still being copied.
+impl Last {
+    /// Seen a second time.
+    fn is_at_rest(&self, now: Instant) -> bool {
+        self.seen.is_whole && (!self.is_growing || now.saturating_duration_since(self.since) >= QUIET)
+    }
+}
+
 fn is_whole_folder(path: &Path) -> bool {
     let has = |name: &str| path.join(name).is_file();
     has("adapter_config.json") && (has("adapter_model.safetensors") || has("adapter_model.bin"))
 }
 
-fn scan(folder: &Path) -> io::Result<BTreeMap<String, (PathBuf, Fingerprint)>> {
+fn scan(folder: &Path) -> io::Result<BTreeMap<String, Seen>> {
     let mut found = BTreeMap::new();
     for entry in fs::read_dir(folder)? {
         let path = entry?.path();
-        let is_gguf = path.extension().is_some_and(|extension| extension == "gguf");
-        let name = if path.is_dir() { path.file_name() } else { path.file_stem() };
+        let is_folder = path.is_dir();
+        let is_file = !is_folder && path.extension().is_some_and(|extension| extension == "gguf") && path.is_file();
+        let name = if is_folder { path.file_name() } else { path.file_stem() };
         let Some(name) = name.and_then(|name| name.to_str()).filter(|name| !name.starts_with('.')) else { continue };
-        if !(is_whole_folder(&path) || is_gguf && path.is_file()) {
+        if !is_folder && !is_file {
             continue;
         }
+        let is_whole = is_file || is_whole_folder(&path);
         // What vanishes between two calls is seen at the next look.
-        if let Ok(fingerprint) = fingerprint(&path) {
-            found.insert(name.to_owned(), (path, fingerprint));
+        let Ok(files) = fingerprint(&path) else { continue };
+        let name = name.to_owned();
+        // Of two with one name what is an adapter, of two adapters the folder.
+        let comes_before = |other: &Seen| is_whole && (is_folder || !other.is_whole);
+        if found.get(&name).is_none_or(comes_before) {
+            found.insert(name, Seen { path, files, is_whole });
         }
     }
     Ok(found)
@@ -222,7 +325,13 @@ mod tests {
         let temp = tempfile::tempdir().unwrap();
         let root = temp.path();
         let mut watched = Watched::default();
-        let mut look = || watched.look(scan(root).unwrap());
+        let start = Instant::now();
+        let mut looks = 0;
+        // One every second.
+        let mut look = || {
+            looks += 1;
+            watched.look(scan(root).unwrap(), start + Duration::from_secs(looks))
+        };
         assert_eq!(look(), []);
         write(&root.join("a"), "one");
         write(&root.join(".hidden"), "one");
@@ -232,7 +341,8 @@ mod tests {
         fs::write(root.join("half/adapter_config.json"), "{}").unwrap();
         fs::write(root.join("b.gguf"), "x").unwrap();
         assert_eq!(look(), [], "it may still be growing");
-        fs::write(root.join("b.gguf"), "xx").unwrap();
+        fs::write(root.join(".b.gguf"), "xx").unwrap();
+        fs::rename(root.join(".b.gguf"), root.join("b.gguf")).unwrap();
         assert_eq!(look(), [Change::Appeared("a".into(), root.join("a"))]);
         assert_eq!(look(), [Change::Appeared("b".into(), root.join("b.gguf"))]);
         assert_eq!(look(), []);
@@ -262,7 +372,49 @@ mod tests {
         assert_eq!(look(), []);
         assert_eq!(look(), [Change::Vanished("a".into(), root.join("a.gguf"))]);
         fs::write(root.join("half/adapter_model.safetensors"), "one").unwrap();
-        assert_eq!(look(), []);
-        assert_eq!(look(), [Change::Appeared("half".into(), root.join("half"))], "its weights had not come before");
+        let mut later = Vec::new();
+        for _ in 0..=QUIET.as_secs() {
+            later.extend(look());
+        }
+        assert_eq!(later, [Change::Appeared("half".into(), root.join("half"))], "its weights had not come before");
+    }
+
+    #[test]
+    fn what_changes_where_it_lies_counts_when_it_has_been_left_alone() {
+        let temp = tempfile::tempdir().unwrap();
+        let root = temp.path();
+        let path = root.join("a");
+        write(&path, "old");
+        let start = Instant::now();
+        let mut watched = Watched::from_first(scan(root).unwrap(), start);
+        let settled = |watched: &Watched| watched.known["a"].1.clone();
+        let old = settled(&watched);
+        assert_eq!(old, fingerprint(&path).unwrap());
+        let mut at = |seconds| {
+            let changes = watched.look(scan(root).unwrap(), start + Duration::from_secs(seconds));
+            (changes, settled(&watched))
+        };
+        // One file, a pause, the other, as `cp` does beside a slow disk.
+        fs::write(path.join("adapter_config.json"), "{ }").unwrap();
+        for second in 1..10 {
+            assert_eq!(at(second), (vec![], old.clone()), "half of it is new");
+        }
+        fs::write(path.join("adapter_model.safetensors"), "newer").unwrap();
+        for second in 10..20 {
+            assert_eq!(at(second), (vec![], old.clone()), "there may be more to come");
+        }
+        let new = fingerprint(&path).unwrap();
+        assert_eq!(at(20), (vec![Change::Changed("a".into(), path.clone())], new.clone()));
+        // File by file, each put there whole: the folder still is the same.
+        fs::write(path.join("new"), "{  }").unwrap();
+        fs::rename(path.join("new"), path.join("adapter_config.json")).unwrap();
+        assert_eq!(at(21), (vec![], new.clone()));
+        assert_eq!(at(30), (vec![], new));
+        // Another folder in its place ends the waiting.
+        write(&root.join(".b"), "newest");
+        fs::rename(&path, root.join(".old")).unwrap();
+        fs::rename(root.join(".b"), &path).unwrap();
+        assert_eq!(at(31).0, []);
+        assert_eq!(at(32), (vec![Change::Changed("a".into(), path.clone())], fingerprint(&path).unwrap()));
     }
 }

@@ -52,7 +52,7 @@ use crate::{
     limits::{Limiter, Refused as LimitRefused},
     money::Money,
     names::TenantId,
-    policy::{Moment, PrivacyClass, Refused, Router, Target, target::fits},
+    policy::{Moment, PrivacyClass, Refused, Router, Target, route::LocalName, target::fits},
     providers::{ModelEntry, Refusal, UpstreamError},
     store::{Store, StoreThread},
     upstream::{BreakerState, Door, Upstream},
@@ -328,14 +328,19 @@ impl Gateway {
     }
 
     /// Models beside the local ones that a tenant, by this key of its, may name: virtual ones and upstreams'. None for a
-    /// stranger.
-    pub fn models(&self, tenant: Option<&str>, grant: Option<&KeyGrant>) -> Vec<ListedModel> {
+    /// stranger. `local_name` says what a name stands for here, for this caller.
+    pub fn models(
+        &self,
+        tenant: Option<&str>,
+        grant: Option<&KeyGrant>,
+        local_name: &dyn Fn(&str) -> LocalName,
+    ) -> Vec<ListedModel> {
         let may = |name: &str| self.may_name(tenant, grant, (name, NameOf::Model));
         let Ok(tenant) = self.tenant(tenant) else { return Vec::new() };
         let routing = &tenant.config.routing;
-        let rules = self.0.router.virtual_models.keys();
+        let rules = self.0.router.virtual_models.values().filter(|model| model.leads_somewhere(local_name));
         let virtual_models =
-            rules.map(|name| ListedModel { name: name.to_string(), owner: "virtual", max_context_tokens: None });
+            rules.map(|model| ListedModel { name: model.name.to_string(), owner: "virtual", max_context_tokens: None });
         let leaves = routing.privacy.leave().is_some();
         let upstream = self.0.router.upstream_models.iter().filter(|_| leaves).map(|target| ListedModel {
             name: target.to_string(),

@@ -659,7 +659,7 @@ async fn a_tenant_that_is_not_configured_is_nobody() {
             (403, "unknown_tenant".to_owned()),
             "{stranger}"
         );
-        assert!(gateway.models(Some(stranger), None).is_empty());
+        assert!(gateway.models(Some(stranger), None, &|_| LocalName::Base).is_empty());
     }
     let nobody = Asked { tenant: None, ..asked("acme", &body("base", "x"), None) };
     assert!(gateway.begin(nobody).is_ok());

@@ -274,7 +274,7 @@ impl Router {
         facts: &Facts<'_>,
         local_name: &dyn Fn(&str) -> LocalName,
     ) -> Result<(Route, Option<String>), Refused> {
-        if !is_allowed(&model.name, NameOf::Model, facts) {
+        if !is_allowed(&model.name, NameOf::Model, facts) || !model.leads_somewhere(local_name) {
             return Err(Refused::UnknownModel { asked: model.name.to_string() });
         }
         let mut why = Vec::new();

@@ -5,7 +5,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use super::{Facts, Target};
+use super::{Facts, Target, route::LocalName};
 use crate::money::Money;
 
 /// A model that exists only as rules.
@@ -140,6 +140,16 @@ impl Condition {
     /// Whether it holds for every request, so that no rule after it is ever asked.
     pub fn is_always(&self) -> bool {
         *self == Self::default()
+    }
+}
+
+impl VirtualModel {
+    /// Whether a caller to whom these local names mean something could ever be led anywhere: otherwise the model is nothing to it.
+    pub fn leads_somewhere(&self, local_name: &dyn Fn(&str) -> LocalName) -> bool {
+        self.rules.iter().flat_map(|rule| &rule.to).flat_map(Choice::targets).any(|target| match target {
+            Target::LocalModel(name) => local_name(name) != LocalName::Unknown,
+            Target::Local | Target::Upstream { .. } => true,
+        })
     }
 }
 

@@ -4,7 +4,7 @@
 //! the others become expressions. It must not know what a match means. Its invariant: what the `regex` crate cannot express
 //! as Python means it (looking around, references back) is an error, never a guess.
 
-use regex::{Regex, RegexBuilder};
+use regex::{Captures, Regex, RegexBuilder};
 
 /// Memory of a compiled expression. Those in use take some kB.
 const MAX_COMPILED_BYTES: usize = 1 << 20;
@@ -49,6 +49,18 @@ impl SuffixPattern {
 /// `re.fullmatch(expression, name)`, as target_modules and exclude_modules are matched where they are one text.
 pub(super) fn whole(expression: &str) -> Result<Regex, String> {
     compiled(expression, &format!("^(?:{expression})$"))
+}
+
+/// Finds the layer's number in the name of a module, as layers_pattern is matched.
+pub(super) fn layer(pattern: &str) -> Result<Regex, String> {
+    compiled(pattern, &format!(r"(?:^|.*?\.){pattern}\.(?<layer>[0-9]+)\."))
+}
+
+/// By the first of such expressions that fits; `re.match` looks at the start of the name alone. None: it finds no number.
+pub(super) fn layer_of(module: &str, layers: &[Regex]) -> Option<u64> {
+    let at_start = |found: &Captures<'_>| found.get(0).is_some_and(|whole| whole.start() == 0);
+    let found = layers.iter().find_map(|regex| regex.captures(module).filter(at_start))?;
+    found.name("layer")?.as_str().parse().ok()
 }
 
 fn compiled(expression: &str, whole: &str) -> Result<Regex, String> {

@@ -38,6 +38,8 @@ pub(super) struct PeftConfig {
     excluded: Option<Selection>,
     /// Empty: all.
     layers: Vec<u64>,
+    /// layers_pattern: what stands in front of a layer's number in a module's name. Empty: as the base has it.
+    layer_patterns: Vec<Regex>,
 }
 
 /// Modules by name.
@@ -102,6 +104,7 @@ impl PeftConfig {
             targets: selection(keys, "target_modules", path)?,
             excluded: selection(keys, "exclude_modules", path)?,
             layers: layers(keys)?,
+            layer_patterns: layer_patterns(keys)?,
         })
     }
 
@@ -140,8 +143,16 @@ impl PeftConfig {
         if self.layers.is_empty() || is_whole {
             return Ok(());
         }
+        let layer = if self.layer_patterns.is_empty() {
+            layer.map(|layer| layer as u64)
+        } else {
+            match pattern::layer_of(module, &self.layer_patterns) {
+                Some(layer) => Some(layer),
+                None => return left_out("layers_pattern finds no layer's number in its name".to_owned()),
+            }
+        };
         match layer {
-            Some(layer) if self.layers.contains(&(layer as u64)) => Ok(()),
+            Some(layer) if self.layers.contains(&layer) => Ok(()),
             _ => left_out("layers_to_transform does not list its layer".to_owned()),
         }
     }
@@ -173,12 +184,15 @@ const OTHER_METHODS: &[(&str, &str)] = &[
     ),
     ("use_qalora", "QALoRA, which pools inputs; merge it into the base with peft's merge_and_unload"),
     ("lora_bias", "a bias of its own in every module; merge it into the base with peft's merge_and_unload"),
-    ("fan_in_fan_out", "matrices stored the other way round, which no architecture here has"),
-    ("use_bdlora", "block-diagonal LoRA"),
-    ("arrow_config", "Arrow, which chooses among several adapters by token"),
-    ("kasa_config", "KaSA, which changes the base's weights"),
-    ("monteclora_config", "MonteCLoRA, which samples its weights"),
-    ("alora_invocation_tokens", "activated LoRA, which begins in the middle of a prompt"),
+    (
+        "fan_in_fan_out",
+        "matrices stored the other way round, which no architecture here has; save the adapter from a base of this family",
+    ),
+    ("use_bdlora", "block-diagonal LoRA; train a plain LoRA adapter"),
+    ("arrow_config", "Arrow, which chooses among several adapters by token; serve those one by one"),
+    ("kasa_config", "KaSA, which changes the base's weights; merge it into the base with peft's merge_and_unload"),
+    ("monteclora_config", "MonteCLoRA, which samples its weights; train a plain LoRA adapter"),
+    ("alora_invocation_tokens", "activated LoRA, which begins in the middle of a prompt; train a plain LoRA adapter"),
     (
         "layer_replication",
         "layers of the base used more than once; merge it into the base, and serve the result as a model",
@@ -204,7 +218,11 @@ fn refuse_other_methods(keys: &Map<String, Value>) -> Result<(), Refusal> {
     match get(keys, "peft_type") {
         Some(Value::String(method)) if method == "LORA" => {}
         Some(Value::String(method)) => {
-            let what = format!("peft_type is {method:?}, which is not supported; \"LORA\" is");
+            let what = format!(
+                "peft_type is {:?}, which is not supported; \"LORA\" is: merge the adapter into the base with peft's \
+                 merge_and_unload and serve the result as a model, or train a LoRA adapter",
+                clipped(method)
+            );
             return Err(Refusal::Unsupported(what));
         }
         Some(value) => return Err(wrong("peft_type", value, "\"LORA\"").into()),
@@ -338,6 +356,26 @@ fn layers(keys: &Map<String, Value>) -> Outcome<Vec<u64>> {
         }
         Some(Value::Array(layers)) => layers.iter().map(layer).collect(),
         Some(value) => layer(value).map(|layer| vec![layer]),
+    }
+}
+
+/// One expression or several.
+fn layer_patterns(keys: &Map<String, Value>) -> Outcome<Vec<Regex>> {
+    let key = "layers_pattern";
+    let pattern = |value: &Value| {
+        let text = value.as_str().ok_or_else(|| wrong(key, value, "an expression or a list of them"))?;
+        pattern::layer(text).map_err(|what| {
+            format!("{key}[{:?}]: this expression cannot be read as Python reads it: {what}", clipped(text))
+        })
+    };
+    match get(keys, key) {
+        None => Ok(Vec::new()),
+        Some(Value::Array(patterns)) if patterns.len() > MAX_EXPRESSIONS => {
+            Err(format!("{key} has {} expressions; at most {MAX_EXPRESSIONS} are read", patterns.len()))
+        }
+        Some(Value::Array(patterns)) => patterns.iter().map(pattern).collect(),
+        Some(Value::String(text)) if text.is_empty() => Ok(Vec::new()),
+        Some(value) => pattern(value).map(|pattern| vec![pattern]),
     }
 }
 

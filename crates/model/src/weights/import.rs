@@ -342,7 +342,7 @@ impl Problem {
     fn or<T>(self, value: T) -> Result<T, String> {
         match self.0.into_inner().unwrap_or_else(PoisonError::into_inner) {
             None => Ok(value),
-            Some((row, what)) => Err(format!("row {row} {what}")),
+            Some((row, what)) => Err(format!("row {row} {what}; {}", super::MAKE_AGAIN)),
         }
     }
 }

@@ -36,7 +36,7 @@ enum Bytes {
 impl MappedFile {
     /// Maps a regular, non-empty file.
     pub(crate) fn open(path: &Path) -> Result<Self, ModelError> {
-        let file = open_regular(path)?;
+        let file = open_regular(path, None)?;
         if file_len(&file, path)? == 0 {
             return Err(ModelError::bad_file(path, "the file is empty"));
         }
@@ -50,8 +50,7 @@ impl MappedFile {
 
     /// Copies a regular, non-empty file of at most `max_bytes` into memory. Whatever becomes of it afterwards, this stays.
     pub(crate) fn read_whole(path: &Path, max_bytes: u64, within: Within<'_>) -> Result<Self, ModelError> {
-        let file = open_regular(path)?;
-        check_within(&file, path, within).map_err(|source| io_error(path, source))?;
+        let file = open_regular(path, within)?;
         let len = file_len(&file, path)?;
         if len == 0 {
             return Err(ModelError::bad_file(path, "the file is empty"));
@@ -161,8 +160,7 @@ pub(crate) fn read_text(path: &Path, max_bytes: u64) -> Result<String, ModelErro
 
 /// The same of a file that must lie in some folders.
 pub(crate) fn read_text_within(path: &Path, max_bytes: u64, within: Within<'_>) -> Result<String, ModelError> {
-    let file = open_regular(path)?;
-    check_within(&file, path, within).map_err(|source| io_error(path, source))?;
+    let file = open_regular(path, within)?;
     let mut text = String::new();
     // One byte more than allowed, so that a file that grows meanwhile is seen too.
     let read = file.take(max_bytes + 1).read_to_string(&mut text);
@@ -178,13 +176,14 @@ pub(crate) fn read_text_within(path: &Path, max_bytes: u64, within: Within<'_>) 
     }
 }
 
-/// Opens a regular file. The kind is asked before opening: opening a pipe would wait for its writer.
-fn open_regular(path: &Path) -> Result<File, ModelError> {
+/// Opens a regular file, which must lie in some folders. The kind is asked before opening: opening a pipe would wait for its writer.
+fn open_regular(path: &Path, within: Within<'_>) -> Result<File, ModelError> {
     let metadata = fs::metadata(path).map_err(|source| io_error(path, source))?;
     if !metadata.is_file() {
         return Err(ModelError::bad_file(path, "this is not a regular file"));
     }
-    File::open(path).map_err(|source| io_error(path, source))
+    let opened = File::open(path).and_then(|file| check_within(&file, path, within).map(|()| file));
+    opened.map_err(|source| io_error(path, source))
 }
 
 fn changed(path: &Path, before: u64, now: u64) -> ModelError {

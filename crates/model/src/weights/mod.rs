@@ -57,6 +57,9 @@ use crate::{
     config::{DecoderConfig, StoredQuantization},
 };
 
+/// What there is to do about numbers that are none.
+const MAKE_AGAIN: &str = "the file is damaged, or the training that made it failed: fetch or make it again";
+
 /// A tensor by what it does; a table per source maps its names to these. A role may be some rows of what is stored (one of
 /// three in a fused projection, one expert of a stack): its view has the shape given here all the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -138,8 +138,9 @@ impl Checkpoint {
 
     fn add_file(&mut self, map: MappedFile, wanted: impl Fn(&str) -> bool) -> Result<(), ModelError> {
         let path = map.path();
-        let (header_bytes, header) = SafeTensors::read_metadata(map.bytes())
-            .map_err(|error| ModelError::bad_file(path, format!("not a sound safetensors file: {error}")))?;
+        let (header_bytes, header) = SafeTensors::read_metadata(map.bytes()).map_err(|error| {
+            ModelError::bad_file(path, format!("not a sound safetensors file: {error}; save or fetch it again"))
+        })?;
         let data_start = LENGTH_BYTES + header_bytes;
         let file = self.files.len();
         for (name, info) in header.tensors() {

@@ -147,7 +147,7 @@ impl TensorView<'_> {
             pages.reach(row);
             self.read_row(row, &mut pages.tile, out);
             if let Some(value) = out.iter().find(|value| !value.is_finite()) {
-                return Err(self.bad(format!("row {} holds {value}", self.stored_place(row))));
+                return Err(self.bad(format!("row {} holds {value}; {}", self.stored_place(row), super::MAKE_AGAIN)));
             }
         }
         if let (Some(halves), TensorKind::Vector) = (self.halves, self.kind) {

@@ -149,6 +149,13 @@ fn wrong_values_are_refused_by_key_and_value() {
         ("target_modules", json!(["q_proj", 7]), "target_modules is 7; names of modules is expected"),
         ("layers_to_transform", json!("0"), "layers_to_transform is \"0\""),
         ("layers_to_transform", json!([-1]), "layers_to_transform is -1"),
+        ("layers_pattern", json!([1]), "layers_pattern is 1; an expression or a list of them is expected"),
+        (
+            "layers_pattern",
+            json!("(?=layers)layers"),
+            "layers_pattern[\"(?=layers)layers\"]: this expression cannot be read",
+        ),
+        ("layers_pattern", json!(vec!["layers"; 300]), "layers_pattern has 300 expressions; at most 256 are read"),
     ] {
         refused(good().set(key, value), expected);
     }
@@ -184,6 +191,38 @@ fn tensors_that_peft_would_leave_out_are_refused() {
     ] {
         let opened = good().set(key, value.clone()).open_on(&base("tiny-llama"));
         assert!(opened.is_ok(), "{key} {value}: {:?}", opened.err());
+    }
+}
+
+/// As peft 0.21's `check_target_module_exists` decides for `model.layers.0.self_attn.q_proj`.
+#[test]
+fn layers_are_numbered_by_what_layers_pattern_finds() {
+    let with = |pattern: Value, layers: Value| good().set("layers_pattern", pattern).set("layers_to_transform", layers);
+    for (pattern, layers) in [
+        (json!("layers"), json!([0])),
+        (json!(["h", "layers"]), json!(0)),
+        (json!("lay.*"), json!([0, 7])),
+        (json!("(h|layers)"), json!(0)),
+        (json!("model.layers"), json!(0)),
+        (json!(""), json!(0)),
+        (json!([]), json!(0)),
+        // Without layers_to_transform it says nothing.
+        (json!("h"), json!([])),
+    ] {
+        let opened = with(pattern.clone(), layers.clone()).open_on(&base("tiny-llama"));
+        assert!(opened.is_ok(), "{pattern} {layers}: {:?}", opened.err());
+    }
+    for (pattern, layers, expected) in [
+        (json!("layers"), json!([1]), "layers_to_transform does not list its layer"),
+        (json!("h"), json!([0]), "layers_pattern finds no layer's number in its name"),
+        (json!(["h", "blocks"]), json!([0]), "layers_pattern finds no layer's number in its name"),
+        (json!("model"), json!([0]), "layers_pattern finds no layer's number in its name"),
+        (json!("ayers"), json!([0]), "layers_pattern finds no layer's number in its name"),
+        // Without brackets the bar parts the whole expression in two.
+        (json!("h|layers"), json!([0]), "layers_pattern finds no layer's number in its name"),
+        (json!("model|layers"), json!([0]), "layers_pattern finds no layer's number in its name"),
+    ] {
+        refused(with(pattern, layers), expected);
     }
 }
 

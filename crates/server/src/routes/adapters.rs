@@ -106,9 +106,15 @@ pub(crate) async fn unload(
             return Err(ApiError::invalid("mode", format!("mode is {other:?}: it must be \"wait\" or \"refuse\"")));
         }
     };
+    let is_watched = serving.model.adapters.is_watched(&name);
     serving.model.adapters.unload(&name, mode).await.map_err(|error| ApiError::from_adapter(&error, "lora_name"))?;
     tracing::info!(adapter = name, "an adapter was unloaded");
-    Ok(changed(format!("Success: LoRA adapter '{name}' removed successfully."), &warnings))
+    let mut message = format!("Success: LoRA adapter '{name}' removed successfully.");
+    if is_watched {
+        message
+            .push_str(" Its files are still in a folder that is watched: the next version there has the name again.");
+    }
+    Ok(changed(message, &warnings))
 }
 
 fn unload_timeout(seconds: f64, limit: Duration) -> Result<Duration, ApiError> {

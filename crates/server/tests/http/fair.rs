@@ -32,7 +32,7 @@ async fn setup() -> Setup {
 }
 
 fn body(priority: i64) -> Value {
-    json!({"model": MODEL, "prompt": [1, 2, 3, 4], "max_tokens": 100, "priority": priority})
+    json!({"model": MODEL, "prompt": [1, 2, 3, 4], "max_tokens": 500, "priority": priority})
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -51,7 +51,8 @@ async fn a_tenant_that_floods_the_queue_waits_behind_one_that_does_not() {
             order.lock().unwrap().push(tenant);
         })
     };
-    // Step by step, until all have come: the first of the crowd is long enough for that.
+    // Step by step, until all have come: the first of the crowd is long enough for that, and those after it for whoever notes when
+    // one has ended.
     let mut keeper = keeper;
     let mut tasks = Vec::new();
     for (tenant, count) in [("crowd", 5), ("lone", 1)] {

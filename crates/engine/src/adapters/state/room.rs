@@ -33,6 +33,10 @@ impl Version {
         self.promise.as_ref().is_some_and(|promise| promise.ticket < asking.ticket && promise.name != asking.name)
     }
 
+    fn is_promised_to(&self, ticket: u64) -> bool {
+        self.promise.as_ref().is_some_and(|promise| promise.ticket == ticket)
+    }
+
     fn is_promised_for(&self, name: &str) -> bool {
         self.promise.as_ref().is_some_and(|promise| promise.name == name)
     }
@@ -102,14 +106,18 @@ impl State {
     /// What a request without a place does: it waits, unless there never will be one.
     pub(super) fn no_place(&mut self, asking: &Asking<'_>) -> Next {
         if self.residents().all(|(_, version)| version.is_pinned) {
-            let reason = format!(
-                "all {} places for adapters in batches are taken by pinned ones: raise --max-loras, or pin fewer",
-                self.max_loras
-            );
-            return Next::Fail(AdapterError::NoRoom { reason });
+            return Next::Fail(self.no_place_but_pinned());
         }
         self.promise(asking);
         Next::Wait(None)
+    }
+
+    pub(super) fn no_place_but_pinned(&self) -> AdapterError {
+        let reason = format!(
+            "all {} places for adapters in batches are taken by pinned ones: raise --max-loras, or pin fewer",
+            self.max_loras
+        );
+        AdapterError::NoRoom { reason }
     }
 
     /// Promises a place to a request, unless one is promised to the adapter it asks for.
@@ -131,11 +139,7 @@ impl State {
     /// Likewise to whoever runs the server and wants a place in memory: that of another adapter, so that requests which follow each
     /// other without a pause do not keep a load waiting.
     pub(super) fn promise_memory(&mut self, name: &str, ticket: u64) {
-        if self
-            .versions
-            .values()
-            .any(|version| version.promise.as_ref().is_some_and(|promise| promise.ticket == ticket))
-        {
+        if self.versions.values().any(|version| version.is_promised_to(ticket)) {
             return;
         }
         let is_to_be_had = |version: &Version| {
@@ -154,7 +158,7 @@ impl State {
     /// Where there is one.
     pub(in super::super) fn break_promise(&mut self, ticket: u64) {
         for version in self.versions.values_mut() {
-            if version.promise.as_ref().is_some_and(|promise| promise.ticket == ticket) {
+            if version.is_promised_to(ticket) {
                 version.promise = None;
             }
         }

@@ -231,7 +231,34 @@ fn where_all_places_are_pinned_nobody_waits_for_one() {
     state.end_reading("a", attempt, Ok((adapter(), String::new())), now);
     let Next::Fail(error) = ask(&mut state, "a", None, None, now) else { panic!("no place will ever be free") };
     assert!(matches!(error, AdapterError::NoRoom { .. }) && error.to_string().contains("--max-loras"), "{error}");
+    // Nor is anything loaded that could never be used; a new version of what is pinned can be.
+    let mut place = |name: &str| {
+        let ticket = state.ticket();
+        state.place(&spec(name, false), true, (adapter(), String::new()), ticket)
+    };
+    for name in ["a", "new"] {
+        assert_eq!(place(name), Err(error.clone()));
+    }
+    assert_eq!(place("p"), Ok(true));
+    assert!(state.spec("new").is_none());
     state.orders();
+}
+
+/// Two versions of one number could not be told apart in a listing.
+#[test]
+fn versions_are_numbered_on_where_a_name_comes_back_beside_old_users() {
+    let mut state = with_names(2, 4);
+    let numbers = |state: &State| {
+        let of_a = state.list().into_iter().filter(|status| status.name == "a");
+        of_a.map(|status| (status.version, status.num_users)).collect::<Vec<_>>()
+    };
+    let old = acquire(&mut state, "a", None).unwrap();
+    state.forget("a").unwrap();
+    state.register(spec("a", false)).unwrap();
+    acquire(&mut state, "a", None).unwrap();
+    assert_eq!(numbers(&state), [(2, 1), (1, 1)]);
+    state.release(old, false);
+    assert_eq!(numbers(&state), [(2, 1)]);
 }
 
 #[test]
