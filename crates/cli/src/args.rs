@@ -146,6 +146,9 @@ pub(crate) struct EngineArgs {
     /// Tokens computed in one step: longer prompts are computed in chunks of this size [default: 512]
     #[arg(long, value_name = "TOKENS", env = "BINDERY_MAX_NUM_BATCHED_TOKENS", value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
     pub(crate) max_num_batched_tokens: Option<u32>,
+    /// Long prompts beside running streams: even (they get as much of the time) or none (streams wait) [default: even]
+    #[arg(long, value_enum, value_name = "PACING", env = "BINDERY_PREFILL_PACING")]
+    pub(crate) prefill_pacing: Option<PrefillPacing>,
     /// Tokens in a block of the KV cache [default: 16]
     #[arg(long, value_name = "TOKENS", env = "BINDERY_BLOCK_SIZE", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub(crate) block_size: Option<u32>,
@@ -436,6 +439,15 @@ pub(crate) enum DtypeArg {
     F32,
     Bf16,
     F16,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PrefillPacing {
+    /// Long prompts get as much of the time as running streams have, and more where many wait
+    #[default]
+    Even,
+    /// Prompts are computed at once; streams wait
+    None,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]

@@ -10,8 +10,8 @@ use bindery_model::{AdapterLimits, BackendKind, Dtype, KvCacheDtype, LoadOptions
 use crate::{
     adapters::AdapterSettings,
     args::{
-        BackendArg, Device, DtypeArg, EngineArgs, KvCacheDtypeArg, LoadFormat, LogFormat, QuantizeArg, ServeArgs,
-        ServerArgs,
+        BackendArg, Device, DtypeArg, EngineArgs, KvCacheDtypeArg, LoadFormat, LogFormat, PrefillPacing, QuantizeArg,
+        ServeArgs, ServerArgs,
     },
     config,
     failure::Failure,
@@ -69,7 +69,7 @@ pub(crate) fn merge(mut flags: ServeArgs, mut file: ServeArgs) -> ServeArgs {
     }
     flags.tables = file.tables;
     prefer!(flags.engine.load, file.engine.load; dtype, quantize, kv_cache_dtype, threads, load_format, backend);
-    prefer!(flags.engine, file.engine; device, max_model_len, max_num_seqs, max_num_batched_tokens, block_size,
+    prefer!(flags.engine, file.engine; device, max_model_len, max_num_seqs, max_num_batched_tokens, prefill_pacing, block_size,
         kv_cache_memory, max_queued_requests, max_loras, max_lora_rank, max_cpu_loras, offline);
     flags
 }
@@ -227,6 +227,7 @@ impl ModelSettings {
             max_model_len: engine.max_model_len.map(|tokens| tokens as usize),
             max_num_seqs: engine.max_num_seqs.unwrap_or(256) as usize,
             max_num_batched_tokens: engine.max_num_batched_tokens.unwrap_or(DEFAULT_MAX_NUM_BATCHED_TOKENS) as usize,
+            paces_prompts: engine.prefill_pacing.unwrap_or_default() == PrefillPacing::Even,
             kv_cache_memory: engine.kv_cache_memory.map(|size| size.as_u64()),
             max_queued_requests: engine.max_queued_requests.unwrap_or(1024) as usize,
             max_buffered_tokens: MAX_BUFFERED_TOKENS,

@@ -10,6 +10,7 @@
 pub(crate) mod admission;
 pub(crate) mod live;
 pub(crate) mod outcome;
+pub(crate) mod pacing;
 pub(crate) mod rows;
 pub(crate) mod stats;
 pub(crate) mod step_cost;
@@ -22,7 +23,7 @@ use std::{
 };
 
 use bindery_model::{Adapter, StepModel};
-use bindery_scheduler::{AdapterId, Limits, Refusal, SequenceSpec, TokenId};
+use bindery_scheduler::{AdapterId, Limits, Refusal, SequenceSpec, StepLoad, TokenId};
 use tokio::sync::watch;
 
 use self::{
@@ -51,6 +52,8 @@ pub struct EngineConfig {
     pub eos_token_ids: Vec<TokenId>,
     /// Tokens of one sample that its reader may leave unread before the request is cancelled.
     pub max_buffered_tokens: usize,
+    /// Long prompts are paced beside sequences that decode; otherwise they have whatever of a step is left.
+    pub paces_prompts: bool,
 }
 
 /// Owns the thread; dropping it stops the engine.
@@ -137,7 +140,7 @@ impl Engine {
         check_limits(&config, vocab_size)?;
         let (commands, inbox) = mpsc::channel();
         let door = Door::new(config.limits.max_queued_requests);
-        let (engine_loop, stats) = EngineLoop::new(model, config.limits.clone(), inbox, Arc::clone(&door));
+        let (engine_loop, stats) = EngineLoop::new(model, &config, inbox, Arc::clone(&door));
         let thread = thread::Builder::new()
             .name("bindery-engine".to_owned())
             .spawn(move || engine_loop.run())
@@ -308,15 +311,23 @@ impl EngineHandle {
     /// predicted.
     ///
     /// First the prompts before it, each step shared with the sequences that decode as of the newest one; or, where all seats
-    /// are taken, until the queue has come so far at its recent pace; whichever is later. Then its own prompt.
+    /// are taken, until the queue has come so far at its recent pace; whichever is later. Then its own prompt. Where long prompts are paced,
+    /// at the pace that they would have now with one more.
     /// Blind to what a preempted sequence computes again, and to decoding that begins meanwhile.
     pub fn predicted_ttft(&self, num_prompt_tokens: usize) -> Option<Duration> {
         const MAX_SECONDS: f64 = 86_400.0;
         let Limits { max_num_batched_tokens, max_num_seqs, .. } = self.shared.config.limits;
         let stats = self.stats.borrow();
         let cost = stats.step_cost?;
-        let computed = |num_tokens| cost.prompt_seconds(num_tokens, stats.num_decoding, max_num_batched_tokens);
         let num_queued = self.door.num_queued();
+        let load = StepLoad { num_decoding: stats.num_decoding, num_long_prompts: num_queued.saturating_add(1) };
+        let is_paced = self.shared.config.paces_prompts && load.num_decoding > 0;
+        let computed = |num_tokens| {
+            let is_long = is_paced && num_tokens > pacing::short_tokens(cost);
+            let limit = if is_long { pacing::long_tokens(cost, load).max(1) } else { usize::MAX };
+            let step_len = max_num_batched_tokens.min(limit.saturating_add(load.num_decoding));
+            cost.prompt_seconds(num_tokens, load.num_decoding, step_len)
+        };
         let seat = if self.door.num_unfinished() >= max_num_seqs {
             self.door.time_for(num_queued.saturating_add(1))
         } else {

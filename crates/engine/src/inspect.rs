@@ -150,6 +150,7 @@ mod tests {
             kv_cache_memory: None,
             max_queued_requests: 1,
             max_buffered_tokens: 1,
+            paces_prompts: false,
             adapters: crate::AdapterPoolConfig::default(),
         }
     }

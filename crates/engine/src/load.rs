@@ -68,6 +68,7 @@ pub(crate) fn load(
         info,
         limits,
         max_buffered_tokens: config.max_buffered_tokens,
+        paces_prompts: config.paces_prompts,
         adapters: (config.adapters.clone(), reader),
     };
     let local_model = LocalModel::from_parts(Box::new(model), parts)?;

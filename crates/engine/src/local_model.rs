@@ -74,6 +74,8 @@ pub struct LocalModelConfig {
     pub max_num_seqs: usize,
     /// `--max-num-batched-tokens`
     pub max_num_batched_tokens: usize,
+    /// `--prefill-pacing`
+    pub paces_prompts: bool,
     /// `--kv-cache-memory` in bytes; `None`: what is free, with a margin.
     pub kv_cache_memory: Option<u64>,
     /// `--max-queued-requests`
@@ -120,6 +122,8 @@ pub struct LocalModelParts {
     pub limits: Limits,
     /// See [`LocalModelConfig::max_buffered_tokens`].
     pub max_buffered_tokens: usize,
+    /// See [`LocalModelConfig::paces_prompts`].
+    pub paces_prompts: bool,
     /// How adapters for this model are read, and how many.
     pub adapters: (AdapterPoolConfig, Box<dyn ReadAdapter>),
 }
@@ -329,11 +333,12 @@ impl LocalModel {
 
     /// Puts a loaded model (or a test's double) together with its text side and starts the engine.
     pub fn from_parts(model: Box<dyn StepModel>, parts: LocalModelParts) -> Result<Self, EngineError> {
-        let LocalModelParts { tokenizer, template, info, limits, max_buffered_tokens, adapters } = parts;
+        let LocalModelParts { tokenizer, template, info, limits, max_buffered_tokens, paces_prompts, adapters } = parts;
         let max_model_len = limits.max_model_len;
         let max_cached_tokens = limits.num_blocks.saturating_mul(limits.block_size);
         let eos_token_ids = tokenizer.eos_token_ids().to_vec();
-        let (thread, engine) = Engine::start(model, EngineConfig { limits, eos_token_ids, max_buffered_tokens })?;
+        let (thread, engine) =
+            Engine::start(model, EngineConfig { limits, eos_token_ids, max_buffered_tokens, paces_prompts })?;
         let num_cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let tokenizer = Arc::new(tokenizer);
         Ok(Self {

@@ -14,16 +14,17 @@ use std::{
 };
 
 use bindery_model::{ForwardBatch, ModelError, RopeRegimes, StepModel};
-use bindery_scheduler::{Limits, Refusal, Scheduler, SeqId, StepPlan};
+use bindery_scheduler::{Limits, Pace, Refusal, Scheduler, SeqId, StepPlan};
 use tokio::sync::watch;
 
 use crate::{
     EngineError,
     engine::{
-        Command, EngineStats, Submission,
+        Command, EngineConfig, EngineStats, Submission,
         admission::{Door, QueuePace, RETRY_AFTER_MIN},
         live::{Live, LiveRequests, key_of},
         outcome::Outcome,
+        pacing,
         rows::{self, LogitRow},
         stats::{Phase, StatsRecorder},
     },
@@ -53,7 +54,7 @@ pub(crate) struct EngineLoop {
     pace: QueuePace,
     recorder: StatsRecorder,
     published: watch::Sender<Arc<EngineStats>>,
-    started_at: Instant,
+    paces_prompts: bool,
     /// The scheduler has work and could not plan any of it: nothing changes until a command or a deadline comes.
     is_stalled: bool,
     /// Sequences whose next mask is not there yet, as far as is known.
@@ -73,10 +74,11 @@ impl EngineLoop {
     /// Everything but the thread.
     pub(crate) fn new(
         model: Box<dyn StepModel>,
-        limits: Limits,
+        config: &EngineConfig,
         inbox: mpsc::Receiver<Command>,
         door: Arc<Door>,
     ) -> (Self, watch::Receiver<Arc<EngineStats>>) {
+        let limits = config.limits.clone();
         let scheduler = Scheduler::new(limits.clone());
         let recorder = StatsRecorder::new();
         let (published, stats) =
@@ -92,7 +94,7 @@ impl EngineLoop {
             pace: QueuePace::default(),
             recorder,
             published,
-            started_at: Instant::now(),
+            paces_prompts: config.paces_prompts,
             is_stalled: false,
             awaiting_masks: Vec::new(),
             plan: StepPlan::default(),
@@ -152,8 +154,14 @@ impl EngineLoop {
     fn schedule(&mut self) {
         self.await_masks();
         let now = Instant::now();
-        let now_ms = (now - self.started_at).as_millis() as u64;
-        self.scheduler.plan(now_ms, &mut self.plan);
+        let cost = self.paces_prompts.then(|| self.recorder.step_cost()).flatten();
+        match cost {
+            None => self.scheduler.plan(&Pace::NONE, &mut self.plan),
+            Some(cost) => {
+                let limit = |load| pacing::long_tokens(cost, load);
+                self.scheduler.plan(&Pace { short: pacing::short_tokens(cost), limit: &limit }, &mut self.plan);
+            }
+        }
         self.is_stalled = self.plan.is_empty() && self.scheduler.has_work();
         let mut num_started = 0;
         for sequence in &self.plan.sequences {

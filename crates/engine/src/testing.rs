@@ -47,6 +47,8 @@ pub struct FakeModelOptions {
     pub eos_bias: f32,
     /// Every `forward` waits here.
     pub gate: Option<Gate>,
+    /// What each token of a `forward` takes at least.
+    pub token_time: Duration,
     /// Every grammar thread waits here after each mask it has computed, and computes no other meanwhile.
     pub mask_gate: Option<Gate>,
     /// What the model says of its rotary frequencies. It notices keys of another regime than their request's.
@@ -238,6 +240,9 @@ impl StepModel for FakeModel {
         if let Some(gate) = &self.options.gate {
             gate.pass();
         }
+        if !self.options.token_time.is_zero() {
+            std::thread::sleep(self.options.token_time * batch.tokens.len() as u32);
+        }
         let holds = |token: Option<TokenId>| token.is_some_and(|token| batch.tokens.contains(&token.0));
         assert!(!holds(self.options.panic_on), "the fake model was told to panic");
         if holds(self.options.fail_on) {
@@ -369,6 +374,7 @@ pub fn fake_local_model_with_template(
         info: fake_info(&limits),
         limits,
         max_buffered_tokens: 1024,
+        paces_prompts: false,
         adapters: (options_of_pool, Box::new(reader)),
     };
     let mut local = LocalModel::from_parts(Box::new(model), parts)?;

@@ -26,7 +26,8 @@ fn start(limits: &Limits, options: FakeModelOptions) -> (Engine, EngineHandle) {
 
 fn start_buffered(limits: &Limits, options: FakeModelOptions, max_buffered_tokens: usize) -> (Engine, EngineHandle) {
     let model = FakeModel::new(limits.block_size, limits.num_blocks, options);
-    let config = EngineConfig { limits: limits.clone(), eos_token_ids: vec![EOS], max_buffered_tokens };
+    let config =
+        EngineConfig { limits: limits.clone(), eos_token_ids: vec![EOS], max_buffered_tokens, paces_prompts: false };
     Engine::start(Box::new(model), config).unwrap()
 }
 
@@ -520,6 +521,38 @@ async fn a_first_token_is_predicted_from_what_steps_cost_and_what_stands_before_
     assert!(stats.step_cost.unwrap().per_token > 0.0);
 }
 
+#[tokio::test]
+async fn a_long_prompt_leaves_streams_half_of_the_time() {
+    for paces_prompts in [false, true] {
+        let limits = Limits { max_num_batched_tokens: 64, ..small_limits() };
+        let batches = Arc::new(Mutex::new(Vec::new()));
+        // A prompt of 125 tokens is long then.
+        let token_time = Duration::from_millis(2);
+        let options =
+            FakeModelOptions { token_time, batches: Some(Arc::clone(&batches)), ..FakeModelOptions::default() };
+        let model = FakeModel::new(limits.block_size, limits.num_blocks, options);
+        let config = EngineConfig { limits, eos_token_ids: vec![EOS], max_buffered_tokens: 1000, paces_prompts };
+        let (_engine, handle) = Engine::start(Box::new(model), config).unwrap();
+        let endless = SamplingParams { ignore_eos: true, ..greedy(400) };
+        let stream = handle.submit(request(prompt(1, 4), endless)).await.unwrap();
+        handle.stats_when(|stats| stats.num_steps > 10).await;
+        let long = handle.submit(request(prompt(2, 250), greedy(1))).await.unwrap();
+        assert!(collect(long, 1).await.error.is_none());
+        drop(stream);
+        let batches = batches.lock().unwrap();
+        let both = batches.iter().filter(|batch| batch.sequences.len() == 2);
+        let of_long: Vec<usize> = both.map(|batch| batch.tokens.len() - 1).collect();
+        assert_eq!(of_long.iter().sum::<usize>(), 250);
+        if paces_prompts {
+            // Two or three tokens of it beside one of the stream, until what is left is short.
+            assert!(of_long.len() > 12, "{of_long:?}");
+            assert!(of_long.iter().rev().take(2).sum::<usize>() > 20, "its end came at once: {of_long:?}");
+        } else {
+            assert_eq!(of_long, [63, 63, 63, 61]);
+        }
+    }
+}
+
 /// The refusal comes while a step is held, so it did not wait for it.
 #[tokio::test]
 async fn a_full_queue_refuses_at_once_and_has_room_again_later() {
@@ -669,7 +702,8 @@ async fn requests_that_cannot_be_are_refused_at_the_door() {
 #[test]
 fn limits_of_zero_do_not_start() {
     let model = || Box::new(FakeModel::new(4, 4, FakeModelOptions::default()));
-    let config = |limits| EngineConfig { limits, eos_token_ids: Vec::new(), max_buffered_tokens: 1 };
+    let config =
+        |limits| EngineConfig { limits, eos_token_ids: Vec::new(), max_buffered_tokens: 1, paces_prompts: false };
     for limits in [
         Limits { block_size: 0, ..small_limits() },
         Limits { num_blocks: 0, ..small_limits() },

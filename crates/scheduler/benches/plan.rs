@@ -11,7 +11,7 @@
 
 use std::time::Instant;
 
-use bindery_scheduler::{Limits, Sampled, Scheduler, SeqId, SequenceSpec, Share, StepPlan, TokenId};
+use bindery_scheduler::{Limits, Pace, Sampled, Scheduler, SeqId, SequenceSpec, Share, StepPlan, TokenId};
 
 struct Load {
     name: &'static str,
@@ -103,7 +103,7 @@ fn measure(load: &Load) {
                 .unwrap();
         }
         let start = Instant::now();
-        scheduler.plan(step, &mut plan);
+        scheduler.plan(&Pace::NONE, &mut plan);
         let planned = start.elapsed();
         sampled.clear();
         for &id in &plan.samples {

@@ -28,4 +28,4 @@ pub use ids::{AdapterId, BlockId, SeqId, SlotId, TenantId, TokenId};
 pub use marks::Marks;
 pub use order::OrderKey;
 pub use plan::{BlockCopy, LogitsWanted, ScheduledSequence, StepPlan};
-pub use scheduler::{Limits, Refusal, Sampled, Scheduler, SchedulerStats, SequenceSpec};
+pub use scheduler::{Limits, Pace, Refusal, Sampled, Scheduler, SchedulerStats, SequenceSpec, StepLoad};

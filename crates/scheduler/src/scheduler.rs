@@ -41,6 +41,35 @@ pub struct Limits {
     pub max_queued_requests: usize,
 }
 
+/// How long prompts are held back in steps in which others decode. Short ones are not.
+#[derive(Clone, Copy)]
+pub struct Pace<'a> {
+    /// Tokens left to compute that make no long prompt yet.
+    pub short: usize,
+    /// Tokens that all long prompts of a step get together; one is the least.
+    pub limit: &'a dyn Fn(StepLoad) -> usize,
+}
+
+impl Pace<'_> {
+    /// Prompts may have whatever of a step is left.
+    pub const NONE: Pace<'static> = Pace { short: usize::MAX, limit: &|_| usize::MAX };
+}
+
+impl std::fmt::Debug for Pace<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pace").field("short", &self.short).finish_non_exhaustive()
+    }
+}
+
+/// Who wants tokens of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StepLoad {
+    /// Sequences that get their next token; > 0.
+    pub num_decoding: usize,
+    /// Long prompts, running or among the first that wait; > 0.
+    pub num_long_prompts: usize,
+}
+
 /// A new request.
 #[derive(Clone, Debug)]
 pub struct SequenceSpec {
@@ -251,14 +280,14 @@ impl Scheduler {
     /// are held, the first in order of the others is in it, unless earlier ones that are held have all the blocks. A plan that is not empty must be given to [`Self::commit`] or [`Self::fail`] before the next one is made: until then the step may still
     /// write to blocks that an [`Self::abort`] frees, which is safe because only `plan` hands blocks out.
     ///
-    /// `now_ms` is a fact for orders that depend on time; the present order does not.
+    /// `pace` is what holds long prompts back by a clock, which the scheduler has none of; [`Pace::NONE`] where nothing does.
     ///
     /// # Panics
     /// Where the last plan was neither committed nor failed.
-    pub fn plan(&mut self, _now_ms: u64, plan: &mut StepPlan) {
+    pub fn plan(&mut self, pace: &Pace<'_>, plan: &mut StepPlan) {
         assert!(self.in_flight.is_empty(), "plan: the last plan was neither committed nor failed");
         plan.clear();
-        self.plan_step(plan);
+        self.plan_step(pace, plan);
         self.debug_check();
         if cfg!(debug_assertions) {
             invariants::check_plan(plan, &self.limits);

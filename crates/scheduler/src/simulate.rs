@@ -1,6 +1,6 @@
 //! A small world around the very scheduler that serves: clients, a memory, failures; everything from one seed.
 //!
-//! [`run`] drives a [`World`] with seeded arrivals, cancels, failed steps, jumping clocks and memory pressure, checks
+//! [`run`] drives a [`World`] with seeded arrivals, cancels, failed steps, paced prompts and memory pressure, checks
 //! safety after every call and liveness at the end, and panics at the first broken promise. There is no clock and no
 //! randomness besides the seed: a failure is replayed by its number.
 
@@ -113,9 +113,9 @@ pub fn run(seed: u64, scenario: &Scenario) -> Report {
         let fate = StepFate {
             aborted: (0..num_aborted).map(|_| random.next_u64() as usize).collect(),
             has_failed: random.chance(scenario.failure_percent),
+            pace: random.chance(50).then(|| (random.between(0, 24), random.between(0, 16))),
         };
-        // The clock jumps as it likes, backwards too.
-        world.step(random.next_u64() >> random.between(0, 63), &fate);
+        world.step(&fate);
     }
     world.drain();
     let report = world.report();

@@ -7,7 +7,7 @@
 
 use std::{collections::BTreeMap, num::NonZeroU32};
 
-use bindery_scheduler::{Limits, Sampled, Scheduler, SeqId, SequenceSpec, Share, StepPlan, TenantId, TokenId};
+use bindery_scheduler::{Limits, Pace, Sampled, Scheduler, SeqId, SequenceSpec, Share, StepPlan, TenantId, TokenId};
 
 /// Few seats, so that who waits matters; blocks for all.
 fn limits() -> Limits {
@@ -62,7 +62,7 @@ fn costs(clients: &[Client], num_steps: usize) -> Vec<f64> {
                 owners.insert(id, tenant);
             }
         }
-        scheduler.plan(0, &mut plan);
+        scheduler.plan(&Pace::NONE, &mut plan);
         for one in &plan.sequences {
             let num_prompt = one.tokens.len().min(one.num_prompt_tokens.saturating_sub(one.num_computed_tokens));
             costs[owners[&one.id]] += num_prompt as f64;
@@ -144,7 +144,7 @@ fn a_late_tenant_goes_first_and_has_saved_nothing_up() {
         if at == 5 {
             (100..105).for_each(|id| scheduler.add(spec(id, 1)).unwrap());
         }
-        scheduler.plan(0, &mut plan);
+        scheduler.plan(&Pace::NONE, &mut plan);
         let sampled: Vec<Sampled> =
             plan.samples.iter().map(|&id| Sampled { id, token: TokenId(1), finished: true }).collect();
         order.extend(plan.first_scheduled.iter().map(|id| id.0));

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 use bindery_scheduler::{
-    Limits, LogitsWanted, Marks, Sampled, Scheduler, SeqId, SequenceSpec, Share, StepPlan, TokenId,
+    Limits, LogitsWanted, Marks, Pace, Sampled, Scheduler, SeqId, SequenceSpec, Share, StepPlan, TokenId,
 };
 
 fn limits() -> Limits {
@@ -47,7 +47,7 @@ impl Story {
 
     fn step(&mut self) -> StepPlan {
         let mut plan = StepPlan::default();
-        self.scheduler.plan(0, &mut plan);
+        self.scheduler.plan(&Pace::NONE, &mut plan);
         let mut sampled = Vec::new();
         for &id in &plan.samples {
             let num_left = &mut self.num_left.iter_mut().find(|(other, _)| *other == id).unwrap().1;
@@ -229,7 +229,7 @@ fn a_prompt_inherited_between_plan_and_commit_is_not_computed_twice() {
     let mut story = Story::new(limits());
     story.add(SequenceSpec { samples: [1, 2].map(SeqId).to_vec(), prompt_logits: true, ..request(0, 10, 3) });
     let mut plan = StepPlan::default();
-    story.scheduler.plan(0, &mut plan);
+    story.scheduler.plan(&Pace::NONE, &mut plan);
     assert_eq!(plan.samples, [SeqId(1), SeqId(2)]);
     assert!(story.scheduler.abort(SeqId(1)));
     let ended = story.scheduler.commit(&plan, &[Sampled { id: SeqId(2), token: TokenId(9), finished: false }]);

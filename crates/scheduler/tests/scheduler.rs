@@ -5,7 +5,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use bindery_scheduler::{
-    BlockCopy, BlockId, Limits, LogitsWanted, Refusal, Sampled, Scheduler, SeqId, SequenceSpec, Share, SlotId,
+    BlockCopy, BlockId, Limits, LogitsWanted, Pace, Refusal, Sampled, Scheduler, SeqId, SequenceSpec, Share, SlotId,
     StepPlan, TokenId,
 };
 
@@ -35,7 +35,7 @@ fn request(id: u64, num_prompt_tokens: u32, max_new_tokens: usize) -> SequenceSp
 /// Plans, samples token 100 for everyone, commits. A sequence ends when `ends` says so.
 fn step(scheduler: &mut Scheduler, ends: impl Fn(SeqId) -> bool) -> StepPlan {
     let mut plan = StepPlan::default();
-    scheduler.plan(0, &mut plan);
+    scheduler.plan(&Pace::NONE, &mut plan);
     let sampled: Vec<Sampled> =
         plan.samples.iter().map(|&id| Sampled { id, token: TokenId(100), finished: ends(id) }).collect();
     scheduler.commit(&plan, &sampled);
@@ -147,15 +147,70 @@ fn the_newest_gives_way_and_is_computed_again_with_what_it_had() {
 }
 
 #[test]
+fn long_prompts_are_held_to_their_limit_beside_who_decodes_and_only_there() {
+    let mut scheduler = Scheduler::new(Limits { num_blocks: 64, ..limits() });
+    let mut asked = Vec::new();
+    // Longer than three is long.
+    let mut paced = |scheduler: &mut Scheduler, limit: usize| {
+        let load = std::cell::Cell::new(None);
+        let mut plan = StepPlan::default();
+        let limit = |found| {
+            load.set(Some(found));
+            limit
+        };
+        scheduler.plan(&Pace { short: 3, limit: &limit }, &mut plan);
+        let sampled = plan.samples.iter().map(|&id| Sampled { id, token: TokenId(100), finished: false });
+        scheduler.commit(&plan, &sampled.collect::<Vec<_>>());
+        asked.push(load.get().map(|load| (load.num_decoding, load.num_long_prompts)));
+        scheduled(&plan)
+    };
+    scheduler.add(request(1, 6, 9)).unwrap();
+    assert_eq!(paced(&mut scheduler, 1), [(1, 6)], "nobody decodes");
+    scheduler.add(request(2, 3, 9)).unwrap();
+    assert_eq!(paced(&mut scheduler, 1), [(1, 1), (2, 3)], "no prompt is long");
+    scheduler.add(request(3, 20, 9)).unwrap();
+    scheduler.add(request(4, 20, 9)).unwrap();
+    assert_eq!(paced(&mut scheduler, 5), [(1, 1), (2, 1), (3, 5)]);
+    // Short ones pass.
+    scheduler.add(request(5, 2, 9)).unwrap();
+    assert_eq!(paced(&mut scheduler, 0), [(1, 1), (2, 1), (3, 1), (5, 2)], "one token at least");
+    assert_eq!(paced(&mut scheduler, 11), [(1, 1), (2, 1), (5, 1), (3, 11)]);
+    // The end of a long one is short; the next one has its turn, after one that comes before it.
+    scheduler.add(SequenceSpec { priority: -1, ..request(6, 9, 9) }).unwrap();
+    assert_eq!(paced(&mut scheduler, 6), [(1, 1), (2, 1), (5, 1), (6, 6), (3, 3)]);
+    assert_eq!(paced(&mut scheduler, 6), [(1, 1), (2, 1), (3, 1), (5, 1), (6, 3), (4, 6)]);
+    assert_eq!(asked, [None, None, Some((2, 2)), Some((2, 2)), Some((3, 2)), Some((3, 2)), Some((4, 1))]);
+}
+
+#[test]
+fn a_better_long_prompt_gets_its_place_before_a_worse_one() {
+    let mut scheduler = Scheduler::new(Limits { num_blocks: 64, ..limits() });
+    let paced = |scheduler: &mut Scheduler| {
+        let mut plan = StepPlan::default();
+        scheduler.plan(&Pace { short: 3, limit: &|_| 4 }, &mut plan);
+        let sampled = plan.samples.iter().map(|&id| Sampled { id, token: TokenId(100), finished: false });
+        scheduler.commit(&plan, &sampled.collect::<Vec<_>>());
+        scheduled(&plan)
+    };
+    scheduler.add(request(1, 6, 9)).unwrap();
+    paced(&mut scheduler);
+    scheduler.add(request(2, 20, 9)).unwrap();
+    assert_eq!(paced(&mut scheduler), [(1, 1), (2, 4)]);
+    scheduler.add(SequenceSpec { priority: -1, ..request(3, 20, 9) }).unwrap();
+    assert_eq!(paced(&mut scheduler), [(3, 1), (1, 1), (2, 4)]);
+    assert_eq!(paced(&mut scheduler), [(1, 1), (3, 4)]);
+}
+
+#[test]
 fn a_scored_prompt_ends_without_a_token() {
     let mut scheduler = Scheduler::new(limits());
     let samples = [4, 5].map(SeqId).to_vec();
     scheduler.add(SequenceSpec { samples: samples.clone(), prompt_logits: true, ..request(0, 20, 0) }).unwrap();
     let mut plan = StepPlan::default();
-    scheduler.plan(0, &mut plan);
+    scheduler.plan(&Pace::NONE, &mut plan);
     assert_eq!((plan.sequences[0].logits, plan.samples.len()), (LogitsWanted::All { first_row: 0 }, 0));
     assert!(scheduler.commit(&plan, &[]).is_empty());
-    scheduler.plan(0, &mut plan);
+    scheduler.plan(&Pace::NONE, &mut plan);
     assert_eq!((scheduled(&plan), plan.sequences[0].logits), (vec![(4, 4)], LogitsWanted::All { first_row: 0 }));
     assert!(plan.samples.is_empty());
     assert_eq!(scheduler.commit(&plan, &[]), samples);
@@ -183,7 +238,7 @@ fn a_failed_step_drops_whoever_was_in_it_and_nobody_else() {
     scheduler.add(SequenceSpec { samples: [1, 2].map(SeqId).to_vec(), ..request(0, 20, 3) }).unwrap();
     scheduler.add(request(3, 4, 3)).unwrap();
     let mut plan = StepPlan::default();
-    scheduler.plan(0, &mut plan);
+    scheduler.plan(&Pace::NONE, &mut plan);
     assert_eq!(scheduler.fail(&plan), [SeqId(1), SeqId(2)], "who waits for the prompt goes with it");
     assert_eq!(scheduler.stats().num_free_blocks, 16);
     assert_eq!(scheduled(&step(&mut scheduler, |_| true)), [(3, 4)]);
@@ -195,7 +250,7 @@ fn aborting_frees_at_once_even_while_a_step_is_computed() {
     scheduler.add(request(1, 6, 3)).unwrap();
     scheduler.add(request(2, 6, 3)).unwrap();
     let mut plan = StepPlan::default();
-    scheduler.plan(0, &mut plan);
+    scheduler.plan(&Pace::NONE, &mut plan);
     assert_eq!(scheduler.stats().num_free_blocks, 12);
     assert!(scheduler.abort(SeqId(1)));
     assert!(!scheduler.abort(SeqId(1)));
@@ -212,7 +267,7 @@ fn late_tokens_do_not_reach_a_namesake_that_waits_for_another_prompt() {
     let mut scheduler = Scheduler::new(limits());
     scheduler.add(SequenceSpec { samples: [1, 2, 3].map(SeqId).to_vec(), ..request(0, 6, 3) }).unwrap();
     let mut plan = StepPlan::default();
-    scheduler.plan(0, &mut plan);
+    scheduler.plan(&Pace::NONE, &mut plan);
     scheduler.abort(SeqId(2));
     scheduler.add(SequenceSpec { samples: [9, 2].map(SeqId).to_vec(), ..request(0, 5, 3) }).unwrap();
     let token = |id| Sampled { id: SeqId(id), token: TokenId(50 + id as u32), finished: false };
@@ -245,7 +300,7 @@ fn check_broken_commit(tokens: impl Fn(&StepPlan) -> Vec<Sampled>, expected: &st
     scheduler.add(request(1, 4, 1)).unwrap();
     scheduler.add(request(2, 4, 5)).unwrap();
     let mut plan = StepPlan::default();
-    scheduler.plan(0, &mut plan);
+    scheduler.plan(&Pace::NONE, &mut plan);
     let sampled = tokens(&plan);
     let panic = catch_unwind(AssertUnwindSafe(|| scheduler.commit(&plan, &sampled))).unwrap_err();
     let text = panic.downcast_ref::<String>().cloned().or(panic.downcast_ref::<&str>().map(ToString::to_string));
@@ -270,8 +325,8 @@ fn broken_commits_are_caught() {
 fn a_second_plan_must_wait_for_the_first() {
     let mut scheduler = Scheduler::new(limits());
     scheduler.add(request(1, 4, 1)).unwrap();
-    scheduler.plan(0, &mut StepPlan::default());
-    scheduler.plan(0, &mut StepPlan::default());
+    scheduler.plan(&Pace::NONE, &mut StepPlan::default());
+    scheduler.plan(&Pace::NONE, &mut StepPlan::default());
 }
 
 #[test]
@@ -279,7 +334,7 @@ fn a_second_plan_must_wait_for_the_first() {
 fn only_the_last_plan_can_be_committed() {
     let mut scheduler = Scheduler::new(limits());
     scheduler.add(request(1, 4, 1)).unwrap();
-    scheduler.plan(0, &mut StepPlan::default());
+    scheduler.plan(&Pace::NONE, &mut StepPlan::default());
     scheduler.commit(&StepPlan::default(), &[]);
 }
 
@@ -371,7 +426,7 @@ fn holds_at_random_lose_nothing() {
         for at in 0..400 {
             let held: Vec<bool> = (0..6).map(|_| at < 200 && random(3) == 0).collect();
             (0..).zip(&held).for_each(|(id, &is_held)| scheduler.hold(SeqId(id), is_held));
-            scheduler.plan(0, &mut plan);
+            scheduler.plan(&Pace::NONE, &mut plan);
             let sample = |&id: &SeqId| {
                 let num_left = &mut num_tokens_left[id.0 as usize];
                 let has_tokens = std::mem::replace(&mut has_tokens[id.0 as usize], true);

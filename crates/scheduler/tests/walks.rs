@@ -14,6 +14,8 @@ enum Call {
     Step,
     /// Steps in a row: walks that reach deep states stay short.
     Steps(usize),
+    /// Likewise, each with long prompts (longer than the first) held to so many tokens (the second) beside who decodes.
+    PacedSteps(usize, (usize, usize)),
     Abort(usize),
     Hold(usize, bool),
     Recompute(usize),
@@ -23,23 +25,27 @@ enum Call {
 
 fn walk(limits: Limits, calls: &[Call]) -> World {
     let mut world = World::new(limits);
-    for (now_ms, call) in (0..).zip(calls) {
+    for call in calls {
         match call {
             Call::Add(asked) => {
                 let _refused = world.add(asked.clone()).is_err();
             }
-            Call::Step => world.step(now_ms, &StepFate::default()),
-            Call::Steps(num_steps) => (0..*num_steps).for_each(|_| world.step(now_ms, &StepFate::default())),
+            Call::Step => world.step(&StepFate::default()),
+            Call::Steps(num_steps) => (0..*num_steps).for_each(|_| world.step(&StepFate::default())),
+            Call::PacedSteps(num_steps, pace) => {
+                let fate = StepFate { pace: Some(*pace), ..StepFate::default() };
+                (0..*num_steps).for_each(|_| world.step(&fate));
+            }
             Call::Abort(n) => {
                 let _nobody = !world.abort_nth(*n);
             }
             Call::Hold(n, is_held) => world.hold_nth(*n, *is_held),
             Call::Recompute(n) => world.recompute_nth(*n),
             Call::StepWithAborts(aborted) => {
-                world.step(now_ms, &StepFate { aborted: aborted.clone(), has_failed: false });
+                world.step(&StepFate { aborted: aborted.clone(), has_failed: false, pace: None });
             }
             Call::FailedStep(aborted) => {
-                world.step(now_ms, &StepFate { aborted: aborted.clone(), has_failed: true });
+                world.step(&StepFate { aborted: aborted.clone(), has_failed: true, pace: None });
             }
         }
     }
@@ -81,6 +87,7 @@ fn call() -> impl Strategy<Value = Call> {
         6 => client_request().prop_map(Call::Add),
         4 => Just(Call::Step),
         4 => (2_usize..9).prop_map(Call::Steps),
+        4 => (1_usize..9, (0_usize..12, 0_usize..10)).prop_map(|(num_steps, pace)| Call::PacedSteps(num_steps, pace)),
         2 => (0_usize..100).prop_map(Call::Abort),
         3 => (0_usize..100, any::<bool>()).prop_map(|(n, is_held)| Call::Hold(n, is_held)),
         1 => (0_usize..100).prop_map(Call::Recompute),

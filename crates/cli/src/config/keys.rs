@@ -3,8 +3,8 @@
 use clap::ValueEnum;
 
 use crate::args::{
-    BackendArg, Device, DtypeArg, KvCacheDtypeArg, LoadFormat, LogFormat, QuantizeArg, ServeArgs, parse_device,
-    parse_duration, parse_host, parse_name, parse_size,
+    BackendArg, Device, DtypeArg, KvCacheDtypeArg, LoadFormat, LogFormat, PrefillPacing, QuantizeArg, ServeArgs,
+    parse_device, parse_duration, parse_host, parse_name, parse_size,
 };
 
 /// The TOML type of a key.
@@ -340,6 +340,16 @@ pub(crate) const KEYS: &[Key] = &[
         explain: "tokens computed in one step; longer prompts are computed in chunks of this size",
         set: |args, text| number(text, 1..=1_048_576).map(|value| args.engine.max_num_batched_tokens = Some(value)),
         get: |args| args.engine.max_num_batched_tokens.map(|value| value.to_string()),
+    },
+    Key {
+        section: "model",
+        name: "prefill_pacing",
+        kind: Kind::Text,
+        example: "none",
+        default: "even",
+        explain: "long prompts beside running streams: even (they get as much of the time) or none (streams wait)",
+        set: |args, text| choice::<PrefillPacing>(text).map(|value| args.engine.prefill_pacing = Some(value)),
+        get: |args| args.engine.prefill_pacing.as_ref().map(name_of),
     },
     Key {
         section: "model",

@@ -153,6 +153,11 @@ impl StatsRecorder {
         self.step_costs.observe(num_batched_tokens, seconds, has_prompts);
     }
 
+    /// None before the first step.
+    pub(crate) fn step_cost(&self) -> Option<StepCost> {
+        self.step_costs.cost()
+    }
+
     pub(crate) fn snapshot(
         &self,
         scheduler: &SchedulerStats,

@@ -3,7 +3,7 @@
 //!
 //! 1. `share_tokens`: seats go to the first `max_num_seqs` running ones that have something to compute (one that is
 //!    held stops short of its last token, so it needs no seat there). Those one token behind get it first, then prompt
-//!    chunks fill the budget. A prompt that cannot end in this step leaves up to half of what there is to later prompts
+//!    chunks fill the budget; long ones as much of it as is theirs beside who decodes ([`Pace`]). A prompt that cannot end in this step leaves up to half of what there is to later prompts
 //!    that can, so a huge one halves its own pace at worst and does not block the small ones behind it.
 //! 2. `admit`: waiting ones join while seats, tokens and blocks last. Enough blocks means: for all tokens it knows,
 //!    beside what the running ones still need for theirs, and a little room for them to grow (the watermark). So a
@@ -33,12 +33,15 @@ use crate::{
     ids::{BlockId, SlotId},
     order::Turn,
     plan::{LogitsWanted, ScheduledSequence, StepPlan},
-    scheduler::{InFlight, Scheduler},
+    scheduler::{InFlight, Pace, Scheduler, StepLoad},
     sequence::{Sequence, State},
 };
 
 /// Requests that may start ahead of one whose blocks cannot be had yet.
 const MAX_TIMES_OVERTAKEN: u32 = 32;
+
+/// Waiting sequences that are looked at for whether their prompts are long.
+const MAX_COUNTED: usize = 64;
 
 /// Waiting sequences looked at in one step without being admitted.
 const MAX_PASSED_OVER: usize = 16;
@@ -52,6 +55,10 @@ struct Budget {
     num_tokens: usize,
     num_seats: usize,
     yielded: Option<Yielded>,
+    /// Tokens wanted that make no long prompt yet.
+    short: usize,
+    /// What long prompts may have of the tokens.
+    num_long_tokens: usize,
 }
 
 /// What a prompt that cannot end in this step leaves to those that can.
@@ -84,6 +91,12 @@ impl Budget {
         if num_available == 0 {
             return OfferOutcome::Nothing;
         }
+        if num_wanted > self.short {
+            if self.num_long_tokens < num_available.min(num_wanted) {
+                return self.offer_paced(sequence, self.num_long_tokens);
+            }
+            self.num_long_tokens -= num_available.min(num_wanted);
+        }
         if num_wanted > num_available && self.yielded.is_none() {
             let num_tokens = num_available / 2;
             sequence.num_scheduled_tokens = num_available - num_tokens;
@@ -102,6 +115,18 @@ impl Budget {
             }
             _ => OfferOutcome::Scheduled,
         }
+    }
+
+    /// A long prompt gets so many tokens at most. What it leaves is there for whoever comes after it.
+    fn offer_paced(&mut self, sequence: &mut Sequence, num_tokens: usize) -> OfferOutcome {
+        let num_tokens = num_tokens.min(self.num_tokens);
+        if num_tokens == 0 {
+            return OfferOutcome::Nothing;
+        }
+        sequence.num_scheduled_tokens = num_tokens;
+        self.num_tokens -= num_tokens;
+        self.num_long_tokens = self.num_long_tokens.saturating_sub(num_tokens);
+        OfferOutcome::Scheduled
     }
 
     /// The sequence sits this step out after all.
@@ -126,8 +151,8 @@ enum OfferOutcome {
 }
 
 impl Scheduler {
-    pub(super) fn plan_step(&mut self, plan: &mut StepPlan) {
-        let mut budget = self.share_tokens();
+    pub(super) fn plan_step(&mut self, pace: &Pace<'_>, plan: &mut StepPlan) {
+        let mut budget = self.share_tokens(pace);
         self.admit(&mut budget, plan);
         self.return_yielded(&budget);
         self.cover_with_blocks(plan);
@@ -136,27 +161,41 @@ impl Scheduler {
 
     // --- 1. seats and tokens ---------------------------------------------------------------------------------------
 
-    fn share_tokens(&mut self) -> Budget {
+    fn share_tokens(&mut self, pace: &Pace<'_>) -> Budget {
         let (num_passed, num_seated) = self.seated();
         let mut budget = Budget {
             num_tokens: self.limits.max_num_batched_tokens,
             num_seats: self.limits.max_num_seqs - num_seated,
             yielded: None,
+            short: usize::MAX,
+            num_long_tokens: usize::MAX,
         };
         let seated = &self.running[..num_passed];
         let mut wanting = seated.iter().map(|&(_, index)| index).filter(|&index| self.wants_tokens(index));
         let Some(first) = wanting.next() else { return budget };
 
         let num_kept = usize::from(self.sequences[first].num_uncomputed_tokens() > 1);
+        let mut load = StepLoad { num_decoding: 0, num_long_prompts: 0 };
+        // What decodes is never long.
+        let short = pace.short.max(1);
         for &(_, index) in &self.running[..num_passed] {
             let sequence = &mut self.sequences[index];
-            if sequence.num_uncomputed_tokens() == 1 && !sequence.is_held {
-                if budget.num_tokens == num_kept {
-                    self.marks.first_in_order_kept_a_token += num_kept as u64;
-                    break;
-                }
+            load.num_long_prompts += usize::from(sequence.num_wanted_tokens() > short);
+            if sequence.num_uncomputed_tokens() == 1 && !sequence.is_held && budget.num_tokens > num_kept {
                 sequence.num_scheduled_tokens = 1;
+                load.num_decoding += 1;
                 budget.num_tokens -= 1;
+            } else if sequence.num_uncomputed_tokens() == 1 && !sequence.is_held {
+                self.marks.first_in_order_kept_a_token += num_kept as u64;
+                break;
+            }
+        }
+        if load.num_decoding > 0 && short < usize::MAX {
+            let waiting = self.waiting.iter().take(MAX_COUNTED);
+            let is_long = |index: u32| self.sequences[index].num_wanted_tokens() > short;
+            load.num_long_prompts += waiting.filter(|&&(_, index)| is_long(index)).count();
+            if load.num_long_prompts > 0 {
+                (budget.short, budget.num_long_tokens) = (short, (pace.limit)(load).max(1));
             }
         }
         for &(_, index) in &self.running[..num_passed] {
@@ -224,7 +263,13 @@ impl Scheduler {
                 }
             }
             num_promised += self.num_blocks_wanted(index);
-            let outcome = budget.offer(index, &mut self.sequences[index]);
+            let sequence = &mut self.sequences[index];
+            let mut outcome = budget.offer(index, sequence);
+            if outcome == OfferOutcome::Nothing && (outranks_last || key.turn == Turn::Again) {
+                // Another long prompt has all that long ones may have. This one gets its place before that one, or has come back
+                // and nobody passes it.
+                outcome = budget.offer_paced(sequence, 1);
+            }
             if outcome == OfferOutcome::Nothing {
                 if key.turn == Turn::Again {
                     break;

@@ -13,8 +13,8 @@ use std::{
 
 use super::random::mix;
 use crate::{
-    AdapterId, BlockId, Limits, LogitsWanted, Marks, Refusal, Sampled, Scheduler, SeqId, SequenceSpec, Share, StepPlan,
-    TenantId, TokenId,
+    AdapterId, BlockId, Limits, LogitsWanted, Marks, Pace, Refusal, Sampled, Scheduler, SeqId, SequenceSpec, Share,
+    StepPlan, TenantId, TokenId,
 };
 
 /// What the fake model writes for a token that follows `before`.
@@ -65,6 +65,8 @@ pub struct StepFate {
     pub aborted: Vec<usize>,
     /// The step fails and leaves garbage in all that it would have written.
     pub has_failed: bool,
+    /// Tokens that make no long prompt yet, and those that long ones get beside who decodes; None: any number.
+    pub pace: Option<(usize, usize)>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -419,9 +421,10 @@ impl World {
     }
 
     /// One step: plan, compute in the fake memory, commit or fail. Everything about it is checked.
-    pub fn step(&mut self, now_ms: u64, fate: &StepFate) {
+    pub fn step(&mut self, fate: &StepFate) {
         let mut plan = std::mem::take(&mut self.plan);
-        self.scheduler.plan(now_ms, &mut plan);
+        let (short, limit) = fate.pace.unwrap_or((usize::MAX, usize::MAX));
+        self.scheduler.plan(&Pace { short, limit: &|_| limit }, &mut plan);
         self.report.num_steps += 1;
         self.report.num_computed_tokens += plan.num_batched_tokens();
         self.hash_plan(&plan);
@@ -429,7 +432,7 @@ impl World {
             assert!(plan.is_empty() != self.has_work(), "a plan is empty where nobody is alive, and only there");
         }
         assert!(plan.samples.iter().all(|id| !self.samples[id.0 as usize].is_held), "who is held is not sampled");
-        self.check_policy(&plan);
+        self.check_policy(&plan, fate);
         self.take_over_plan(&plan);
         self.check_books();
         if fate.has_failed {
@@ -474,7 +477,7 @@ impl World {
     }
 
     /// The rules of who runs, each recomputed from the world's own books as they stood before the plan.
-    fn check_policy(&self, plan: &StepPlan) {
+    fn check_policy(&self, plan: &StepPlan, fate: &StepFate) {
         let limits = self.scheduler.limits().clone();
         let is_planned = |at: usize| plan.sequences.iter().any(|one| one.id.0 as usize == at);
         let was_preempted_now = |at: usize| plan.preempted.contains(&SeqId(at as u64));
@@ -519,24 +522,36 @@ impl World {
             self.samples[at].standing != Standing::Running && last.is_some_and(|last| self.order(at) < last)
         });
         if !is_short && !has_late && wanting().count() <= limits.max_num_seqs {
-            self.check_tokens(plan, &running);
+            self.check_tokens(plan, &running, fate);
         }
     }
 
     /// No token of the budget is wasted; decodes come first; a prompt that does not end is passed by prompts that do.
-    fn check_tokens(&self, plan: &StepPlan, running: &[usize]) {
-        let budget = self.scheduler.limits().max_num_batched_tokens;
-        let num_wanted_tokens: usize = running.iter().map(|&at| self.num_wanted_tokens(at)).sum();
-        assert_eq!(plan.num_batched_tokens(), budget.min(num_wanted_tokens), "no token of the budget is wasted");
+    fn check_tokens(&self, plan: &StepPlan, running: &[usize], fate: &StepFate) {
         let num_planned =
             |at: usize| plan.sequences.iter().find(|one| one.id.0 as usize == at).map_or(0, |one| one.tokens.len());
         let ends = |at: usize| num_planned(at) == self.num_wanted_tokens(at);
         let is_decode =
             |at: usize| self.samples[at].standing == Standing::Running && self.num_uncomputed_tokens(at) == 1;
+        let is_paced = running.iter().any(|&at| is_decode(at) && num_planned(at) > 0);
+        let (short, limit) = fate.pace.filter(|_| is_paced).unwrap_or((usize::MAX, usize::MAX));
+        let is_long = |at: usize| self.num_wanted_tokens(at) > short.max(1);
+        let wanted = |is_of: &dyn Fn(usize) -> bool| -> usize {
+            running.iter().filter(|&&at| is_of(at)).map(|&at| self.num_wanted_tokens(at)).sum()
+        };
+        let num_long = wanted(&is_long).min(limit.max(1));
+        let num_expected = self.scheduler.limits().max_num_batched_tokens.min(wanted(&|at| !is_long(at)) + num_long);
+        // One that comes back, or before others, has a token of its own.
+        let num_new = plan.sequences.iter().filter(|one| is_long(one.id.0 as usize) && one.tokens.len() == 1).count();
+        let num_planned_tokens = plan.num_batched_tokens();
+        assert!(
+            (num_expected..=num_expected + num_new).contains(&num_planned_tokens),
+            "no token of the budget is wasted: {num_planned_tokens} of {num_expected}"
+        );
         let is_better = |at: usize, other: usize| self.order(at).0 < self.order(other).0;
         let first =
             running.iter().copied().filter(|&at| self.num_wanted_tokens(at) > 0).min_by_key(|&at| self.order(at));
-        for &at in running.iter().filter(|&&at| !ends(at)) {
+        for &at in running.iter().filter(|&&at| !ends(at) && !is_long(at)) {
             for other in plan.sequences.iter().map(|one| one.id.0 as usize) {
                 if is_decode(at) {
                     assert!(self.order(other) < self.order(at), "{other} got a token before {at}, which needs one");
@@ -790,9 +805,9 @@ impl World {
         let mut num_steps = 0;
         while self.has_work() {
             assert!(num_steps <= num_steps_max, "{} still live after {num_steps} steps", self.live.len());
-            self.step(0, &StepFate::default());
+            self.step(&StepFate::default());
             num_steps += 1;
         }
-        self.step(0, &StepFate::default());
+        self.step(&StepFate::default());
     }
 }
