@@ -5,6 +5,7 @@
 mod peer;
 mod quality;
 mod quantising;
+mod tokenizers;
 mod vocabularies;
 
 use std::env;
@@ -67,6 +68,9 @@ fn run(args: &[String]) -> Result<()> {
             if let Some(folder) = vocabularies::fetch(&mut steps)? {
                 println!("BINDERY_TEST_VOCABULARIES={}", folder.display());
             }
+            if let Some(folder) = tokenizers::fetch(&mut steps)? {
+                println!("BINDERY_TEST_TOKENIZERS={}", folder.display());
+            }
         }
         Some((verb, rest)) if verb == "system" => {
             build_binary(&mut steps)?;
@@ -124,6 +128,9 @@ fn test(steps: &mut Steps, options: &TestOptions) -> Result<()> {
         steps.skip("the families' real vocabularies and chat templates: --no-python was given");
     } else if let Some(folder) = vocabularies::fetch(steps)? {
         cargo_test.env("BINDERY_TEST_VOCABULARIES", folder);
+    }
+    if let Some(folder) = tokenizers::fetch(steps)? {
+        cargo_test.env("BINDERY_TEST_TOKENIZERS", folder);
     }
     if options.full {
         cargo_test.env("BINDERY_TEST_FULL", "1");
