@@ -23,8 +23,39 @@ from safetensors.torch import load_file, save_file
 from make_tokenizer import FILE as TOKENIZER
 from make_tokenizer import MERGES, SPECIALS, tokens
 
-# What llama-quantize makes of which twin, tensor by tensor: the types that a width of 64 allows, and K types where it is 256.
+DENSE = ("token_embd", "output", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+FUSED = ("token_embd", "output", "attn_qkv", "attn_output", "ffn_up", "ffn_down")
+EXPERTS = (*DENSE[:6], "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+SHARED_EXPERTS = (*EXPERTS, "ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
+
+
+def in_turn(names, start):
+    """The types that a width of 64 allows, one after the other."""
+    kinds = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
+    return {name: kinds[(start + at) % len(kinds)] for at, name in enumerate(names)}
+
+
+# What llama-quantize makes of which twin, tensor by tensor: the types that a width of 64 allows, and K types where it is 256; f16
+# where rows (of 48 in Falcon and Gemma 3) are no whole blocks.
 QUANTIZED = {
+    "tiny-llama": in_turn(DENSE, 0),
+    "tiny-llama2": in_turn(DENSE, 1),
+    "tiny-llama32": in_turn(DENSE, 2),
+    "tiny-llama-dynamic": in_turn(DENSE, 3),
+    "tiny-mistral": in_turn(DENSE, 4),
+    "tiny-mixtral": in_turn(EXPERTS, 0),
+    "tiny-falcon-7b": {**dict.fromkeys(FUSED, "f16"), "ffn_down": "q4_1"},
+    "tiny-falcon-40b": {**dict.fromkeys(FUSED, "f16"), "ffn_down": "q5_0"},
+    "tiny-falcon-11b": {**dict.fromkeys(FUSED, "f16"), "ffn_down": "q4_0"},
+    "tiny-gemma": in_turn(DENSE, 4),
+    "tiny-gemma3": {**dict.fromkeys(DENSE, "f16"), "attn_output": "q5_1", "ffn_down": "q4_1"},
+    "tiny-phi3-window": in_turn(FUSED, 1),
+    "tiny-phi4-mini": in_turn(FUSED, 2),
+    "tiny-qwen2": in_turn(DENSE, 3),
+    "tiny-qwen25-yarn": in_turn(DENSE, 4),
+    "tiny-qwen2-moe": in_turn(SHARED_EXPERTS, 0),
+    "tiny-qwen3": in_turn(DENSE, 1),
+    "tiny-smollm3": in_turn(DENSE, 2),
     "tiny-llama31": {
         "token_embd": "q8_0", "output": "q5_1", "attn_q": "q4_0", "attn_k": "q4_1", "attn_v": "q5_0", "attn_output": "q5_1",
         "ffn_gate": "q8_0", "ffn_up": "q4_1", "ffn_down": "q5_0",

@@ -194,18 +194,18 @@ fn tensors_that_peft_would_leave_out_are_refused() {
     }
 }
 
-/// As peft 0.21's `check_target_module_exists` decides for `model.layers.0.self_attn.q_proj`.
+/// As peft 0.21's `check_target_module_exists` decides for `model.layers.0.self_attn.q_proj` and its like.
 #[test]
 fn layers_are_numbered_by_what_layers_pattern_finds() {
     let with = |pattern: Value, layers: Value| good().set("layers_pattern", pattern).set("layers_to_transform", layers);
     for (pattern, layers) in [
-        (json!("layers"), json!([0])),
-        (json!(["h", "layers"]), json!(0)),
-        (json!("lay.*"), json!([0, 7])),
-        (json!("(h|layers)"), json!(0)),
-        (json!("model.layers"), json!(0)),
-        (json!(""), json!(0)),
-        (json!([]), json!(0)),
+        (json!("layers"), json!([0, 1])),
+        (json!(["h", "layers"]), json!([0, 1])),
+        (json!("lay.*"), json!([0, 1, 7])),
+        (json!("(h|layers)"), json!([0, 1])),
+        (json!("model.layers"), json!([0, 1])),
+        (json!(""), json!([0, 1])),
+        (json!([]), json!([0, 1])),
         // Without layers_to_transform it says nothing.
         (json!("h"), json!([])),
     ] {
