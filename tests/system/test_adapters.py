@@ -220,6 +220,11 @@ def test_a_watched_folder_brings_replaces_and_takes_away(serve, tmp_path):
     shutil.copy(TESTS / "adapters/llama-qv/adapter.gguf", folder / ".first.gguf")
     (folder / ".first.gguf").rename(folder / "first.gguf")
     eventually("the file is in use", lambda: says(client, "first", "llama-qv"))
+    # So is a link to a file.
+    (folder / ".store").mkdir()
+    shutil.copy(TESTS / "adapters/llama-qv/adapter.gguf", folder / ".store" / "blob")
+    (folder / "linked.gguf").symlink_to(folder / ".store" / "blob")
+    eventually("the linked file is in use", lambda: says(client, "linked", "llama-qv"))
     (folder / "first.gguf").unlink()
     eventually("it is gone", lambda: says(client, "first", "llama-qv") is None)
     assert says(client, "second", "llama-patterns")

@@ -181,7 +181,7 @@ impl AdapterSettings {
         for given in &self.folders {
             let GivenFolder { path, watch, tenants } = given.clone();
             let mut folder = AdapterFolder::new(pool.clone(), path, self.roots.clone(), tenants, Arc::clone(&is_taken));
-            folder.install().map_err(|error| given.unreadable(&error))?;
+            folder.install(watch).map_err(|error| given.unreadable(&error))?;
             watched.extend(watch.then_some(folder));
         }
         Ok(watched)

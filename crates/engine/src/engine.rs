@@ -312,7 +312,7 @@ impl EngineHandle {
     ///
     /// First the prompts before it, each step shared with the sequences that decode as of the newest one; or, where all seats
     /// are taken, until the queue has come so far at its recent pace; whichever is later. Then its own prompt. Where long prompts are paced,
-    /// at the pace that they would have now with one more.
+    /// at the pace of one, or of two where such wait or are computed already.
     /// Blind to what a preempted sequence computes again, and to decoding that begins meanwhile.
     pub fn predicted_ttft(&self, num_prompt_tokens: usize) -> Option<Duration> {
         const MAX_SECONDS: f64 = 86_400.0;
@@ -320,7 +320,11 @@ impl EngineHandle {
         let stats = self.stats.borrow();
         let cost = stats.step_cost?;
         let num_queued = self.door.num_queued();
-        let load = StepLoad { num_decoding: stats.num_decoding, num_long_prompts: num_queued.saturating_add(1) };
+        // The statistics are those of the newest step: nothing may have followed it.
+        let num_decoding = if self.door.num_unfinished() == 0 { 0 } else { stats.num_decoding };
+        let num_pending = self.num_pending_prompt_tokens();
+        let num_before = usize::from(num_pending > pacing::short_tokens(cost));
+        let load = StepLoad { num_decoding, num_long_prompts: num_before + 1 };
         let is_paced = self.shared.config.paces_prompts && load.num_decoding > 0;
         let computed = |num_tokens| {
             let is_long = is_paced && num_tokens > pacing::short_tokens(cost);
@@ -333,7 +337,7 @@ impl EngineHandle {
         } else {
             Duration::ZERO
         };
-        let seconds = computed(self.num_pending_prompt_tokens()).max(seat.as_secs_f64()) + computed(num_prompt_tokens);
+        let seconds = computed(num_pending).max(seat.as_secs_f64()) + computed(num_prompt_tokens);
         Some(Duration::from_secs_f64(seconds.clamp(0.0, MAX_SECONDS)))
     }
 

@@ -14,7 +14,7 @@ use std::{
 };
 
 use bindery_model::{ForwardBatch, ModelError, RopeRegimes, StepModel};
-use bindery_scheduler::{Limits, Pace, Refusal, Scheduler, SeqId, StepPlan};
+use bindery_scheduler::{Limits, Pace, Refusal, ScheduledSequence, Scheduler, SeqId, StepPlan};
 use tokio::sync::watch;
 
 use crate::{
@@ -246,7 +246,9 @@ impl EngineLoop {
         }
         self.scheduler.commit(&self.plan, &self.outcome.sampled);
         self.recompute_stale();
-        let has_prompts = self.plan.sequences.iter().any(|sequence| sequence.tokens.len() > 1);
+        // A prompt's chunk may be one token, too.
+        let is_prompt = |sequence: &ScheduledSequence| sequence.tokens.len() > 1 || sequence.samples.is_empty();
+        let has_prompts = self.plan.sequences.iter().any(is_prompt);
         self.recorder.count_step(self.plan.num_batched_tokens());
         self.recorder.learn_cost(self.plan.num_batched_tokens(), has_prompts);
         self.recorder.generation_tokens += self.outcome.sampled.len() as u64;

@@ -1,7 +1,7 @@
 //! Adapters from the door to the last token, over a model that notices a key of another version.
 //!
 //! The double's logits depend on the adapter's tag, which is written in its file; [`naive`] says independently which tokens a
-//! tag gives. Nothing sleeps: gates hold steps and readings.
+//! tag gives. Nothing sleeps but looks at watched folders: gates hold steps and readings.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 use std::{
@@ -16,7 +16,7 @@ use std::{
 
 use bindery_engine::{
     AdapterError, AdapterLease, AdapterPoolConfig, LocalModel, Prompt, SamplingParams, TextEvent, TextRequest, TokenId,
-    adapters::{AdapterSource, AdapterSpec, AdapterState, AdapterUse, Unload},
+    adapters::{AdapterFolder, AdapterRoots, AdapterSource, AdapterSpec, AdapterState, AdapterUse, Unload},
     sample::{PreparedSampling, SampleState, Sampler},
     testing::{EOS, FakeModelOptions, FakeReader, VOCAB_SIZE, expected_logits, fake_local_model, gate, small_limits},
 };
@@ -440,4 +440,78 @@ async fn churn_gives_right_answers_and_leaves_nothing() {
         model.adapters.unload(&name, Unload::RefuseIfUsed).await.unwrap();
     }
     assert_eq!(model.engine.stats().num_failed_steps, 0);
+}
+
+/// Looks often enough for tests; renamed versions count at the second look.
+const LOOKS: Duration = Duration::from_millis(5);
+
+async fn until(what: &str, mut condition: impl FnMut() -> bool) {
+    for _ in 0..2_000 {
+        if condition() {
+            return;
+        }
+        tokio::time::sleep(LOOKS).await;
+    }
+    panic!("it never came: {what}");
+}
+
+fn watched(model: &LocalModel, path: &Path) -> AdapterFolder {
+    AdapterFolder::new(model.adapters.clone(), path.to_owned(), AdapterRoots::default(), None, Arc::new(|_| false))
+}
+
+/// Found where an adapter of one tenant was forgotten with its files and came back for everybody.
+#[tokio::test]
+async fn an_adapter_given_by_name_stays_its_tenants_whatever_becomes_of_its_files() {
+    let temp = tempfile::tempdir().unwrap();
+    let root = temp.path().canonicalize().unwrap();
+    let model = model(FakeModelOptions::default());
+    let acmes = AdapterSpec { tenants: Some(vec!["acme".to_owned()]), ..spec(&root, "given") };
+    let (given, own) = (write(&root, "given", "1001"), write(&root, "own", "1002"));
+    model.adapters.load(acmes, false).await.unwrap();
+    let mut folder = watched(&model, &root);
+    folder.install(true).unwrap();
+    let watching = tokio::spawn(folder.watch(LOOKS));
+    let tenants = |name: &str| model.adapters.spec(name).map(|spec| spec.tenants);
+    assert_eq!((tenants("given"), tenants("own")), (Some(Some(vec!["acme".to_owned()])), Some(None)));
+
+    for folder in [&given, &own] {
+        fs::rename(folder, root.join(format!(".{}", folder.file_name().unwrap().to_string_lossy()))).unwrap();
+    }
+    until("what the folder brought is gone with it", || tenants("own").is_none()).await;
+    assert_eq!(tenants("given"), Some(Some(vec!["acme".to_owned()])));
+    let digest = || model.adapters.identity("given").unwrap().digest.clone();
+    let first = digest();
+    fs::rename(write(&root, ".new", "1003"), &given).unwrap();
+    until("the new version is in use", || digest() != first).await;
+    assert_eq!(tenants("given"), Some(Some(vec!["acme".to_owned()])));
+
+    // Unloaded by hand, its next version does not come back for everybody.
+    model.adapters.unload("given", Unload::Wait(None)).await.unwrap();
+    fs::rename(&given, root.join(".old")).unwrap();
+    fs::rename(write(&root, ".newer", "1004"), &given).unwrap();
+    fs::rename(root.join(".own"), &own).unwrap();
+    until("the other one comes back", || tenants("own").is_some()).await;
+    assert_eq!(tenants("given"), None);
+    watching.abort();
+}
+
+#[tokio::test]
+async fn a_name_that_an_earlier_folder_gives_up_is_the_next_ones() {
+    let temp = tempfile::tempdir().unwrap();
+    let root = temp.path().canonicalize().unwrap();
+    let model = model(FakeModelOptions::default());
+    let first = write(&root.join("first"), "a", "1001");
+    write(&root.join("second"), "a", "1002");
+    let mut watching = Vec::new();
+    for name in ["first", "second"] {
+        let mut folder = watched(&model, &root.join(name));
+        folder.install(true).unwrap();
+        watching.push(tokio::spawn(folder.watch(LOOKS)));
+    }
+    let source = || model.adapters.spec("a").map(|spec| spec.source.to_string());
+    assert_eq!(source(), Some(first.display().to_string()));
+    fs::remove_dir_all(&first).unwrap();
+    let second = root.join("second/a").display().to_string();
+    until("the second has it", || source().as_ref() == Some(&second)).await;
+    watching.iter().for_each(tokio::task::JoinHandle::abort);
 }

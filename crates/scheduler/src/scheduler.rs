@@ -46,7 +46,7 @@ pub struct Limits {
 pub struct Pace<'a> {
     /// Tokens left to compute that make no long prompt yet.
     pub short: usize,
-    /// Tokens that all long prompts of a step get together; one is the least.
+    /// Tokens that all long prompts of a step get together; one is the least, two where there are two.
     pub limit: &'a dyn Fn(StepLoad) -> usize,
 }
 
@@ -64,7 +64,7 @@ impl std::fmt::Debug for Pace<'_> {
 /// Who wants tokens of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StepLoad {
-    /// Sequences that get their next token; > 0.
+    /// Sequences that get their next token, of no worse priority than the best long prompt; > 0.
     pub num_decoding: usize,
     /// Long prompts, running or among the first that wait; > 0.
     pub num_long_prompts: usize,

@@ -175,11 +175,11 @@ fn long_prompts_are_held_to_their_limit_beside_who_decodes_and_only_there() {
     scheduler.add(request(5, 2, 9)).unwrap();
     assert_eq!(paced(&mut scheduler, 0), [(1, 1), (2, 1), (3, 1), (5, 2)], "one token at least");
     assert_eq!(paced(&mut scheduler, 11), [(1, 1), (2, 1), (5, 1), (3, 11)]);
-    // The end of a long one is short; the next one has its turn, after one that comes before it.
-    scheduler.add(SequenceSpec { priority: -1, ..request(6, 9, 9) }).unwrap();
-    assert_eq!(paced(&mut scheduler, 6), [(1, 1), (2, 1), (5, 1), (6, 6), (3, 3)]);
-    assert_eq!(paced(&mut scheduler, 6), [(1, 1), (2, 1), (3, 1), (5, 1), (6, 3), (4, 6)]);
-    assert_eq!(asked, [None, None, Some((2, 2)), Some((2, 2)), Some((3, 2)), Some((3, 2)), Some((4, 1))]);
+    // The end of a long one is short; the next one has its turn, and half is for one that has less left.
+    scheduler.add(request(6, 9, 9)).unwrap();
+    assert_eq!(paced(&mut scheduler, 6), [(1, 1), (2, 1), (5, 1), (6, 1), (3, 3), (4, 6)]);
+    assert_eq!(paced(&mut scheduler, 6), [(1, 1), (2, 1), (3, 1), (5, 1), (4, 3), (6, 3)]);
+    assert_eq!(asked, [None, None, Some((2, 2)), Some((2, 2)), Some((3, 2)), Some((3, 2)), Some((4, 2))]);
 }
 
 #[test]
@@ -192,13 +192,17 @@ fn a_better_long_prompt_gets_its_place_before_a_worse_one() {
         scheduler.commit(&plan, &sampled.collect::<Vec<_>>());
         scheduled(&plan)
     };
-    scheduler.add(request(1, 6, 9)).unwrap();
+    let better = |id, length| SequenceSpec { priority: -1, ..request(id, length, 9) };
+    scheduler.add(better(1, 6)).unwrap();
     paced(&mut scheduler);
     scheduler.add(request(2, 20, 9)).unwrap();
     assert_eq!(paced(&mut scheduler), [(1, 1), (2, 4)]);
-    scheduler.add(SequenceSpec { priority: -1, ..request(3, 20, 9) }).unwrap();
-    assert_eq!(paced(&mut scheduler), [(3, 1), (1, 1), (2, 4)]);
+    scheduler.add(better(3, 20)).unwrap();
+    assert_eq!(paced(&mut scheduler), [(1, 1), (3, 1), (2, 4)]);
     assert_eq!(paced(&mut scheduler), [(1, 1), (3, 4)]);
+    // Streams that are worse hold nothing back.
+    scheduler.add(SequenceSpec { priority: -2, ..request(4, 9, 9) }).unwrap();
+    assert_eq!(paced(&mut scheduler), [(1, 1), (4, 9)]);
 }
 
 #[test]

@@ -154,7 +154,8 @@ fn nobody_starves_under_a_load_that_never_ends() {
                     break;
                 }
             }
-            world.step(&StepFate::default());
+            let pace = random.chance(50).then(|| (random.between(1, 12), random.between(1, 6)));
+            world.step(&StepFate { pace, ..StepFate::default() });
             num_steps_max = num_steps_max.max(world.num_steps_of_oldest());
         }
         assert!(world.report().marks.preempted > 100 && world.report().num_finished > 1_000, "a load it is");

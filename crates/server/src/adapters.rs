@@ -125,8 +125,8 @@ impl Serving {
             // Which file, and what is wrong with it, is for whoever runs the server: it is in the log, and in /v1/adapters.
             Err(AdapterError::Unreadable { name, .. }) => {
                 let message = format!(
-                    "the adapter {name:?} cannot be loaded: its files are missing or broken; whoever runs this server finds \
-                     the reason in its log and at GET /v1/adapters"
+                    "the adapter {name:?} cannot be loaded: its files are missing, broken or being replaced; whoever runs this \
+                     server finds the reason in its log and at GET /v1/adapters"
                 );
                 Err(ApiError::AdapterUnreadable { message })
             }

@@ -5,7 +5,7 @@
 //! of its end after the last.
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -33,8 +33,8 @@ const MAX_READINGS: usize = 4;
 /// Loads that somebody asked for at one time, each with an adapter that may have to wait for its place; others wait unread.
 const MAX_LOADS: usize = 4;
 
-/// How long reading waits for files to come to rest.
-const SETTLE_PATIENCE: Duration = Duration::from_mins(1);
+/// How long reading waits for files to come to rest. Until then it has a place in memory that others want.
+const SETTLE_PATIENCE: Duration = Duration::from_secs(30);
 
 /// How long a load waits for its place while requests use all of them.
 const LOAD_PATIENCE: Duration = Duration::from_secs(30);
@@ -187,7 +187,10 @@ impl AdapterPool {
             changed.await;
         };
         drop(promised);
-        let Some(spec) = self.spec(name) else { return Err(AdapterError::Unknown { name: name.to_owned() }) };
+        let Some(spec) = self.spec(name) else {
+            self.give_up(name, attempt);
+            return Err(AdapterError::Unknown { name: name.to_owned() });
+        };
         self.read(spec, attempt).await
     }
 
@@ -227,7 +230,7 @@ impl AdapterPool {
             let changed = self.0.changed.notified();
             let read = (Arc::clone(&adapter), digest.clone());
             if self.change(|state| state.place(&spec, load_inplace, read, promised.ticket))? {
-                self.0.changed.notify_waiters();
+                self.name_has_changed();
                 return Ok(());
             }
             changed.await;
@@ -250,7 +253,7 @@ impl AdapterPool {
             }
             state.forget(name)
         })?;
-        self.0.changed.notify_waiters();
+        self.name_has_changed();
         let deadline = match mode {
             Unload::Wait(Some(time)) => Instant::now().checked_add(time),
             Unload::Wait(None) | Unload::RefuseIfUsed => None,
@@ -278,8 +281,14 @@ impl AdapterPool {
     /// [`AdapterError::Unknown`]
     pub(super) fn forget(&self, name: &str) -> Result<(), AdapterError> {
         self.change(|state| state.forget(name))?;
-        self.0.changed.notify_waiters();
+        self.name_has_changed();
         Ok(())
+    }
+
+    /// A name is gone, or another's: whoever waits for it looks again.
+    fn name_has_changed(&self) {
+        self.0.changed.notify_waiters();
+        self.0.settled.notify_waiters();
     }
 
     /// Waits until the adapter is in memory and has a place in batches, reading it where it is not. `who` is whose share of
@@ -314,6 +323,8 @@ impl AdapterPool {
                         let _detached = tokio::spawn(async move {
                             let _told_to_those_who_wait = pool.read(spec, attempt).await;
                         });
+                    } else {
+                        self.give_up(name, attempt);
                     }
                     if waiting.is_none() {
                         waiting = Some(self.waiting(name, ticket)?);
@@ -333,8 +344,14 @@ impl AdapterPool {
         Ok(Waiting { pool: self, name, ticket })
     }
 
+    /// The name was taken away before anything was read.
+    fn give_up(&self, name: &str, attempt: u64) {
+        self.change(|state| state.end_reading(name, attempt, Err(String::new()), Instant::now()));
+        self.0.changed.notify_waiters();
+    }
+
     async fn read(&self, spec: AdapterSpec, attempt: u64) -> Result<(), AdapterError> {
-        let result = self.read_settled(&spec).await;
+        let result = self.read_settled(&spec, attempt).await;
         let failure = result.as_ref().err().cloned();
         if let Some(reason) = &failure {
             tracing::warn!(adapter = spec.name, reason, "an adapter cannot be loaded");
@@ -348,7 +365,7 @@ impl AdapterPool {
     }
 
     /// A known adapter, as soon as its files are at rest where somebody looks after them.
-    async fn read_settled(&self, spec: &AdapterSpec) -> Result<(Arc<Adapter>, String), String> {
+    async fn read_settled(&self, spec: &AdapterSpec, attempt: u64) -> Result<(Arc<Adapter>, String), String> {
         let deadline = Instant::now() + SETTLE_PATIENCE;
         loop {
             let news = self.0.settled.notified();
@@ -358,9 +375,12 @@ impl AdapterPool {
                 Err(Unread::Failed(reason)) => return Err(reason),
                 Err(Unread::NotSettled) => {}
             }
+            if !self.lock().is_reading(&spec.name, attempt) {
+                return Err("it was taken away or replaced while its files were changing".to_owned());
+            }
             if timeout_at(deadline.into(), news).await.is_err() {
                 return Err(format!(
-                    "{}: its files have been changing for {} s; {BY_RENAMING}",
+                    "{}: its files have not come to rest, or could not be looked at, for {} s; {BY_RENAMING}",
                     spec.source,
                     SETTLE_PATIENCE.as_secs()
                 ));
@@ -388,14 +408,36 @@ impl AdapterPool {
         Ok((Arc::new(loaded.adapter), loaded.digest))
     }
 
+    /// Makes a name known whose files are in this state, and may be read in no other.
+    pub(super) fn register_settled(
+        &self,
+        spec: AdapterSpec,
+        path: &Path,
+        files: Option<&Fingerprint>,
+    ) -> Result<(), AdapterError> {
+        check_name(&spec.name)?;
+        let name = spec.name.clone();
+        self.change(|state| {
+            state.register(spec)?;
+            state.settle(&name, path, files);
+            Ok(())
+        })
+    }
+
     /// These adapters' files are at rest, each in this state: in any other they are not read.
     pub(super) fn settle<'a>(&self, files: impl Iterator<Item = (&'a String, &'a (PathBuf, Fingerprint))>) {
         let mut state = self.lock();
-        let news = files.filter(|(name, (path, files))| state.settle(name, path, files)).count();
+        let news = files.filter(|(name, (path, files))| state.settle(name, path, Some(files))).count();
         drop(state);
         if news > 0 {
             self.0.settled.notify_waiters();
         }
+    }
+
+    /// Nobody looks after an adapter's files any more: they may be read in whatever state.
+    pub(super) fn unsettle(&self, name: &str, path: &Path) {
+        self.change(|state| state.settle(name, path, None));
+        self.0.settled.notify_waiters();
     }
 
     /// Whether somebody looks after its files, and reads a new version by itself.

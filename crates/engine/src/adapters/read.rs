@@ -129,9 +129,11 @@ impl Fingerprint {
 }
 
 pub(super) fn fingerprint(path: &Path) -> io::Result<Fingerprint> {
+    let is_folder = path.is_dir();
     let one = |file: PathBuf| {
         let metadata = fs::metadata(&file)?;
-        let name = file.file_name().unwrap_or_default().to_owned();
+        // A file that is the adapter may be called otherwise where a link leads to it.
+        let name = if is_folder { file.file_name().unwrap_or_default().to_owned() } else { OsString::new() };
         Ok(FileState { name, which: file_id(&metadata), len: metadata.len(), modified: metadata.modified().ok() })
     };
     let files = files(path).into_iter().map(one).collect::<io::Result<_>>()?;
@@ -251,5 +253,21 @@ mod tests {
         assert!(matches!(overtaken(0, &now), Err(Unread::NotSettled)), "half of it is new");
         let half_new = fingerprint(&path).unwrap();
         assert!(half_new.is_in_place_of(&now) && half_new != now);
+    }
+
+    /// Found where a watcher looked at the link and the reader at where it leads: the two never were the same.
+    #[cfg(unix)]
+    #[test]
+    fn a_link_and_where_it_leads_are_one_state() {
+        let temp = tempfile::tempdir().unwrap();
+        let (file, folder) = (temp.path().join(".v2.gguf"), temp.path().join(".v2"));
+        fs::write(&file, "x").unwrap();
+        write(&folder, 1);
+        for real in [file, folder] {
+            let link = temp.path().join("adapter.gguf");
+            std::os::unix::fs::symlink(&real, &link).unwrap();
+            assert_eq!(fingerprint(&link).unwrap(), fingerprint(&real).unwrap());
+            fs::remove_file(link).unwrap();
+        }
     }
 }

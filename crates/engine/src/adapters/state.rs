@@ -379,12 +379,18 @@ impl State {
         Err(self.no_place_but_pinned())
     }
 
-    /// The files of a name that lies at `path` are in this state, and only in this one may they be read. Whether that is news.
-    pub(super) fn settle(&mut self, name: &str, path: &Path, state: &Fingerprint) -> bool {
+    /// The files of a name that lies at `path` are in this state, and only in this one may they be read; None: nobody looks after
+    /// them any more. Whether that is news.
+    pub(super) fn settle(&mut self, name: &str, path: &Path, state: Option<&Fingerprint>) -> bool {
         let entry = self.entries.get_mut(name).filter(|entry| entry.spec.source.path() == Some(path));
-        let Some(entry) = entry.filter(|entry| entry.settled.as_ref() != Some(state)) else { return false };
-        entry.settled = Some(state.clone());
+        let Some(entry) = entry.filter(|entry| entry.settled.as_ref() != state) else { return false };
+        entry.settled = state.cloned();
         true
+    }
+
+    /// Whether it is this attempt that the name waits for.
+    pub(super) fn is_reading(&self, name: &str, attempt: u64) -> bool {
+        self.entries.get(name).is_some_and(|entry| entry.reading == Some(attempt))
     }
 
     pub(super) fn settled(&self, name: &str) -> Option<&Fingerprint> {

@@ -37,6 +37,10 @@ pub struct AdapterFolder {
     tenants: Option<Vec<String>>,
     is_taken: IsTaken,
     watched: Watched,
+    /// Names here that an adapter from elsewhere had: they are tried again when that is gone.
+    shadowed: BTreeSet<String>,
+    /// Names here that were given by name, to others or pinned: unloaded by hand, they do not come back for whom the folder is.
+    given: BTreeSet<String>,
 }
 
 /// What a folder had in it now: names and places, in the order of the names. Blocking.
@@ -59,17 +63,34 @@ impl AdapterFolder {
         is_taken: IsTaken,
     ) -> Self {
         let roots = roots.with(&path);
-        Self { pool, path, roots, tenants, is_taken, watched: Watched::default() }
+        Self {
+            pool,
+            path,
+            roots,
+            tenants,
+            is_taken,
+            watched: Watched::default(),
+            shadowed: BTreeSet::new(),
+            given: BTreeSet::new(),
+        }
     }
 
-    /// Makes known what is there now. Blocking.
+    /// Makes known what is there now; where it will be watched, its files are read in this state alone until [`Self::watch`] sees
+    /// another. Blocking.
     ///
     /// # Errors
     /// Where the folder cannot be read.
-    pub fn install(&mut self) -> io::Result<()> {
+    pub fn install(&mut self, is_watched: bool) -> io::Result<()> {
         self.watched = Watched::from_first(scan(&self.path)?, Instant::now());
-        for (name, (path, _)) in &self.watched.known {
-            self.appeared(name, path);
+        for (name, (path, files)) in &self.watched.known {
+            if self.appeared(name, path, is_watched.then_some(files)) == Appearance::Shadowed {
+                self.shadowed.insert(name.clone());
+            }
+        }
+        self.note_given();
+        if is_watched {
+            // Also what was given by name and lies here.
+            self.pool.settle(self.watched.known.iter());
         }
         Ok(())
     }
@@ -77,7 +98,6 @@ impl AdapterFolder {
     /// Looks at it until the future is dropped. New versions are read beside the looks: one that waits for a place in memory keeps no
     /// other from being seen.
     pub async fn watch(mut self, interval: Duration) {
-        self.pool.settle(self.watched.known.iter());
         let mut refreshes = JoinSet::new();
         let mut problem = None;
         loop {
@@ -106,15 +126,31 @@ impl AdapterFolder {
         for change in self.watched.look(seen, Instant::now()) {
             self.carry_out(change, refreshes);
         }
+        let (free, shadowed) =
+            std::mem::take(&mut self.shadowed).into_iter().partition(|name| self.pool.spec(name).is_none());
+        self.shadowed = shadowed;
+        let free: BTreeSet<String> = free;
+        for name in free {
+            self.make_known(&name);
+        }
+        self.note_given();
         // All, since one may have been loaded anew by hand meanwhile.
         self.pool.settle(self.watched.known.iter());
     }
 
-    fn carry_out(&self, change: Change, refreshes: &mut JoinSet<()>) {
+    fn note_given(&mut self) {
+        let is_given = |(name, (path, _)): &(&String, &(PathBuf, Fingerprint))| {
+            self.is_known_from(name, path) && !self.is_as_registered(name, path)
+        };
+        let given: Vec<String> = self.watched.known.iter().filter(is_given).map(|(name, _)| name.clone()).collect();
+        self.given.extend(given);
+    }
+
+    fn carry_out(&mut self, change: Change, refreshes: &mut JoinSet<()>) {
         match change {
             // What was unloaded by hand comes back with its next version.
-            Change::Changed(name, path) if self.pool.spec(&name).is_none() => self.appeared(&name, &path),
-            Change::Appeared(name, path) => self.appeared(&name, &path),
+            Change::Changed(name, _) if self.pool.spec(&name).is_none() => self.make_known(&name),
+            Change::Appeared(name, path) if !self.is_known_from(&name, &path) => self.make_known(&name),
             Change::Changed(name, path) if !self.is_known_from(&name, &path) => {
                 tracing::info!(
                     adapter = name,
@@ -122,8 +158,13 @@ impl AdapterFolder {
                 );
             }
             // Read when it is asked for.
-            Change::Changed(name, _) if !self.pool.is_in_memory(&name) => self.pool.forget_failure(&name),
-            Change::Changed(name, _) => {
+            Change::Changed(name, _) | Change::Appeared(name, _) if !self.pool.is_in_memory(&name) => {
+                self.pool.forget_failure(&name);
+            }
+            Change::Changed(name, path) | Change::Appeared(name, path) => {
+                // Before it is read.
+                self.pool
+                    .settle(self.watched.known.get_key_value(&name).into_iter().filter(|(_, known)| known.0 == path));
                 let pool = self.pool.clone();
                 refreshes.spawn(async move {
                     match pool.refresh(&name).await {
@@ -135,11 +176,38 @@ impl AdapterFolder {
                 });
             }
             Change::Vanished(name, path) => {
-                if self.is_known_from(&name, &path) {
+                self.shadowed.remove(&name);
+                if self.pool.spec(&name).is_none() {
+                    self.given.remove(&name);
+                }
+                if self.is_as_registered(&name, &path) {
                     let _gone_already = self.pool.forget(&name);
                     tracing::info!(adapter = name, "an adapter vanished");
+                } else {
+                    // Given by name, to others perhaps: whose it is must not be forgotten.
+                    self.pool.unsettle(&name, &path);
                 }
             }
+        }
+    }
+
+    /// Whether the name is known as it would be from here: it may be forgotten and come back.
+    fn is_as_registered(&self, name: &str, path: &Path) -> bool {
+        let is_ours = |spec: &AdapterSpec| spec.tenants == self.tenants && !spec.pinned;
+        self.is_known_from(name, path) && self.pool.spec(name).is_some_and(|spec| is_ours(&spec))
+    }
+
+    fn make_known(&mut self, name: &str) {
+        let Some((path, files)) = self.watched.known.get(name) else { return };
+        if self.given.contains(name) {
+            tracing::info!(
+                adapter = name,
+                "a new version is not used: the adapter was given by name, and unloaded by hand"
+            );
+            return;
+        }
+        if self.appeared(name, path, Some(files)) == Appearance::Shadowed {
+            self.shadowed.insert(name.to_owned());
         }
     }
 
@@ -147,26 +215,37 @@ impl AdapterFolder {
         self.pool.spec(name).is_some_and(|spec| spec.source.path() == Some(path))
     }
 
-    fn appeared(&self, name: &str, path: &Path) {
+    fn appeared(&self, name: &str, path: &Path, settled: Option<&Fingerprint>) -> Appearance {
         if (self.is_taken)(name) {
             tracing::warn!(
                 adapter = name,
                 path = %path.display(),
                 "an adapter is not used: its name is that of the base or of a model elsewhere; give its folder or file another"
             );
-            return;
+            return Appearance::Done;
         }
         let registered = self.roots.source(&path.to_string_lossy()).and_then(|source| {
             let (name, tenants) = (name.to_owned(), self.tenants.clone());
-            self.pool.register(AdapterSpec { name, source, tenants, pinned: false })
+            self.pool.register_settled(AdapterSpec { name, source, tenants, pinned: false }, path, settled)
         });
         match registered {
             Ok(()) => tracing::info!(adapter = name, "an adapter appeared"),
-            // Given by name elsewhere: that one counts, with its tenants.
-            Err(AdapterError::Exists { .. }) => {}
+            // Given by name: that one counts, with its tenants.
+            Err(AdapterError::Exists { .. }) if self.is_known_from(name, path) => {}
+            // Likewise, or in an earlier folder.
+            Err(AdapterError::Exists { .. }) => return Appearance::Shadowed,
             Err(error) => tracing::warn!(adapter = name, %error, "an adapter appeared and cannot be used"),
         }
+        Appearance::Done
     }
+}
+
+/// What became of an adapter that appeared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Appearance {
+    Done,
+    /// Something else has its name.
+    Shadowed,
 }
 
 /// What a look found.

@@ -2,7 +2,7 @@
 //!
 //! A long prompt that is computed at once makes every stream wait for it: seconds, on a machine without an accelerator. One that gets
 //! what decoding leaves over waits as long itself. So long prompts get as much of a step's time as decoding does, and streams go on
-//! at half their pace at worst; but the more requests with such prompts wait for their first token, each of which is somebody who sees
+//! at half their pace beside one; but the more requests with such prompts wait for their first token, each of which is somebody who sees
 //! nothing yet, the larger is the prompts' part. A short one is computed at once: spread over steps it would disturb more tokens of the
 //! streams, none of them less than anybody sees. All is reckoned in time and not in tokens, by what steps have cost lately, so that it
 //! fits whatever model and machine. (Sarathi-Serve, arXiv:2403.02310, has a fixed number of tokens in its place, vLLM's
@@ -30,7 +30,7 @@ pub(crate) fn long_tokens(cost: StepCost, load: StepLoad) -> usize {
     let decoding = cost.per_step + cost.per_token * load.num_decoding as f64;
     let urgency = URGENCY * load.num_long_prompts.saturating_sub(1) as f64 / load.num_decoding as f64;
     let seconds = (decoding * urgency).min(MAX_STEP_SECONDS - decoding).max(decoding);
-    (seconds / cost.per_token) as usize
+    ((seconds / cost.per_token) as usize).max(2)
 }
 
 #[cfg(test)]

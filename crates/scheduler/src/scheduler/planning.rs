@@ -3,8 +3,10 @@
 //!
 //! 1. `share_tokens`: seats go to the first `max_num_seqs` running ones that have something to compute (one that is
 //!    held stops short of its last token, so it needs no seat there). Those one token behind get it first, then prompt
-//!    chunks fill the budget; long ones as much of it as is theirs beside who decodes ([`Pace`]). A prompt that cannot end in this step leaves up to half of what there is to later prompts
-//!    that can, so a huge one halves its own pace at worst and does not block the small ones behind it.
+//!    chunks fill the budget. A prompt that cannot end in this step leaves up to half of what there is to later prompts
+//!    that can, so a huge one halves its own pace at worst and does not block the small ones behind it. Beside who
+//!    decodes long prompts have a limit of their own ([`Pace`]); there the first leaves half to the one with the least
+//!    left.
 //! 2. `admit`: waiting ones join while seats, tokens and blocks last. Enough blocks means: for all tokens it knows,
 //!    beside what the running ones still need for theirs, and a little room for them to grow (the watermark). So a
 //!    new prompt does not start a chain of preemptions. Alone, anything that fits runs.
@@ -59,6 +61,10 @@ struct Budget {
     short: usize,
     /// What long prompts may have of the tokens.
     num_long_tokens: usize,
+    /// Of these, what is kept for the long prompt that has the least left: one that comes after a huge one is not behind it.
+    kept: Option<(u32, usize)>,
+    /// What the one with the least left has, of those that run and have this priority.
+    least: (i32, usize),
 }
 
 /// What a prompt that cannot end in this step leaves to those that can.
@@ -92,8 +98,12 @@ impl Budget {
             return OfferOutcome::Nothing;
         }
         if num_wanted > self.short {
-            if self.num_long_tokens < num_available.min(num_wanted) {
-                return self.offer_paced(sequence, self.num_long_tokens);
+            if self.kept.is_some_and(|(kept, _)| kept == index) {
+                self.kept = None;
+            }
+            let num_long = self.num_long_tokens - self.kept.map_or(0, |(_, num_tokens)| num_tokens);
+            if num_long < num_available.min(num_wanted) {
+                return self.offer_paced(sequence, num_long);
             }
             self.num_long_tokens -= num_available.min(num_wanted);
         }
@@ -135,6 +145,9 @@ impl Budget {
             return;
         }
         self.num_tokens += sequence.num_scheduled_tokens;
+        if sequence.num_wanted_tokens() > self.short {
+            self.num_long_tokens = self.num_long_tokens.saturating_add(sequence.num_scheduled_tokens);
+        }
         self.num_seats += 1;
         sequence.num_scheduled_tokens = 0;
         if self.yielded.as_ref().is_some_and(|yielded| yielded.index == index) {
@@ -169,34 +182,27 @@ impl Scheduler {
             yielded: None,
             short: usize::MAX,
             num_long_tokens: usize::MAX,
+            kept: None,
+            least: (i32::MAX, usize::MAX),
         };
         let seated = &self.running[..num_passed];
         let mut wanting = seated.iter().map(|&(_, index)| index).filter(|&index| self.wants_tokens(index));
         let Some(first) = wanting.next() else { return budget };
 
         let num_kept = usize::from(self.sequences[first].num_uncomputed_tokens() > 1);
-        let mut load = StepLoad { num_decoding: 0, num_long_prompts: 0 };
-        // What decodes is never long.
-        let short = pace.short.max(1);
         for &(_, index) in &self.running[..num_passed] {
             let sequence = &mut self.sequences[index];
-            load.num_long_prompts += usize::from(sequence.num_wanted_tokens() > short);
-            if sequence.num_uncomputed_tokens() == 1 && !sequence.is_held && budget.num_tokens > num_kept {
+            if sequence.num_uncomputed_tokens() == 1 && !sequence.is_held {
+                if budget.num_tokens == num_kept {
+                    self.marks.first_in_order_kept_a_token += num_kept as u64;
+                    break;
+                }
                 sequence.num_scheduled_tokens = 1;
-                load.num_decoding += 1;
                 budget.num_tokens -= 1;
-            } else if sequence.num_uncomputed_tokens() == 1 && !sequence.is_held {
-                self.marks.first_in_order_kept_a_token += num_kept as u64;
-                break;
             }
         }
-        if load.num_decoding > 0 && short < usize::MAX {
-            let waiting = self.waiting.iter().take(MAX_COUNTED);
-            let is_long = |index: u32| self.sequences[index].num_wanted_tokens() > short;
-            load.num_long_prompts += waiting.filter(|&&(_, index)| is_long(index)).count();
-            if load.num_long_prompts > 0 {
-                (budget.short, budget.num_long_tokens) = (short, (pace.limit)(load).max(1));
-            }
+        if pace.short < usize::MAX {
+            self.hold_long_prompts(pace, num_passed, &mut budget);
         }
         for &(_, index) in &self.running[..num_passed] {
             let sequence = &mut self.sequences[index];
@@ -206,6 +212,36 @@ impl Scheduler {
             }
         }
         budget
+    }
+
+    /// Those that decode have their tokens; how many long prompts may have beside them.
+    fn hold_long_prompts(&self, pace: &Pace<'_>, num_passed: usize, budget: &mut Budget) {
+        // What decodes is never long.
+        let short = pace.short.max(1);
+        let num_wanted = |index: u32| self.sequences[index].num_wanted_tokens();
+        let long = |queue: &mut dyn Iterator<Item = u32>| -> Vec<u32> {
+            queue.filter(|&index| num_wanted(index) > short).collect()
+        };
+        let running = long(&mut self.running[..num_passed].iter().map(|&(_, index)| index));
+        let waiting = long(&mut self.waiting.iter().take(MAX_COUNTED).map(|&(_, index)| index));
+        let priority = |index: u32| self.sequences[index].key.priority;
+        let Some(best) = running.iter().chain(&waiting).map(|&index| priority(index)).min() else { return };
+        // A prompt is not held back by streams that are worse.
+        let decodes = |index: u32| self.sequences[index].num_scheduled_tokens == 1 && priority(index) <= best;
+        let num_decoding = self.running[..num_passed].iter().filter(|&&(_, index)| decodes(index)).count();
+        if num_decoding == 0 {
+            return;
+        }
+        let load = StepLoad { num_decoding, num_long_prompts: running.len() + waiting.len() };
+        (budget.short, budget.num_long_tokens) = (short, (pace.limit)(load).max(1));
+        let Some(&first) = running.first() else { return };
+        let equal = running.iter().filter(|&&index| priority(index) == priority(first));
+        let least = equal.copied().min_by_key(|&index| num_wanted(index)).unwrap_or(first);
+        budget.least = (priority(first), num_wanted(least));
+        if first != least {
+            budget.num_long_tokens = budget.num_long_tokens.max(2);
+            budget.kept = Some((least, num_wanted(least).min(budget.num_long_tokens / 2)));
+        }
     }
 
     fn wants_tokens(&self, index: u32) -> bool {
@@ -264,11 +300,17 @@ impl Scheduler {
             }
             num_promised += self.num_blocks_wanted(index);
             let sequence = &mut self.sequences[index];
+            let num_wanted = sequence.num_wanted_tokens();
             let mut outcome = budget.offer(index, sequence);
-            if outcome == OfferOutcome::Nothing && (outranks_last || key.turn == Turn::Again) {
-                // Another long prompt has all that long ones may have. This one gets its place before that one, or has come back
-                // and nobody passes it.
+            let has_least = key.priority <= budget.least.0 && num_wanted < budget.least.1;
+            let is_urgent = outranks_last || key.turn == Turn::Again || has_least;
+            if outcome == OfferOutcome::Nothing && is_urgent {
+                // Other long prompts have all that long ones may have. This one gets its place before them, or has come back and
+                // nobody passes it, or has less left than any: from the next step on half is its.
                 outcome = budget.offer_paced(sequence, 1);
+            }
+            if outcome != OfferOutcome::Nothing && num_wanted > budget.short {
+                budget.least = budget.least.min((key.priority, num_wanted));
             }
             if outcome == OfferOutcome::Nothing {
                 if key.turn == Turn::Again {

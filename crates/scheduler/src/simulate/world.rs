@@ -533,15 +533,20 @@ impl World {
         let ends = |at: usize| num_planned(at) == self.num_wanted_tokens(at);
         let is_decode =
             |at: usize| self.samples[at].standing == Standing::Running && self.num_uncomputed_tokens(at) == 1;
-        let is_paced = running.iter().any(|&at| is_decode(at) && num_planned(at) > 0);
-        let (short, limit) = fate.pace.filter(|_| is_paced).unwrap_or((usize::MAX, usize::MAX));
+        let (short, limit) = fate.pace.unwrap_or((usize::MAX, usize::MAX));
+        let would_be_long = |at: &usize| self.num_wanted_tokens(*at) > short.max(1);
+        let queued = self.with_standing(Standing::Waiting).chain(self.with_standing(Standing::Preempted));
+        let best = running.iter().copied().chain(queued).filter(would_be_long).map(|at| self.order(at).0).min();
+        let holds_back = |at: usize| best.is_some_and(|best| self.order(at).0 <= best);
+        let is_paced = running.iter().any(|&at| is_decode(at) && num_planned(at) > 0 && holds_back(at));
+        let (short, limit) = if is_paced { (short, limit) } else { (usize::MAX, usize::MAX) };
         let is_long = |at: usize| self.num_wanted_tokens(at) > short.max(1);
         let wanted = |is_of: &dyn Fn(usize) -> bool| -> usize {
             running.iter().filter(|&&at| is_of(at)).map(|&at| self.num_wanted_tokens(at)).sum()
         };
         let num_long = wanted(&is_long).min(limit.max(1));
         let num_expected = self.scheduler.limits().max_num_batched_tokens.min(wanted(&|at| !is_long(at)) + num_long);
-        // One that comes back, or before others, has a token of its own.
+        // One that comes back, or before others, has a token of its own; two have two at least.
         let num_new = plan.sequences.iter().filter(|one| is_long(one.id.0 as usize) && one.tokens.len() == 1).count();
         let num_planned_tokens = plan.num_batched_tokens();
         assert!(
