@@ -82,10 +82,9 @@ impl AdapterFolder {
     /// Where the folder cannot be read.
     pub fn install(&mut self, is_watched: bool) -> io::Result<()> {
         self.watched = Watched::from_first(scan(&self.path)?, Instant::now());
-        for (name, (path, files)) in &self.watched.known {
-            if self.appeared(name, path, is_watched.then_some(files)) == Appearance::Shadowed {
-                self.shadowed.insert(name.clone());
-            }
+        let names: Vec<String> = self.watched.known.keys().cloned().collect();
+        for name in names {
+            self.make_known(&name, is_watched);
         }
         self.note_given();
         if is_watched {
@@ -126,12 +125,10 @@ impl AdapterFolder {
         for change in self.watched.look(seen, Instant::now()) {
             self.carry_out(change, refreshes);
         }
-        let (free, shadowed) =
-            std::mem::take(&mut self.shadowed).into_iter().partition(|name| self.pool.spec(name).is_none());
-        self.shadowed = shadowed;
-        let free: BTreeSet<String> = free;
+        let free: Vec<String> = self.shadowed.iter().filter(|name| self.pool.spec(name).is_none()).cloned().collect();
         for name in free {
-            self.make_known(&name);
+            self.shadowed.remove(&name);
+            self.make_known(&name, true);
         }
         self.note_given();
         // All, since one may have been loaded anew by hand meanwhile.
@@ -149,8 +146,8 @@ impl AdapterFolder {
     fn carry_out(&mut self, change: Change, refreshes: &mut JoinSet<()>) {
         match change {
             // What was unloaded by hand comes back with its next version.
-            Change::Changed(name, _) if self.pool.spec(&name).is_none() => self.make_known(&name),
-            Change::Appeared(name, path) if !self.is_known_from(&name, &path) => self.make_known(&name),
+            Change::Changed(name, _) if self.pool.spec(&name).is_none() => self.make_known(&name, true),
+            Change::Appeared(name, path) if !self.is_known_from(&name, &path) => self.make_known(&name, true),
             Change::Changed(name, path) if !self.is_known_from(&name, &path) => {
                 tracing::info!(
                     adapter = name,
@@ -161,10 +158,8 @@ impl AdapterFolder {
             Change::Changed(name, _) | Change::Appeared(name, _) if !self.pool.is_in_memory(&name) => {
                 self.pool.forget_failure(&name);
             }
-            Change::Changed(name, path) | Change::Appeared(name, path) => {
-                // Before it is read.
-                self.pool
-                    .settle(self.watched.known.get_key_value(&name).into_iter().filter(|(_, known)| known.0 == path));
+            Change::Changed(name, _) | Change::Appeared(name, _) => {
+                // Its state is settled at the end of the look, which the reading waits for.
                 let pool = self.pool.clone();
                 refreshes.spawn(async move {
                     match pool.refresh(&name).await {
@@ -194,10 +189,10 @@ impl AdapterFolder {
     /// Whether the name is known as it would be from here: it may be forgotten and come back.
     fn is_as_registered(&self, name: &str, path: &Path) -> bool {
         let is_ours = |spec: &AdapterSpec| spec.tenants == self.tenants && !spec.pinned;
-        self.is_known_from(name, path) && self.pool.spec(name).is_some_and(|spec| is_ours(&spec))
+        self.pool.spec(name).is_some_and(|spec| spec.source.path() == Some(path) && is_ours(&spec))
     }
 
-    fn make_known(&mut self, name: &str) {
+    fn make_known(&mut self, name: &str, is_watched: bool) {
         let Some((path, files)) = self.watched.known.get(name) else { return };
         if self.given.contains(name) {
             tracing::info!(
@@ -206,7 +201,7 @@ impl AdapterFolder {
             );
             return;
         }
-        if self.appeared(name, path, Some(files)) == Appearance::Shadowed {
+        if self.appeared(name, path, is_watched.then_some(files)) == Appearance::Shadowed {
             self.shadowed.insert(name.to_owned());
         }
     }
