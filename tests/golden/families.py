@@ -108,6 +108,29 @@ FAMILIES = {
         twin_note="llama.cpp's converter does not write a LLaMA-like model's window, and llama.cpp knows none",
         positions=(9, 10, 11, 12, 22),
     ),
+    # Full attention between windows, as Ministral 8B has it; published as a Mistral with layer_types.
+    "tiny-ministral": Family(
+        tf.MinistralConfig,
+        {
+            **sizes(vocab_size=128, num_hidden_layers=3, head_dim=24, sliding_window=13),
+            "pad_token_id": None,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": rope(2000.0),
+            "tie_word_embeddings": False,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        },
+        felt={"the window": {"layer_types": ["full_attention"] * 3},
+              "its layers": {"layer_types": ["sliding_attention"] * 3}},
+        published=older(
+            "MistralForCausalLM", "mistral", vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=24, sliding_window=13, max_position_embeddings=256,
+            layer_types=["full_attention", "sliding_attention", "full_attention"], rms_norm_eps=1e-5, rope_theta=2000.0,
+            tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, hidden_act="silu", attention_dropout=0.0,
+        ),
+        twin=None,
+        twin_note="llama.cpp's converter does not know it",
+        positions=(11, 12, 13, 14, 26),
+    ),
     # Biases on q, k, v and o, a tied head, linear scaling, sizes that are multiples of nothing.
     "tiny-llama-bias": Family(
         tf.LlamaConfig,

@@ -103,6 +103,9 @@ fn in_one_sentence(error: &anyhow::Error) -> String {
 
 fn engine_hint(error: &EngineError) -> Option<String> {
     match error {
+        EngineError::Model(ModelError::BadFile { path, .. }) if path.ends_with("config.json") => {
+            Some("compare it with the config.json that the model was published with".to_owned())
+        }
         EngineError::Model(ModelError::BadFile { .. }) => {
             Some("the file is cut off, damaged or of another format: fetch or copy it again".to_owned())
         }

@@ -31,6 +31,7 @@ const FAMILIES: &[&str] = &[
     "tiny-llama2",
     "tiny-llama31",
     "tiny-llama32",
+    "tiny-ministral",
     "tiny-mistral",
     "tiny-mixtral",
     "tiny-phi3",

@@ -32,7 +32,10 @@ use crate::request::{FinishReason, SamplingParams};
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SampleError {
     /// NaN or plus infinity: a broken model or broken weights.
-    #[error("the model computed logits that are not finite numbers at generated token {position}: check its weights")]
+    #[error(
+        "the model computed logits that are not finite numbers at generated token {position}: check its weights; where keys or values \
+         are too large for a cache of f16, start with --kv-cache-dtype bf16"
+    )]
     NotFinite {
         /// Index of the token that was to be sampled.
         position: usize,

@@ -254,9 +254,11 @@ impl TensorView<'_> {
             let mut values = self.values(rows, &problem);
             let problem = &problem;
             move |row, mut out: QuantRow<'_>| {
-                if quantizer.quantize(values.read(row), &mut out).is_none() {
+                let values = values.read(row);
+                if quantizer.quantize(values, &mut out).is_none() {
                     problem.note(row, || TOO_LARGE.to_owned());
                 }
+                problem.count_lost(values, out.scales);
             }
         });
         problem.or(packed).map(Matrix::Quantized)
@@ -278,6 +280,7 @@ impl TensorView<'_> {
             if quantizer.quantize(values, &mut buffers.as_row()).is_none() {
                 problem.note(row, || TOO_LARGE.to_owned());
             }
+            problem.count_lost(values, buffers.as_row().scales);
             each(values, &buffers);
         }
         drop(values);
@@ -310,11 +313,19 @@ impl Values<'_> {
 
 /// What is wrong with the first row that has something wrong, while rows pass through on several threads.
 #[derive(Default)]
-struct Problem(Mutex<Option<(usize, String)>>);
+struct Problem {
+    first: Mutex<Option<(usize, String)>>,
+    /// Squares of the weights whose scale came out as 0, and of all.
+    lost: Mutex<[f64; 2]>,
+}
+
+/// Share of a matrix' squares that scales of 0 may cost. Rows of tokens that no training ever met are often next to nothing, and
+/// may well become nothing; int4 costs half a percent anyway.
+const MOST_LOST: f64 = 1e-3;
 
 impl Problem {
     fn note(&self, row: usize, what: impl FnOnce() -> String) {
-        let mut first = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut first = self.first.lock().unwrap_or_else(PoisonError::into_inner);
         if first.as_ref().is_none_or(|&(known, _)| row < known) {
             *first = Some((row, what()));
         }
@@ -324,6 +335,24 @@ impl Problem {
         if let Some(value) = values.iter().find(|value| !value.is_finite()) {
             self.note(row, || format!("holds {value}"));
         }
+    }
+
+    /// A row that was quantised: f16 has no scale for groups whose largest weight is below some 4e-6.
+    fn count_lost(&self, values: &[f32], scales: &[f16]) {
+        // Sixteen sums, or each would wait for the one before.
+        let squares = |values: &[f32]| {
+            let (whole, rest) = values.as_chunks::<16>();
+            let mut sums = [0.0f32; 16];
+            for chunk in whole {
+                sums.iter_mut().zip(chunk).for_each(|(sum, value)| *sum += value * value);
+            }
+            sums.iter().copied().chain(rest.iter().map(|value| value * value)).map(f64::from).sum::<f64>()
+        };
+        let spans = values.chunks(values.len() / scales.len().max(1)).zip(scales);
+        let lost: f64 = spans.filter(|(_, scale)| **scale == f16::ZERO).map(|(values, _)| squares(values)).sum();
+        let all = squares(values);
+        let mut sums = self.lost.lock().unwrap_or_else(PoisonError::into_inner);
+        *sums = [sums[0] + lost, sums[1] + all];
     }
 
     fn check_scales(&self, row: usize, scales: &[f16], mins: &[f16]) {
@@ -340,7 +369,13 @@ impl Problem {
     }
 
     fn or<T>(self, value: T) -> Result<T, String> {
-        match self.0.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        let [lost, all] = self.lost.into_inner().unwrap_or_else(PoisonError::into_inner);
+        match self.first.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            None if lost > MOST_LOST * all => Err(format!(
+                "holds weights too small for f16 scales, which would become 0 ({:.1} % of it by squares), so it cannot be \
+                 quantised; serve it as it is stored",
+                100.0 * lost / all
+            )),
             None => Ok(value),
             Some((row, what)) => Err(format!("row {row} {what}; {}", super::MAKE_AGAIN)),
         }

@@ -107,7 +107,13 @@ fn find(
                 "tensor {:?} has the shape {:?}; the config calls for {:?}",
                 place.name, found.shape, place.shape
             ),
-            None => match places[1..].iter().map(|place| format!("{:?}", place.name)).collect::<Vec<_>>() {
+            // Several places may lie in one tensor, with shapes of their own.
+            None => match places
+                .iter()
+                .filter(|place| place.name != *name)
+                .map(|place| format!("{:?}", place.name))
+                .collect::<Vec<_>>()
+            {
                 others if others.is_empty() => format!("tensor {name:?} is missing"),
                 others => {
                     format!("tensor {name:?} is missing, and {} too, where it could be instead", others.join(", "))

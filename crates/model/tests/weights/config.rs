@@ -132,7 +132,10 @@ fn what_is_not_done_is_refused_by_name() {
     refused(&with(gemma), &["hidden_activation", "silu"]);
     refused(&with(json!({"partial_rotary_factor": 0.5})), &["partial_rotary_factor", "0.5"]);
     refused(&with(json!({"quantization_config": {"quant_method": "gptq"}})), &["bits", "missing"]);
-    refused(&with(json!({"model_type": "gpt_neox"})), &["gpt_neox", "llama, mistral, mixtral, falcon", "gemma3"]);
+    refused(
+        &with(json!({"model_type": "gpt_neox"})),
+        &["gpt_neox", "llama, mistral, ministral, mixtral, falcon", "gemma3"],
+    );
     let mut class = without("model_type");
     class["architectures"] = json!(["BloomForCausalLM"]);
     refused(&class, &["BloomForCausalLM", "llama"]);
@@ -320,7 +323,7 @@ fn impossible_values_are_refused_with_value_and_limit() {
         }
     }
     refused(&with(json!({"num_hidden_layers": 4000})), &["num_hidden_layers", "4000", "1024"]);
-    refused(&with(json!({"num_attention_heads": 3, "num_key_value_heads": 3})), &["32", "3", "head_dim"]);
+    refused(&with(json!({"num_attention_heads": 64, "num_key_value_heads": 64})), &["32", "64", "head_dim"]);
     refused(&with(json!({"num_attention_heads": 4, "num_key_value_heads": 3})), &["4 heads", "3 key/value heads"]);
     refused(&with(json!({"num_key_value_heads": 4})), &["2 heads", "4 key/value heads"]);
     refused(&with(json!({"head_dim": 15})), &["15", "even"]);

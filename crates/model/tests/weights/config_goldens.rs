@@ -97,7 +97,7 @@ fn every_family_is_understood_as_transformers_understands_it() {
     assert_eq!(transformers, "5.23.0");
     let families: std::collections::BTreeSet<_> =
         goldens.iter().map(|golden| golden.config["model_type"].as_str().unwrap()).collect();
-    assert_eq!(families.len(), 14, "{families:?}");
+    assert_eq!(families.len(), 15, "{families:?}");
     for Golden { name, config, expected } in &goldens {
         let disk = on_disk("config.json", &serde_json::to_vec(config).unwrap());
         let config = DecoderConfig::from_json_file(&disk.path).unwrap_or_else(|error| panic!("{name}: {error}"));

@@ -338,6 +338,33 @@ fn values_that_a_target_cannot_hold_are_named() {
     }
 }
 
+/// A matrix of such weights is refused; a row of them beside larger ones becomes nothing, as the matrix hardly changes.
+#[test]
+fn weights_too_small_for_scales_are_refused_where_they_matter() {
+    let tensors = named_tensors();
+    let down = tensors.iter().find(|tensor| tensor.0 == DOWN_NAME).unwrap();
+    let largest = down.2.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
+    let small: Vec<f32> = down.2.iter().map(|value| value * 2e-7 / largest).collect();
+    for quantize in [Quantize::Int8, Quantize::Int4] {
+        let folder = with_first_values(&small, StoredDtype::F32);
+        let store = WeightStore::open(folder.path()).unwrap();
+        let error =
+            store.tensor(DOWN).unwrap().unwrap().import(&CPUS[0], Dtype::Auto, quantize).err().unwrap().to_string();
+        assert!(
+            [DOWN_NAME, "too small for f16 scales", "as it is stored"].iter().all(|word| error.contains(word)),
+            "{error}"
+        );
+
+        let folder = with_first_values(&small[..32], StoredDtype::F32);
+        let store = WeightStore::open(folder.path()).unwrap();
+        let matrix = store.tensor(DOWN).unwrap().unwrap().import(&CPUS[0], Dtype::Auto, quantize).unwrap();
+        let rows = rows_of(&matrix);
+        assert!(
+            rows[..32].iter().all(|&value| value.abs() < 1e-6) && rows[32..].iter().any(|value| value.abs() > 1e-3)
+        );
+    }
+}
+
 /// int8 within half a step of the group's largest element; int4 (five bits around zero, since 256 does not divide the inputs)
 /// closer on average than the plain scale would be.
 #[test]

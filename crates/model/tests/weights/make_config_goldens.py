@@ -60,6 +60,20 @@ def configs():
         "num_hidden_layers": 40, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 131072,
         "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "sliding_window": None,
         "tie_word_embeddings": False}
+    yield "mistral with layer_types", {"model_type": "mistral", **tiny, "head_dim": 16, "sliding_window": 24,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"]}
+    yield "mistral without layer_types, by name", {"model_type": "mistral", **tiny, "head_dim": 16, "sliding_window": 24, "layer_types": None}
+    yield "ministral", {"model_type": "ministral", **tiny, "head_dim": 24, "sliding_window": 24,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+    yield "ministral, no window", {"model_type": "ministral", **tiny, "head_dim": 16, "sliding_window": None}
+    yield "llama yarn, truncate null", {"model_type": "llama", **tiny, "rope_parameters": {"rope_type": "yarn", "factor": 8.0,
+        "original_max_position_embeddings": 32, "beta_fast": 16, "beta_slow": 2, "truncate": None, "rope_theta": 10000.0}}
+    yield "gemma3 yarn, truncate", {"model_type": "gemma3_text", **tiny, "head_dim": 24,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"], "rope_parameters": {
+        "full_attention": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "beta_fast": 16,
+            "beta_slow": 2, "truncate": False, "rope_theta": 10000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}}
+    yield "qwen2, hidden size no multiple of heads", {"model_type": "qwen2", **tiny, "hidden_size": 66}
     yield "mixtral-8x7b", {"model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336,
         "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000,
         "max_position_embeddings": 32768, "num_experts_per_tok": 2, "num_local_experts": 8, "rms_norm_eps": 1e-5,
@@ -287,7 +301,9 @@ def describe(config):
 def main():
     goldens = []
     for name, config in configs():
-        loaded = AutoConfig.for_model(config["model_type"], **{
+        # What AutoConfig.from_pretrained does.
+        kind = "ministral" if config["model_type"] == "mistral" and "layer_types" in config else config["model_type"]
+        loaded = AutoConfig.for_model(kind, **{
             key: json.loads(json.dumps(value)) for key, value in config.items() if key != "model_type"})
         text = loaded.get_text_config()
         entry = describe(text)

@@ -95,6 +95,8 @@ pub(super) enum FamilyLayers {
     Plain,
     /// `sliding_window` holds in every layer; `absent` where the key is absent, none where it is null.
     Windowed { absent: Option<usize> },
+    /// The same, or as `layer_types` says.
+    Mistral,
     /// The same, where `use_sliding_window` is set.
     Qwen3Moe,
     /// `sliding_window` holds from `max_window_layers` on, or as `layer_types` says, where `use_sliding_window` is set.
@@ -170,7 +172,7 @@ const MISTRAL: Family = Family {
     num_kv_heads: Some(8),
     max_position_embeddings: 131_072,
     biases: FamilyBiases::None,
-    layers: FamilyLayers::Windowed { absent: Some(4096) },
+    layers: FamilyLayers::Mistral,
     ..LLAMA
 };
 
@@ -216,6 +218,8 @@ const GEMMA2: Family = Family {
 pub(super) const FAMILIES: &[Family] = &[
     LLAMA,
     MISTRAL,
+    // transformers reads a Mistral with `layer_types` as this one.
+    Family { model_type: "ministral", class: "MinistralForCausalLM", ..MISTRAL },
     Family {
         model_type: "mixtral",
         class: "MixtralForCausalLM",

@@ -21,6 +21,10 @@ pub(super) fn layers(keys: Keys<'_>, family: &Family, num_layers: usize) -> Outc
     match family.layers {
         FamilyLayers::Plain => Ok(vec![plain(None); num_layers]),
         FamilyLayers::Windowed { absent } => Ok(vec![plain(window(keys, absent)?); num_layers]),
+        FamilyLayers::Mistral => {
+            let window = window(keys, Some(4096))?;
+            windowed(sliding(keys, num_layers, |_| window.is_some())?, window)
+        }
         FamilyLayers::Qwen3Moe => Ok(vec![plain(optional_window(keys, Some(4096))?); num_layers]),
         FamilyLayers::Qwen2 => {
             let window = optional_window(keys, Some(4096))?;

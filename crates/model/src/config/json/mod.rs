@@ -154,10 +154,11 @@ fn dimensions(keys: Keys<'_>, family: &Family) -> Outcome<Dimensions> {
     let default_head_dim = if keys.has("head_dim") { None } else { family.head_dim };
     let head_dim = match keys.size("head_dim", Limits::HEAD_DIM)?.or(default_head_dim) {
         Some(width) => width,
-        None if hidden_size.is_multiple_of(num_heads) => hidden_size / num_heads,
+        // Rounded down, as there: projections are `num_heads * head_dim` wide, which need not be `hidden_size`.
+        None if hidden_size >= num_heads => hidden_size / num_heads,
         None => {
             return bad(format!(
-                "hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}, and head_dim is absent"
+                "hidden_size {hidden_size} is less than num_attention_heads {num_heads}, and head_dim is absent"
             ));
         }
     };
@@ -222,7 +223,10 @@ fn activation(keys: Keys<'_>, family: &Family) -> Outcome<Activation> {
         "gelu" if is_gemma => Ok(Activation::GeluTanh),
         "silu" | "swish" => Ok(Activation::Silu),
         "gelu" | "gelu_python" => Ok(Activation::Gelu),
-        "gelu_pytorch_tanh" | "gelu_new" | "gelu_python_tanh" => Ok(Activation::GeluTanh),
+        // One formula under many names.
+        "gelu_pytorch_tanh" | "gelu_new" | "gelu_python_tanh" | "gelu_fast" | "gelu_accurate" => {
+            Ok(Activation::GeluTanh)
+        }
         other => unsupported(format!(
             "the activation {other:?} is not supported; silu, gelu, gelu_new and gelu_pytorch_tanh are"
         )),

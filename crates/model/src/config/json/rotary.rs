@@ -145,7 +145,11 @@ impl Reader<'_> {
         let sliding_theta = self.theta(sliding, "rope_local_base_freq", 10_000.0)?;
         let rotary = |parameters: Option<Keys<'_>>, theta: f64| {
             parameters.map_or(Ok(()), |parameters| refuse_partial(parameters))?;
-            let scaling = parameters.map_or(Ok(RopeScaling::None), |keys| self.scaling(keys, Kinds::All))?;
+            let mut scaling = parameters.map_or(Ok(RopeScaling::None), |keys| self.scaling(keys, Kinds::All))?;
+            // transformers looks for it beside the layer types, where it never is.
+            if let RopeScaling::Yarn { truncate, .. } = &mut scaling {
+                *truncate = true;
+            }
             Ok(Rotary { style: RopeStyle::Neox, dim: self.head_dim, base: theta as f32, scaling })
         };
         Ok(vec![rotary(full, full_theta)?, rotary(sliding, sliding_theta)?])
@@ -251,7 +255,8 @@ impl Reader<'_> {
             beta_slow: or_default("beta_slow", 1.0)?,
             original_max_position_embeddings: original,
             attention_factor: attention_factor as f32,
-            truncate: keys.truth("truncate")?.unwrap_or(true),
+            // Null is no truth there, unlike absence.
+            truncate: keys.truth("truncate")?.unwrap_or(!keys.is_null("truncate")),
         })
     }
 }
