@@ -9,7 +9,7 @@ use bindery_model::{
     BackendKind, BatchSequence, ForwardBatch, KvCacheDtype, LoadOptions, Model, ModelError, StepModel,
 };
 use decoder_harness::{CHECKPOINTS, Harness, Row, Sequence, checkpoint, default_model, kl_divergence, log_softmax};
-use proptest::prelude::*;
+use proptest::{prelude::*, strategy::ValueTree as _, test_runner::TestRunner};
 
 const NUM_BLOCKS: usize = 64;
 
@@ -87,11 +87,14 @@ fn block_size_changes_no_row() {
     }
 }
 
-/// Sequences of `lengths` computed together, by turns of `chunks` tokens (each sequence takes the next of the list).
-fn check_batched(name: &str, backend: BackendKind, threads: usize, lengths: &[usize], chunks: &[usize]) {
-    let mut harness = Harness::with_blocks(&checkpoint(name), &options(backend, threads), NUM_BLOCKS, scattered());
-    let mut sequences: Vec<_> =
-        lengths.iter().enumerate().map(|(seed, &len)| Sequence::new(&tokens(len, seed))).collect();
+/// Prompts computed together, by turns of `chunks` tokens (each sequence takes the next of the list): the wanted rows of each.
+fn together(
+    harness: &mut Harness,
+    prompts: &[Vec<u32>],
+    chunks: &[usize],
+    wanted: fn(usize) -> bool,
+) -> Vec<Vec<(usize, Row)>> {
+    let mut sequences: Vec<_> = prompts.iter().map(|prompt| Sequence::new(prompt)).collect();
     let mut rows: Vec<Vec<(usize, Row)>> = vec![Vec::new(); sequences.len()];
     let mut chunks = chunks.iter().cycle();
     while sequences.iter().any(|sequence| sequence.num_uncomputed_tokens() > 0) {
@@ -103,12 +106,23 @@ fn check_batched(name: &str, backend: BackendKind, threads: usize, lengths: &[us
                 who.push(index);
             }
         }
-        for (sequence, position, row) in harness.step(&mut work, |_| true) {
+        for (sequence, position, row) in harness.step(&mut work, wanted) {
             rows[who[sequence]].push((position, row));
         }
     }
-    for (seed, (&len, rows)) in lengths.iter().zip(&rows).enumerate() {
-        let expected = alone(name, backend, &tokens(len, seed));
+    for sequence in sequences {
+        harness.free(sequence);
+    }
+    rows
+}
+
+/// Sequences of `lengths`, each as if it were alone.
+fn check_batched(name: &str, backend: BackendKind, threads: usize, lengths: &[usize], chunks: &[usize]) {
+    let mut harness = Harness::with_blocks(&checkpoint(name), &options(backend, threads), NUM_BLOCKS, scattered());
+    let prompts: Vec<_> = lengths.iter().enumerate().map(|(seed, &len)| tokens(len, seed)).collect();
+    let rows = together(&mut harness, &prompts, chunks, |_| true);
+    for (seed, (prompt, rows)) in prompts.iter().zip(&rows).enumerate() {
+        let expected = alone(name, backend, prompt);
         check_same(backend, &format!("{name}, sequence {seed} of {lengths:?}"), &expected, rows);
     }
 }
@@ -142,35 +156,45 @@ proptest! {
     }
 }
 
+/// Prompts from one token to several chunks of context, chunks from one token to all of a prompt, caches of every width.
 #[test]
-fn default_model_gives_the_same_bits_alone_chunked_and_batched() {
+fn no_composition_of_batches_changes_a_row_of_the_default_model() {
+    const BLOCKS: u32 = 240;
+    // Beyond 512 keys attention is computed in spans.
+    const LONGEST: usize = 600;
     let Some(path) = default_model("default model, bits alone, chunked and batched") else { return };
-    let prompt: Vec<u32> = (0..70).map(|i| 100 + (i * i * 37 + i * 11) % 40_000).collect();
-    let load = |threads| {
-        let options = LoadOptions { threads: Some(threads), ..LoadOptions::new(BackendKind::Cpu) };
-        Harness::with_blocks(&path, &options, NUM_BLOCKS, scattered())
-    };
-    let wanted = |position: usize| position >= 60;
-    let expected = load(1).prefill(&mut Sequence::new(&prompt), usize::MAX, wanted);
-    let mut harness = load(2);
-    for chunk in [33, 5, 1] {
-        let mut sequence = Sequence::new(&prompt);
-        let rows = harness.prefill(&mut sequence, chunk, wanted);
-        check_same(BackendKind::Cpu, &format!("chunks of {chunk}"), &expected, &rows);
-        harness.free(sequence);
+    let wanted: fn(usize) -> bool = |position| position % 8 == 5;
+    let lengths = proptest::collection::vec(prop_oneof![1_usize..24, 24..LONGEST], 1..7);
+    let chunk = prop_oneof![3 => 1_usize..2, 1 => 2_usize..13, 1 => 13_usize..100, 1 => LONGEST..LONGEST + 1];
+    let compositions = (lengths, proptest::collection::vec(chunk, 1..9));
+    let mut runner = TestRunner::deterministic();
+    for (index, kv_cache_dtype) in
+        [KvCacheDtype::Auto, KvCacheDtype::F32, KvCacheDtype::Bf16, KvCacheDtype::Int8].into_iter().enumerate()
+    {
+        let load = |threads| {
+            let options = LoadOptions { threads: Some(threads), kv_cache_dtype, ..LoadOptions::new(BackendKind::Cpu) };
+            let order = (0..BLOCKS).map(|i| (i * 23 + 40) % BLOCKS).collect();
+            Harness::with_blocks(&path, &options, BLOCKS as usize, order)
+        };
+        let (mut single, mut harness) = (load(1), load(2 + index % 2));
+        for _ in 0..num_cases(1, 25) {
+            let (lengths, chunks) = compositions.new_tree(&mut runner).unwrap().current();
+            let start = lengths.iter().sum::<usize>() as u32;
+            let token = |who: usize, i: usize| 100 + (start + (i * i * 37 + i * 11 + who * 991) as u32) % 40_000;
+            // Half of them begin alike, as prompts with a system turn do.
+            let prompt =
+                |(who, &len): (usize, &usize)| (0..len).map(|i| token(if i < 20 { who % 2 } else { who }, i)).collect();
+            let prompts: Vec<Vec<u32>> = lengths.iter().enumerate().map(prompt).collect();
+            let rows = together(&mut harness, &prompts, &chunks, wanted);
+            for (who, (prompt, rows)) in prompts.iter().zip(&rows).enumerate() {
+                let mut sequence = Sequence::new(prompt);
+                let expected = single.prefill(&mut sequence, usize::MAX, wanted);
+                single.free(sequence);
+                let what = format!("{kv_cache_dtype:?}, sequence {who} of {lengths:?} in chunks of {chunks:?}");
+                check_same(BackendKind::Cpu, &what, &expected, rows);
+            }
+        }
     }
-    let mut sequence = Sequence::new(&prompt);
-    let mut others: Vec<_> = (0..8).map(|i| Sequence::new(&prompt[i..60])).collect();
-    let mut rows = Vec::new();
-    for position in (0..prompt.len()).step_by(10) {
-        let mut work: Vec<_> =
-            others.iter_mut().filter(|other| other.num_uncomputed_tokens() > 0).map(|o| (o, 1)).collect();
-        work.insert(position / 10 % work.len(), (&mut sequence, 10));
-        let own = position / 10 % (work.len() - 1);
-        let step = harness.step(&mut work, wanted);
-        rows.extend(step.into_iter().filter(|(who, ..)| *who == own).map(|(_, position, row)| (position, row)));
-    }
-    check_same(BackendKind::Cpu, "batched with eight others", &expected, &rows);
 }
 
 #[test]
