@@ -41,8 +41,8 @@ enum PeerFile {
 
 const CLIENTS: &[&str] = &["--concurrency", "1,8,32", "--num-requests", "32"];
 const PREFILL: &[&str] = &["--concurrency", "1", "--num-requests", "8", "--input-words", "500", "--output-tokens", "2"];
-const SMOLLM: &str = "smollm2-135m";
-const GEMMA: &str = "gemma3-270m";
+pub(crate) const SMOLLM: &str = "smollm2-135m";
+pub(crate) const GEMMA: &str = "gemma3-270m";
 const SCENARIOS: [Scenario; 5] = [
     Scenario { name: "clients, same Q4_1 file", model: SMOLLM, peer_file: PeerFile::Same, load: CLIENTS },
     Scenario { name: "clients, peer on Q4_0", model: SMOLLM, peer_file: PeerFile::Requantised, load: CLIENTS },
@@ -58,6 +58,7 @@ pub(crate) fn run(steps: &mut Steps, rounds: u32) -> Result<()> {
     let requantised = converted(steps, &bin, &model, "q4_0")?;
     let halves = converted(steps, &bin, &model, "f16")?;
     let threads = threads();
+    let results = folder.join("results.md");
     let mut text = circumstances(&threads)?;
     for scenario in SCENARIOS {
         steps.begin(scenario.name);
@@ -86,10 +87,11 @@ pub(crate) fn run(steps: &mut Steps, rounds: u32) -> Result<()> {
         );
         print!("{table}");
         text.push_str(&table);
+        // What was measured stays where a later part fails.
+        fs::write(&results, &text)?;
         steps.end();
     }
     text.push_str(&whole_steps(steps, &bin, [&model, &requantised, &halves], &threads, rounds)?);
-    let results = folder.join("results.md");
     fs::write(&results, text)?;
     println!("written to {}", results.display());
     Ok(())
@@ -97,7 +99,7 @@ pub(crate) fn run(steps: &mut Steps, rounds: u32) -> Result<()> {
 
 /// The default model's file, fetched if it is not here.
 pub(crate) fn default_model(bindery: &Path) -> Result<PathBuf> {
-    card(bindery, "smollm2-135m")
+    card(bindery, SMOLLM)
 }
 
 /// A card's file, fetched if it is not here.
@@ -109,9 +111,10 @@ pub(crate) fn card(bindery: &Path, name: &str) -> Result<PathBuf> {
     Ok(PathBuf::from(String::from_utf8(pulled.stdout)?.trim()))
 }
 
-/// The default model's file in another format, made by the peer's tool in `bin` and kept in `target/peer`.
+/// A model's file in another format, made by the peer's tool in `bin` and kept in `target/peer`.
 pub(crate) fn converted(steps: &mut Steps, bin: &Path, model: &Path, format: &str) -> Result<PathBuf> {
-    let file = target_dir().join("peer").join(format!("{format}.gguf"));
+    let name = model.file_stem().context("a model's file has a name")?.to_string_lossy();
+    let file = target_dir().join("peer").join(format!("{name}.as-{format}.gguf"));
     if !file.is_file() {
         let mut quantise = Command::new(bin.join("llama-quantize"));
         quantise.arg("--allow-requantize").arg(model).arg(&file).arg(format).stdout(Stdio::null());

@@ -25,36 +25,73 @@ pub(crate) const CTX_SIZE: &str = "512";
 /// A row: the weights, the cache, and what each program is told for it.
 struct Setting {
     name: &'static str,
-    /// Of the peer's conversions; None: the default model's own file.
+    /// Of the peer's conversions; None: the model's own file.
     conversion: Option<&'static str>,
     ours: &'static [&'static str],
     theirs: &'static [&'static str],
 }
 
-const SETTINGS: [Setting; 7] = [
-    Setting { name: "Q4_1, cache f16 (defaults)", conversion: None, ours: &[], theirs: &[] },
-    Setting {
-        name: "Q4_1, cache f32",
-        conversion: None,
-        ours: &["--kv-cache-dtype", "f32"],
-        theirs: &["--cache-type-k", "f32", "--cache-type-v", "f32"],
-    },
-    Setting {
-        name: "Q4_1, cache int8 / Q8_0",
-        conversion: None,
-        ours: &["--kv-cache-dtype", "int8"],
-        theirs: &["--cache-type-k", "q8_0", "--cache-type-v", "q8_0"],
-    },
-    // The cache alone, without the noise that int8 activations add to every change of them.
-    Setting {
+impl Setting {
+    const fn plain(name: &'static str, conversion: Option<&'static str>) -> Self {
+        Self { name, conversion, ours: &[], theirs: &[] }
+    }
+
+    /// The cache alone, without the noise that int8 activations add to every change of them.
+    const CACHE_ALONE: Self = Self {
         name: "F32, cache int8 / Q8_0",
         conversion: Some("f32"),
         ours: &["--dtype", "f32", "--kv-cache-dtype", "int8"],
         theirs: &["--cache-type-k", "q8_0", "--cache-type-v", "q8_0"],
+    };
+
+    const fn small_cache(name: &'static str) -> Self {
+        Self {
+            name,
+            conversion: None,
+            ours: &["--kv-cache-dtype", "int8"],
+            theirs: &["--cache-type-k", "q8_0", "--cache-type-v", "q8_0"],
+        }
+    }
+}
+
+/// A real model and the rows it is given.
+struct Card {
+    name: &'static str,
+    /// What its file is called in rows.
+    file: &'static str,
+    settings: &'static [Setting],
+}
+
+const CARDS: [Card; 2] = [
+    Card {
+        name: peer::SMOLLM,
+        file: "Q4_1",
+        settings: &[
+            Setting::plain("Q4_1, cache f16 (defaults)", None),
+            Setting {
+                name: "Q4_1, cache f32",
+                conversion: None,
+                ours: &["--kv-cache-dtype", "f32"],
+                theirs: &["--cache-type-k", "f32", "--cache-type-v", "f32"],
+            },
+            Setting::small_cache("Q4_1, cache int8 / Q8_0"),
+            Setting::CACHE_ALONE,
+            Setting::plain("F16", Some("f16")),
+            Setting::plain("Q8_0", Some("q8_0")),
+            Setting::plain("Q4_0", Some("q4_0")),
+        ],
     },
-    Setting { name: "F16", conversion: Some("f16"), ours: &[], theirs: &[] },
-    Setting { name: "Q8_0", conversion: Some("q8_0"), ours: &[], theirs: &[] },
-    Setting { name: "Q4_0", conversion: Some("q4_0"), ours: &[], theirs: &[] },
+    Card {
+        name: peer::GEMMA,
+        file: "Q4_K_M",
+        settings: &[
+            Setting::plain("Q4_K_M, cache f16 (defaults)", None),
+            Setting::small_cache("Q4_K_M, cache int8 / Q8_0"),
+            Setting::CACHE_ALONE,
+            Setting::plain("F16", Some("f16")),
+            Setting::plain("Q8_0", Some("q8_0")),
+        ],
+    },
 ];
 
 /// Figures of a row, as they are printed.
@@ -79,35 +116,52 @@ impl Figures {
     }
 }
 
-/// Scores `chunks` windows with every setting.
+/// Scores `chunks` windows of each model with each of its settings.
 pub(crate) fn run(steps: &mut Steps, chunks: u32) -> Result<()> {
     let peer::Built { bindery, bin, folder } = peer::build_both(steps)?;
-    let model = peer::default_model(&bindery)?;
-    let text = folder.join("eighty.txt");
-    fs::write(&text, book()?)?;
+    let book_file = folder.join("eighty.txt");
+    fs::write(&book_file, book()?)?;
     let threads = peer::threads();
-    let programs = Programs { bindery, bin, model, text, threads, chunks: chunks.to_string(), folder };
+    let mut text = peer::circumstances(&threads)?;
+    let _ = writeln!(text, "- text: {TEXT_FILE} of the crate {TEXT_CRATE}; {chunks} windows of {CTX_SIZE} tokens");
+    for card in CARDS {
+        let programs = Programs {
+            bindery: bindery.clone(),
+            bin: bin.clone(),
+            model: peer::card(&bindery, card.name)?,
+            text: book_file.clone(),
+            threads: threads.clone(),
+            chunks: chunks.to_string(),
+            folder: folder.clone(),
+        };
+        text.push_str(&table(steps, &programs, &card)?);
+    }
+    print!("\n{text}");
+    let results = folder.join("quality.md");
+    fs::write(&results, text)?;
+    println!("written to {}", results.display());
+    Ok(())
+}
 
+/// All rows of a model.
+fn table(steps: &mut Steps, programs: &Programs, card: &Card) -> Result<String> {
+    let Card { name, file, settings } = card;
     let f32_file = programs.converted(steps, "f32")?;
-    steps.begin("the peer's f32");
+    steps.begin(&format!("{name}: the peer's f32"));
     let their_base = programs.their_base(&f32_file)?;
     steps.end();
-    steps.begin("ours on the f32 file, against the widened Q4_1 file");
+    steps.begin(&format!("{name}: ours on the f32 file, against the widened {file} file"));
     let (widened, our_base) = programs.ours(&f32_file, &["--dtype", "f32"])?;
     steps.end();
-    let mut text = peer::circumstances(&programs.threads)?;
-    let _ = writeln!(
-        text,
-        "- text: {TEXT_FILE} of the crate {TEXT_CRATE}; {chunks} windows of {CTX_SIZE} tokens\n- perplexity in f32: ours {our_base}, theirs \
-         {their_base}; ours on the f32 file that its tool made of the Q4_1 file has a KL divergence of {} (at most {})\n",
+    let mut text = format!(
+        "\n{name}: perplexity in f32 ours {our_base}, theirs {their_base}; ours on the f32 file that its tool made of the {file} file \
+         has a KL divergence of {} (at most {}).\n\n\
+         | weights, cache | who | perplexity | to f32's | KL divergence | median | 99 % | most | same top, % | Δp RMS, % |\n\
+         |---|---|---|---|---|---|---|---|---|---|\n",
         widened.kl_mean, widened.kl_max
     );
-    text.push_str(
-        "| weights, cache | who | perplexity | to f32's | KL divergence | median | 99 % | most | same top, % | Δp RMS, % |\n\
-         |---|---|---|---|---|---|---|---|---|---|\n",
-    );
-    for setting in SETTINGS {
-        steps.begin(setting.name);
+    for setting in *settings {
+        steps.begin(&format!("{name}: {}", setting.name));
         let file = match setting.conversion {
             Some(format) => programs.converted(steps, format)?,
             None => programs.model.clone(),
@@ -119,17 +173,13 @@ pub(crate) fn run(steps: &mut Steps, chunks: u32) -> Result<()> {
         text.push_str(&pair);
         steps.end();
     }
-    steps.begin("our cache alone");
+    steps.begin(&format!("{name}: our cache alone"));
     let (cache, _) = programs.measured(&programs.model, &["--kv-cache-dtype", "int8", "--base=stored"])?;
-    text.push_str(&cache.row("Q4_1, cache int8, to the same with f16", "ours"));
+    text.push_str(&cache.row(&format!("{file}, cache int8, to the same with f16"), "ours"));
     steps.end();
-    print!("\n{text}");
     // Gigabytes that the next run makes anew.
     fs::remove_file(programs.folder.join("f32.kld"))?;
-    let results = programs.folder.join("quality.md");
-    fs::write(&results, text)?;
-    println!("written to {}", results.display());
-    Ok(())
+    Ok(text)
 }
 
 /// The book without what its publisher says before and behind it, with bare line ends.

@@ -38,10 +38,12 @@ struct Format {
 
 enum Maker {
     Ours(&'static str),
+    /// int4 with the bits of the row of theirs before it.
+    OursAsLarge,
     Theirs(&'static str),
 }
 
-const FORMATS: [Format; 9] = [
+const FORMATS: [Format; 11] = [
     Format { name: "ours int8", maker: Maker::Ours("int8"), calibrated: false },
     Format { name: "Q8_0", maker: Maker::Theirs("q8_0"), calibrated: false },
     Format { name: "ours int4", maker: Maker::Ours("int4"), calibrated: false },
@@ -51,6 +53,8 @@ const FORMATS: [Format; 9] = [
     Format { name: "Q4_K_S with imatrix", maker: Maker::Theirs("q4_k_s"), calibrated: true },
     Format { name: "Q4_K_M", maker: Maker::Theirs("q4_k_m"), calibrated: false },
     Format { name: "Q4_K_M with imatrix", maker: Maker::Theirs("q4_k_m"), calibrated: true },
+    Format { name: "ours at Q4_K_M's bits", maker: Maker::OursAsLarge, calibrated: false },
+    Format { name: "ours at Q4_K_M's bits, calibrated", maker: Maker::OursAsLarge, calibrated: true },
 ];
 
 /// Scores `chunks` windows of every format of every base.
@@ -117,16 +121,21 @@ fn rows(steps: &mut Steps, programs: &Programs, base: &str, calibrating: &Path) 
     imatrix.args(["--chunks", CALIBRATION_CHUNKS, "--ctx-size", CTX_SIZE, "--threads", &programs.threads]);
     output(&mut imatrix)?;
     steps.end();
+    let mut their_bits = String::new();
     for Format { name, maker, calibrated } in FORMATS {
         steps.begin(&format!("{base}: {name}"));
         let (bits, figures) = match maker {
-            Maker::Ours(format) => {
+            Maker::Ours(_) | Maker::OursAsLarge => {
                 let made = programs.folder.join("ours");
                 if made.exists() {
                     fs::remove_dir_all(&made)?;
                 }
                 let mut command = Command::new(&programs.bindery);
-                command.arg("quantize").arg(&programs.model).arg(&made).args(["--quantize", format, "--json"]);
+                command.arg("quantize").arg(&programs.model).arg(&made).arg("--json");
+                match maker {
+                    Maker::Ours(format) => command.args(["--quantize", format]),
+                    _ => command.args(["--quantize", "int4", "--bits-per-weight", &their_bits]),
+                };
                 if calibrated {
                     command.arg("--calibrate").arg(calibrating).args(["--chunks", CALIBRATION_CHUNKS]);
                     command.args(["--ctx-size", CTX_SIZE]);
@@ -142,7 +151,8 @@ fn rows(steps: &mut Steps, programs: &Programs, base: &str, calibrating: &Path) 
                     let (_, bits) = line.split_once('(')?;
                     Some(bits.split(' ').next()?.to_owned())
                 });
-                (bits.context("llama-quantize printed no bits per weight")?, programs.theirs(&made, &[])?)
+                their_bits = bits.context("llama-quantize printed no bits per weight")?;
+                (their_bits.clone(), programs.theirs(&made, &[])?)
             }
         };
         let Figures { perplexity, kl_mean, same_top, .. } = figures;

@@ -337,6 +337,10 @@ pub(crate) struct QuantizeArgs {
     /// What dense matrices become
     #[arg(long, value_enum, value_name = "QUANTIZE")]
     pub(crate) quantize: AheadArg,
+    /// With int4: choose each matrix' format, of 4.5, 5.5 and 8.5 bits, so that all weights together take no more than this and
+    /// lose least, e.g. 6.0
+    #[arg(long, value_name = "BITS", value_parser = parse_bits)]
+    pub(crate) bits_per_weight: Option<f64>,
     /// Run the model over this text (UTF-8) in f32 and weigh errors by what goes into each matrix
     #[arg(long, value_name = "FILE")]
     pub(crate) calibrate: Option<PathBuf>,
@@ -609,6 +613,13 @@ pub(crate) fn parse_size(text: &str) -> Result<ByteSize, String> {
         Ok(ByteSize(0)) => Err("expected more than nothing".to_owned()),
         Ok(size) => Ok(size),
         Err(_) => Err("expected a size like 4GiB or 512MB".to_owned()),
+    }
+}
+
+fn parse_bits(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if (4.5..=8.6).contains(&value) => Ok(value),
+        _ => Err("expected a number of bits from 4.5 to 8.6".to_owned()),
     }
 }
 

@@ -28,6 +28,8 @@ pub struct QuantizeRequest<'a> {
     pub target: &'a Path,
     /// Int8 or Int4.
     pub quantize: Quantize,
+    /// Over all weights, scales counted: each matrix gets the format that suits it. None: what `quantize` makes of it.
+    pub bits_per_weight: Option<f64>,
     /// Weighs errors by what goes into each matrix.
     pub calibration: Option<Calibration<'a>>,
     /// None: physical cores.
@@ -111,7 +113,12 @@ pub fn quantize(
     }
     let threads = request.threads.unwrap_or_else(physical_cores);
     let mut quantizing = |done, total| progress(Progress::Quantizing { done, total });
-    let how = CheckpointRequest { quantize: request.quantize, importance: importance.as_ref(), threads };
+    let how = CheckpointRequest {
+        quantize: request.quantize,
+        bits_per_weight: request.bits_per_weight,
+        importance: importance.as_ref(),
+        threads,
+    };
     let report = write_checkpoint(&store, unfinished.path(), how, &mut quantizing)?;
     check(unfinished.path(), &store)?;
     finish(unfinished, request.target)?;

@@ -45,7 +45,8 @@ fn with_tokenizer(checkpoint: &Path) -> TempDir {
 
 fn made(source: &Path, target: &Path, bits: Quantize, text: Option<&str>) -> Result<QuantizeOutcome, EngineError> {
     let calibration = text.map(|text| Calibration { text, context_len: 16, max_windows: Some(4) });
-    let request = QuantizeRequest { source, target, quantize: bits, calibration, threads: Some(2) };
+    let request =
+        QuantizeRequest { source, target, quantize: bits, bits_per_weight: None, calibration, threads: Some(2) };
     quantize(&request, &mut |_| ControlFlow::Continue(()))
 }
 
@@ -184,6 +185,66 @@ fn a_text_calibrates_every_family() {
     }
 }
 
+/// A folder takes no more bits than were asked for, loses less the more there are, and depends on nothing else.
+#[test]
+fn a_folder_is_made_in_as_many_bits_as_are_asked_for() {
+    let text = "the quick brown fox jumps over the lazy dog and runs away from it as fast as it can ".repeat(2);
+    let weights = |folder: &Path| fs::read(folder.join("model.safetensors")).unwrap();
+    for name in ["tiny-llama", "tiny-mixtral", "tiny-gemma3"] {
+        let checkpoint = checkpoints().join(name);
+        if !checkpoint.join("model.safetensors").exists() {
+            continue;
+        }
+        let source = with_tokenizer(&checkpoint);
+        let home = tempfile::tempdir().unwrap();
+        let make = |name: &str, bits: f64, text: Option<&str>, threads: usize| {
+            let target = home.path().join(name);
+            let request = QuantizeRequest {
+                source: source.path(),
+                target: &target,
+                quantize: Quantize::Int4,
+                bits_per_weight: Some(bits),
+                calibration: text.map(|text| Calibration { text, context_len: 16, max_windows: Some(4) }),
+                threads: Some(threads),
+            };
+            quantize(&request, &mut |_| ControlFlow::Continue(())).map(|outcome| (outcome.report, target))
+        };
+        // Dense tensors weigh in so small a model: what fits is said by the refusal, and fits.
+        let refused = make("too-few", 4.0, None, 2).unwrap_err().to_string();
+        let (_, least) = refused.split_once("take ").unwrap_or_else(|| panic!("{refused}"));
+        let least: f64 = least.split(' ').next().unwrap().parse().unwrap();
+        assert!(refused.contains("4 bits a weight were asked for") && least > 4.5, "{refused}");
+
+        // All there is: what int8 makes.
+        let (report, largest) = make("largest", 20.0, None, 2).unwrap();
+        let int8 = home.path().join("int8");
+        made(source.path(), &int8, Quantize::Int8, None).unwrap();
+        assert!(weights(&largest) == weights(&int8), "{name}");
+        let range = report.total.bits_per_weight() - least;
+
+        let mut errors = Vec::new();
+        let mut formats = std::collections::BTreeSet::new();
+        for (index, share) in [0.01, 0.3, 0.6, 0.95].into_iter().enumerate() {
+            let bits = least + share * range;
+            let (report, folder) = make(&format!("{index}"), bits, None, 2).unwrap();
+            let used = report.total.bits_per_weight();
+            assert!(used <= bits && used > bits - 0.4 * range, "{name}: {used} of {bits}");
+            errors.push(report.total.relative_error.unwrap());
+            formats.extend(report.groups.iter().map(|group| group.formats.clone()));
+            assert!(logits(&folder, &cpu(Quantize::None)).iter().all(|logit| logit.is_finite()));
+        }
+        assert!(errors.is_sorted_by(|more, less| more > less), "{name}: {errors:?}");
+        assert!(formats.len() > 2, "{name}: {formats:?}");
+
+        let bits = least + 0.5 * range;
+        let of = |folder, threads| weights(&make(folder, bits, Some(&text), threads).unwrap().1);
+        assert!(of("one-thread", 1) == of("three-threads", 3), "{name}");
+        let config: Value =
+            serde_json::from_slice(&fs::read(home.path().join("one-thread/config.json")).unwrap()).unwrap();
+        assert_eq!(config["quantization_config"]["bits_per_weight"], bits);
+    }
+}
+
 #[test]
 fn the_observer_sees_the_inputs_of_every_matrix() {
     for name in ["tiny-llama", "tiny-mixtral", "tiny-qwen2-moe", "tiny-falcon-7b"] {
@@ -260,6 +321,7 @@ fn what_is_stopped_leaves_nothing_and_what_is_unfinished_does_not_load() {
         source: source.path(),
         target: &target,
         quantize: Quantize::Int4,
+        bits_per_weight: None,
         calibration: None,
         threads: None,
     };

@@ -47,6 +47,10 @@ pub(crate) async fn run(args: QuantizeArgs) -> anyhow::Result<()> {
         offline: Some(args.offline),
         ..EngineArgs::default()
     };
+    if args.bits_per_weight.is_some() && args.quantize == AheadArg::Int8 {
+        let what = "--bits-per-weight mixes formats of four to eight bits, and --quantize int8 has one";
+        return Err(Failure::usage(what).hint("say --quantize int4").into());
+    }
     let settings = ModelSettings::new(Some(args.model.clone()), &engine)?;
     let files =
         signals.unless_stopped(Box::pin(local::fetch(&settings, LogFormat::Text))).await.ok_or(Interrupted)??;
@@ -57,6 +61,7 @@ pub(crate) async fn run(args: QuantizeArgs) -> anyhow::Result<()> {
             AheadArg::Int8 => Quantize::Int8,
             AheadArg::Int4 => Quantize::Int4,
         },
+        bits_per_weight: args.bits_per_weight,
         text,
         context_len: args.ctx_size as usize,
         max_windows: match args.chunks {
@@ -90,6 +95,7 @@ struct Job {
     source: PathBuf,
     target: PathBuf,
     quantize: Quantize,
+    bits_per_weight: Option<f64>,
     text: Option<String>,
     context_len: usize,
     max_windows: Option<usize>,
@@ -107,6 +113,7 @@ impl Job {
             source: &self.source,
             target: &self.target,
             quantize: self.quantize,
+            bits_per_weight: self.bits_per_weight,
             calibration,
             threads: self.threads,
         };

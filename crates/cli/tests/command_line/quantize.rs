@@ -65,12 +65,34 @@ fn calibration_is_told_and_its_text_is_checked_first() {
 }
 
 #[test]
+fn bits_are_kept_to_and_too_few_are_refused_with_what_would_do() {
+    let home = tempfile::tempdir().unwrap();
+    let out = home.path().join("made");
+    let quantize = |bits: &str| {
+        let fixed = ["quantize", TINY_GGUF, out.to_str().unwrap(), "--quantize", "int4", "--bits-per-weight", bits];
+        run(&[&fixed[..], &["--json"]].concat())
+    };
+    let ended = quantize("4.5");
+    let says_least = ended.stderr.contains("4.5 bits a weight were asked for, and the smallest formats take ");
+    assert!(ended.code == 1 && says_least && !out.exists(), "{}", ended.stderr);
+    let ended = quantize("7.5");
+    assert_eq!(ended.code, 0, "{}", ended.stderr);
+    let report: Value = serde_json::from_str(&ended.stdout).unwrap();
+    let bits = report["total"]["bits_per_weight"].as_f64().unwrap();
+    assert!((7.0..=7.5).contains(&bits), "{report}");
+    let out = out.to_str().unwrap();
+    assert!(perplexity(out, &[]).is_finite());
+}
+
+#[test]
 fn wrong_usage_is_code_2() {
     for arguments in [
         &["quantize", TINY_LLAMA][..],
         &["quantize", TINY_LLAMA, "out"],
         &["quantize", TINY_LLAMA, "out", "--quantize", "none"],
         &["quantize", TINY_LLAMA, "out", "--quantize", "int4", "--chunks", "3"],
+        &["quantize", TINY_LLAMA, "out", "--quantize", "int4", "--bits-per-weight", "3"],
+        &["quantize", TINY_LLAMA, "out", "--quantize", "int8", "--bits-per-weight", "6"],
     ] {
         assert_eq!(run(arguments).code, 2, "{arguments:?}");
     }

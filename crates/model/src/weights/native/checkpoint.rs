@@ -17,7 +17,7 @@ use bindery_kernels::QuantFormat;
 use half::f16;
 use serde_json::{Map, Value, json};
 
-use super::{CODES, MINS, RowBuffers, RowSizes, SCALES, SUB_BITS, SUB_MINS, SUB_SCALES, push_bits, push_codes};
+use super::{CODES, MINS, RowBuffers, RowSizes, SCALES, SUB_BITS, SUB_MINS, SUB_SCALES, mix, push_bits, push_codes};
 use crate::{
     ModelError, Quantize,
     config::of_decoder,
@@ -88,7 +88,10 @@ pub fn is_dense_source(store: &WeightStore) -> Result<(), ModelError> {
 pub struct CheckpointRequest<'a> {
     /// Int8 or Int4.
     pub quantize: Quantize,
-    /// Weighs the errors; without it, what the folder loads as is bit for bit what [`TensorView::import`] makes of the source.
+    /// With it, each matrix gets the format that suits it, in so many bits a weight over all tensors, scales counted.
+    pub bits_per_weight: Option<f64>,
+    /// Weighs the errors; without it and without
+    /// bits that were asked for, what the folder loads as is bit for bit what [`TensorView::import`] makes of the source.
     pub importance: Option<&'a Importance>,
     /// Threads that quantise.
     pub threads: usize,
@@ -98,7 +101,7 @@ pub struct CheckpointRequest<'a> {
 /// after each tensor and may end it.
 ///
 /// # Errors
-/// A source that is quantised already or has nothing to quantise; weights that are not finite or too large for f16 scales;
+/// A source that is quantised already or has nothing to quantise; fewer bits than the smallest formats take; weights that are not finite or too large for f16 scales;
 /// what the system refuses, such as a full disk.
 pub fn write_checkpoint(
     store: &WeightStore,
@@ -106,9 +109,9 @@ pub fn write_checkpoint(
     request: CheckpointRequest<'_>,
     progress: &mut dyn FnMut(u64, u64) -> ControlFlow<()>,
 ) -> Result<QuantizedReport, ModelError> {
-    let CheckpointRequest { quantize, importance, threads } = request;
+    let CheckpointRequest { quantize, bits_per_weight, importance, threads } = request;
     is_dense_source(store)?;
-    let plan = plan(store, quantize)?;
+    let mut plan = plan(store, quantize)?;
     if !plan.iter().any(|planned| matches!(planned.form, Form::Quantized(_))) {
         let what = "none of its matrices can be quantised: their inputs are no multiple of 32";
         return Err(ModelError::unsupported(store.path(), what));
@@ -120,6 +123,10 @@ pub fn write_checkpoint(
     let total = plan.iter().map(|planned| planned.view.num_elements()).sum();
     let mut done = 0;
     let mut stopped = progress(done, total).is_break();
+    if let Some(bits) = bits_per_weight {
+        let mix = mix::Mix { bits_per_weight: bits, importance, threads };
+        mix::choose(&mut plan, store, mix, &mut || stopped || progress(0, total).is_break())?;
+    }
     let mut write = || -> Result<(), ModelError> {
         out.write_all(&header(&plan)).map_err(|error| cannot_write(&path, &error))?;
         for planned in &plan {
@@ -136,7 +143,7 @@ pub fn write_checkpoint(
         out.flush().and_then(|()| out.get_ref().sync_all()).map_err(|error| cannot_write(&path, &error))
     };
     write()?;
-    let config = config_json(store, quantize, importance.is_some())?;
+    let config = config_json(store, &request)?;
     let path = directory.join(CONFIG_FILE);
     write_synced(&path, format!("{config:#}\n").as_bytes()).map_err(|error| cannot_write(&path, &error))?;
     Ok(tally.report(store.num_bytes()))
@@ -154,7 +161,7 @@ fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
 }
 
 /// The source's own, or one made of the decoder's description, with what was done to the weights.
-fn config_json(store: &WeightStore, quantize: Quantize, is_calibrated: bool) -> Result<Value, ModelError> {
+fn config_json(store: &WeightStore, request: &CheckpointRequest<'_>) -> Result<Value, ModelError> {
     let mut config = match &store.source {
         Source::Safetensors(_) => {
             let path = store.path().join(CONFIG_FILE);
@@ -170,15 +177,18 @@ fn config_json(store: &WeightStore, quantize: Quantize, is_calibrated: bool) -> 
     config["quantization_config"] = json!({
         "quant_method": "bindery",
         "version": 1,
-        "quantize": if quantize == Quantize::Int8 { "int8" } else { "int4" },
-        "calibrated": is_calibrated,
+        "quantize": if request.quantize == Quantize::Int8 { "int8" } else { "int4" },
+        "calibrated": request.importance.is_some(),
     });
+    if let Some(bits) = request.bits_per_weight {
+        config["quantization_config"]["bits_per_weight"] = bits.into();
+    }
     Ok(config)
 }
 
 /// How a tensor is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Form {
+pub(super) enum Form {
     Quantized(QuantFormat),
     /// As stored.
     Dense,
@@ -186,11 +196,11 @@ enum Form {
     Vector,
 }
 
-struct Planned<'a> {
-    role: TensorRole,
+pub(super) struct Planned<'a> {
+    pub(super) role: TensorRole,
     name: String,
-    view: TensorView<'a>,
-    form: Form,
+    pub(super) view: TensorView<'a>,
+    pub(super) form: Form,
 }
 
 fn plan(store: &WeightStore, quantize: Quantize) -> Result<Vec<Planned<'_>>, ModelError> {
@@ -216,6 +226,10 @@ fn plan(store: &WeightStore, quantize: Quantize) -> Result<Vec<Planned<'_>>, Mod
 }
 
 impl Planned<'_> {
+    pub(super) fn num_bytes(&self) -> u64 {
+        self.tensors().iter().map(|&(_, _, _, bytes)| bytes as u64).sum()
+    }
+
     /// Suffix, dtype, shape and bytes of each tensor it becomes.
     fn tensors(&self) -> Vec<(&'static str, &'static str, Vec<usize>, usize)> {
         let TensorView { rows, cols, format, .. } = self.view;
@@ -385,7 +399,7 @@ impl Tally {
         });
         let (group, formats, sums) = &mut self.groups[index];
         group.num_parameters += planned.view.num_elements();
-        group.num_bytes += planned.tensors().iter().map(|&(_, _, _, bytes)| bytes as u64).sum::<u64>();
+        group.num_bytes += planned.num_bytes();
         formats.insert(format);
         for chunk in &parts.chunks {
             sums[0] += chunk.squared_error;

@@ -19,6 +19,7 @@
 //! format and shapes are ones that the kernels compute.
 
 mod checkpoint;
+mod mix;
 
 use std::ops::Range;
 

@@ -23,9 +23,24 @@ use crate::Quantize;
 /// What `Quantize::Int8` makes.
 pub(crate) const INT8: QuantFormat =
     QuantFormat { bits: CodeBits::Eight, scaling: Scaling::Single, with_mins: false, book: CodeBook::Linear };
+const FOUR: QuantFormat = QuantFormat { bits: CodeBits::Four, ..INT8 };
+const FIVE: QuantFormat = QuantFormat { bits: CodeBits::Five, ..INT8 };
+const FOUR_TWO_LEVEL: QuantFormat =
+    QuantFormat { bits: CodeBits::Four, scaling: Scaling::TwoLevel, with_mins: true, book: CodeBook::Linear };
+const FIVE_TWO_LEVEL: QuantFormat = QuantFormat { bits: CodeBits::Five, ..FOUR_TWO_LEVEL };
 
-/// What a dense matrix of `cols` inputs becomes; none where it stays dense: routers, which are tiny and decide much, and
-/// inputs that are no multiple of a group.
+/// What matrices of `cols` inputs can become, a multiple of a group: 4.5, 5.5 and 8.5 bits a weight.
+pub(super) fn formats(cols: usize) -> [QuantFormat; 3] {
+    if cols.is_multiple_of(SUPER_GROUP) { [FOUR_TWO_LEVEL, FIVE_TWO_LEVEL, INT8] } else { [FOUR, FIVE, INT8] }
+}
+
+/// Whether a matrix stays dense: routers, which are tiny and decide much, and inputs that are no multiple of a group.
+pub(super) fn stays_dense(role: TensorRole, cols: usize) -> bool {
+    use LayerTensor as T;
+    matches!(role, TensorRole::Layer(_, T::Router | T::SharedExpertGate)) || !cols.is_multiple_of(GROUP)
+}
+
+/// What a dense matrix of `cols` inputs becomes; none where it stays dense.
 ///
 /// int4 is 4.5 bits a weight where 256 divides the inputs, and 5.5 where it does not (small models, which have the least to
 /// spare) and for the sensitive: embedding, head and values. On SmolLM2-135M a fifth bit for the values, 3 % of the weights,
@@ -33,20 +48,16 @@ pub(crate) const INT8: QuantFormat =
 /// for three bits of a fifth of the weights.
 pub(super) fn format_for(role: TensorRole, cols: usize, quantize: Quantize) -> Option<QuantFormat> {
     use LayerTensor as T;
-    if matches!(role, TensorRole::Layer(_, T::Router | T::SharedExpertGate)) || !cols.is_multiple_of(GROUP) {
+    if stays_dense(role, cols) {
         return None;
     }
+    let [four, five, eight] = formats(cols);
     let is_sensitive = matches!(role, TensorRole::Embedding | TensorRole::Head | TensorRole::Layer(_, T::V));
-    match (quantize, cols.is_multiple_of(SUPER_GROUP)) {
-        (Quantize::None, _) => None,
-        (Quantize::Int8, _) => Some(INT8),
-        (Quantize::Int4, true) => Some(QuantFormat {
-            bits: if is_sensitive { CodeBits::Five } else { CodeBits::Four },
-            scaling: Scaling::TwoLevel,
-            with_mins: true,
-            book: CodeBook::Linear,
-        }),
-        (Quantize::Int4, false) => Some(QuantFormat { bits: CodeBits::Five, ..INT8 }),
+    match quantize {
+        Quantize::None => None,
+        Quantize::Int8 => Some(eight),
+        Quantize::Int4 if is_sensitive || !cols.is_multiple_of(SUPER_GROUP) => Some(five),
+        Quantize::Int4 => Some(four),
     }
 }
 
@@ -64,7 +75,7 @@ pub(super) struct RowQuantizer {
 }
 
 impl RowQuantizer {
-    /// `format` is one that [`format_for`] gives, `importance` the mean square of each input.
+    /// `format` is one of [`formats`], `importance` the mean square of each input.
     pub(super) fn new(format: QuantFormat, importance: Option<&[f32]>, effort: Effort) -> Self {
         let weights = importance.and_then(|squares| {
             let mean = squares.iter().map(|&square| f64::from(square)).sum::<f64>() / squares.len() as f64;
@@ -91,12 +102,23 @@ impl RowQuantizer {
                     group.write_codes_around_zero(scale, codes_of(out, index));
                 }
             }
-            // `format_for` gives no third way.
+            // `formats` gives no third way.
             _ => {
                 (0..values.len() / SUPER_GROUP).try_for_each(|index| self.two_levels(values, index, out))?;
             }
         }
         Some(())
+    }
+
+    /// The squared difference of a row to what became of it, and its own square, as errors of inputs weigh.
+    pub(super) fn weighed_error(&self, values: &[f32], rounded: &[f32]) -> [f64; 2] {
+        let mut sums = [0.0; 2];
+        for (input, (&value, &rounded)) in values.iter().zip(rounded).enumerate() {
+            let weight = self.weights.as_ref().map_or(1.0, |weights| f64::from(weights[input]));
+            sums[0] += weight * f64::from(value - rounded).powi(2);
+            sums[1] += weight * f64::from(value).powi(2);
+        }
+        sums
     }
 
     /// Number `index` of the groups of a row. Errors of large numbers weigh somewhat more, as in ggml's quantisers: that left
@@ -214,11 +236,6 @@ mod tests {
 
     use super::{super::native::RowBuffers, *};
 
-    const FOUR: QuantFormat = QuantFormat { bits: CodeBits::Four, ..INT8 };
-    const FIVE: QuantFormat = QuantFormat { bits: CodeBits::Five, ..FOUR };
-    const FOUR_TWO_LEVEL: QuantFormat =
-        QuantFormat { bits: CodeBits::Four, scaling: Scaling::TwoLevel, with_mins: true, book: CodeBook::Linear };
-    const FIVE_TWO_LEVEL: QuantFormat = QuantFormat { bits: CodeBits::Five, ..FOUR_TWO_LEVEL };
     const ALL: [QuantFormat; 5] = [INT8, FOUR, FIVE, FOUR_TWO_LEVEL, FIVE_TWO_LEVEL];
 
     /// What a row becomes, in f32.
