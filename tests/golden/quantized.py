@@ -225,6 +225,9 @@ LAYOUTS = {
     "w8a16-asymmetric": compressed(8, 32, "pack-quantized", symmetric=False),
     "w8a8-asymmetric-112": compressed(8, -1, "int-quantized", symmetric=False, inner=112),
     "auto-round": gptq(4, 32, symmetric=False, plus=0, kept=4, made_by="auto-round"),
+    # Three bits are packed 32 at a time, so 112 inputs cannot have them.
+    "gptq2-112": gptq(2, -1, symmetric=False, plus=0, kept=2, inner=112),
+    "w8a16-112": compressed(8, -1, "pack-quantized", inner=112),
 }
 
 

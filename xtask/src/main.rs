@@ -133,7 +133,7 @@ fn test(steps: &mut Steps, options: &TestOptions) -> Result<()> {
         cargo_test.env("BINDERY_TEST_TOKENIZERS", folder);
     }
     if options.full {
-        cargo_test.env("BINDERY_TEST_FULL", "1");
+        cargo_test.env("BINDERY_TEST_FULL", "1").env("BINDERY_TEST_GEMMA", fetch(steps, peer::GEMMA)?);
     }
     steps.run("unit, property and documentation tests", &mut cargo_test)?;
     docs(steps)?;
@@ -168,16 +168,20 @@ fn build_binary(steps: &mut Steps) -> Result<()> {
     steps.run("build", cargo().args(["build", "--package", "bindery"]))
 }
 
-/// The default model, by the very path a user takes. Its answer is the file's path, alone on stdout.
 fn fetch_model(steps: &mut Steps) -> Result<PathBuf> {
-    steps.begin("fetch the default model");
+    fetch(steps, peer::SMOLLM)
+}
+
+/// A model, by the very path a user takes. Its answer is the file's path, alone on stdout.
+fn fetch(steps: &mut Steps, card: &str) -> Result<PathBuf> {
+    steps.begin(&format!("fetch {card}"));
     let output = Command::new(binary())
-        .args(["pull", "smollm2-135m"])
+        .args(["pull", card])
         .stderr(Stdio::inherit())
         .output()
         .with_context(|| format!("cannot start {}", binary().display()))?;
     if !output.status.success() {
-        bail!("`bindery pull smollm2-135m` failed; the tests need the default model");
+        bail!("`bindery pull {card}` failed; the tests need this model");
     }
     let path = PathBuf::from(String::from_utf8(output.stdout).context("pull printed no UTF-8")?.trim());
     if !path.is_file() {

@@ -124,7 +124,7 @@ pub fn write_checkpoint(
     let mut done = 0;
     let mut stopped = progress(done, total).is_break();
     if let Some(bits) = bits_per_weight {
-        let mix = mix::Mix { bits_per_weight: bits, importance, threads };
+        let mix = mix::Mix { bits_per_weight: bits, threads };
         mix::choose(&mut plan, store, mix, &mut || stopped || progress(0, total).is_break())?;
     }
     let mut write = || -> Result<(), ModelError> {
