@@ -10,6 +10,8 @@ use crate::support::{Ended, TINY_LLAMA, bindery, run};
 const ASCII: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden/make_golden.py");
 /// Ours: English prose.
 const PROSE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../ARCHITECTURE.md");
+/// And more of it, of which as many windows are taken that no sentence decides.
+const MORE_PROSE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../CHANGELOG.md");
 
 /// With random weights; `flags` are separated by blanks.
 fn dummy(flags: &str) -> Ended {
@@ -112,12 +114,13 @@ fn real_model(variable: &str) -> Option<String> {
     model
 }
 
-/// A cache of half the memory, against one of f16 beside the same weights. Measured: 0.0042 and 0.0033.
+/// A cache of half the memory, against one of f16 beside the same weights. Measured: 0.0044 and 0.0034; 0.0047 and 0.0040
+/// with shorter texts.
 #[test]
 fn an_int8_cache_is_close_to_one_of_f16() {
     for variable in ["BINDERY_TEST_MODEL", "BINDERY_TEST_GEMMA"] {
         let Some(model) = real_model(variable) else { continue };
-        let fixed = ["perplexity", &model, "--file", PROSE, "--ctx-size", "512", "--chunks", "6", "--json"];
+        let fixed = ["perplexity", &model, "--file", MORE_PROSE, "--ctx-size", "512", "--chunks", "12", "--json"];
         let report = report_of(&run(&[&fixed[..], &["--kv-cache-dtype", "int8", "--base=stored"]].concat()));
         let divergence = report["comparison"]["kl_divergence"]["mean"]["value"].as_f64().unwrap();
         assert!(divergence > 1e-4 && divergence < 0.005, "{variable}: {report}");
