@@ -106,8 +106,6 @@ fn engine_hint(error: &EngineError) -> Option<String> {
         EngineError::Model(ModelError::BadFile { path, .. }) if path.ends_with("config.json") => {
             Some("compare it with the config.json that the model was published with".to_owned())
         }
-        // A text that ends with a next step of its own.
-        EngineError::Model(ModelError::BadFile { what, .. }) if what.contains("; ") => None,
         EngineError::Model(ModelError::BadFile { .. }) => {
             Some("the file is cut off, damaged or of another format: fetch or copy it again".to_owned())
         }

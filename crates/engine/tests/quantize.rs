@@ -245,6 +245,32 @@ fn a_folder_is_made_in_as_many_bits_as_are_asked_for() {
     }
 }
 
+/// Tokens that no training met have rows of next to nothing, often the last ones: however rows are shared out, the matrix is
+/// judged as a whole.
+#[test]
+fn rows_of_next_to_nothing_do_not_keep_a_matrix_from_being_quantised() {
+    let source = with_tokenizer(&checkpoints().join("tiny-llama"));
+    let path = source.path().join("model.safetensors");
+    let (header, mut data) = read_tensors(&path);
+    let offsets = &header["lm_head.weight"]["data_offsets"];
+    let [start, end] = [0, 1].map(|i| offsets[i].as_u64().unwrap() as usize);
+    // The last quarter, in bf16: 2^-27.
+    let tiny = data[start..end].len() / 4 * 3;
+    data[start + tiny..end].as_chunks_mut::<2>().0.fill(0x3200_u16.to_le_bytes());
+    write_tensors(&path, &header, &data);
+    for (index, bits_per_weight) in [None, Some(20.0)].into_iter().enumerate() {
+        let request = QuantizeRequest {
+            source: source.path(),
+            target: &source.path().join(format!("{index}")),
+            quantize: Quantize::Int4,
+            bits_per_weight,
+            calibration: None,
+            threads: Some(8),
+        };
+        quantize(&request, &mut |_| ControlFlow::Continue(())).unwrap();
+    }
+}
+
 #[test]
 fn the_observer_sees_the_inputs_of_every_matrix() {
     for name in ["tiny-llama", "tiny-mixtral", "tiny-qwen2-moe", "tiny-falcon-7b"] {

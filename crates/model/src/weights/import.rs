@@ -137,7 +137,6 @@ impl TensorView<'_> {
             }
         }
         .inspect(|_| self.release())
-        .map_err(|what| self.bad(what))
     }
 
     /// Pages of a matrix in several tensors; what lies row by row has given its own back on the way.
@@ -195,7 +194,7 @@ impl TensorView<'_> {
         }
     }
 
-    fn keep(&self, cpu: &Cpu, format: QuantFormat) -> Result<Matrix, String> {
+    fn keep(&self, cpu: &Cpu, format: QuantFormat) -> Result<Matrix, ModelError> {
         let problem = Problem::default();
         let packed = Quantized::pack_parallel(cpu, self.rows, self.cols, format, |rows| {
             let mut pages = self.pages(rows);
@@ -218,7 +217,7 @@ impl TensorView<'_> {
                 }
             }
         });
-        let packed = problem.or(packed)?;
+        let packed = problem.or(self, packed)?;
         Ok(Matrix::Quantized(match self.stored_order() {
             None => packed,
             Some(order) => packed.with_order(order.clone()),
@@ -231,7 +230,7 @@ impl TensorView<'_> {
         cpu: &Cpu,
         narrow: impl Fn(f32) -> E + Sync,
         limit: &str,
-    ) -> Result<Dense<E>, String> {
+    ) -> Result<Dense<E>, ModelError> {
         let problem = Problem::default();
         let packed = Dense::pack_parallel(cpu, self.rows, self.cols, |rows| {
             let mut values = self.values(rows, &problem);
@@ -245,23 +244,29 @@ impl TensorView<'_> {
                 }
             }
         });
-        problem.or(packed)
+        problem.or(self, packed)
     }
 
-    fn quantized(&self, cpu: &Cpu, quantizer: &RowQuantizer) -> Result<Matrix, String> {
+    fn quantized(&self, cpu: &Cpu, quantizer: &RowQuantizer) -> Result<Matrix, ModelError> {
         let problem = Problem::default();
+        let sums = Mutex::new([0.0; 2]);
         let packed = Quantized::pack_parallel(cpu, self.rows, self.cols, quantizer.format, |rows| {
             let mut values = self.values(rows, &problem);
-            let problem = &problem;
+            let (problem, sums) = (&problem, &sums);
             move |row, mut out: QuantRow<'_>| {
                 let values = values.read(row);
                 if quantizer.quantize(values, &mut out).is_none() {
                     problem.note(row, || TOO_LARGE.to_owned());
                 }
-                problem.count_lost(values, out.scales);
+                let (lost, all) = (lost_squares(values, out.scales), squares(values));
+                let mut sums = sums.lock().unwrap_or_else(PoisonError::into_inner);
+                *sums = [sums[0] + lost, sums[1] + all];
             }
         });
-        problem.or(packed).map(Matrix::Quantized)
+        let packed = problem.or(self, packed)?;
+        let [lost, all] = sums.into_inner().unwrap_or_else(PoisonError::into_inner);
+        self.check_lost(lost, all)?;
+        Ok(Matrix::Quantized(packed))
     }
 
     /// The same rows unpacked: `each` is handed the source's values and what became of them.
@@ -280,11 +285,23 @@ impl TensorView<'_> {
             if quantizer.quantize(values, &mut buffers.as_row()).is_none() {
                 problem.note(row, || TOO_LARGE.to_owned());
             }
-            problem.count_lost(values, buffers.as_row().scales);
             each(values, &buffers);
         }
         drop(values);
-        problem.or(()).map_err(|what| self.bad(what))
+        problem.or(self, ())
+    }
+
+    /// An error where scales of 0 cost too much of all squares; of the whole matrix, since some rows may be next to nothing.
+    pub(super) fn check_lost(&self, lost: f64, all: f64) -> Result<(), ModelError> {
+        if lost <= MOST_LOST * all {
+            return Ok(());
+        }
+        Err(ModelError::Unsupported(format!(
+            "tensor {:?} holds weights too small for f16 scales, which would become 0 ({:.1} % of it by squares), so it cannot be \
+             quantised; serve it as it is stored",
+            self.name,
+            100.0 * lost / all
+        )))
     }
 
     /// Reads these rows one by one, ascending.
@@ -313,19 +330,11 @@ impl Values<'_> {
 
 /// What is wrong with the first row that has something wrong, while rows pass through on several threads.
 #[derive(Default)]
-struct Problem {
-    first: Mutex<Option<(usize, String)>>,
-    /// Squares of the weights whose scale came out as 0, and of all.
-    lost: Mutex<[f64; 2]>,
-}
-
-/// Share of a matrix' squares that scales of 0 may cost. Rows of tokens that no training ever met are often next to nothing, and
-/// may well become nothing; int4 costs half a percent anyway.
-const MOST_LOST: f64 = 1e-3;
+struct Problem(Mutex<Option<(usize, String)>>);
 
 impl Problem {
     fn note(&self, row: usize, what: impl FnOnce() -> String) {
-        let mut first = self.first.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut first = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if first.as_ref().is_none_or(|&(known, _)| row < known) {
             *first = Some((row, what()));
         }
@@ -335,24 +344,6 @@ impl Problem {
         if let Some(value) = values.iter().find(|value| !value.is_finite()) {
             self.note(row, || format!("holds {value}"));
         }
-    }
-
-    /// A row that was quantised: f16 has no scale for groups whose largest weight is below some 4e-6.
-    fn count_lost(&self, values: &[f32], scales: &[f16]) {
-        // Sixteen sums, or each would wait for the one before.
-        let squares = |values: &[f32]| {
-            let (whole, rest) = values.as_chunks::<16>();
-            let mut sums = [0.0f32; 16];
-            for chunk in whole {
-                sums.iter_mut().zip(chunk).for_each(|(sum, value)| *sum += value * value);
-            }
-            sums.iter().copied().chain(rest.iter().map(|value| value * value)).map(f64::from).sum::<f64>()
-        };
-        let spans = values.chunks(values.len() / scales.len().max(1)).zip(scales);
-        let lost: f64 = spans.filter(|(_, scale)| **scale == f16::ZERO).map(|(values, _)| squares(values)).sum();
-        let all = squares(values);
-        let mut sums = self.lost.lock().unwrap_or_else(PoisonError::into_inner);
-        *sums = [sums[0] + lost, sums[1] + all];
     }
 
     fn check_scales(&self, row: usize, scales: &[f16], mins: &[f16]) {
@@ -368,16 +359,30 @@ impl Problem {
         }
     }
 
-    fn or<T>(self, value: T) -> Result<T, String> {
-        let [lost, all] = self.lost.into_inner().unwrap_or_else(PoisonError::into_inner);
-        match self.first.into_inner().unwrap_or_else(PoisonError::into_inner) {
-            None if lost > MOST_LOST * all => Err(format!(
-                "holds weights too small for f16 scales, which would become 0 ({:.1} % of it by squares), so it cannot be \
-                 quantised; serve it as it is stored",
-                100.0 * lost / all
-            )),
+    fn or<T>(self, view: &TensorView<'_>, value: T) -> Result<T, ModelError> {
+        match self.0.into_inner().unwrap_or_else(PoisonError::into_inner) {
             None => Ok(value),
-            Some((row, what)) => Err(format!("row {row} {what}; {}", super::MAKE_AGAIN)),
+            Some((row, what)) => Err(view.bad(format!("row {row} {what}; {}", super::MAKE_AGAIN))),
         }
     }
+}
+
+/// Share of a matrix' squares that scales of 0 may cost. Rows of tokens that no training ever met are often next to nothing, and
+/// may well become nothing; int4 costs half a percent anyway.
+const MOST_LOST: f64 = 1e-3;
+
+/// Squares of a row's weights that its scales make 0: f16 has none for groups whose largest weight is below some 4e-6.
+pub(super) fn lost_squares(values: &[f32], scales: &[f16]) -> f64 {
+    let spans = values.chunks(values.len() / scales.len().max(1)).zip(scales);
+    spans.filter(|(_, scale)| **scale == f16::ZERO).map(|(values, _)| squares(values)).sum()
+}
+
+/// In sixteen sums, or each would wait for the one before.
+fn squares(values: &[f32]) -> f64 {
+    let (whole, rest) = values.as_chunks::<16>();
+    let mut sums = [0.0f32; 16];
+    for chunk in whole {
+        sums.iter_mut().zip(chunk).for_each(|(sum, value)| *sum += value * value);
+    }
+    sums.iter().copied().chain(rest.iter().map(|value| value * value)).map(f64::from).sum()
 }

@@ -93,9 +93,9 @@ pub(super) enum FamilyActivation {
 pub(super) enum FamilyLayers {
     /// All alike, no window.
     Plain,
-    /// `sliding_window` holds in every layer; `absent` where the key is absent, none where it is null.
-    Windowed { absent: Option<usize> },
-    /// The same, or as `layer_types` says.
+    /// `sliding_window` holds in every layer, if it is there.
+    Windowed,
+    /// The same, 4096 where the key is absent; or as `layer_types` says.
     Mistral,
     /// The same, where `use_sliding_window` is set.
     Qwen3Moe,
@@ -225,7 +225,7 @@ pub(super) const FAMILIES: &[Family] = &[
         class: "MixtralForCausalLM",
         norm: RMS_1E5,
         rotary: FamilyRotary::One { theta: 1_000_000.0 },
-        layers: FamilyLayers::Windowed { absent: None },
+        layers: FamilyLayers::Windowed,
         experts: FamilyExperts::Mixtral,
         ..MISTRAL
     },
@@ -267,7 +267,7 @@ pub(super) const FAMILIES: &[Family] = &[
         norm: RMS_1E5,
         rotary: FamilyRotary::Phi3,
         biases: FamilyBiases::None,
-        layers: FamilyLayers::Windowed { absent: None },
+        layers: FamilyLayers::Windowed,
         eos_token_id: Some(32_000),
         ..LLAMA
     },

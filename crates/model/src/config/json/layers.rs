@@ -20,7 +20,7 @@ pub(super) fn layers(keys: Keys<'_>, family: &Family, num_layers: usize) -> Outc
     };
     match family.layers {
         FamilyLayers::Plain => Ok(vec![plain(None); num_layers]),
-        FamilyLayers::Windowed { absent } => Ok(vec![plain(window(keys, absent)?); num_layers]),
+        FamilyLayers::Windowed => Ok(vec![plain(window(keys, None)?); num_layers]),
         FamilyLayers::Mistral => {
             let window = window(keys, Some(4096))?;
             windowed(sliding(keys, num_layers, |_| window.is_some())?, window)

@@ -23,6 +23,7 @@ use crate::{
     config::of_decoder,
     weights::{
         CONFIG_FILE, Importance, LayerTensor, Source, TensorRole, TensorView, WeightFormat, WeightStore,
+        import::lost_squares,
         mmap::read_text,
         names::{Naming, TensorKind, expected},
         quantize::{Effort, RowQuantizer},
@@ -269,22 +270,16 @@ impl Planned<'_> {
             Form::Quantized(format) => {
                 let effort = if importance.is_some() { Effort::Thorough } else { Effort::Search };
                 let quantizer = RowQuantizer::new(format, importance, effort);
-                let rows_each = self.view.rows.div_ceil(threads.max(1));
-                let starts: Vec<usize> = (0..self.view.rows).step_by(rows_each).collect();
-                let chunks = std::thread::scope(|scope| {
-                    let work = |start: usize| {
-                        let rows = start..(start + rows_each).min(self.view.rows);
-                        scope.spawn(|| Chunk::quantized(&self.view, rows, &quantizer))
-                    };
-                    let started: Vec<_> = starts.into_iter().map(work).collect();
-                    let joined = started.into_iter().map(|thread| match thread.join() {
-                        Ok(chunk) => chunk,
-                        Err(panic) => std::panic::resume_unwind(panic),
-                    });
-                    joined.collect::<Result<Vec<_>, ModelError>>()
-                });
+                let rows = self.view.rows;
+                let rows_each = rows.div_ceil(threads.max(1));
+                let pieces: Vec<_> =
+                    (0..rows).step_by(rows_each).map(|start| start..(start + rows_each).min(rows)).collect();
+                let chunks = Chunk::quantized_each(&self.view, &pieces, &quantizer, threads);
                 self.view.release();
-                Ok(Parts { chunks: chunks? })
+                let chunks = chunks?;
+                let sum = |of: fn(&Chunk) -> f64| chunks.iter().map(of).sum();
+                self.view.check_lost(sum(|chunk| chunk.lost), sum(|chunk| chunk.squared))?;
+                Ok(Parts { chunks })
             }
         }
     }
@@ -341,23 +336,48 @@ impl Parts {
 
 /// Some rows.
 #[derive(Default)]
-struct Chunk {
+pub(super) struct Chunk {
     /// Or the bytes of what is not quantised.
     codes: Vec<u8>,
     scales: Vec<u8>,
     mins: Vec<u8>,
     sub_scales: Vec<u8>,
     sub_mins: Vec<u8>,
-    squared_error: f64,
-    squared: f64,
+    pub(super) squared_error: f64,
+    pub(super) squared: f64,
+    /// Part of `squared` that scales of 0 cost.
+    lost: f64,
 }
 
 impl Chunk {
+    /// One for each of `pieces` of the rows, in their order, on so many threads.
+    pub(super) fn quantized_each(
+        view: &TensorView<'_>,
+        pieces: &[Range<usize>],
+        quantizer: &RowQuantizer,
+        threads: usize,
+    ) -> Result<Vec<Self>, ModelError> {
+        let work = |pieces: &[Range<usize>]| -> Result<Vec<Self>, ModelError> {
+            pieces.iter().map(|rows| Self::quantized(view, rows.clone(), quantizer)).collect()
+        };
+        let work = &work;
+        std::thread::scope(|scope| {
+            let share = pieces.len().div_ceil(threads.max(1)).max(1);
+            let started: Vec<_> = pieces.chunks(share).map(|pieces| scope.spawn(move || work(pieces))).collect();
+            let joined = started.into_iter().map(|thread| match thread.join() {
+                Ok(chunks) => chunks,
+                Err(panic) => std::panic::resume_unwind(panic),
+            });
+            Ok(joined.collect::<Result<Vec<_>, ModelError>>()?.into_iter().flatten().collect())
+        })
+    }
+
     fn quantized(view: &TensorView<'_>, rows: Range<usize>, quantizer: &RowQuantizer) -> Result<Self, ModelError> {
         let mut chunk = Self::default();
         let mut dequantized = vec![0.0; view.cols];
         view.quantize_rows(rows, quantizer, |values, row| {
             chunk.push(quantizer.format, row);
+            chunk.lost += lost_squares(values, &row.scales);
             row.dequantize(quantizer.format, &mut dequantized);
             let pairs = || values.iter().zip(&dequantized);
             chunk.squared_error += pairs().map(|(value, rounded)| f64::from(value - rounded).powi(2)).sum::<f64>();

@@ -13,7 +13,7 @@
 
 use std::ops::Range;
 
-use super::checkpoint::{Form, Planned};
+use super::checkpoint::{Chunk, Form, Planned};
 use crate::{
     ModelError,
     weights::{
@@ -141,37 +141,10 @@ fn share(role: TensorRole, store: &WeightStore) -> f64 {
 
 /// Of some rows.
 fn relative_error(view: &TensorView<'_>, quantizer: &RowQuantizer, threads: usize) -> Result<f64, ModelError> {
-    let pieces = pieces(view.rows);
-    let of_pieces = |pieces: &[Range<usize>]| -> Result<Vec<[f64; 2]>, ModelError> {
-        let mut rounded = vec![0.0; view.cols];
-        let of_piece = |piece: &Range<usize>| {
-            let mut sums = [0.0; 2];
-            view.quantize_rows(piece.clone(), quantizer, |values, row| {
-                row.dequantize(quantizer.format, &mut rounded);
-                for (&value, &rounded) in values.iter().zip(&rounded) {
-                    sums = add(sums, [f64::from(value - rounded).powi(2), f64::from(value).powi(2)]);
-                }
-            })?;
-            Ok(sums)
-        };
-        pieces.iter().map(of_piece).collect()
-    };
-    let sums = std::thread::scope(|scope| {
-        let share = pieces.len().div_ceil(threads.max(1)).max(1);
-        let started: Vec<_> = pieces.chunks(share).map(|pieces| scope.spawn(move || of_pieces(pieces))).collect();
-        let joined = started.into_iter().map(|thread| match thread.join() {
-            Ok(sums) => sums,
-            Err(panic) => std::panic::resume_unwind(panic),
-        });
-        joined.collect::<Result<Vec<_>, ModelError>>()
-    })?;
-    // In the order of the rows, whoever was first.
-    let [error, square] = sums.into_iter().flatten().fold([0.0; 2], add);
-    Ok(if square > 0.0 { error / square } else { 0.0 })
-}
-
-fn add(a: [f64; 2], b: [f64; 2]) -> [f64; 2] {
-    [a[0] + b[0], a[1] + b[1]]
+    let chunks = Chunk::quantized_each(view, &pieces(view.rows), quantizer, threads)?;
+    let sum = |of: fn(&Chunk) -> f64| chunks.iter().map(of).sum::<f64>();
+    let (error, squares) = (sum(|chunk| chunk.squared_error), sum(|chunk| chunk.squared));
+    Ok(if squares > 0.0 { error / squares } else { 0.0 })
 }
 
 /// Some rows of so many: all of few.
