@@ -5,12 +5,15 @@
 use std::{sync::Arc, time::Duration};
 
 use sqlx::{AnyConnection, Connection as _, Executor as _};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use super::{Durability, StoreKind, StoreUrl, error::StoreError};
 
 /// SQLite's page size; what [`Settings::max_bytes`] is counted in.
 const PAGE_BYTES: u64 = 4096;
+
+/// Between two tries to set up a file that another process is setting up.
+const BUSY_PAUSE: Duration = Duration::from_millis(5);
 
 /// What makes a connection.
 pub(super) struct Settings {
@@ -39,10 +42,11 @@ impl Settings {
         match self.kind() {
             StoreKind::Sqlite => {
                 let mut greetings = vec![
+                    // First: what follows may have to wait for another process.
+                    format!("PRAGMA busy_timeout = {}", self.timeout.as_millis() / 2),
                     // Readers never wait for the writer, nor it for them.
                     "PRAGMA journal_mode = WAL".to_owned(),
                     format!("PRAGMA synchronous = {}", if power_loss { "FULL" } else { "NORMAL" }),
-                    format!("PRAGMA busy_timeout = {}", self.timeout.as_millis() / 2),
                     // Pages of the log after which it is folded into the file: at SQLite's own 1000, that was every 300 rows.
                     "PRAGMA wal_autocheckpoint = 4000".to_owned(),
                     // The log beside the file is cut back to this once it has been folded in.
@@ -70,12 +74,20 @@ impl Settings {
 
     /// Sets a new connection up.
     pub(super) async fn greet(&self, connection: &mut AnyConnection) -> Result<(), sqlx::Error> {
+        // Like `busy_timeout`, which does not hold for all: a new file's journal is changed by a reader that becomes the
+        // writer, and of two such SQLite refuses one at once (each would wait for the other for ever).
+        let deadline = Instant::now() + self.timeout / 2;
         for greeting in self.greetings() {
-            // A store that is opened read-only keeps the journal it has.
-            match connection.execute(sqlx::raw_sql(sqlx::AssertSqlSafe(greeting))).await {
-                Err(error) if self.url.is_read_only() && matches!(self.error(&error), StoreError::ReadOnly { .. }) => {}
-                other => {
-                    other?;
+            loop {
+                let said = connection.execute(sqlx::raw_sql(sqlx::AssertSqlSafe(greeting.clone()))).await;
+                let Err(error) = said else { break };
+                match self.error(&error) {
+                    // A store that is opened read-only keeps the journal it has.
+                    StoreError::ReadOnly { .. } if self.url.is_read_only() => break,
+                    StoreError::Busy { .. } if self.kind() == StoreKind::Sqlite && Instant::now() < deadline => {
+                        tokio::time::sleep(BUSY_PAUSE).await;
+                    }
+                    _ => return Err(error),
                 }
             }
         }

@@ -125,7 +125,9 @@ impl StoreError {
             }
             Self::Foreign { .. } => "name another file or database in [store] url",
             Self::NewerSchema { .. } => "run the version of Bindery that wrote it, or a newer one",
-            Self::Busy { .. } => "send fewer requests at once, or put the store on a faster disk",
+            Self::Busy { .. } => {
+                "send fewer requests at once, or put the store on a faster disk; end any other program that keeps it locked"
+            }
             Self::Closed { .. } => "the server is stopping; ask again once it has started",
             Self::Statement { .. } => "this is a bug in Bindery or a store that was changed by hand; please report it",
         }
