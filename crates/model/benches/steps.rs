@@ -3,7 +3,8 @@
 //!
 //! `cargo bench --bench steps -- --model FILE`, or `--shape 1b --quantize int4` for random weights of a LLaMA's shapes.
 //! Every load is timed in turns, so that what disturbs the machine disturbs all alike; rates are medians. Roofs are
-//! taken in the same run. `--json` for programs.
+//! taken before and after every round of a load, and its share is the median of its rounds' own (see `Gauge`).
+//! `--json` for programs.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, clippy::expect_used, reason = "a tool for people who measure")]
 
@@ -17,8 +18,8 @@ use std::{
 };
 
 use bindery_model::{
-    AdapterLimits, BackendKind, BatchSequence, ForwardBatch, KvCacheDtype, LoadOptions, Machine, Model, ModelPhase,
-    Quantize, Roofs, StepModel, machine,
+    AdapterLimits, BackendKind, BatchSequence, ForwardBatch, Gauge, KvCacheDtype, LoadOptions, Machine, Model,
+    ModelPhase, Quantize, Roofs, StepModel, machine,
 };
 use clap::Parser;
 use serde_json::{Value, json};
@@ -157,6 +158,13 @@ struct Times {
     parts: [f64; PARTS.len()],
 }
 
+/// What a load's rounds gave.
+struct Timed {
+    times: Vec<Times>,
+    /// The machine's of each round.
+    roofs: Vec<Roofs>,
+}
+
 const PARTS: [&str; 6] = ["embed", "qkv", "attention", "output", "mlp", "head"];
 
 fn part(phase: ModelPhase) -> usize {
@@ -191,10 +199,32 @@ fn round(model: &mut Model, batch: &ForwardBatch, logits: &mut [f32]) -> Times {
     times
 }
 
-/// The median by total.
-fn median(mut rounds: Vec<Times>) -> Times {
-    rounds.sort_by(|a, b| a.total.total_cmp(&b.total));
-    rounds.swap_remove(rounds.len() / 2)
+impl Timed {
+    /// The median by total.
+    fn median(&self) -> &Times {
+        let mut order: Vec<&Times> = self.times.iter().collect();
+        order.sort_by(|a, b| a.total.total_cmp(&b.total));
+        order[order.len() / 2]
+    }
+
+    /// Each round, and how quick memory was beside it, by which the states that a machine was in can be told apart.
+    fn rounds(&self) -> Vec<Value> {
+        let rounds = self.times.iter().zip(&self.roofs);
+        rounds
+            .map(|(times, roofs)| json!({"seconds": times.total, "read_bytes_per_second": roofs.read_bytes}))
+            .collect()
+    }
+
+    /// The median of the rounds' shares of the roof beside them, and of which.
+    fn share(&self, model: &Model, load: Load) -> (f64, &'static str) {
+        let share = |(times, roofs): (&Times, &Roofs)| {
+            let (least, bound) = least(roofs, model, load);
+            (least / times.total, bound)
+        };
+        let mut shares: Vec<_> = self.times.iter().zip(&self.roofs).map(share).collect();
+        shares.sort_by(|a, b| a.0.total_cmp(&b.0));
+        shares[shares.len() / 2]
+    }
 }
 
 /// Seconds that a step's products and its attention take at least, and what bounds them.
@@ -269,10 +299,9 @@ fn main() {
         args.context.iter().flat_map(|&context| args.decode.iter().map(move |&batch| Load::Decode { batch, context }));
     let loads: Vec<Load> = prefills.chain(decodes).filter(|load| load.num_tokens() > 0).collect();
 
-    let machine = Machine::new(args.threads).expect("the instruction set");
     let start = Instant::now();
-    let roofs = machine.roofs(|| start.elapsed()).expect("the roofs");
-    drop(machine);
+    let clock = || start.elapsed();
+    let gauge = Gauge::new(Machine::new(args.threads).expect("the instruction set"), clock).expect("the roofs");
     let begin = Instant::now();
     let mut model = Model::load(&path, &options, &mut |_, _| ()).expect("the model");
     let loading = begin.elapsed();
@@ -292,39 +321,45 @@ fn main() {
     let most_rows = loads.iter().map(|load| load.num_sampled()).max().unwrap_or(1);
     let mut logits = vec![0.0; most_rows * vocab_size];
 
-    let mut rounds: Vec<Vec<Times>> = vec![Vec::new(); cases.len()];
-    for index in 0..=args.rounds {
-        for (((load, _), batch), rounds) in cases.iter().zip(&batches).zip(&mut rounds) {
+    let mut results: Vec<Timed> = cases.iter().map(|_| Timed { times: Vec::new(), roofs: Vec::new() }).collect();
+    for index in 0..=args.rounds.max(1) {
+        let mut before = gauge.glance(clock);
+        for (((load, _), batch), result) in cases.iter().zip(&batches).zip(&mut results) {
             let times = round(&mut model, batch, &mut logits[..load.num_sampled() * vocab_size]);
+            let after = gauge.glance(clock);
             // The first one warms up.
             if index > 0 {
-                rounds.push(times);
+                result.times.push(times);
+                result.roofs.push(before.max(after));
             }
+            before = after;
         }
     }
-    report(&args, &model, &roofs, loading, &cases, rounds);
+    report(&args, &model, loading, &cases, &results);
 }
 
-fn report(
-    args: &Args,
-    model: &Model,
-    roofs: &Roofs,
-    loading: Duration,
-    cases: &[(Load, usize)],
-    rounds: Vec<Vec<Times>>,
-) {
+/// The lowest and the highest of a roof in the whole run.
+fn range(results: &[Timed], roof: impl Fn(&Roofs) -> f64) -> [f64; 2] {
+    let all = || results.iter().flat_map(|result| &result.roofs).map(&roof);
+    [all().fold(f64::INFINITY, f64::min), all().fold(0.0, f64::max)]
+}
+
+fn report(args: &Args, model: &Model, loading: Duration, cases: &[(Load, usize)], results: &[Timed]) {
     let info = model.info();
-    let results: Vec<((Load, usize), Times)> = cases.iter().copied().zip(rounds.into_iter().map(median)).collect();
+    let read = range(results, |roofs| roofs.read_bytes);
+    let int8 = range(results, |roofs| roofs.int8_operations);
+    let f32 = range(results, |roofs| roofs.f32_operations);
     if args.json {
-        let loads: Vec<Value> = results
+        let loads: Vec<Value> = cases
             .iter()
-            .map(|((load, adapters), times)| {
-                let (least, bound) = least(roofs, model, *load);
+            .zip(results)
+            .map(|((load, adapters), result)| {
+                let (times, (share, bound)) = (result.median(), result.share(model, *load));
                 let parts = PARTS.iter().zip(times.parts).map(|(name, part)| ((*name).to_owned(), json!(part)));
                 json!({
                     "load": load.name(), "adapters": adapters, "tokens_per_second": load.num_tokens() as f64 / times.total,
                     "seconds": times.total, "parts": parts.collect::<serde_json::Map<_, _>>(),
-                    "share_of_roof": least / times.total, "bound": bound,
+                    "share_of_roof": share, "bound": bound, "rounds": result.rounds(),
                 })
             })
             .collect();
@@ -332,8 +367,7 @@ fn report(
             "device": info.device, "threads": info.threads, "weight_bytes": info.weight_bytes,
             "load_seconds": loading.as_secs_f64(),
             "roofs": {
-                "read_bytes_per_second": roofs.read_bytes, "int8_operations_per_second": roofs.int8_operations,
-                "f32_operations_per_second": roofs.f32_operations,
+                "read_bytes_per_second": read, "int8_operations_per_second": int8, "f32_operations_per_second": f32,
             },
             "loads": loads,
         });
@@ -350,19 +384,22 @@ fn report(
         info.kv_cache_dtype
     );
     println!(
-        "roofs: {:.1} GB/s read, {:.0} GOP/s int8, {:.0} GFLOP/s f32",
-        roofs.read_bytes / 1e9,
-        roofs.int8_operations / 1e9,
-        roofs.f32_operations / 1e9
+        "roofs: {:.1} to {:.1} GB/s read, {:.0} to {:.0} GOP/s int8, {:.0} to {:.0} GFLOP/s f32",
+        read[0] / 1e9,
+        read[1] / 1e9,
+        int8[0] / 1e9,
+        int8[1] / 1e9,
+        f32[0] / 1e9,
+        f32[1] / 1e9
     );
     print!("{:<28} {:>9} {:>9}  {:<14}", "", "tok/s", "ms", "of the roof");
     for part in PARTS {
         print!(" {part:>9}");
     }
     println!("  (ms)");
-    for ((load, adapters), times) in results {
-        let (least, bound) = least(roofs, model, load);
-        let share = format!("{:.0} % {bound}", 100.0 * least / times.total);
+    for (&(load, adapters), result) in cases.iter().zip(results) {
+        let (times, (share, bound)) = (result.median(), result.share(model, load));
+        let share = format!("{:.0} % {bound}", 100.0 * share);
         let rate = load.num_tokens() as f64 / times.total;
         let name = if adapters == 0 { load.name() } else { format!("{}, {adapters} LoRA", load.name()) };
         print!("{name:<28} {rate:>9.1} {:>9.2}  {share:<14}", times.total * 1e3);

@@ -31,7 +31,7 @@ pub use adapter::{
 pub use batch::{BatchLimits, BatchSequence, ForwardBatch};
 pub use error::ModelError;
 pub use licence::declared_licence;
-pub use machine::{Machine, Roofs};
+pub use machine::{Gauge, Machine, Roofs};
 pub use model::{
     BackendKind, Dtype, KvCacheDtype, LoadOptions, Model, ModelInfo, ModelPhase, OpenedModel, ProductWeights, Quantize,
     StepModel,

@@ -13,6 +13,8 @@ use crate::{ModelError, ProductWeights, threads::physical_cores};
 /// lowers a figure.
 const ROUND: Duration = Duration::from_millis(40);
 const ROUNDS: usize = 12;
+/// Of a glance.
+const GLANCE_ROUNDS: usize = 2;
 /// Larger than the caches of every machine in question.
 const READ_BYTES: usize = 512 << 20;
 
@@ -28,6 +30,16 @@ pub struct Roofs {
 }
 
 impl Roofs {
+    /// The higher of each: other work only ever lowers a figure.
+    #[must_use]
+    pub fn max(self, other: Self) -> Self {
+        Self {
+            read_bytes: self.read_bytes.max(other.read_bytes),
+            int8_operations: self.int8_operations.max(other.int8_operations),
+            f32_operations: self.f32_operations.max(other.f32_operations),
+        }
+    }
+
     /// Seconds that these weights take at least, once a step and once a row: reading them, and multiplying with them.
     pub fn seconds(&self, product: &ProductWeights, num_steps: f64, num_rows: f64) -> (f64, f64) {
         let peak = if product.is_quantized { self.int8_operations } else { self.f32_operations };
@@ -57,29 +69,65 @@ impl Machine {
 
     /// Takes about two seconds of all threads. `clock` tells the time since some moment, always the same one.
     /// [`ModelError::OutOfMemory`] where there is no half a gigabyte to read.
-    pub fn roofs(&self, clock: impl Fn() -> Duration) -> Result<Roofs, ModelError> {
-        let timed = |work: &dyn Fn() -> u64| {
-            let start = clock();
-            let done = work();
-            (done as f64, clock().saturating_sub(start))
-        };
-        let rate = |work: &dyn Fn() -> u64| {
-            let (done, elapsed) = timed(work);
-            done / elapsed.as_secs_f64().max(1e-9)
-        };
-        // The best round of work that grows with its argument.
-        let best = |work: &dyn Fn(usize) -> u64| {
+    pub fn roofs(self, clock: impl Fn() -> Duration) -> Result<Roofs, ModelError> {
+        Ok(Gauge::new(self, &clock)?.take(&clock, ROUNDS))
+    }
+}
+
+/// A machine whose roofs are looked at again and again: a virtual machine is moved between cores while it runs, and two cores
+/// that share a cache share its way to memory, too (on a Zen 4 with two cores, 33 GB/s together or 50 apart, by the second).
+/// A share of a roof says something only if the roof was taken beside what it is a share of.
+#[derive(Debug)]
+pub struct Gauge {
+    machine: Machine,
+    target: ReadTarget,
+    int8_rounds: usize,
+    f32_rounds: usize,
+}
+
+impl Gauge {
+    /// Takes half a gigabyte; [`ModelError::OutOfMemory`] where there is none. `clock` as for [`Machine::roofs`].
+    pub fn new(machine: Machine, clock: impl Fn() -> Duration) -> Result<Self, ModelError> {
+        let target = ReadTarget::new(READ_BYTES).map_err(|error| ModelError::OutOfMemory(error.to_string()))?;
+        let cpu = &machine.cpu;
+        let rounds_of = |work: &dyn Fn(usize) -> u64| {
             let mut rounds = 1000;
-            while timed(&|| work(rounds)).1 < ROUND / 2 {
+            while timed(&clock, || work(rounds)).1 < ROUND / 2 {
                 rounds *= 2;
             }
-            (0..ROUNDS).map(|_| rate(&|| work(rounds))).fold(0.0, f64::max)
+            rounds
         };
-        let target = ReadTarget::new(READ_BYTES).map_err(|error| ModelError::OutOfMemory(error.to_string()))?;
-        Ok(Roofs {
-            read_bytes: (0..ROUNDS / 2).map(|_| rate(&|| self.cpu.read(&target))).fold(0.0, f64::max),
-            int8_operations: best(&|rounds| self.cpu.spin_int8(rounds)),
-            f32_operations: best(&|rounds| self.cpu.spin_f32(rounds)),
-        })
+        let int8_rounds = rounds_of(&|rounds| cpu.spin_int8(rounds));
+        let f32_rounds = rounds_of(&|rounds| cpu.spin_f32(rounds));
+        Ok(Self { machine, target, int8_rounds, f32_rounds })
     }
+
+    /// The roofs of this moment, in about a sixth of a second.
+    pub fn glance(&self, clock: impl Fn() -> Duration) -> Roofs {
+        self.take(&clock, GLANCE_ROUNDS)
+    }
+
+    /// The best of some rounds of each.
+    fn take(&self, clock: &impl Fn() -> Duration, rounds: usize) -> Roofs {
+        let best = |work: &dyn Fn() -> u64| {
+            let rate = || {
+                let (done, elapsed) = timed(clock, work);
+                done / elapsed.as_secs_f64().max(1e-9)
+            };
+            (0..rounds).map(|_| rate()).fold(0.0, f64::max)
+        };
+        let cpu = &self.machine.cpu;
+        Roofs {
+            read_bytes: best(&|| cpu.read(&self.target)),
+            int8_operations: best(&|| cpu.spin_int8(self.int8_rounds)),
+            f32_operations: best(&|| cpu.spin_f32(self.f32_rounds)),
+        }
+    }
+}
+
+/// What was done, and in what time.
+fn timed(clock: impl Fn() -> Duration, work: impl Fn() -> u64) -> (f64, Duration) {
+    let start = clock();
+    let done = work();
+    (done as f64, clock().saturating_sub(start))
 }

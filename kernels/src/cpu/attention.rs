@@ -201,8 +201,12 @@ impl Cpu {
                 call.run_piece(kernel, piece, out);
             }
         } else if pieces.len() >= self.threads() * super::PIECES_PER_THREAD || pieces.iter().all(|p| p.num_spans == 1) {
-            put_longest_first(pieces);
-            self.pool.run(pieces.len(), |index| call.run_piece(kernel, &pieces[index], out));
+            if pieces.iter().all(|piece| piece.num_spans == pieces[0].num_spans) {
+                self.pool.run(pieces.len(), |index| call.run_piece(kernel, &pieces[index], out));
+            } else {
+                put_longest_first(pieces);
+                self.pool.run_longest_first(pieces.len(), |index| call.run_piece(kernel, &pieces[index], out));
+            }
         } else {
             self.attend_by_spans(kernel, call, pieces, out, tasks, states);
         }

@@ -221,7 +221,7 @@ impl Cpu {
         if num_pieces == 1 {
             return (0..=num_first).for_each(run);
         }
-        self.pool.run(num_first + num_pieces, run);
+        self.pool.run_in_two(num_first, num_pieces, run);
     }
 
     /// Checks the segments and says where their first halves go; how long all are.

@@ -125,9 +125,9 @@ impl Cpu {
         parts: &[Part<'_>; N],
         addends: Option<&Addends<'_, N>>,
     ) {
-        let piece_of = |at: usize, piece: usize, num_pieces: usize| {
+        let piece_of = |at: usize, blocks: Range<usize>| {
             let (x, part) = (&x[at], &parts[at]);
-            let tiles = part.tiles_before(piece, num_pieces)..part.tiles_before(piece + 1, num_pieces);
+            let tiles = part.tiles_before(blocks.start)..part.tiles_before(blocks.end);
             let cols = tiles.start * part.tile_rows..(tiles.end * part.tile_rows).min(part.weights.rows());
             self.tiles(x, part.weights, tiles, 0..x.panels().num_panels(), &part.out);
             if let Some(addends) = addends {
@@ -135,21 +135,19 @@ impl Cpu {
             }
         };
         let macs = |part: &Part<'_>| part.tiles * part.tile_rows * part.weights.cols() * x[0].num_rows();
-        let total: usize = parts.iter().map(macs).sum();
-        let num_wanted = self.pieces_for(total);
-        if num_wanted == 1 {
-            return self.run_beside(addends, 1, |_| (0..N).for_each(|at| piece_of(at, 0, 1)));
-        }
-        let num_pieces: [usize; N] = std::array::from_fn(|at| {
-            let part = &parts[at];
-            part.even_pieces((num_wanted * macs(part) / total.max(1)).clamp(1, part.blocks().max(1)))
-        });
-        self.run_beside(addends, num_pieces.iter().sum(), |mut index| {
-            for (at, &num_pieces) in num_pieces.iter().enumerate() {
-                if index < num_pieces {
-                    return piece_of(at, index, num_pieces);
+        // One part's blocks after the other's, so that pieces are of one size whatever the parts': all have as many columns.
+        let num_blocks: usize = parts.iter().map(Part::blocks).sum();
+        let num_pieces = self.pieces_for(parts.iter().map(macs).sum()).clamp(1, num_blocks.max(1));
+        self.run_beside(addends, num_pieces, |piece| {
+            let piece = piece * num_blocks / num_pieces..(piece + 1) * num_blocks / num_pieces;
+            let mut before = 0;
+            for (at, part) in parts.iter().enumerate() {
+                let own = before..before + part.blocks();
+                let common = piece.start.max(own.start)..piece.end.min(own.end);
+                if !common.is_empty() {
+                    piece_of(at, common.start - before..common.end - before);
                 }
-                index -= num_pieces;
+                before = own.end;
             }
         });
     }
@@ -228,15 +226,9 @@ impl Part<'_> {
         (DENSE_TILE_ROWS / self.tile_rows).max(1)
     }
 
-    /// As many pieces, or up to a third fewer if those are all of one size.
-    fn even_pieces(&self, num_pieces: usize) -> usize {
-        let blocks = self.blocks();
-        (num_pieces - num_pieces / 3..=num_pieces).rev().find(|n| blocks.is_multiple_of(*n)).unwrap_or(num_pieces)
-    }
-
-    /// Tiles of the pieces before this one.
-    fn tiles_before(&self, piece: usize, num_pieces: usize) -> usize {
-        (piece * self.blocks() / num_pieces * self.tiles_of_block()).min(self.tiles)
+    /// Tiles of the blocks before this one.
+    fn tiles_before(&self, block: usize) -> usize {
+        (block * self.tiles_of_block()).min(self.tiles)
     }
 }
 

@@ -300,7 +300,7 @@ unsafe fn panel_rows<Q: QuantLanes, C: Codes, S: Scales, const T: usize, const N
 }
 
 /// How many groups ahead of the one at hand weights are asked for.
-const AHEAD_GROUPS: usize = 24;
+const AHEAD_GROUPS: usize = 16;
 
 /// Asks for a group's codes and scales, of this tile or, where the number is too high, of the one behind it.
 #[inline(always)]
