@@ -519,7 +519,7 @@ mod tests {
             }
         }
         let pool = Pool::new(4);
-        for round in 0..50 * ROUNDS {
+        for round in 0..8 * ROUNDS {
             let num_done = AtomicUsize::new(0);
             let result = catch_unwind(AssertUnwindSafe(|| {
                 pool.run_in_two(16, 16, |index| {
