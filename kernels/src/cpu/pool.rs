@@ -121,6 +121,12 @@ impl Shares {
     }
 }
 
+/// Nobody finds anything any more in either phase; in the second before the first: nobody shall go on to wait for tasks that
+/// will never begin.
+fn abandon(shares: &[Shares; 2], phases: &[Phase; 2]) {
+    shares.iter().zip(phases).rev().for_each(|(shares, &phase)| shares.clear(phase));
+}
+
 /// What nobody has taken of a share.
 struct Left {
     first: u64,
@@ -284,8 +290,7 @@ impl Shared {
             let mut num_empty = 0;
             while let Some(index) = shares.take(phase, me, &mut num_empty) {
                 if let Err(payload) = catch_unwind(AssertUnwindSafe(|| task(before + index))) {
-                    // The second phase before the first: nobody shall go on to wait for tasks that will never begin.
-                    self.shares.iter().zip(phases).rev().for_each(|(shares, &phase)| shares.clear(phase));
+                    abandon(&self.shares, phases);
                     lock(&self.panic).get_or_insert(payload);
                 }
             }
@@ -532,6 +537,21 @@ mod tests {
                 });
             }));
             assert!(result.is_err());
+        }
+    }
+
+    #[test]
+    fn whoever_finds_the_first_phase_abandoned_finds_the_second_so() {
+        let num_shares = if cfg!(miri) { 3 } else { 256 };
+        let shares = [Shares::of(num_shares), Shares::of(num_shares)];
+        for epoch in 1..if cfg!(miri) { 4 } else { 200 } {
+            let phases = [Phase { num_tasks: TASK_MASK as usize, epoch }; 2];
+            std::thread::scope(|scope| {
+                scope.spawn(|| abandon(&shares, &phases));
+                // More tasks than it can take before it sees the end; the last share is cleared last.
+                while shares[0].take_of(phases[0], num_shares - 1, false).is_some() {}
+                assert_eq!(shares[1].take_of(phases[1], num_shares - 1, false), None, "epoch {epoch}");
+            });
         }
     }
 
