@@ -158,12 +158,9 @@ struct Times {
     parts: [f64; PARTS.len()],
 }
 
-/// What a load's rounds gave.
-struct Timed {
-    times: Vec<Times>,
-    /// The machine's of each round.
-    roofs: Vec<Roofs>,
-}
+/// What a load's rounds gave, each beside the machine's roofs at its time.
+#[derive(Default)]
+struct Timed(Vec<(Times, Roofs)>);
 
 const PARTS: [&str; 6] = ["embed", "qkv", "attention", "output", "mlp", "head"];
 
@@ -202,26 +199,24 @@ fn round(model: &mut Model, batch: &ForwardBatch, logits: &mut [f32]) -> Times {
 impl Timed {
     /// The median by total.
     fn median(&self) -> &Times {
-        let mut order: Vec<&Times> = self.times.iter().collect();
+        let mut order: Vec<&Times> = self.0.iter().map(|(times, _)| times).collect();
         order.sort_by(|a, b| a.total.total_cmp(&b.total));
         order[order.len() / 2]
     }
 
     /// Each round, and how quick memory was beside it, by which the states that a machine was in can be told apart.
     fn rounds(&self) -> Vec<Value> {
-        let rounds = self.times.iter().zip(&self.roofs);
-        rounds
-            .map(|(times, roofs)| json!({"seconds": times.total, "read_bytes_per_second": roofs.read_bytes}))
-            .collect()
+        let round = |(times, roofs): &(Times, Roofs)| json!({"seconds": times.total, "read_bytes_per_second": roofs.read_bytes});
+        self.0.iter().map(round).collect()
     }
 
     /// The median of the rounds' shares of the roof beside them, and of which.
     fn share(&self, model: &Model, load: Load) -> (f64, &'static str) {
-        let share = |(times, roofs): (&Times, &Roofs)| {
+        let share = |(times, roofs): &(Times, Roofs)| {
             let (least, bound) = least(roofs, model, load);
             (least / times.total, bound)
         };
-        let mut shares: Vec<_> = self.times.iter().zip(&self.roofs).map(share).collect();
+        let mut shares: Vec<_> = self.0.iter().map(share).collect();
         shares.sort_by(|a, b| a.0.total_cmp(&b.0));
         shares[shares.len() / 2]
     }
@@ -321,7 +316,7 @@ fn main() {
     let most_rows = loads.iter().map(|load| load.num_sampled()).max().unwrap_or(1);
     let mut logits = vec![0.0; most_rows * vocab_size];
 
-    let mut results: Vec<Timed> = cases.iter().map(|_| Timed { times: Vec::new(), roofs: Vec::new() }).collect();
+    let mut results: Vec<Timed> = cases.iter().map(|_| Timed::default()).collect();
     for index in 0..=args.rounds.max(1) {
         let mut before = gauge.glance(clock);
         for (((load, _), batch), result) in cases.iter().zip(&batches).zip(&mut results) {
@@ -329,8 +324,7 @@ fn main() {
             let after = gauge.glance(clock);
             // The first one warms up.
             if index > 0 {
-                result.times.push(times);
-                result.roofs.push(before.max(after));
+                result.0.push((times, before.max(after)));
             }
             before = after;
         }
@@ -340,7 +334,7 @@ fn main() {
 
 /// The lowest and the highest of a roof in the whole run.
 fn range(results: &[Timed], roof: impl Fn(&Roofs) -> f64) -> [f64; 2] {
-    let all = || results.iter().flat_map(|result| &result.roofs).map(&roof);
+    let all = || results.iter().flat_map(|result| &result.0).map(|(_, roofs)| roof(roofs));
     [all().fold(f64::INFINITY, f64::min), all().fold(0.0, f64::max)]
 }
 

@@ -11,7 +11,7 @@ use super::Cpu;
 use super::activations::{Activations, Form, Inputs};
 use super::gated::{Call, GatedProduct, Projection};
 use super::low_rank::copy_groups;
-use super::pool::SharedMut;
+use super::pool::{SharedMut, share_of};
 use super::task::Output;
 use crate::matrix::Matrix;
 use crate::quant_format::GROUP;
@@ -176,7 +176,7 @@ impl<F: Fn(usize) -> usize> Pieces<'_, F> {
             let num_pieces = self.of(segment);
             if index < num_pieces {
                 let units = (self.units)(segment.expert);
-                return (segment, index * units / num_pieces..(index + 1) * units / num_pieces);
+                return (segment, share_of(units, num_pieces, index));
             }
             index -= num_pieces;
         }

@@ -11,7 +11,7 @@ use super::Cpu;
 use super::activations::{Activations, Form, Inputs};
 use super::low_rank::Addends;
 use super::matmul::even_parts;
-use super::pool::SharedMut;
+use super::pool::{SharedMut, share_of};
 use super::task::{ActivationsOut, GatedTask, Output};
 use crate::matrix::Matrix;
 use crate::quant_format::GROUP;
@@ -109,7 +109,7 @@ impl Cpu {
         self.with_inputs(&x.inputs(), [gate, product.up.map_or(gate, |up| up.weights)], |[x, up_x]| {
             let call = Call { x, up_x, product: *product, addends, out };
             self.run_beside(call.addends.as_ref(), num_pieces, |piece| {
-                self.gated_groups(&call, piece * groups / num_pieces..(piece + 1) * groups / num_pieces);
+                self.gated_groups(&call, share_of(groups, num_pieces, piece));
             });
         });
     }

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::Cpu;
 use super::activations::{Activations, Form, Inputs};
-use super::pool::{SharedMut, wait_until};
+use super::pool::{SharedMut, share_of, wait_until};
 use super::task::{ActivationsOut, Output, Panels, QuantRows};
 use crate::matrix::{DENSE_TILE_ROWS, Matrix};
 
@@ -116,7 +116,7 @@ impl<const N: usize> Addends<'_, N> {
             if self.num_pieces == 1 {
                 job.run(cpu, 0..num_tiles);
             } else if piece < num_pieces {
-                return job.run(cpu, piece * num_tiles / num_pieces..(piece + 1) * num_tiles / num_pieces);
+                return job.run(cpu, share_of(num_tiles, num_pieces, piece));
             } else {
                 piece -= num_pieces;
             }

@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use super::activations::{Activations, Inputs};
 use super::low_rank::Addends;
-use super::pool::SharedMut;
+use super::pool::{SharedMut, share_of};
 use super::task::{DenseTask, Line, Output, QuantGroup, QuantTask};
 use super::{Cpu, PIECES_PER_THREAD};
 use crate::matrix::{DENSE_TILE_ROWS, Dense, DenseElement, Matrix};
@@ -139,7 +139,7 @@ impl Cpu {
         let num_blocks: usize = parts.iter().map(Part::blocks).sum();
         let num_pieces = self.pieces_for(parts.iter().map(macs).sum()).clamp(1, num_blocks.max(1));
         self.run_beside(addends, num_pieces, |piece| {
-            let piece = piece * num_blocks / num_pieces..(piece + 1) * num_blocks / num_pieces;
+            let piece = share_of(num_blocks, num_pieces, piece);
             let mut before = 0;
             for (at, part) in parts.iter().enumerate() {
                 let own = before..before + part.blocks();
@@ -191,9 +191,11 @@ impl Cpu {
 
 /// A range in as few parts as can be, of at most `max_len`, as even as can be.
 pub(super) fn even_parts(range: Range<usize>, max_len: usize) -> impl Iterator<Item = Range<usize>> {
-    let (start, len) = (range.start, range.len());
-    let parts = len.div_ceil(max_len.max(1));
-    (0..parts).map(move |part| start + part * len / parts..start + (part + 1) * len / parts)
+    let parts = range.len().div_ceil(max_len.max(1));
+    (0..parts).map(move |part| {
+        let share = share_of(range.len(), parts, part);
+        range.start + share.start..range.start + share.end
+    })
 }
 
 /// One of several products in a call.

@@ -33,7 +33,7 @@ mod task;
 use std::ops::Range;
 
 use dispatch::{Isa, Kernels};
-use pool::Pool;
+use pool::{Pool, share_of};
 
 /// More threads than this are never made.
 pub const MAX_THREADS: usize = 256;
@@ -90,6 +90,6 @@ impl Cpu {
             piece(0..len);
             return;
         }
-        self.pool.run(pieces, |index| piece(index * len / pieces..(index + 1) * len / pieces));
+        self.pool.run(pieces, |index| piece(share_of(len, pieces, index)));
     }
 }

@@ -94,18 +94,22 @@ impl Shares {
         // Acquires what `clear` did before.
         let mut seen = share.load(Ordering::Acquire);
         loop {
-            let Left { first, end } = Left::of(seen, phase).unwrap_or_else(|| {
+            let present = Left::of(seen, phase);
+            let is_whole = present.is_none();
+            let Left { first, end } = present.unwrap_or_else(|| {
                 let Range { start, end } = share_of(phase.num_tasks, self.0.len(), owner);
                 Left { first: start as u64, end: end as u64 }
             });
-            let (task, left) = match () {
-                () if first >= end => (None, Left { first: 0, end: 0 }),
-                () if is_own => (Some(first), Left { first: first + 1, end }),
-                () => (Some(end - 1), Left { first, end: end - 1 }),
-            };
-            if task.is_none() && Left::of(seen, phase).is_some() {
+            let (task, left) = if first < end && is_own {
+                (Some(first), Left { first: first + 1, end })
+            } else if first < end {
+                (Some(end - 1), Left { first, end: end - 1 })
+            } else if is_whole {
+                // A share of nothing, too, must be of the epoch when the phase is over.
+                (None, Left::NOTHING)
+            } else {
                 return None;
-            }
+            };
             match share.compare_exchange_weak(seen, left.word(phase), Ordering::AcqRel, Ordering::Acquire) {
                 Ok(_) => return task.map(|task| task as usize),
                 Err(newer) => seen = newer,
@@ -116,7 +120,7 @@ impl Shares {
     /// Nobody finds anything any more.
     fn clear(&self, phase: Phase) {
         for share in &self.0 {
-            share.0.store(Left { first: 0, end: 0 }.word(phase), Ordering::Release);
+            share.0.store(Left::NOTHING.word(phase), Ordering::Release);
         }
     }
 }
@@ -134,6 +138,8 @@ struct Left {
 }
 
 impl Left {
+    const NOTHING: Self = Self { first: 0, end: 0 };
+
     /// None where the word is of an earlier phase.
     fn of(word: u64, phase: Phase) -> Option<Self> {
         let is_present = word >> (2 * TASK_BITS) == phase.epoch;
@@ -145,9 +151,9 @@ impl Left {
     }
 }
 
-/// A thread's share of some tasks: as even as can be.
-fn share_of(num_tasks: usize, threads: usize, thread: usize) -> Range<usize> {
-    thread * num_tasks / threads..(thread + 1) * num_tasks / threads
+/// Number `at` of so many shares of `0..len`, one after the other and as even as can be.
+pub(super) fn share_of(len: usize, num_shares: usize, at: usize) -> Range<usize> {
+    at * len / num_shares..(at + 1) * len / num_shares
 }
 
 /// Which of the tasks, longest first, stands at a place of all shares: each share has long ones before short ones, and all

@@ -125,26 +125,28 @@ async fn a_path_is_a_path_whatever_is_in_it() {
     }
 }
 
-/// SQLite refuses at once, without the wait it was told, to change the journal of a file that another process writes.
-#[tokio::test]
-async fn a_file_that_another_process_writes_is_waited_for_when_it_is_opened() {
+/// A new file, and another's connection that writes it.
+async fn written_by_another() -> (Place, sqlx::AnyConnection) {
     let place = Place::sqlite();
     std::fs::File::create(place.path()).unwrap();
     let mut other = place.connect().await;
     sqlx::raw_sql("BEGIN IMMEDIATE").execute(&mut other).await.unwrap();
+    (place, other)
+}
+
+/// SQLite refuses at once, without the wait it was told, to change the journal of a file that another process writes.
+#[tokio::test]
+async fn a_file_that_another_process_writes_is_waited_for_when_it_is_opened() {
+    let (place, mut other) = written_by_another().await;
     let opened = tokio::spawn(Store::open(place.options()));
     tokio::time::sleep(std::time::Duration::from_millis(200)).await;
     assert!(!opened.is_finished(), "{:?}", opened.await.unwrap().err());
     sqlx::raw_sql("COMMIT").execute(&mut other).await.unwrap();
     drop(opened.await.unwrap().unwrap());
 
+    let (place, _other) = written_by_another().await;
     let mut options = place.options();
     options.timeout = std::time::Duration::from_millis(300);
-    let place = Place::sqlite();
-    std::fs::File::create(place.path()).unwrap();
-    options.url = StoreUrl::from_str(&place.url).unwrap();
-    let mut other = place.connect().await;
-    sqlx::raw_sql("BEGIN IMMEDIATE").execute(&mut other).await.unwrap();
     let error = Store::open(options).await.err().unwrap();
     assert!(matches!(error, StoreError::Busy { .. }), "{error:?}");
 }
