@@ -29,6 +29,7 @@
 //! | `cpu/scalar/` | the specification, written to be read |
 //! | `cpu/generic/` | each fast algorithm once, over the traits `Lanes` and `QuantLanes` |
 //! | `cpu/avx2/`, `cpu/avx512/`, `cpu/neon/` | those traits in intrinsics, and the table entries made from them |
+//! | `cpu/amx/` | products of many rows in the matrix unit |
 //!
 //! # Layouts
 //!
@@ -74,13 +75,14 @@
 //! | `avxvnni` | the above and AVX-VNNI | run and held against `scalar` |
 //! | `avx512` | `avx2`'s and AVX-512 F, BW, VL, DQ | run and held against `scalar` |
 //! | `avx512vnni` | the above and AVX-512 VNNI | run and held against `scalar` |
+//! | `amx` | the above, AMX-TILE and AMX-INT8, and leave from Linux to use them | run and held against `scalar` |
 //! | `neon` | NEON | run under emulation and held against `scalar` |
 //! | `neondot` | the above and dotprod (ARMv8.2) | run under emulation and held against `scalar` |
 //! | `neoni8mm` | the above and i8mm (ARMv8.6) | run under emulation and held against `scalar` |
 //!
 //! A name means exactly that set. Without the variable the best set of the machine is taken. The x86 sets have run on an
-//! AMD (Zen 5; all four) and an Intel processor (Emerald Rapids; all but `avxvnni`); the ARM sets under qemu alone, so
-//! nothing is known of their speed. The property tests skip aloud what a machine lacks.
+//! AMD (Zen 5; all but `amx`) and on Intel processors (Emerald Rapids, all but `avxvnni` and `amx`; Granite Rapids, all); the
+//! ARM sets under qemu alone, so nothing is known of their speed. The property tests skip aloud what a machine lacks.
 #![expect(
     unsafe_code,
     reason = "intrinsics, buffers shared by threads and memory maps; each block names the check that discharges it"

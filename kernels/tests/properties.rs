@@ -681,4 +681,5 @@ properties! {
     avx512: Isa::Avx512;
     avxvnni: Isa::AvxVnni;
     avx512vnni: Isa::Avx512Vnni;
+    amx: Isa::Amx;
 }

@@ -585,7 +585,7 @@ fn packed_matrices_are_as_small_as_their_files() {
         ("GPTQ int3, groups of 128", spans(CodeBits::Three, 128, true), 96 + 2 * 2 + 1),
         ("GPTQ int2, groups of 64", spans(CodeBits::Two, 64, true), 64 + 4 * 2 + 1),
     ];
-    for isa in [Isa::Scalar, Isa::Avx2, Isa::AvxVnni, Isa::Avx512, Isa::Avx512Vnni] {
+    for isa in [Isa::Scalar, Isa::Avx2, Isa::AvxVnni, Isa::Avx512, Isa::Avx512Vnni, Isa::Amx] {
         for (rows, cols) in [(640, 640_usize), (576, 1536), (1536, 576), (256, 2048), (16_384, 256)] {
             for (name, format, block_bytes) in formats {
                 if !cols.is_multiple_of(format.cols_multiple()) {

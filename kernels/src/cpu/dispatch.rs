@@ -35,11 +35,13 @@ pub enum Isa {
     Avx512,
     /// The same with VNNI's dot products.
     Avx512Vnni,
+    /// The same with the int8 products of the matrix unit (AMX).
+    Amx,
 }
 
 impl Isa {
     /// Every set that has a name.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Scalar,
         Self::Neon,
         Self::NeonDot,
@@ -48,6 +50,7 @@ impl Isa {
         Self::AvxVnni,
         Self::Avx512,
         Self::Avx512Vnni,
+        Self::Amx,
     ];
 
     /// As written in `BINDERY_ISA`.
@@ -61,6 +64,7 @@ impl Isa {
             Self::AvxVnni => "avxvnni",
             Self::Avx512 => "avx512",
             Self::Avx512Vnni => "avx512vnni",
+            Self::Amx => "amx",
         }
     }
 
@@ -100,7 +104,7 @@ impl Isa {
     pub(crate) fn quant_tile_rows(self) -> usize {
         match self {
             Self::Scalar | Self::Neon | Self::NeonDot | Self::NeonI8mm | Self::Avx2 | Self::AvxVnni => 8,
-            Self::Avx512 | Self::Avx512Vnni => 16,
+            Self::Avx512 | Self::Avx512Vnni | Self::Amx => 16,
         }
     }
 }
@@ -165,6 +169,8 @@ impl Kernels {
             Isa::Avx512 => x86::has_avx512().then_some(&super::avx512::KERNELS),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Vnni => (x86::has_avx512() && x86::has_vnni()).then_some(&super::avx512::KERNELS_VNNI),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx => (x86::has_avx512() && x86::has_vnni() && super::amx::may_use()).then_some(&super::amx::KERNELS),
             #[cfg(target_arch = "aarch64")]
             Isa::Neon => arm::has_neon().then_some(&super::neon::KERNELS),
             #[cfg(target_arch = "aarch64")]

@@ -18,6 +18,8 @@ pub(crate) mod rows;
 pub(crate) mod write_kv;
 
 #[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;

@@ -19,7 +19,7 @@ pub(super) struct Rows16;
 
 /// Sixteen rows by VNNI's `dpbusd`.
 #[derive(Clone, Copy)]
-pub(super) struct Rows16Vnni;
+pub(in crate::cpu) struct Rows16Vnni;
 
 /// Magnitudes of codes, and which are negative.
 #[derive(Clone, Copy)]

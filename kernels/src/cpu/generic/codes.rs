@@ -421,7 +421,7 @@ impl Codes for Eight {
 
 /// Which of an activation group's codes a group of weights meets.
 #[derive(Clone, Copy)]
-pub(super) enum Part {
+pub(in crate::cpu) enum Part {
     Whole,
     First,
     Second,
@@ -440,7 +440,7 @@ impl Part {
 
     /// The same times their scale.
     #[inline(always)]
-    pub(super) fn scaled_sum(self, x: &QuantGroup) -> f32 {
+    pub(in crate::cpu) fn scaled_sum(self, x: &QuantGroup) -> f32 {
         match self {
             Self::Whole => x.scaled_sum,
             Self::First | Self::Second => x.scale * self.sum(x) as f32,

@@ -386,12 +386,13 @@ pub(super) use kernel_table;
 
 /// As `kernel_table!`, for the quantised products alone; the rest is another set's.
 macro_rules! quant_table {
-    ($table:ident, $quant:ty, $features:literal, columns: $columns:literal, rest: $rest:expr) => {
+    (
+        $table:ident, $quant:ty, $features:literal, columns: $columns:literal, product: $multiply:ident, rest: $rest:expr
+    ) => {
         pub(in crate::cpu) const $table: crate::cpu::dispatch::Kernels = {
             use crate::cpu::dispatch::Kernels;
             use crate::cpu::generic::codes::{Eight, Five, Four, FourFromBook, Six, Three, ThreeFromBook, Two};
             use crate::cpu::generic::peak;
-            use crate::cpu::generic::quant;
             use crate::cpu::generic::scales::{Eighths, Exponents, Nibbles, Single, Spans, TwoLevel, Wide};
             use crate::cpu::task::QuantTask;
             use crate::quant_format::{CodeBits, CodeBook, Scaling};
@@ -403,7 +404,7 @@ macro_rules! quant_table {
                     #[target_feature(enable = $features)]
                     unsafe fn $name(task: &mut QuantTask<'_>) {
                         // SAFETY: the table's duty: the machine has the features, the task's ranges are right.
-                        unsafe { quant::multiply::<$quant, $codes, $scales, $columns>(task) }
+                        unsafe { $multiply::<$quant, $codes, $scales, $columns>(task) }
                     }
                 };
             }

@@ -304,7 +304,7 @@ const AHEAD_GROUPS: usize = 16;
 
 /// Asks for a group's codes and scales, of this tile or, where the number is too high, of the one behind it.
 #[inline(always)]
-fn prefetch_group<Q: QuantLanes, C: Codes, S: Scales>(pointers: &Pointers, group: usize) {
+pub(in crate::cpu) fn prefetch_group<Q: QuantLanes, C: Codes, S: Scales>(pointers: &Pointers, group: usize) {
     let bytes = C::BITS.count() * 4 * Q::ROWS;
     for line in 0..bytes.div_ceil(LINE_BYTES) {
         prefetch(pointers.codes.wrapping_add(group * bytes + line * LINE_BYTES));
@@ -476,7 +476,7 @@ impl<Q: QuantLanes> Levels<Q> {
 /// # Safety
 /// As [`QuantLanes`]; the elements belong to the task.
 #[inline(always)]
-unsafe fn store<Q: QuantLanes>(out: &Output<'_>, m: usize, tile: usize, sums: Q::Floats) {
+pub(in crate::cpu) unsafe fn store<Q: QuantLanes>(out: &Output<'_>, m: usize, tile: usize, sums: Q::Floats) {
     let first_row = tile * Q::ROWS;
     // SAFETY: the slices have at least ROWS elements where vectors touch them; else the caller's duty.
     unsafe {

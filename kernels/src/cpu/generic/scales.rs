@@ -13,7 +13,7 @@ use crate::quant_format::{SUPER_GROUP, Scaling};
 
 /// Elements of a tile in each of a matrix's buffers. Made once a task: divisions in the loop over tiles took
 /// a lone row up to a tenth longer.
-pub(super) struct TileLens {
+pub(in crate::cpu) struct TileLens {
     codes: usize,
     scales: usize,
     mins: usize,
@@ -23,7 +23,7 @@ pub(super) struct TileLens {
 }
 
 impl TileLens {
-    pub(super) fn new(w: &Quantized) -> Self {
+    pub(in crate::cpu) fn new(w: &Quantized) -> Self {
         // A buffer holds a whole number of tiles.
         let tiles = w.tiles().max(1);
         Self {
@@ -47,7 +47,7 @@ const SPAN_SHIFT: u32 = 40;
 /// Where a tile's codes and scales begin.
 #[derive(Clone, Copy)]
 pub(in crate::cpu) struct Pointers {
-    pub(super) codes: *const u8,
+    pub(in crate::cpu) codes: *const u8,
     pub(super) scales: *const f16,
     /// What the matrix does not have is an empty slice's pointer, here and below.
     pub(super) mins: *const f16,
@@ -55,13 +55,13 @@ pub(in crate::cpu) struct Pointers {
     sub_mins: *const i8,
     groups_to_spans: u64,
     /// What codes stand for, as vectors look it up.
-    pub(super) book: *const u8,
+    pub(in crate::cpu) book: *const u8,
 }
 
 impl Pointers {
     /// Checks bounds here, so that the loops need not.
     #[inline(always)]
-    pub(super) fn new(task: &QuantTask<'_>, lens: &TileLens, tile: usize) -> Self {
+    pub(in crate::cpu) fn new(task: &QuantTask<'_>, lens: &TileLens, tile: usize) -> Self {
         let w = task.weights;
         assert_eq!(w.groups(), task.x.panels.groups, "activations and weights differ in length");
         Self {
