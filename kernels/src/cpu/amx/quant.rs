@@ -60,21 +60,20 @@ struct Sizes {
     pairs: usize,
     /// Pairs that are unpacked together.
     part_pairs: usize,
-    has_mins: bool,
 }
 
 impl Sizes {
-    fn new<C: Codes, S: Scales>(task: &QuantTask<'_>) -> Self {
+    fn new<C: Codes>(task: &QuantTask<'_>) -> Self {
         let pairs = (task.weights.groups() * (GROUP / C::GROUP)).div_ceil(2);
         let part_pairs = (PANEL_GROUPS * GROUP / C::GROUP / 2).min(pairs);
-        Self { panels: task.panels.len(), pairs, part_pairs, has_mins: S::WITH_MINS }
+        Self { panels: task.panels.len(), pairs, part_pairs }
     }
 
     /// Divides scratch memory, which grows where it is too small. All parts are whole lines.
-    fn places<C: Codes>(self, scratch: &mut Vec<Line>) -> Places {
+    fn places<C: Codes, S: Scales>(self, scratch: &mut Vec<Line>) -> Places {
         let x = self.panels * self.pairs * pair_bytes::<C>() / 64;
         let x_scales = self.panels * 2 * self.pairs;
-        let x_sums = if self.has_mins { x_scales } else { 0 };
+        let x_sums = if S::WITH_MINS { x_scales } else { 0 };
         let codes = self.part_pairs * 2 * C::GROUP * 16 / 64;
         let scales = self.part_pairs * 2;
         let (sums, waiting) = (2 * TILE_ROWS, self.panels * TILE_ROWS);
@@ -112,8 +111,8 @@ const fn pair_bytes<C: Codes>() -> usize {
 /// As [`QuantLanes`], and the process may use tiles; the task's ranges lie within its buffers; the matrix lies in tiles of 16.
 #[inline(always)]
 pub(super) unsafe fn multiply<Q: QuantLanes, C: Codes, S: Scales, const N: usize>(task: &mut QuantTask<'_>) {
-    let sizes = Sizes::new::<C, S>(task);
-    let places = sizes.places::<C>(task.scratch);
+    let sizes = Sizes::new::<C>(task);
+    let places = sizes.places::<C, S>(task.scratch);
     let lens = TileLens::new(task.weights);
     // SAFETY: the scratch has room for what `Sizes` says; the rest is the caller's duty.
     unsafe {

@@ -137,22 +137,7 @@ macro_rules! finish_row {
 macro_rules! finish_row_with_mins {
     ($n:literal, $sums:literal, $scale:literal) => {
         concat!(
-            "vcvtdq2ps ",
-            $sums,
-            ", zmmword ptr [{sums} + 64*",
-            $n,
-            "]\n",
-            "vmulps ",
-            $scale,
-            ", {scales}, dword ptr [{x_scales} + 4*",
-            $n,
-            "]{{1to16}}\n",
-            "vfmadd231ps {a",
-            $n,
-            "}, ",
-            $sums,
-            ", ",
-            $scale,
+            finish_row!($n, $sums, $scale),
             "\n",
             "vfmadd231ps {a",
             $n,
