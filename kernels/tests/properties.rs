@@ -7,6 +7,7 @@
 mod common;
 
 use std::ops::Range;
+use std::sync::OnceLock;
 
 use bindery_kernels::{
     Activation, Activations, AttentionArgs, CodeBook, Cpu, ExpertWeights, Form, GatedProduct, Isa, KvDtype, KvShape,
@@ -17,13 +18,19 @@ use common::{ACTIVATIONS, Family, Paged, Random, bits, gate_and_up, gated, produ
 use half::f16;
 use proptest::prelude::*;
 
-/// The set's kernels and the scalar twin's, or none with a word on stderr.
-fn pair(isa: Isa) -> Option<(Cpu, Cpu)> {
+/// The set's kernels and the scalar twin's, or none with a word on stderr. Made once: thousands of cases would make thousands of
+/// threads, and an emulator keeps something of each.
+fn pair(isa: Isa) -> Option<(&'static Cpu, &'static Cpu)> {
+    static CPUS: [OnceLock<Cpu>; Isa::ALL.len()] = [const { OnceLock::new() }; Isa::ALL.len()];
     if !isa.is_available() {
         eprintln!("skipped: this machine has no {isa}");
         return None;
     }
-    Some((Cpu::new(isa, 2), Cpu::new(Isa::Scalar, 2)))
+    let [cpu, scalar] = [isa, Isa::Scalar].map(|isa| {
+        let at = Isa::ALL.iter().position(|&each| each == isa).unwrap();
+        CPUS[at].get_or_init(|| Cpu::new(isa, 2))
+    });
+    Some((cpu, scalar))
 }
 
 fn family() -> impl Strategy<Value = Family> {
@@ -57,8 +64,8 @@ fn check_product(isa: Isa, family: Family, m: usize, rows_len: usize, groups: us
     let x = rows(&mut random, m * cols, strange);
     let bias = random.vec(rows_len);
     let bias = strange.then_some(&bias[..]);
-    let ours = product(&cpu, &x, m, &family.matrix(isa, rows_len, cols, seed), bias);
-    let theirs = product(&scalar, &x, m, &family.matrix(Isa::Scalar, rows_len, cols, seed), bias);
+    let ours = product(cpu, &x, m, &family.matrix(isa, rows_len, cols, seed), bias);
+    let theirs = product(scalar, &x, m, &family.matrix(Isa::Scalar, rows_len, cols, seed), bias);
     assert_eq!(bits(&ours), bits(&theirs));
 }
 
@@ -69,18 +76,18 @@ fn check_product_independence(isa: Isa, family: Family, m: usize, rows_len: usiz
     let cols = cols(&[family], groups, &mut random);
     let w = family.matrix(isa, rows_len, cols, seed);
     let x = random.vec(m * cols);
-    let whole = product(&cpu, &x, m, &w, None);
+    let whole = product(cpu, &x, m, &w, None);
     for threads in [1, 3, 4] {
         assert_eq!(bits(&product(&Cpu::new(isa, threads), &x, m, &w, None)), bits(&whole));
     }
     for _ in 0..4 {
         let start = random.below(m);
         let end = start + 1 + random.below(m - start);
-        let part = product(&cpu, &x[start * cols..end * cols], end - start, &w, None);
+        let part = product(cpu, &x[start * cols..end * cols], end - start, &w, None);
         assert_eq!(bits(&part), bits(&whole[start * rows_len..end * rows_len]));
     }
     let row = random.below(m);
-    let alone = product(&cpu, &x[row * cols..(row + 1) * cols], 1, &w, None);
+    let alone = product(cpu, &x[row * cols..(row + 1) * cols], 1, &w, None);
     assert_eq!(bits(&alone), bits(&whole[row * rows_len..(row + 1) * rows_len]));
 }
 
@@ -121,8 +128,8 @@ fn check_gated(isa: Isa, case: &GatedCase, m: usize, outputs: usize, groups: usi
     let mut random = Random(seed);
     let cols = cols(&case.families, groups, &mut random);
     let x = rows(&mut random, m * cols, strange);
-    let whole = case.run(&cpu, &x, m, outputs, seed);
-    assert_eq!(bits(&whole), bits(&case.run(&scalar, &x, m, outputs, seed)));
+    let whole = case.run(cpu, &x, m, outputs, seed);
+    assert_eq!(bits(&whole), bits(&case.run(scalar, &x, m, outputs, seed)));
     let (start, len) = (random.below(m), 1 + random.below(m));
     let end = (start + len).min(m);
     for threads in [1, 3] {
@@ -197,8 +204,8 @@ fn check_mixture(isa: Isa, case: &MixtureCase, m: usize, seed: u64) {
     let (mut random, (cols, _), width) = (Random(seed), case.widths(), case.sizes.2);
     let (x, logits) = (random.vec(m * cols), random.vec(m * case.num_experts));
     let experts = case.experts(isa, seed);
-    let whole = case.run(&cpu, &x, &logits, &experts);
-    assert_eq!(bits(&whole), bits(&case.run(&scalar, &x, &logits, &case.experts(Isa::Scalar, seed))));
+    let whole = case.run(cpu, &x, &logits, &experts);
+    assert_eq!(bits(&whole), bits(&case.run(scalar, &x, &logits, &case.experts(Isa::Scalar, seed))));
     let (start, len) = (random.below(m), 1 + random.below(m));
     let end = (start + len).min(m);
     for threads in [1, 3] {
@@ -207,7 +214,7 @@ fn check_mixture(isa: Isa, case: &MixtureCase, m: usize, seed: u64) {
         assert_eq!(bits(&part), bits(&whole[start * width..end * width]));
     }
     let row = random.below(m);
-    let expected = naive_mixture(&cpu, case, &x[row * cols..(row + 1) * cols], &logits, row, &experts);
+    let expected = naive_mixture(cpu, case, &x[row * cols..(row + 1) * cols], &logits, row, &experts);
     for (&ours, expected) in whole[row * width..(row + 1) * width].iter().zip(expected) {
         assert!((f64::from(ours) - expected).abs() <= 1e-4 * (1.0 + expected.abs()), "{ours} and {expected}");
     }
@@ -267,8 +274,8 @@ fn low_rank_case() -> impl Strategy<Value = LowRankCase> {
 /// only a part is there.
 fn check_low_rank(isa: Isa, case: &LowRankCase, seed: u64) {
     let Some((cpu, scalar)) = pair(isa) else { return };
-    let whole = low_rank(&cpu, case, 0..case.segments.len(), seed, true);
-    let scalars = low_rank(&scalar, case, 0..case.segments.len(), seed, false);
+    let whole = low_rank(cpu, case, 0..case.segments.len(), seed, true);
+    let scalars = low_rank(scalar, case, 0..case.segments.len(), seed, false);
     assert_eq!(whole.each_ref().map(|out| bits(out)), scalars.each_ref().map(|out| bits(out)));
     let first = Random(seed ^ 1).below(case.segments.len());
     let skipped: usize = case.segments[..first].iter().map(|(rows, _)| rows).sum();
@@ -371,7 +378,7 @@ fn check_rows(isa: Isa, m: usize, k: usize, strange: bool, seed: u64) {
             assert_eq!(bits(&added), bits(&sums));
             bits(&in_place)
         };
-        assert_eq!(normed(&cpu), normed(&scalar));
+        assert_eq!(normed(cpu), normed(scalar));
     }
     let factors = random.vec(m);
     let scaled = |cpu: &Cpu| {
@@ -379,7 +386,7 @@ fn check_rows(isa: Isa, m: usize, k: usize, strange: bool, seed: u64) {
         cpu.add_scaled_rows(&x, &factors, &mut out);
         bits(&out)
     };
-    assert_eq!(scaled(&cpu), scaled(&scalar));
+    assert_eq!(scaled(cpu), scaled(scalar));
     // Values in reach of the exponential's whole range.
     let logits: Vec<f32> = x.iter().map(|x| x * 60.0).collect();
     for cap in [None, Some(30.0)] {
@@ -388,7 +395,7 @@ fn check_rows(isa: Isa, m: usize, k: usize, strange: bool, seed: u64) {
             cpu.scale_and_cap(&mut logits, 0.7, cap);
             bits(&logits)
         };
-        assert_eq!(capped(&cpu), capped(&scalar));
+        assert_eq!(capped(cpu), capped(scalar));
     }
     assert_eq!(cpu.argmax(&logits), scalar.argmax(&logits));
     assert_eq!(bits(&[cpu.log_sum_exp(&logits)]), bits(&[scalar.log_sum_exp(&logits)]));
@@ -397,7 +404,7 @@ fn check_rows(isa: Isa, m: usize, k: usize, strange: bool, seed: u64) {
         cpu.softmax(&mut row);
         bits(&row)
     };
-    assert_eq!(soft(&cpu), soft(&scalar));
+    assert_eq!(soft(cpu), soft(scalar));
 }
 
 fn check_rope(isa: Isa, m: usize, heads: usize, head_dim: usize, rotary: usize, seed: u64) {
@@ -412,7 +419,7 @@ fn check_rope(isa: Isa, m: usize, heads: usize, head_dim: usize, rotary: usize, 
             cpu.rope(&mut x, m, heads, head_dim, rotary, style, &cos, &sin);
             bits(&x)
         };
-        assert_eq!(turned(&cpu), turned(&scalar));
+        assert_eq!(turned(cpu), turned(scalar));
     }
 }
 
@@ -476,26 +483,26 @@ impl AttentionCase {
 
 fn check_attention(isa: Isa, case: &AttentionCase) {
     let Some((cpu, scalar)) = pair(isa) else { return };
-    case.with(&cpu, |paged, args, random| {
+    case.with(cpu, |paged, args, random| {
         let rows: Vec<usize> = case.contexts.iter().map(|&context| 1 + random.below(context.min(40))).collect();
-        let ours = paged.attend(&cpu, &rows, args).concat();
+        let ours = paged.attend(cpu, &rows, args).concat();
         assert!(ours.iter().all(|x| x.is_finite()), "a stale slot was read");
-        assert_eq!(bits(&ours), bits(&paged.attend(&scalar, &rows, args).concat()));
+        assert_eq!(bits(&ours), bits(&paged.attend(scalar, &rows, args).concat()));
     });
 }
 
 /// A sequence alone, with others, in chunks, row by row, and with other numbers of threads.
 fn check_attention_independence(isa: Isa, case: &AttentionCase) {
     let Some((cpu, _)) = pair(isa) else { return };
-    case.with(&cpu, |paged, args, random| {
+    case.with(cpu, |paged, args, random| {
         let rows: Vec<usize> = case.contexts.iter().map(|&context| context.min(40)).collect();
-        let together = paged.attend(&cpu, &rows, args);
+        let together = paged.attend(cpu, &rows, args);
         for threads in [1, 3, 4] {
             assert_eq!(bits(&paged.attend(&Cpu::new(isa, threads), &rows, args).concat()), bits(&together.concat()));
         }
         for (i, together) in together.iter().enumerate() {
             let range = case.contexts[i] - rows[i]..case.contexts[i];
-            let chunk = |range: Range<usize>| paged.attend_chunk(&cpu, i, range, args);
+            let chunk = |range: Range<usize>| paged.attend_chunk(cpu, i, range, args);
             assert_eq!(bits(&chunk(range.clone())), bits(together));
             let mut chunks = Vec::new();
             let mut start = range.start;
@@ -617,21 +624,21 @@ macro_rules! properties {
             #[test]
             fn extreme_codes_are_exact() {
                 let Some((cpu, _)) = pair($isa) else { return };
-                extreme_codes(&cpu);
+                extreme_codes(cpu);
             }
 
             #[test]
             fn nothing_in_nothing_out() {
                 let Some((cpu, _)) = pair($isa) else { return };
                 for family in Family::all() {
-                    assert!(product(&cpu, &[], 0, &family.matrix($isa, 5, 256, 1), None).is_empty());
-                    assert!(product(&cpu, &[0.0; 256], 1, &family.matrix($isa, 0, 256, 1), None).is_empty());
+                    assert!(product(cpu, &[], 0, &family.matrix($isa, 5, 256, 1), None).is_empty());
+                    assert!(product(cpu, &[0.0; 256], 1, &family.matrix($isa, 0, 256, 1), None).is_empty());
                     for m in [2, 40] {
-                        assert_eq!(product(&cpu, &[], m, &family.matrix($isa, 3, 0, 1), None), vec![0.0; 3 * m]);
+                        assert_eq!(product(cpu, &[], m, &family.matrix($isa, 3, 0, 1), None), vec![0.0; 3 * m]);
                     }
                 }
                 let nothing = Family::F32.matrix($isa, 0, 256, 1);
-                assert!(gated(&cpu, &[0.0; 256], 1, &gate_and_up(&nothing, &nothing, Activation::Silu)).is_empty());
+                assert!(gated(cpu, &[0.0; 256], 1, &gate_and_up(&nothing, &nothing, Activation::Silu)).is_empty());
                 assert_eq!(cpu.max(&[]), f32::NEG_INFINITY);
             }
         })*

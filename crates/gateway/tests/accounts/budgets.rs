@@ -115,10 +115,11 @@ on_every_store! {
     async fn a_reservation_nobody_waits_for_is_given_back(place) {
         let (store, _thread) = place.open().await;
         let ledger = ledger(&store, "one").await;
-        for _ in 0..20 {
+        let mut waited = 0;
+        while waited < 20 {
             let mut waiting = Box::pin(ledger.reserve(request(50, &[daily(1_000)]), NOON));
-            // Polled once: the operation is on its way.
-            assert!(futures::poll!(&mut waiting).is_pending());
+            // Polled once: the operation is on its way, or, where the store was quicker, done and dropped with its answer.
+            waited += u32::from(futures::poll!(&mut waiting).is_pending());
             drop(waiting);
         }
         ledger.keep_house(NOON).await.unwrap();
@@ -130,15 +131,19 @@ on_every_store! {
     async fn a_settlement_nobody_waits_for_counts_once(place) {
         let (store, _thread) = place.open().await;
         let ledger = ledger(&store, "one").await;
-        for _ in 0..20 {
-            let reservation = ledger.reserve(request(50, &[daily(5_000)]), NOON).await.unwrap();
+        let (mut settled, mut waited) = (0, 0);
+        while waited < 20 {
+            let reservation = ledger.reserve(request(50, &[daily(100_000)]), NOON).await.unwrap();
             let mut waiting = Box::pin(reservation.settle(outcome(7)));
-            assert!(futures::poll!(&mut waiting).is_pending());
+            // The store may be quicker than the poll; such a one is settled and no case of what is tested.
+            waited += u32::from(futures::poll!(&mut waiting).is_pending());
+            settled += 1;
             drop(waiting);
         }
         ledger.keep_house(NOON).await.unwrap();
-        assert_eq!(standing(&ledger, &daily(5_000)).await, (140, 0));
-        assert_eq!(place.ask("SELECT CAST(COUNT(*) AS BIGINT) FROM requests").await, [["20"]]);
+        assert_eq!(standing(&ledger, &daily(100_000)).await, (7 * settled, 0));
+        let rows = place.ask("SELECT CAST(COUNT(*) AS BIGINT) FROM requests").await;
+        assert_eq!(rows, [[settled.to_string()]]);
     }
 
     async fn a_budget_without_a_price_refuses_and_none_lets_through(place) {
