@@ -145,34 +145,52 @@ pub(super) unsafe fn multiply<Q: QuantLanes, C: Codes, S: Scales, const N: usize
 #[inline(always)]
 unsafe fn lay_out<C: Codes, S: Scales>(task: &QuantTask<'_>, sizes: Sizes, places: &Places) {
     let groups = task.weights.groups();
+    // Where there is no such row or group, zeros: what is multiplied with them must not be slow, nor change a sum.
+    let nothing = [QuantGroup::default(); TILE_ROWS];
     for (index, panel) in task.panels.clone().enumerate() {
         let num_rows = task.x.panels.rows_of(panel).len();
         let from = task.x.panel(panel);
-        // Where there is no such row or group, zeros: what is multiplied with them must not be slow, nor change a sum.
         for group in 0..sizes.pairs * 2 * C::GROUP / GROUP {
-            for n in 0..TILE_ROWS {
-                let x = if n < num_rows && group < groups { from[group * num_rows + n] } else { QuantGroup::default() };
-                // SAFETY: panels, groups and rows are those that `Sizes` counts.
-                unsafe {
-                    if C::GROUP == GROUP {
-                        let pair = places.x.add((index * sizes.pairs + group / 2) * pair_bytes::<C>());
-                        pair.add(n * 2 * GROUP + group % 2 * GROUP).cast::<[i8; GROUP]>().write(x.codes);
-                        let at = (index * 2 * sizes.pairs + group) * TILE_ROWS + n;
-                        places.x_scales.add(at).write(x.scale);
-                        if S::WITH_MINS {
-                            places.x_sums.add(at).write(Part::Whole.scaled_sum(&x));
-                        }
-                    } else {
-                        let pair = places.x.add((index * sizes.pairs + group) * pair_bytes::<C>());
-                        pair.add(n * GROUP).cast::<[i8; GROUP]>().write(x.codes);
-                        let at = (index * sizes.pairs + group) * 2 * TILE_ROWS + n;
-                        for (half, part) in [Part::First, Part::Second].into_iter().enumerate() {
-                            places.x_scales.add(at + half * TILE_ROWS).write(x.scale);
-                            if S::WITH_MINS {
-                                places.x_sums.add(at + half * TILE_ROWS).write(part.scaled_sum(&x));
-                            }
-                        }
-                    }
+            let rows = if group < groups { &from[group * num_rows..(group + 1) * num_rows] } else { &[] };
+            // SAFETY: panels and groups are those that `Sizes` counts; rows are at most 16.
+            unsafe {
+                lay_out_rows::<C, S>(rows, 0, sizes, places, index, group);
+                lay_out_rows::<C, S>(&nothing[rows.len()..], rows.len(), sizes, places, index, group);
+            }
+        }
+    }
+}
+
+/// Some rows of an activation group, from number `first` of a panel on.
+///
+/// # Safety
+/// As [`lay_out`]; there are such rows, groups and panels.
+#[inline(always)]
+unsafe fn lay_out_rows<C: Codes, S: Scales>(
+    rows: &[QuantGroup],
+    first: usize,
+    sizes: Sizes,
+    places: &Places,
+    panel: usize,
+    group: usize,
+) {
+    let unit = panel * 2 * sizes.pairs + group * (GROUP / C::GROUP);
+    // SAFETY: the caller's duties.
+    unsafe {
+        let codes = places.x.add(unit / 2 * pair_bytes::<C>() + unit % 2 * C::GROUP);
+        let (scales, sums) = (places.x_scales.add(unit * TILE_ROWS), places.x_sums.wrapping_add(unit * TILE_ROWS));
+        for (n, x) in (first..).zip(rows) {
+            codes.add(n * 2 * C::GROUP).cast::<[i8; GROUP]>().write_unaligned(x.codes);
+            scales.add(n).write(x.scale);
+            if C::GROUP == GROUP {
+                if S::WITH_MINS {
+                    sums.add(n).write(Part::Whole.scaled_sum(x));
+                }
+            } else {
+                scales.add(TILE_ROWS + n).write(x.scale);
+                if S::WITH_MINS {
+                    sums.add(n).write(Part::First.scaled_sum(x));
+                    sums.add(TILE_ROWS + n).write(Part::Second.scaled_sum(x));
                 }
             }
         }
@@ -251,15 +269,16 @@ unsafe fn all_rows<C: Codes, S: Scales>(
     places: &Places,
     tile: usize,
 ) {
-    let group_bytes = C::GROUP * 16;
+    // Two weight groups of each row follow each other.
+    let (group_bytes, x_stride) = (C::GROUP * 16, 2 * C::GROUP);
     let (is_first_part, is_last_part) = (part.first == 0, part.first + part.pairs == sizes.pairs);
     // SAFETY: the caller's duties; pairs and panels are those counted.
     unsafe {
         let x_of = |panel: usize| places.x.add((panel * sizes.pairs + part.first) * pair_bytes::<C>()).cast_const();
         let (first_sums, second_sums) = (places.sums, places.sums.add(TILE_SUMS));
         let (mut x, mut codes) = (x_of(0), part.codes);
-        tiles::multiply::<0, C>(x, codes);
-        tiles::multiply::<1, C>(x.add(C::GROUP), codes.add(group_bytes));
+        tiles::multiply::<0>(x, x_stride, codes);
+        tiles::multiply::<1>(x.add(C::GROUP), x_stride, codes.add(group_bytes));
         tiles::store::<0>(first_sums);
         for index in 0..sizes.panels {
             let mut at = (index * sizes.pairs + part.first) * 2 * TILE_ROWS;
@@ -284,10 +303,10 @@ unsafe fn all_rows<C: Codes, S: Scales>(
                     // Past the end the last panel comes again, for nobody: cheaper than to ask.
                     (x_of((index + 1).min(sizes.panels - 1)), part.codes)
                 };
-                tiles::multiply::<0, C>(x, codes);
+                tiles::multiply::<0>(x, x_stride, codes);
                 tiles::store::<1>(second_sums);
                 finish::<S>(places, 2 * pair, at, first_sums, &mut acc);
-                tiles::multiply::<1, C>(x.add(C::GROUP), codes.add(group_bytes));
+                tiles::multiply::<1>(x.add(C::GROUP), x_stride, codes.add(group_bytes));
                 tiles::store::<0>(first_sums);
                 finish::<S>(places, 2 * pair + 1, at + TILE_ROWS, second_sums, &mut acc);
                 at += 2 * TILE_ROWS;

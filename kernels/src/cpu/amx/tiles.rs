@@ -11,8 +11,6 @@ use std::arch::asm;
 use std::arch::x86_64::{__cpuid, __cpuid_count, __m512, _xgetbv};
 use std::sync::OnceLock;
 
-use crate::cpu::generic::codes::Codes;
-
 /// Rows of a tile of activations and of its sums.
 pub(super) const TILE_ROWS: usize = 16;
 /// Bytes from one row of weights or sums to the next.
@@ -60,13 +58,13 @@ pub(super) unsafe fn release() {
 /// Two sets of registers, used in turns so that one product's loads do not wait for another's.
 macro_rules! tile_sets {
     ($($set:literal: $sums:literal, $x:literal, $weights:literal;)*) => {
-        /// Begins the sums of set number `SET` anew, with the product of 16 rows of activations at `x`, two weight groups from each
-        /// other, and a group of a weight tile.
+        /// Begins the sums of set number `SET` anew, with the product of 16 rows of activations, `x_stride` bytes from each other, and
+        /// a group of a weight tile.
         ///
         /// # Safety
         /// As [`shape`], which was called for such groups; both are valid for all rows.
         #[inline(always)]
-        pub(super) unsafe fn multiply<const SET: usize, C: Codes>(x: *const i8, weights: *const u8) {
+        pub(super) unsafe fn multiply<const SET: usize>(x: *const i8, x_stride: usize, weights: *const u8) {
             // SAFETY: the caller's duties.
             unsafe {
                 match SET {
@@ -75,7 +73,7 @@ macro_rules! tile_sets {
                         concat!("tileloadd tmm", $x, ", [{x} + {x_stride}]"),
                         concat!("tilezero tmm", $sums),
                         concat!("tdpbssd tmm", $sums, ", tmm", $x, ", tmm", $weights),
-                        x = in(reg) x, weights = in(reg) weights, stride = in(reg) STRIDE, x_stride = in(reg) 2 * C::GROUP,
+                        x = in(reg) x, weights = in(reg) weights, stride = in(reg) STRIDE, x_stride = in(reg) x_stride,
                         options(nostack, preserves_flags, readonly)
                     ),)*
                     _ => unreachable!("there are two sets"),
