@@ -331,7 +331,9 @@ fn emulated_aarch64(steps: &mut Steps) -> Result<()> {
 }
 
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies one folder below the root").to_path_buf()
+    // Asked at run time: a build folder that checkouts share keeps one binary for all of them, and what was built in it may name another.
+    let own = env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
+    own.parent().expect("xtask lies one folder below the root").to_path_buf()
 }
 
 fn target_dir() -> PathBuf {
