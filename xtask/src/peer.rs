@@ -195,6 +195,17 @@ fn whole_steps(
 const PROGRAMS: [&str; 6] =
     ["llama-server", "llama-quantize", "llama-bench", "llama-batched-bench", "llama-perplexity", "llama-imatrix"];
 
+/// Included before the peer's files: the header of GCC 12.2 says of the instruction that loads a tile configuration that it reads
+/// 8 bytes, so the other 56 are never written, and a peer built for a machine with AMX ended by an illegal instruction at its
+/// first product.
+const TILE_CONFIG: &str = "\
+#ifdef __AMX_TILE__
+#include <immintrin.h>
+#undef _tile_loadconfig
+#define _tile_loadconfig(config) __asm__ volatile(\"ldtilecfg %0\" : : \"m\"(*(const char(*)[64])(config)))
+#endif
+";
+
 /// Our program, the folder of theirs, and the folder that both may write to.
 pub(crate) struct Built {
     pub(crate) bindery: PathBuf,
@@ -262,6 +273,9 @@ fn build(steps: &mut Steps, folder: &Path) -> Result<PathBuf> {
     configure.arg("-S").arg(root).arg("-B").arg(folder.join("build")).args(["-G", "Ninja"]);
     configure.arg(format!("-DCMAKE_MAKE_PROGRAM={}", tools.join("ninja").display()));
     configure.args(["-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DLLAMA_CURL=OFF", "-DLLAMA_OPENSSL=OFF"]);
+    let header = folder.join("tile_config.h");
+    fs::write(&header, TILE_CONFIG)?;
+    configure.arg(format!("-DCMAKE_CXX_FLAGS=-include \"{}\"", header.display()));
     steps.run("configure the peer", configure.arg("-DLLAMA_BUILD_TESTS=OFF").stdout(Stdio::null()))?;
     let mut make = Command::new(tools.join("cmake"));
     make.arg("--build").arg(folder.join("build")).arg("--target").args(PROGRAMS);
@@ -295,8 +309,12 @@ impl Server {
         let child = child.with_context(|| format!("cannot start {}", command.get_program().display()))?;
         let mut server = Self { child, port, ready_after: Duration::ZERO };
         while !server.answers(ready_path) {
-            if start.elapsed() > READY_TIMEOUT || server.child.try_wait()?.is_some() {
-                bail!("{} did not become ready", command.get_program().display());
+            let program = command.get_program().display();
+            if let Some(status) = server.child.try_wait()? {
+                bail!("{program} ended before it was ready ({status}); by hand it says why: {command:?}");
+            }
+            if start.elapsed() > READY_TIMEOUT {
+                bail!("{program} was not ready after {} s; by hand it says why: {command:?}", READY_TIMEOUT.as_secs());
             }
             std::thread::sleep(Duration::from_millis(10));
         }
