@@ -1,11 +1,16 @@
 //! Keys and values of one model, in pages.
 //!
-//! Knows blocks and slots, nothing of sequences. Values lie row after row, `[num_blocks, kv_heads, block_size,
-//! head_dim]` a layer; keys lie transposed inside a block, `[num_blocks, kv_heads, head_dim, block_size]`, so that one
-//! vector holds the same component of 16 keys and a score needs no horizontal sum: its one accumulator walks the
-//! components in order. In int8 a head's page ends with its scales, `[groups, block_size]` bf16: a token has one for every
+//! Knows blocks and slots, nothing of sequences. A block is `[num_layers, 2 (keys, values), kv_heads, page]`: all that its
+//! tokens need lies together, so that the memory in use is a few large pages, whatever is touched in a step. (With a plane
+//! for each layer, a step touched thousands of small pages of the system, and looking up where they are took up to a third
+//! of its time.) Values lie row after row, `[block_size, head_dim]` a page; keys lie transposed, `[head_dim, block_size]`,
+//! so that one vector holds the same component of 16 keys and a score needs no horizontal sum: its one accumulator walks
+//! the components in order. In int8 a page ends with its scales, `[groups, block_size]` bf16: a token has one for every
 //! [`SCALE_GROUP`] components, so that what it is stored as depends on no other, and 16 tokens' scales of a group are a
-//! vector, as their components are. Invariant: untouched pages cost no memory; a block's bytes move only as a whole.
+//! vector, as their components are. Invariant: blocks behind the last one written cost no memory, but for what is left of
+//! a large page; a block's bytes move only as a whole.
+
+use bytemuck::Pod;
 
 use crate::KernelError;
 use crate::memory::{Buffer, Use};
@@ -80,6 +85,22 @@ impl KvShape {
         self.num_kv_heads.checked_mul(head)?.checked_mul(self.block_size)
     }
 
+    /// Elements of a layer's keys (or values) in one block.
+    fn half_elements(&self) -> usize {
+        self.num_kv_heads * self.page_elements()
+    }
+
+    /// Elements from one block to the next.
+    pub(crate) fn block_stride(&self) -> usize {
+        2 * self.num_layers * self.half_elements()
+    }
+
+    /// Where a layer's keys and its values begin in a block, in elements: `kv_heads` pages each.
+    pub(crate) fn layer_places(&self, layer: usize) -> [usize; 2] {
+        assert!(layer < self.num_layers, "layer {layer} of a cache of {} layers", self.num_layers);
+        [2 * layer, 2 * layer + 1].map(|half| half * self.half_elements())
+    }
+
     /// Elements of one head's page: a block's keys (or values) and, behind them, their scales.
     pub(crate) fn page_elements(&self) -> usize {
         (self.head_dim + self.dtype.scale_elements(self.head_dim)) * self.block_size
@@ -91,12 +112,12 @@ impl KvShape {
 pub struct KvCache {
     shape: KvShape,
     num_blocks: usize,
-    /// `[num_layers, 2 (keys, values), num_blocks, block]`
+    /// `[num_blocks, num_layers, 2 (keys, values), kv_heads, page]`
     bytes: Buffer<u8>,
 }
 
 impl KvCache {
-    /// Reserves address space for `num_blocks` blocks; memory is used as blocks are written.
+    /// Reserves address space for `num_blocks` blocks; memory is used as blocks are written, best from the first one on.
     pub fn new(shape: KvShape, num_blocks: usize) -> Result<Self, KernelError> {
         let refused = || KernelError::KvShape { shape: format!("{shape:?}"), num_blocks };
         let zero = [shape.num_layers, shape.num_kv_heads, shape.head_dim, shape.block_size].contains(&0);
@@ -104,7 +125,7 @@ impl KvCache {
         // Slots are handed around as u32.
         let slots = num_blocks.checked_mul(shape.block_size).filter(|&slots| u32::try_from(slots).is_ok());
         let (Some(bytes), Some(_)) = (bytes, slots) else { return Err(refused()) };
-        Ok(Self { shape, num_blocks, bytes: Buffer::zeroed(bytes, Use::Sparse)? })
+        Ok(Self { shape, num_blocks, bytes: Buffer::zeroed(bytes, Use::Blocks)? })
     }
 
     /// What it was made for.
@@ -128,30 +149,18 @@ impl KvCache {
         for block in [source, target] {
             assert!(block < self.num_blocks, "block {block} of a cache of {} blocks", self.num_blocks);
         }
-        let block_bytes = self.plane_block_bytes();
-        for plane in self.bytes.chunks_exact_mut(block_bytes * self.num_blocks) {
-            plane.copy_within(source * block_bytes..(source + 1) * block_bytes, target * block_bytes);
-        }
+        let block_bytes = self.shape.block_stride() * self.shape.dtype.size_bytes();
+        self.bytes.copy_within(source * block_bytes..(source + 1) * block_bytes, target * block_bytes);
     }
 
-    /// Bytes of one block's keys (or values) in one layer.
-    fn plane_block_bytes(&self) -> usize {
-        self.shape.num_kv_heads * self.shape.page_elements() * self.shape.dtype.size_bytes()
+    /// Elements of all blocks; see [`KvShape::block_stride`] and [`KvShape::layer_places`].
+    pub(crate) fn elements<E: Pod>(&self) -> &[E] {
+        bytemuck::cast_slice(&self.bytes)
     }
 
-    /// One layer's keys and values, as bytes: `[num_blocks, kv_heads, head_dim, block_size]` and
-    /// `[num_blocks, kv_heads, block_size, head_dim]` elements, each page with its scales behind it.
-    pub(crate) fn planes(&self, layer: usize) -> (&[u8], &[u8]) {
-        assert!(layer < self.shape.num_layers, "layer {layer} of a cache of {} layers", self.shape.num_layers);
-        let plane_bytes = self.plane_block_bytes() * self.num_blocks;
-        self.bytes[2 * layer * plane_bytes..2 * (layer + 1) * plane_bytes].split_at(plane_bytes)
-    }
-
-    /// As [`Self::planes`], for writing.
-    pub(crate) fn planes_mut(&mut self, layer: usize) -> (&mut [u8], &mut [u8]) {
-        assert!(layer < self.shape.num_layers, "layer {layer} of a cache of {} layers", self.shape.num_layers);
-        let plane_bytes = self.plane_block_bytes() * self.num_blocks;
-        self.bytes[2 * layer * plane_bytes..2 * (layer + 1) * plane_bytes].split_at_mut(plane_bytes)
+    /// As [`Self::elements`], for writing.
+    pub(crate) fn elements_mut<E: Pod>(&mut self) -> &mut [E] {
+        bytemuck::cast_slice_mut(&mut self.bytes)
     }
 }
 
@@ -176,24 +185,27 @@ mod tests {
     }
 
     #[test]
-    fn copy_block_copies_every_layer_and_nothing_else() {
+    fn copy_block_copies_all_of_it_and_nothing_else() {
         let mut cache = KvCache::new(SHAPE, 4).unwrap();
-        assert_eq!(cache.size_bytes(), 4 * SHAPE.block_bytes().unwrap());
-        let block_bytes = 2 * 4 * 5 * 2;
+        let block_bytes = SHAPE.block_bytes().unwrap();
+        assert_eq!(cache.size_bytes(), 4 * block_bytes);
+        assert_eq!(SHAPE.block_stride() * 2, block_bytes);
         for (i, byte) in cache.bytes.iter_mut().enumerate() {
             *byte = (i % 251) as u8;
         }
         let before = cache.bytes.to_vec();
         cache.copy_block(3, 1);
-        for (i, chunk) in cache.bytes.chunks_exact(block_bytes).enumerate() {
-            let source = if i % 4 == 1 { i + 2 } else { i };
-            assert_eq!(
-                chunk,
-                &before[source * block_bytes..(source + 1) * block_bytes],
-                "plane {} block {}",
-                i / 4,
-                i % 4
-            );
+        for (i, block) in cache.bytes.chunks_exact(block_bytes).enumerate() {
+            let source = if i == 1 { 3 } else { i };
+            assert_eq!(block, &before[source * block_bytes..(source + 1) * block_bytes], "block {i}");
         }
+    }
+
+    #[test]
+    fn layers_share_a_block_and_nothing_of_it_is_left_over() {
+        let half = 2 * 4 * 5;
+        let places: Vec<[usize; 2]> = (0..3).map(|layer| SHAPE.layer_places(layer)).collect();
+        assert_eq!(places, [[0, half], [2 * half, 3 * half], [4 * half, 5 * half]]);
+        assert_eq!(SHAPE.block_stride(), 6 * half);
     }
 }

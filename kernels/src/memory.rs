@@ -24,7 +24,9 @@ const SMALL_ALIGN: usize = 64;
 pub(crate) enum Use {
     /// Weights: every page will be read in every step, so large pages are asked for.
     Whole,
-    /// Caches: pages are touched as requests come, so only small pages keep untouched parts free.
+    /// What is filled from the front, and may end up hardly filled: in large pages, of which all but the last are filled.
+    Blocks,
+    /// What is small, or filled here and there: only small pages keep untouched parts free.
     Sparse,
 }
 
@@ -119,7 +121,7 @@ mod tests {
         // Miri, which interprets, has no maps anyway.
         let lens = [0, 1, 17, MAP_FROM_BYTES / 4, MAP_FROM_BYTES];
         for &len in if cfg!(miri) { &lens[..3] } else { &lens } {
-            for usage in [Use::Whole, Use::Sparse] {
+            for usage in [Use::Whole, Use::Blocks, Use::Sparse] {
                 let mut buffer = Buffer::<f32>::zeroed(len, usage).unwrap();
                 assert!(buffer.iter().all(|&x| x == 0.0));
                 assert!(len == 0 || buffer.as_ptr().addr().is_multiple_of(SMALL_ALIGN));
@@ -133,7 +135,7 @@ mod tests {
     fn absurd_sizes_are_errors() {
         // Miri ends the program where it has no memory left, so it is asked only for what no layout can hold.
         for len in if cfg!(miri) { &[usize::MAX][..] } else { &[usize::MAX, usize::MAX / 4, 1 << 60] }.iter().copied() {
-            assert!(matches!(Buffer::<f32>::zeroed(len, Use::Sparse), Err(KernelError::OutOfMemory { .. })));
+            assert!(matches!(Buffer::<f32>::zeroed(len, Use::Blocks), Err(KernelError::OutOfMemory { .. })));
         }
     }
 }

@@ -295,14 +295,15 @@ pub(crate) struct SpanTask<'a, E> {
     /// Query heads that share a key/value head.
     pub(crate) heads_per_kv: usize,
     pub(crate) kv_head: usize,
-    pub(crate) num_kv_heads: usize,
     pub(crate) head_dim: usize,
     pub(crate) block_size: usize,
     /// Elements from one head's page to the next.
     pub(crate) page_elements: usize,
-    /// One layer's `[num_blocks, kv_heads, head_dim, block_size]`, each page with its scales behind it.
+    /// Elements from one block to the next.
+    pub(crate) block_stride: usize,
+    /// From the layer's keys in block 0 on: a block's are `[kv_heads, head_dim, block_size]`, each page with its scales behind it.
     pub(crate) keys: &'a [E],
-    /// One layer's `[num_blocks, kv_heads, block_size, head_dim]`, likewise.
+    /// From its values on: `[kv_heads, block_size, head_dim]`, likewise.
     pub(crate) values: &'a [E],
     pub(crate) block_table: &'a [u32],
     /// Absolute positions of keys, from a multiple of the span to its end or the context's.
@@ -341,10 +342,10 @@ impl<E> SpanTask<'_, E> {
             first_position: self.first_position,
             heads_per_kv: self.heads_per_kv,
             kv_head: self.kv_head,
-            num_kv_heads: self.num_kv_heads,
             head_dim: self.head_dim,
             block_size: self.block_size,
             page_elements: self.page_elements,
+            block_stride: self.block_stride,
             keys: &[],
             values: &[],
             block_table: self.block_table,
@@ -395,7 +396,7 @@ impl<E> SpanTask<'_, E> {
     /// Where the page of this head that holds a position begins.
     fn page(&self, position: usize) -> usize {
         let block = self.block_table[position / self.block_size] as usize;
-        (block * self.num_kv_heads + self.kv_head) * self.page_elements
+        block * self.block_stride + self.kv_head * self.page_elements
     }
 
     /// Index of component 0 of the key at a position; component i lies `i * block_size` further.
@@ -415,11 +416,11 @@ impl<E: KvElement> SpanTask<'_, E> {
         self.head_dim.div_ceil(SCALE_GROUP)
     }
 
-    /// A group's scales of the keys (or the values, as `plane` says) from `position` on, which lie in one block.
-    pub(crate) fn scales(&self, plane: &[E], position: usize, count: usize, group: usize) -> impl Iterator<Item = f32> {
+    /// A group's scales of the keys (or the values, as `half` says) from `position` on, which lie in one block.
+    pub(crate) fn scales(&self, half: &[E], position: usize, count: usize, group: usize) -> impl Iterator<Item = f32> {
         let offset = group * self.block_size + position % self.block_size;
         let at = self.page(position) + self.head_dim * self.block_size + offset * size_of::<bf16>();
-        let bytes = bytemuck::cast_slice::<E, u8>(&plane[at..at + count * size_of::<bf16>()]);
+        let bytes = bytemuck::cast_slice::<E, u8>(&half[at..at + count * size_of::<bf16>()]);
         bytes.as_chunks().0.iter().map(|&bytes| bf16::from_le_bytes(bytes).to_f32())
     }
 }

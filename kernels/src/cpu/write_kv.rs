@@ -94,21 +94,19 @@ impl Cpu {
     ) {
         let shape = *cache.shape();
         let (num_kv_heads, head_dim, block_size) = (shape.num_kv_heads, shape.head_dim, shape.block_size);
-        let (keys, values) = cache.planes_mut(layer);
-        let keys = SharedMut::new(bytemuck::cast_slice_mut::<u8, E>(keys));
-        let values = SharedMut::new(bytemuck::cast_slice_mut::<u8, E>(values));
-        let page = shape.page_elements();
+        let elements = SharedMut::new(cache.elements_mut::<E>());
+        let (page, places) = (shape.page_elements(), shape.layer_places(layer));
         let min_heads = MIN_PIECE_ELEMENTS.div_ceil((slots.len() * head_dim).max(1));
         self.split(num_kv_heads, min_heads, |heads| {
             for (row, &slot) in slots.iter().enumerate() {
                 let (block, offset) = (slot as usize / block_size, slot as usize % block_size);
                 for head in heads.clone() {
-                    let start = (block * num_kv_heads + head) * page;
+                    let [keys, values] = places.map(|place| block * shape.block_stride() + place + head * page);
                     let source = (row * num_kv_heads + head) * head_dim;
                     let source = source..source + head_dim;
-                    // SAFETY: pages of one head belong to one piece.
+                    // SAFETY: pages of one head belong to one piece, and those of keys and values are two.
                     let (keys, values) =
-                        unsafe { (keys.slice(start..start + page), values.slice(start..start + page)) };
+                        unsafe { (elements.slice(keys..keys + page), elements.slice(values..values + page)) };
                     write(Head { k: &k[source.clone()], v: &v[source], keys, values, offset });
                 }
             }

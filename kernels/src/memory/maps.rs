@@ -114,7 +114,7 @@ impl Map {
         #[cfg(target_os = "linux")]
         {
             let advice = match usage {
-                Use::Whole => libc::MADV_HUGEPAGE,
+                Use::Whole | Use::Blocks => libc::MADV_HUGEPAGE,
                 Use::Sparse => libc::MADV_NOHUGEPAGE,
             };
             // SAFETY: the range is the map made above. The advice may be refused; nothing depends on it.

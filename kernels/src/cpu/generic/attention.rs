@@ -102,8 +102,8 @@ impl<E> Tile<E> {
             let count = (task.block_size - position % task.block_size).min(held.end - position);
             for group in 0..task.num_groups() {
                 let at = group * TILE_KEYS + position - self.start;
-                for (to, plane) in [(&mut *keys, task.keys), (&mut *values, task.values)] {
-                    let scales = task.scales(plane, position, count, group);
+                for (to, half) in [(&mut *keys, task.keys), (&mut *values, task.values)] {
+                    let scales = task.scales(half, position, count, group);
                     to[at..at + count].iter_mut().zip(scales).for_each(|(to, scale)| *to = scale);
                 }
             }

@@ -76,6 +76,6 @@ fn score<E: KvElement>(task: &SpanTask<'_, E>, query: usize, key: usize) -> f32 
 }
 
 /// The scale of a group of a key or a value; 1 where components are no codes.
-fn scale<E: KvElement>(task: &SpanTask<'_, E>, plane: &[E], key: usize, group: usize) -> f32 {
-    if E::HAS_SCALES { task.scales(plane, key, 1, group).next().unwrap_or(f32::NAN) } else { 1.0 }
+fn scale<E: KvElement>(task: &SpanTask<'_, E>, half: &[E], key: usize, group: usize) -> f32 {
+    if E::HAS_SCALES { task.scales(half, key, 1, group).next().unwrap_or(f32::NAN) } else { 1.0 }
 }
