@@ -11,6 +11,7 @@ use half::{bf16, f16};
 use crate::cpu::Cpu;
 use crate::cpu::arranged::Arrangement;
 use crate::cpu::dispatch::Isa;
+use crate::cpu::prefetch::prefetch_tile;
 use crate::memory::Buffer;
 use crate::pack::{Quantized, cut_every, rows_per_part, weights_buffer};
 
@@ -109,6 +110,10 @@ impl<E: DenseElement> Dense<E> {
         for (col, out) in out.iter_mut().enumerate() {
             *out = self.get(row, col).to_f32();
         }
+    }
+
+    fn prefetch_row(&self, row: usize) {
+        prefetch_tile(&self.elements, row / DENSE_TILE_ROWS, self.tiles());
     }
 }
 
@@ -214,6 +219,16 @@ impl Matrix {
             Self::F32(w) => w.row(row, out),
             Self::F16(w) => w.row(row, out),
             Self::Bf16(w) => w.row(row, out),
+        }
+    }
+
+    /// Asks memory for what [`Self::row`] is going to read.
+    pub(crate) fn prefetch_row(&self, row: usize) {
+        match self {
+            Self::Quantized(w) => w.prefetch_row(row),
+            Self::F32(w) => w.prefetch_row(row),
+            Self::F16(w) => w.prefetch_row(row),
+            Self::Bf16(w) => w.prefetch_row(row),
         }
     }
 }

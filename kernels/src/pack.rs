@@ -12,6 +12,7 @@ use half::f16;
 use crate::cpu::Cpu;
 use crate::cpu::arranged::Arrangement;
 use crate::cpu::dispatch::Isa;
+use crate::cpu::prefetch::prefetch_tile;
 use crate::memory::{Buffer, Use};
 use crate::order::InputOrder;
 use crate::quant_format::{CodeBits, GROUP, MAX_VECTORS, Piece, QUAD, QUADS, QuantFormat, Scaling, cut, in_every_byte};
@@ -282,6 +283,18 @@ impl Quantized {
                     }
                 }
             }
+        }
+    }
+
+    /// Asks memory for what [`Self::row`] is going to read.
+    pub(crate) fn prefetch_row(&self, row: usize) {
+        let (tile, num_tiles) = (row / self.tile_rows, self.tiles());
+        prefetch_tile(&self.codes, tile, num_tiles);
+        for upper in [&self.scales, &self.mins] {
+            prefetch_tile(upper, tile, num_tiles);
+        }
+        for sub in [&self.sub_scales, &self.sub_mins] {
+            prefetch_tile(sub, tile, num_tiles);
         }
     }
 

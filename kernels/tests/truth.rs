@@ -167,6 +167,31 @@ fn logits_are_scaled_and_capped() {
     }
 }
 
+/// Enough of them for both threads, some twice and the last ones of a tile that is not full.
+#[test]
+fn rows_are_taken_by_number() {
+    let cpu = Cpu::new(Isa::Scalar, 2);
+    let (rows, cols) = (37, 64);
+    for family in [W4, W8] {
+        let matrix = family.matrix(Isa::Scalar, rows, cols, 5);
+        let numbers: Vec<u32> = (0..600).map(|i| [36, 0, 35, 17, 17][i % 5]).collect();
+        let mut taken = vec![0.0; numbers.len() * cols];
+        cpu.take_rows(&matrix, &numbers, 0.5, &mut taken);
+        let mut expected = vec![0.0; cols];
+        for (&number, row) in numbers.iter().zip(taken.chunks(cols)) {
+            matrix.row(number as usize, &mut expected);
+            assert!(row.iter().zip(&expected).all(|(row, expected)| *row == expected * 0.5), "row {number}");
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "row 37 of a matrix of 37 rows")]
+fn rows_beyond_a_matrix_are_refused() {
+    let matrix = W8.matrix(Isa::Scalar, 37, 64, 5);
+    scalar().take_rows(&matrix, &[36, 37], 1.0, &mut [0.0; 128]);
+}
+
 #[test]
 fn activations_shrink_and_grow_again() {
     let cpu = scalar();

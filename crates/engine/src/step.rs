@@ -218,9 +218,7 @@ impl EngineLoop {
         let mut start = 0;
         for slice in self.rows.chunks(rows_per_slice) {
             let num_logits = slice.len() * vocab_size;
-            if self.logits.len() < num_logits {
-                self.logits.resize(num_logits, 0.0);
-            }
+            bindery_model::make_room(&mut self.logits, num_logits)?;
             let logits = &mut self.logits[..num_logits];
             self.model.logits(start..start + slice.len(), logits)?;
             self.recorder.lap(Phase::Head);

@@ -314,7 +314,8 @@ fn main() {
         loads.iter().flat_map(|&load| args.adapters.iter().map(move |&adapters| (load, adapters))).collect();
     let batches: Vec<ForwardBatch> = cases.iter().map(|(load, adapters)| load.batch(vocab_size, *adapters)).collect();
     let most_rows = loads.iter().map(|load| load.num_sampled()).max().unwrap_or(1);
-    let mut logits = vec![0.0; most_rows * vocab_size];
+    let mut logits = Vec::new();
+    bindery_model::make_room(&mut logits, most_rows * vocab_size).expect("room for the logits");
 
     let mut results: Vec<Timed> = cases.iter().map(|_| Timed::default()).collect();
     for index in 0..=args.rounds.max(1) {

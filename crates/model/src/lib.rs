@@ -34,7 +34,7 @@ pub use licence::declared_licence;
 pub use machine::{Gauge, Machine, Roofs};
 pub use model::{
     BackendKind, Dtype, KvCacheDtype, LoadOptions, Model, ModelInfo, ModelPhase, OpenedModel, ProductWeights, Quantize,
-    StepModel,
+    StepModel, make_room,
 };
 pub use report::{ModelReport, TensorGroup, TensorPart};
 pub use rope::RopeRegimes;

@@ -240,6 +240,12 @@ pub struct ProductWeights {
     pub is_quantized: bool,
 }
 
+/// Makes `room` at least `len` values long, in memory that is quick to write column by column, as [`StepModel::logits`] does. What
+/// it held is lost where it grows.
+pub fn make_room(room: &mut Vec<f32>, len: usize) -> Result<(), ModelError> {
+    bindery_kernels::make_room(room, len).map_err(|error| ModelError::OutOfMemory(error.to_string()))
+}
+
 /// What the engine asks of a model; `Model` is one, test doubles are others.
 pub trait StepModel: Send {
     /// Width of a row of logits.

@@ -9,6 +9,7 @@ use std::ops::Range;
 use super::pool::SharedMut;
 use super::task::{ActivationsOut, Panels, QuantGroup, QuantRows};
 use crate::matrix::Matrix;
+use crate::memory::make_room;
 use crate::quant_format::GROUP;
 
 /// What a row of activations is kept as.
@@ -92,8 +93,8 @@ impl Activations {
         let num_groups = if form.has_int8() { num_rows * (cols / GROUP) } else { 0 };
         let panels = Panels::new(num_rows, cols / GROUP, panel_rows);
         (self.num_rows, self.cols, self.form, self.panels) = (num_rows, cols, form, panels);
-        self.rows.resize(self.rows.len().max(num_elements), 0.0);
-        self.groups.resize(self.groups.len().max(num_groups), QuantGroup::default());
+        grow(&mut self.rows, num_elements);
+        grow(&mut self.groups, num_groups);
         ActivationsOut {
             cols,
             rows: form.has_f32().then(|| SharedMut::new(&mut self.rows[..num_elements])),
@@ -124,6 +125,13 @@ impl Activations {
             rows: if self.form.has_f32() { &self.rows[rows.start * self.cols..rows.end * self.cols] } else { &[] },
             groups: if self.form.has_int8() { &self.groups[rows.start * groups..rows.end * groups] } else { &[] },
         }
+    }
+}
+
+/// [`make_room`], which where there is no memory ends as every list does.
+fn grow<T: Copy + Default>(room: &mut Vec<T>, len: usize) {
+    if make_room(room, len).is_err() {
+        room.resize(len, T::default());
     }
 }
 

@@ -7,6 +7,7 @@ pub(crate) mod activations;
 pub(crate) mod arranged;
 pub(crate) mod attention;
 pub(crate) mod dispatch;
+pub(crate) mod embed;
 pub(crate) mod experts;
 pub(crate) mod gated;
 pub(crate) mod logits;
@@ -28,7 +29,7 @@ mod generic;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod pool;
-mod prefetch;
+pub(crate) mod prefetch;
 mod scalar;
 mod task;
 

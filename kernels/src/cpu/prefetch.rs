@@ -7,6 +7,9 @@
 /// Bytes that an aligned line has on every machine in question.
 pub(crate) const LINE_BYTES: usize = 64;
 
+/// More would drive out what it is asked for before it is read.
+const MOST_TILE_BYTES: usize = 16 * 1024;
+
 /// Into the first-level cache. The address may lie outside of any buffer.
 #[inline(always)]
 pub(crate) fn prefetch(at: *const u8) {
@@ -22,4 +25,14 @@ pub(crate) fn prefetch(at: *const u8) {
     }
     #[cfg(not(any(target_arch = "x86_64", all(target_arch = "aarch64", not(miri)))))]
     let _ = at;
+}
+
+/// A tile's part of a buffer that holds `num_tiles` of them, or the first `MOST_TILE_BYTES` of it.
+pub(crate) fn prefetch_tile<T>(buffer: &[T], tile: usize, num_tiles: usize) {
+    let len = buffer.len() / num_tiles.max(1);
+    let bytes = (len * size_of::<T>()).min(MOST_TILE_BYTES);
+    let from = buffer.as_ptr().wrapping_add(tile * len).cast::<u8>();
+    for offset in (0..bytes).step_by(LINE_BYTES) {
+        prefetch(from.wrapping_add(offset));
+    }
 }

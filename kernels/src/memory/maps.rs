@@ -5,6 +5,7 @@
 //! them. Invariant: what is handed out lies in a map that lives as long as its [`Hold`].
 
 use std::cell::RefCell;
+use std::mem::MaybeUninit;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -81,6 +82,23 @@ fn pack_in<R>(shared: Shared, work: impl FnOnce() -> R) -> R {
     }
     let _restore = Restore(SHARED.replace(Some(shared)));
     work()
+}
+
+/// Asks the system for large pages in memory that is going to be written whole. Those it would fill in part stay small.
+pub(super) fn prefer_large_pages<T>(memory: &mut [MaybeUninit<T>]) {
+    #[cfg(target_os = "linux")]
+    {
+        let range = memory.as_mut_ptr_range();
+        let first = range.start.addr().next_multiple_of(LARGE_PAGE_BYTES);
+        let end = range.end.addr() / LARGE_PAGE_BYTES * LARGE_PAGE_BYTES;
+        if first < end {
+            let start = range.start.cast::<libc::c_void>().wrapping_byte_add(first - range.start.addr());
+            // SAFETY: the range lies within the caller's. The advice changes nothing that it holds, and may be refused.
+            let _ = unsafe { libc::madvise(start, end - first, libc::MADV_HUGEPAGE) };
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = memory;
 }
 
 /// An anonymous map.

@@ -3,6 +3,7 @@
 //! It has the face of `maps.rs` and must not know more than that. Invariant: nothing is ever handed out, so nothing is held.
 
 use std::convert::Infallible;
+use std::mem::MaybeUninit;
 use std::ptr::NonNull;
 
 use super::Use;
@@ -18,6 +19,9 @@ pub(super) type Hold = Infallible;
 pub(super) fn take(_bytes: usize, _usage: Use) -> std::io::Result<Option<(NonNull<u8>, Hold)>> {
     Ok(None)
 }
+
+/// There are none.
+pub(super) fn prefer_large_pages<T>(_memory: &mut [MaybeUninit<T>]) {}
 
 /// As in `maps.rs`, without anything to share.
 pub fn pack_together<R>(work: impl FnOnce() -> R) -> R {

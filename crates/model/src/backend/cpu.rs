@@ -9,7 +9,7 @@ use std::{mem, ops::Range};
 use bindery_kernels::{
     Activations, Addends, AttentionArgs, AttentionSequence, Cpu, ExpertWeights, Form, GatedProduct, Isa, KvCache,
     KvDtype, KvShape, LayerNorm, LowRank, LowRankPair, LowRankSegment, Matrix, Mixture, Norm, Product, Projection,
-    RoutingArgs, Shares,
+    RoutingArgs, Shares, make_room,
 };
 
 use crate::{
@@ -130,12 +130,9 @@ pub(crate) fn kv_cache_dtype(import: ImportOptions, wanted: KvCacheDtype) -> KvC
 
 /// A buffer's first `len` values, grown where it is shorter. What they hold is left over from earlier.
 fn sized(buffer: &mut Vec<f32>, len: usize) -> Result<&mut [f32], ModelError> {
-    if buffer.len() < len {
-        buffer.try_reserve_exact(len - buffer.len()).map_err(|_| {
-            ModelError::OutOfMemory(format!("no memory for {len} activations: lower --max-num-batched-tokens"))
-        })?;
-        buffer.resize(len, 0.0);
-    }
+    make_room(buffer, len).map_err(|_| {
+        ModelError::OutOfMemory(format!("no memory for {len} activations: lower --max-num-batched-tokens"))
+    })?;
     Ok(&mut buffer[..len])
 }
 
@@ -398,14 +395,7 @@ impl Backend for CpuBackend {
     fn embed(&mut self, table: &Matrix, step: Step<'_, Self>) -> Result<(), ModelError> {
         let DecoderConfig { hidden_size, embedding_scale, .. } = self.config;
         let hidden = sized(&mut self.buffers.hidden, step.num_rows() * hidden_size)?;
-        for (&token, row) in step.batch.tokens.iter().zip(hidden.chunks_exact_mut(hidden_size)) {
-            table.row(token as usize, row);
-            if embedding_scale != 1.0 {
-                for x in row {
-                    *x *= embedding_scale;
-                }
-            }
-        }
+        self.cpu.take_rows(table, &step.batch.tokens, embedding_scale, hidden);
         Ok(())
     }
 
