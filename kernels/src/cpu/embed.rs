@@ -29,7 +29,9 @@ impl Cpu {
                 let row = unsafe { out.slice(at * cols..(at + 1) * cols) };
                 matrix.row(numbers[at] as usize, row);
                 if factor != 1.0 {
-                    row.iter_mut().for_each(|x| *x *= factor);
+                    for x in row {
+                        *x *= factor;
+                    }
                 }
             }
         });
