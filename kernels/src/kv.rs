@@ -153,12 +153,15 @@ impl KvCache {
         self.bytes.copy_within(source * block_bytes..(source + 1) * block_bytes, target * block_bytes);
     }
 
-    /// Elements of all blocks; see [`KvShape::block_stride`] and [`KvShape::layer_places`].
-    pub(crate) fn elements<E: Pod>(&self) -> &[E] {
-        bytemuck::cast_slice(&self.bytes)
+    /// As bytes, from a layer's keys in block 0 on, and from its values on; the next block's lie [`KvShape::block_stride`] further.
+    pub(crate) fn halves(&self, layer: usize) -> (&[u8], &[u8]) {
+        let places = self.shape.layer_places(layer).map(|place| place * self.shape.dtype.size_bytes());
+        // A cache of no blocks has no such places, and nobody reads there.
+        let [keys, values] = places.map(|place| self.bytes.get(place..).unwrap_or_default());
+        (keys, values)
     }
 
-    /// As [`Self::elements`], for writing.
+    /// Elements of all blocks, for writing; see [`KvShape::block_stride`] and [`KvShape::layer_places`].
     pub(crate) fn elements_mut<E: Pod>(&mut self) -> &mut [E] {
         bytemuck::cast_slice_mut(&mut self.bytes)
     }

@@ -10,7 +10,6 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use bytemuck::Pod;
 use half::{bf16, f16};
 
 use super::Cpu;
@@ -159,39 +158,24 @@ impl Cpu {
         // Taken, not borrowed: a panic in a check leaves an empty one behind and nothing locked.
         let mut scratch = CALL_SCRATCH.take();
         check(q, cache, sequences, args, out, &mut scratch.named);
+        let (keys, values) = cache.halves(layer);
         let kernels = self.kernels;
         match cache.shape().dtype {
             KvDtype::F32 => {
-                self.attend::<f32>(
-                    kernels.attention_f32,
-                    &Call::new(q, args, sequences, cache, layer),
-                    out,
-                    &mut scratch,
-                );
+                let call = Call { q, args, sequences, shape: cache.shape(), keys: cast(keys), values: cast(values) };
+                self.attend::<f32>(kernels.attention_f32, &call, out, &mut scratch);
             }
             KvDtype::F16 => {
-                self.attend::<f16>(
-                    kernels.attention_f16,
-                    &Call::new(q, args, sequences, cache, layer),
-                    out,
-                    &mut scratch,
-                );
+                let call = Call { q, args, sequences, shape: cache.shape(), keys: cast(keys), values: cast(values) };
+                self.attend::<f16>(kernels.attention_f16, &call, out, &mut scratch);
             }
             KvDtype::Bf16 => {
-                self.attend::<bf16>(
-                    kernels.attention_bf16,
-                    &Call::new(q, args, sequences, cache, layer),
-                    out,
-                    &mut scratch,
-                );
+                let call = Call { q, args, sequences, shape: cache.shape(), keys: cast(keys), values: cast(values) };
+                self.attend::<bf16>(kernels.attention_bf16, &call, out, &mut scratch);
             }
             KvDtype::Int8 => {
-                self.attend::<i8>(
-                    kernels.attention_i8,
-                    &Call::new(q, args, sequences, cache, layer),
-                    out,
-                    &mut scratch,
-                );
+                let call = Call { q, args, sequences, shape: cache.shape(), keys: cast(keys), values: cast(values) };
+                self.attend::<i8>(kernels.attention_i8, &call, out, &mut scratch);
             }
         }
         CALL_SCRATCH.set(scratch);
@@ -278,6 +262,10 @@ fn put_longest_first(pieces: &mut [Piece]) {
     pieces.sort_unstable_by_key(|piece| std::cmp::Reverse(piece.num_spans));
 }
 
+fn cast<E: bytemuck::Pod>(half: &[u8]) -> &[E] {
+    bytemuck::cast_slice(half)
+}
+
 fn check(
     q: &[f32],
     cache: &KvCache,
@@ -336,21 +324,6 @@ struct Call<'a, E> {
     /// From the layer's keys (and values) in block 0 on.
     keys: &'a [E],
     values: &'a [E],
-}
-
-impl<'a, E: Pod> Call<'a, E> {
-    fn new(
-        q: &'a [f32],
-        args: &'a AttentionArgs<'a>,
-        sequences: &'a [AttentionSequence<'a>],
-        cache: &'a KvCache,
-        layer: usize,
-    ) -> Self {
-        let (shape, elements) = (cache.shape(), cache.elements());
-        // A cache of no blocks has no such places, and nobody reads there.
-        let [keys, values] = shape.layer_places(layer).map(|place| elements.get(place..).unwrap_or_default());
-        Self { q, args, sequences, shape, keys, values }
-    }
 }
 
 impl<E> Call<'_, E> {

@@ -13,7 +13,9 @@ mod statistics;
 
 use std::{num::NonZero, ops::Range, path::Path};
 
-use bindery_model::{BatchSequence, ForwardBatch, LoadOptions, Model, ModelError, ModelInfo, OpenedModel, StepModel};
+use bindery_model::{
+    BatchSequence, ForwardBatch, LoadOptions, Model, ModelError, ModelInfo, OpenedModel, StepModel, make_room,
+};
 
 pub use statistics::{Comparison, Estimate, Spread};
 
@@ -307,9 +309,7 @@ impl Scorer {
 
     fn logits(&mut self, rows: Range<usize>) -> Result<&[f32], EngineError> {
         let len = rows.len() * self.model.vocab_size();
-        if self.logits.len() < len {
-            self.logits.resize(len, 0.0);
-        }
+        make_room(&mut self.logits, len)?;
         self.model.logits(rows, &mut self.logits[..len])?;
         Ok(&self.logits[..len])
     }
