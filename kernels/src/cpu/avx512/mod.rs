@@ -14,7 +14,7 @@ use super::scalar;
 
 kernel_table!(
     LANES, Lanes512, "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq", block: 4, wide_block: 8,
-    queries: 4, rest: scalar::TABLE
+    queries: 6, rest: scalar::TABLE
 );
 quant_table!(TABLE, Rows16, "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq", columns: 8, product: multiply, rest: LANES);
 quant_table!(

@@ -19,10 +19,18 @@
 //!
 //! Tried: asking for the next tile's pages ahead. It gave nothing at contexts of 128 and cost 5 per cent at 32 times 1024,
 //! where memory is busy anyway.
+//!
+//! It must not know where a tile lies (`tile.rs`) nor how products are computed (`products.rs`).
+
+mod products;
+mod tile;
 
 use std::ops::Range;
 
-use super::block::multiply_add;
+use products::{add_queries, score, score_interleaved};
+pub(in crate::cpu) use tile::Tile;
+use tile::{convert, lay_out, tile_of_pages};
+
 use super::exp::{exp_below_highest, exps_below_highest, tanh};
 use super::{Element, Lanes};
 use crate::cpu::attention::TILE_KEYS;
@@ -38,95 +46,6 @@ const MAX_QUERIES: usize = 6;
 const VECTORS: usize = TILE_KEYS / WIDTH;
 
 type Scores = [[f32; TILE_KEYS]; MAX_QUERIES];
-
-/// Some values of a tile.
-struct Run<E> {
-    /// Which of the tile's keys they belong to.
-    keys: (usize, usize),
-    /// Component 0 of the first one.
-    from: *const E,
-}
-
-impl<E> Clone for Run<E> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-
-impl<E> Copy for Run<E> {}
-
-/// A tile's keys and values as the block takes them: rows of at least 16 elements, by pointer.
-pub(in crate::cpu) struct Tile<E> {
-    /// First position, a multiple of the tile.
-    start: usize,
-    /// Component 0 of each 16 keys; null where no key is held.
-    keys: [*const E; VECTORS],
-    /// From one component to the next.
-    key_stride: usize,
-    /// Values that follow each other in memory; `num_runs` of them, in ascending order.
-    runs: [Run<E>; VECTORS],
-    num_runs: usize,
-    /// From one value to the next.
-    value_stride: usize,
-    /// `[groups, 64]` of the tile's keys, and of its values; null where elements have none.
-    key_scales: *const f32,
-    value_scales: *const f32,
-}
-
-impl<E> Tile<E> {
-    /// Nothing in it yet.
-    fn empty(start: usize) -> Self {
-        Self {
-            start,
-            keys: [std::ptr::null(); VECTORS],
-            key_stride: 0,
-            runs: [Run { keys: (0, 0), from: std::ptr::null() }; VECTORS],
-            num_runs: 0,
-            value_stride: 0,
-            key_scales: std::ptr::null(),
-            value_scales: std::ptr::null(),
-        }
-    }
-
-    /// Copies the scales of the keys `held` to `room`, where the tile then points.
-    fn take_scales<S: KvElement>(&mut self, task: &SpanTask<'_, S>, held: Range<usize>, room: &mut Vec<f32>) {
-        if !S::HAS_SCALES {
-            return;
-        }
-        let len = task.num_groups() * TILE_KEYS;
-        // What is left over in it belongs to keys that no query sees.
-        room.resize(room.len().max(2 * len), 0.0);
-        let (keys, values) = room.split_at_mut(len);
-        let mut position = held.start;
-        while position < held.end {
-            let count = (task.block_size - position % task.block_size).min(held.end - position);
-            for group in 0..task.num_groups() {
-                let at = group * TILE_KEYS + position - self.start;
-                for (to, half) in [(&mut *keys, task.keys), (&mut *values, task.values)] {
-                    let scales = task.scales(half, position, count, group);
-                    to[at..at + count].iter_mut().zip(scales).for_each(|(to, scale)| *to = scale);
-                }
-            }
-            position += count;
-        }
-        (self.key_scales, self.value_scales) = (keys.as_ptr(), values.as_ptr());
-    }
-}
-
-/// Calls `$body` with 1 to 6 queries; one alone takes `$wide` vectors at a time.
-macro_rules! with_queries {
-    ($count:expr, $body:ident::<$l:ty, $e:ty, $v:ident, $wide:ident>($($argument:expr),*)) => {
-        match $count {
-            1 => $body::<$l, $e, 1, $wide>($($argument),*),
-            2 => $body::<$l, $e, 2, $v>($($argument),*),
-            3 => $body::<$l, $e, 3, $v>($($argument),*),
-            4 => $body::<$l, $e, 4, $v>($($argument),*),
-            5 if Q > 4 => $body::<$l, $e, 5, $v>($($argument),*),
-            _ if Q > 4 => $body::<$l, $e, 6, $v>($($argument),*),
-            count => unreachable!("{count} queries in a block of {Q}"),
-        }
-    };
-}
 
 /// [`walk_queries`] compiled for an element type and an instruction set.
 pub(in crate::cpu) type Walk<E> = unsafe fn(&mut SpanTask<'_, E>, &Tile<E>);
@@ -216,66 +135,6 @@ pub(in crate::cpu) unsafe fn attend<E: Element + KvElement>(task: &mut SpanTask<
     }
 }
 
-/// A tile straight from the pages, whose rows fill vectors.
-fn tile_of_pages<E: Element + KvElement>(
-    task: &SpanTask<'_, E>,
-    start: usize,
-    held: Range<usize>,
-    scales: &mut Vec<f32>,
-) -> Tile<E> {
-    let (block_size, head_dim) = (task.block_size, task.head_dim);
-    let mut tile = Tile { key_stride: block_size, value_stride: head_dim, ..Tile::empty(start) };
-    tile.take_scales(task, held.clone(), scales);
-    for vector in (held.start - start) / WIDTH..(held.end - start).div_ceil(WIDTH) {
-        let at = task.key_index(start + vector * WIDTH);
-        tile.keys[vector] = task.keys[at..at + (head_dim - 1) * block_size + WIDTH].as_ptr();
-    }
-    let mut position = held.start;
-    while position < held.end {
-        let run = (block_size - position % block_size).min(held.end - position);
-        let at = task.value_index(position);
-        let first = position - start;
-        tile.runs[tile.num_runs] =
-            Run { keys: (first, first + run), from: task.values[at..at + run * head_dim].as_ptr() };
-        tile.num_runs += 1;
-        position += run;
-    }
-    tile
-}
-
-/// A tile copied to `room` in f32 (codes as they are): keys `[head_dim, 64]`, then values `[64, padded head_dim]`.
-fn lay_out<E: Element + KvElement>(
-    task: &SpanTask<'_, E>,
-    start: usize,
-    held: Range<usize>,
-    room: &mut Vec<f32>,
-    scales: &mut Vec<f32>,
-) -> Tile<f32> {
-    let width = task.head_dim.next_multiple_of(WIDTH);
-    room.clear();
-    room.resize((task.head_dim + width) * TILE_KEYS, 0.0);
-    let (keys, values) = room.split_at_mut(task.head_dim * TILE_KEYS);
-    for position in held.clone() {
-        let (key_at, value_at) = (task.key_index(position), task.value_index(position));
-        for i in 0..task.head_dim {
-            keys[i * TILE_KEYS + position - start] = task.keys[key_at + i * task.block_size].widen();
-            values[(position - start) * width + i] = task.values[value_at + i].widen();
-        }
-    }
-    let mut tile = Tile {
-        key_stride: TILE_KEYS,
-        runs: [Run { keys: (0, TILE_KEYS), from: values.as_ptr() }; VECTORS],
-        num_runs: 1,
-        value_stride: width,
-        ..Tile::empty(start)
-    };
-    tile.take_scales(task, held, scales);
-    for (vector, pointer) in tile.keys.iter_mut().enumerate() {
-        *pointer = keys[vector * WIDTH..].as_ptr();
-    }
-    tile
-}
-
 /// Queries from which on a tile is converted to f32 once, instead of for every few of them.
 const MIN_CONVERT_QUERIES: usize = 12;
 
@@ -304,47 +163,6 @@ pub(in crate::cpu) unsafe fn walk_pages<
         walk_queries::<L, f32, Q, V, W>(&mut task.without_pages(), &converted);
         *task.scratch = room;
     }
-}
-
-/// A tile in f32 (codes as they are), in `room`: keys `[head_dim, 64]`, then values `[64, head_dim]`.
-///
-/// # Safety
-/// As [`walk_queries`]; `head_dim` is a multiple of 16 and the tile has a run at least.
-#[inline(always)]
-unsafe fn convert<L: Lanes, E: Element>(tile: &Tile<E>, head_dim: usize, room: &mut Vec<f32>) -> Tile<f32> {
-    // What is left over in it belongs to keys that no query sees.
-    room.resize(room.len().max(2 * head_dim * TILE_KEYS), 0.0);
-    let (keys, values) = room.split_at_mut(head_dim * TILE_KEYS);
-    let (keys, values) = (keys.as_mut_ptr(), values.as_mut_ptr());
-    let mut converted = Tile {
-        key_stride: TILE_KEYS,
-        value_stride: head_dim,
-        key_scales: tile.key_scales,
-        value_scales: tile.value_scales,
-        ..Tile::empty(tile.start)
-    };
-    // SAFETY: `room` holds 64 keys and 64 values of `head_dim` components; the tile's rows are the caller's duty.
-    unsafe {
-        for (vector, from) in tile.keys.iter().enumerate().filter(|(_, from)| !from.is_null()) {
-            let to = keys.add(vector * WIDTH);
-            for i in 0..head_dim {
-                E::lanes::<L>(from.add(i * tile.key_stride)).store(to.add(i * TILE_KEYS));
-            }
-            converted.keys[vector] = to.cast_const();
-        }
-        for &Run { keys: (begin, end), from } in &tile.runs[..tile.num_runs] {
-            let to = values.add(begin * head_dim);
-            for i in (0..(end - begin) * head_dim).step_by(WIDTH) {
-                E::lanes::<L>(from.add(i)).store(to.add(i));
-            }
-        }
-        // They follow each other now.
-        let (first, last) = (tile.runs[0], tile.runs[tile.num_runs - 1]);
-        let from = values.add(first.keys.0 * head_dim).cast_const();
-        converted.runs[0] = Run { keys: (first.keys.0, last.keys.1), from };
-        converted.num_runs = 1;
-    }
-    converted
 }
 
 /// All queries of the task over one tile, at most `Q` at a time: `V` vectors at a time for several of them, `W` for one.
@@ -388,16 +206,9 @@ pub(in crate::cpu) unsafe fn walk_queries<L: Lanes, T: Element, const Q: usize, 
         unsafe {
             if Q >= MIN_INTERLEAVED && task.interleaved && count == block {
                 let components = task.query_scratch[first / block * head_dim * MAX_QUERIES..].as_ptr();
-                for (q, query) in queries.iter_mut().enumerate() {
-                    *query = components.add(q);
-                }
-                if count == MIN_INTERLEAVED {
-                    score_by::<L, T, MIN_INTERLEAVED, V, MAX_QUERIES>(tile, &queries, head_dim, vectors, &mut scores);
-                } else {
-                    score_by::<L, T, MAX_QUERIES, V, MAX_QUERIES>(tile, &queries, head_dim, vectors, &mut scores);
-                }
+                score_interleaved::<L, T, V>(tile, components, count, head_dim, vectors, &mut scores);
             } else {
-                with_queries!(count, score::<L, T, V, W>(tile, &queries, head_dim, vectors, &mut scores));
+                score::<L, T, Q, V, W>(tile, &queries, count, head_dim, vectors, &mut scores);
             }
             // In two passes, so that no query waits for the maximum of the one before it.
             let mut maxes = [0.0; MAX_QUERIES];
@@ -444,146 +255,6 @@ unsafe fn scaled<L: Lanes>(weights: &Scores, visible: &[Range<usize>], scales: *
         }
     }
     scaled
-}
-
-/// Adds some components of the tile's values, weighted, to the queries that `visible` has: what all of them see goes
-/// together, what lies before and behind it one by one, each query's in order.
-///
-/// # Safety
-/// As [`walk_queries`]; `to` has as many floats for each query, and the components are whole vectors of these.
-#[inline(always)]
-unsafe fn add_queries<L: Lanes, T: Element, const Q: usize, const V: usize, const W: usize>(
-    tile: &Tile<T>,
-    scores: &Scores,
-    visible: &[Range<usize>],
-    to: &mut [f32],
-    components: Range<usize>,
-) {
-    let count = visible.len();
-    let width = to.len() / count;
-    let (mut start, mut end) = (0, TILE_KEYS);
-    for keys in visible {
-        (start, end) = (start.max(keys.start), end.min(keys.end));
-    }
-    let shared = if start < end { start..end } else { TILE_KEYS..TILE_KEYS };
-    let mut weights = [std::ptr::null(); MAX_QUERIES];
-    // SAFETY: the caller's duties; keys named lie within the tile.
-    unsafe {
-        for q in 0..count {
-            weights[q] = scores[q].as_ptr();
-            let own = visible[q].start..visible[q].end.min(shared.start);
-            let to = Values { to: to[q * width..].as_mut_ptr(), width, components: components.clone() };
-            add_values::<L, T, 1, W>(tile, &[weights[q]; MAX_QUERIES], own, to);
-        }
-        let together = Values { to: to.as_mut_ptr(), width, components: components.clone() };
-        with_queries!(count, add_values::<L, T, V, W>(tile, &weights, shared.clone(), together));
-        for q in 0..count {
-            let own = visible[q].start.max(shared.end)..visible[q].end;
-            let to = Values { to: to[q * width..].as_mut_ptr(), width, components: components.clone() };
-            add_values::<L, T, 1, W>(tile, &[weights[q]; MAX_QUERIES], own, to);
-        }
-    }
-}
-
-/// Where weighted values are added to.
-struct Values {
-    /// Component 0 of the first query.
-    to: *mut f32,
-    /// From one query to the next.
-    width: usize,
-    /// Whole vectors of them.
-    components: Range<usize>,
-}
-
-/// Dot products of `Q` queries, each with its components one after the other, with the tile's key vectors.
-///
-/// # Safety
-/// As [`score_by`].
-#[inline(always)]
-unsafe fn score<L: Lanes, T: Element, const Q: usize, const V: usize>(
-    tile: &Tile<T>,
-    queries: &[*const f32; MAX_QUERIES],
-    head_dim: usize,
-    vectors: Range<usize>,
-    scores: &mut Scores,
-) {
-    // SAFETY: the caller's duties.
-    unsafe { score_by::<L, T, Q, V, 1>(tile, queries, head_dim, vectors, scores) }
-}
-
-/// As [`score`], with `STEP` floats from one component to the next.
-///
-/// # Safety
-/// As [`walk_queries`]: the first Q pointers are valid for `head_dim` floats `STEP` apart, the vectors are held by the tile.
-#[inline(always)]
-unsafe fn score_by<L: Lanes, T: Element, const Q: usize, const V: usize, const STEP: usize>(
-    tile: &Tile<T>,
-    queries: &[*const f32; MAX_QUERIES],
-    head_dim: usize,
-    vectors: Range<usize>,
-    scores: &mut Scores,
-) {
-    // SAFETY: the caller's duties; `vector + V` stays within `vectors`.
-    unsafe {
-        let mut vector = vectors.start;
-        while vector + V <= vectors.end {
-            score_vectors::<L, T, Q, V, STEP>(tile, queries, head_dim, vector, scores);
-            vector += V;
-        }
-        // With V = 1 nothing is left; the condition keeps the compiler from making the same loop twice.
-        while V > 1 && vector < vectors.end {
-            score_vectors::<L, T, Q, 1, STEP>(tile, queries, head_dim, vector, scores);
-            vector += 1;
-        }
-    }
-}
-
-/// # Safety
-/// As [`score_by`], for the vectors `vector..vector + V`.
-#[inline(always)]
-unsafe fn score_vectors<L: Lanes, T: Element, const Q: usize, const V: usize, const STEP: usize>(
-    tile: &Tile<T>,
-    queries: &[*const f32; MAX_QUERIES],
-    head_dim: usize,
-    vector: usize,
-    scores: &mut Scores,
-) {
-    // SAFETY: the caller's duties; scores have room for a tile.
-    unsafe {
-        let mut acc = [[L::splat(0.0); V]; Q];
-        let mut from = [tile.keys[vector]; V];
-        from.copy_from_slice(&tile.keys[vector..vector + V]);
-        let mut a = [queries[0]; Q];
-        a.copy_from_slice(&queries[..Q]);
-        if tile.key_scales.is_null() {
-            multiply_add::<L, _, Q, V, 0, STEP>(a, head_dim, from, tile.key_stride, &mut acc);
-        } else {
-            for group in 0..head_dim.div_ceil(SCALE_GROUP) {
-                let first = group * SCALE_GROUP;
-                let len = (head_dim - first).min(SCALE_GROUP);
-                let (mut a, mut from) = (a, from);
-                for a in &mut a {
-                    *a = a.add(first * STEP);
-                }
-                for from in &mut from {
-                    *from = from.add(first * tile.key_stride);
-                }
-                let mut sums = [[L::splat(0.0); V]; Q];
-                multiply_add::<L, _, Q, V, 0, STEP>(a, len, from, tile.key_stride, &mut sums);
-                for v in 0..V {
-                    let scale = L::load(tile.key_scales.add(group * TILE_KEYS + (vector + v) * WIDTH));
-                    for q in 0..Q {
-                        acc[q][v] = sums[q][v].mul_add(scale, acc[q][v]);
-                    }
-                }
-            }
-        }
-        for q in 0..Q {
-            for v in 0..V {
-                acc[q][v].store(scores[q].as_mut_ptr().add((vector + v) * WIDTH));
-            }
-        }
-    }
 }
 
 /// One query's dot products to scores: scaled, capped, biased, -inf where not visible. Gives the largest of them and of
@@ -677,90 +348,6 @@ unsafe fn weigh<L: Lanes, E: Element>(
             let values = task.partial.values[query * width..(query + 1) * width].as_mut_ptr();
             for i in (0..width).step_by(WIDTH) {
                 L::load(values.add(i)).mul(L::splat(rescale)).store(values.add(i));
-            }
-        }
-    }
-}
-
-/// Adds some components of the values of the tile's keys `visible`, weighted, to `Q` queries.
-///
-/// # Safety
-/// As [`walk_queries`]: the first Q pointers are valid for a tile's weights, `values` for Q queries; all of them see exactly
-/// the keys `visible`.
-#[inline(always)]
-unsafe fn add_values<L: Lanes, T: Element, const Q: usize, const V: usize>(
-    tile: &Tile<T>,
-    weights: &[*const f32; MAX_QUERIES],
-    visible: Range<usize>,
-    values: Values,
-) {
-    let Values { to, width, components } = values;
-    if visible.is_empty() {
-        return;
-    }
-    for run in 0..tile.num_runs {
-        let Run { keys: (begin, end), from } = tile.runs[run];
-        let keys = begin.max(visible.start)..end.min(visible.end);
-        if keys.is_empty() {
-            continue;
-        }
-        // SAFETY: the caller's duties; the run holds `keys`, whose first lies `keys.start - begin` values into it;
-        // components stay below `width`.
-        unsafe {
-            let from = from.add((keys.start - begin) * tile.value_stride);
-            let mut a = [weights[0]; Q];
-            for q in 0..Q {
-                a[q] = weights[q].add(keys.start);
-            }
-            let mut component = components.start;
-            while component + V * WIDTH <= components.end {
-                let (from, to) = (from.add(component), to.add(component));
-                add_components::<L, T, Q, V>(a, keys.len(), from, tile.value_stride, to, width);
-                component += V * WIDTH;
-            }
-            // What scales have in common is a pair of vectors, which one accumulator each would make wait.
-            while V > 2 && component + 2 * WIDTH <= components.end {
-                let (from, to) = (from.add(component), to.add(component));
-                add_components::<L, T, Q, 2>(a, keys.len(), from, tile.value_stride, to, width);
-                component += 2 * WIDTH;
-            }
-            while V > 1 && component < components.end {
-                let (from, to) = (from.add(component), to.add(component));
-                add_components::<L, T, Q, 1>(a, keys.len(), from, tile.value_stride, to, width);
-                component += WIDTH;
-            }
-        }
-    }
-}
-
-/// `to[q] += sum over run of weights[q] * from`, for `16 * V` components.
-///
-/// # Safety
-/// As [`Lanes`]; `weights[q]` is valid for `run` floats, `from` for `run` rows `stride` apart, `to` for Q rows `width`
-/// apart, all of `16 * V` components.
-#[inline(always)]
-unsafe fn add_components<L: Lanes, E: Element, const Q: usize, const V: usize>(
-    weights: [*const f32; Q],
-    run: usize,
-    from: *const E,
-    stride: usize,
-    to: *mut f32,
-    width: usize,
-) {
-    // SAFETY: the caller's duties.
-    unsafe {
-        let mut acc = [[L::splat(0.0); V]; Q];
-        let mut vectors = [from; V];
-        for v in 0..V {
-            vectors[v] = from.add(v * WIDTH);
-            for q in 0..Q {
-                acc[q][v] = L::load(to.add(q * width + v * WIDTH));
-            }
-        }
-        multiply_add::<L, _, Q, V, 0, 1>(weights, run, vectors, stride, &mut acc);
-        for q in 0..Q {
-            for v in 0..V {
-                acc[q][v].store(to.add(q * width + v * WIDTH));
             }
         }
     }

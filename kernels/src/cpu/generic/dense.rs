@@ -115,7 +115,7 @@ unsafe fn rows<L: Lanes, E: Element + DenseElement, const Q: usize, const V: usi
             b[v] = weights.add(v * cols * DENSE_TILE_ROWS);
         }
         let mut acc = [[L::splat(0.0); V]; Q];
-        multiply_add::<L, E, Q, V, AHEAD, 1>(a, cols, b, DENSE_TILE_ROWS, &mut acc);
+        multiply_add::<L, E, Q, V, AHEAD>(|q, i| a[q].add(i), cols, |v, i| b[v].add(i * DENSE_TILE_ROWS), &mut acc);
         store(task.out, m, tile * DENSE_TILE_ROWS, acc);
     }
 }

@@ -1,0 +1,191 @@
+//! Where a tile's keys and values lie: in the pages, or copied in f32 to where the products have it easier.
+//!
+//! It must not know queries or scores. Invariant: pointers are into pages or room that outlives the tile, and a tile holds the keys that
+//! it was asked for, whole vectors of them where products read whole vectors.
+
+use std::ops::Range;
+
+use super::{VECTORS, WIDTH};
+use crate::cpu::attention::TILE_KEYS;
+use crate::cpu::generic::{Element, Lanes};
+use crate::cpu::task::{KvElement, SpanTask};
+
+/// Some values of a tile.
+pub(super) struct Run<E> {
+    /// Which of the tile's keys they belong to.
+    pub(super) keys: (usize, usize),
+    /// Component 0 of the first one.
+    pub(super) from: *const E,
+}
+
+impl<E> Clone for Run<E> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<E> Copy for Run<E> {}
+
+/// A tile's keys and values as the block takes them: rows of at least 16 elements, by pointer.
+pub(in crate::cpu) struct Tile<E> {
+    /// First position, a multiple of the tile.
+    pub(super) start: usize,
+    /// Component 0 of each 16 keys; null where no key is held.
+    pub(super) keys: [*const E; VECTORS],
+    /// From one component to the next.
+    pub(super) key_stride: usize,
+    /// Whether vectors of keys follow each other, and components are a tile apart.
+    pub(super) keys_follow: bool,
+    /// Values that follow each other in memory; `num_runs` of them, in ascending order.
+    pub(super) runs: [Run<E>; VECTORS],
+    pub(super) num_runs: usize,
+    /// From one value to the next.
+    pub(super) value_stride: usize,
+    /// `[groups, 64]` of the tile's keys, and of its values; null where elements have none.
+    pub(super) key_scales: *const f32,
+    pub(super) value_scales: *const f32,
+}
+
+impl<E> Tile<E> {
+    /// Nothing in it yet.
+    fn empty(start: usize) -> Self {
+        Self {
+            start,
+            keys: [std::ptr::null(); VECTORS],
+            key_stride: 0,
+            keys_follow: false,
+            runs: [Run { keys: (0, 0), from: std::ptr::null() }; VECTORS],
+            num_runs: 0,
+            value_stride: 0,
+            key_scales: std::ptr::null(),
+            value_scales: std::ptr::null(),
+        }
+    }
+
+    /// Copies the scales of the keys `held` to `room`, where the tile then points.
+    fn take_scales<S: KvElement>(&mut self, task: &SpanTask<'_, S>, held: Range<usize>, room: &mut Vec<f32>) {
+        if !S::HAS_SCALES {
+            return;
+        }
+        let len = task.num_groups() * TILE_KEYS;
+        // What is left over in it belongs to keys that no query sees.
+        room.resize(room.len().max(2 * len), 0.0);
+        let (keys, values) = room.split_at_mut(len);
+        let mut position = held.start;
+        while position < held.end {
+            let count = (task.block_size - position % task.block_size).min(held.end - position);
+            for group in 0..task.num_groups() {
+                let at = group * TILE_KEYS + position - self.start;
+                for (to, half) in [(&mut *keys, task.keys), (&mut *values, task.values)] {
+                    let scales = task.scales(half, position, count, group);
+                    to[at..at + count].iter_mut().zip(scales).for_each(|(to, scale)| *to = scale);
+                }
+            }
+            position += count;
+        }
+        (self.key_scales, self.value_scales) = (keys.as_ptr(), values.as_ptr());
+    }
+}
+
+/// A tile straight from the pages, whose rows fill vectors.
+pub(super) fn tile_of_pages<E: Element + KvElement>(
+    task: &SpanTask<'_, E>,
+    start: usize,
+    held: Range<usize>,
+    scales: &mut Vec<f32>,
+) -> Tile<E> {
+    let (block_size, head_dim) = (task.block_size, task.head_dim);
+    let mut tile = Tile { key_stride: block_size, value_stride: head_dim, ..Tile::empty(start) };
+    tile.take_scales(task, held.clone(), scales);
+    for vector in (held.start - start) / WIDTH..(held.end - start).div_ceil(WIDTH) {
+        let at = task.key_index(start + vector * WIDTH);
+        tile.keys[vector] = task.keys[at..at + (head_dim - 1) * block_size + WIDTH].as_ptr();
+    }
+    let mut position = held.start;
+    while position < held.end {
+        let run = (block_size - position % block_size).min(held.end - position);
+        let at = task.value_index(position);
+        let first = position - start;
+        tile.runs[tile.num_runs] =
+            Run { keys: (first, first + run), from: task.values[at..at + run * head_dim].as_ptr() };
+        tile.num_runs += 1;
+        position += run;
+    }
+    tile
+}
+
+/// A tile copied to `room` in f32 (codes as they are): keys `[head_dim, 64]`, then values `[64, padded head_dim]`.
+pub(super) fn lay_out<E: Element + KvElement>(
+    task: &SpanTask<'_, E>,
+    start: usize,
+    held: Range<usize>,
+    room: &mut Vec<f32>,
+    scales: &mut Vec<f32>,
+) -> Tile<f32> {
+    let width = task.head_dim.next_multiple_of(WIDTH);
+    room.clear();
+    room.resize((task.head_dim + width) * TILE_KEYS, 0.0);
+    let (keys, values) = room.split_at_mut(task.head_dim * TILE_KEYS);
+    for position in held.clone() {
+        let (key_at, value_at) = (task.key_index(position), task.value_index(position));
+        for i in 0..task.head_dim {
+            keys[i * TILE_KEYS + position - start] = task.keys[key_at + i * task.block_size].widen();
+            values[(position - start) * width + i] = task.values[value_at + i].widen();
+        }
+    }
+    let mut tile = Tile {
+        key_stride: TILE_KEYS,
+        keys_follow: true,
+        runs: [Run { keys: (0, TILE_KEYS), from: values.as_ptr() }; VECTORS],
+        num_runs: 1,
+        value_stride: width,
+        ..Tile::empty(start)
+    };
+    tile.take_scales(task, held, scales);
+    for (vector, pointer) in tile.keys.iter_mut().enumerate() {
+        *pointer = keys[vector * WIDTH..].as_ptr();
+    }
+    tile
+}
+
+/// A tile in f32 (codes as they are), in `room`: keys `[head_dim, 64]`, then values `[64, head_dim]`.
+///
+/// # Safety
+/// As [`Lanes`]; the tile holds the keys it names; `head_dim` is a multiple of 16 and the tile has a run at least.
+#[inline(always)]
+pub(super) unsafe fn convert<L: Lanes, E: Element>(tile: &Tile<E>, head_dim: usize, room: &mut Vec<f32>) -> Tile<f32> {
+    // What is left over in it belongs to keys that no query sees.
+    room.resize(room.len().max(2 * head_dim * TILE_KEYS), 0.0);
+    let (keys, values) = room.split_at_mut(head_dim * TILE_KEYS);
+    let (keys, values) = (keys.as_mut_ptr(), values.as_mut_ptr());
+    let mut converted = Tile {
+        key_stride: TILE_KEYS,
+        keys_follow: true,
+        value_stride: head_dim,
+        key_scales: tile.key_scales,
+        value_scales: tile.value_scales,
+        ..Tile::empty(tile.start)
+    };
+    // SAFETY: `room` holds 64 keys and 64 values of `head_dim` components; the tile's rows are the caller's duty.
+    unsafe {
+        for (vector, from) in tile.keys.iter().enumerate().filter(|(_, from)| !from.is_null()) {
+            let to = keys.add(vector * WIDTH);
+            for i in 0..head_dim {
+                E::lanes::<L>(from.add(i * tile.key_stride)).store(to.add(i * TILE_KEYS));
+            }
+            converted.keys[vector] = to.cast_const();
+        }
+        for &Run { keys: (begin, end), from } in &tile.runs[..tile.num_runs] {
+            let to = values.add(begin * head_dim);
+            for i in (0..(end - begin) * head_dim).step_by(WIDTH) {
+                E::lanes::<L>(from.add(i)).store(to.add(i));
+            }
+        }
+        // They follow each other now.
+        let (first, last) = (tile.runs[0], tile.runs[tile.num_runs - 1]);
+        let from = values.add(first.keys.0 * head_dim).cast_const();
+        converted.runs[0] = Run { keys: (first.keys.0, last.keys.1), from };
+        converted.num_runs = 1;
+    }
+    converted
+}
