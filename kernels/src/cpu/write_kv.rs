@@ -1,7 +1,7 @@
 //! Writes new keys and values to their slots.
 //!
-//! Knows slots, not sequences. Invariant: every key/value head is written by one thread, in the order of the rows, so
-//! even a slot named twice has one writer at a time and ends as the last row says.
+//! Knows slots, not sequences. Invariant: a head's keys are written by one thread, and so are its values, in the order of the
+//! rows, so even a slot named twice has one writer at a time and ends as the last row says.
 
 use bytemuck::Pod;
 use half::slice::HalfFloatSliceExt;
@@ -53,13 +53,15 @@ impl Cpu {
         convert: impl Fn(&[f32], &mut [E]) + Sync,
     ) {
         let KvShape { head_dim, block_size, .. } = *cache.shape();
-        self.each_head::<E>(cache, layer, k, v, slots, |Head { k, v, keys, values, offset }| {
-            for (chunk, from) in k.chunks(CONVERT_ELEMENTS).enumerate() {
-                let mut converted = [E::zeroed(); CONVERT_ELEMENTS];
-                convert(from, &mut converted[..from.len()]);
-                scatter(&converted[..from.len()], keys, chunk * CONVERT_ELEMENTS * block_size + offset, block_size);
+        self.each_head::<E>(cache, layer, k, v, slots, |Head { half, x, page, offset }| match half {
+            Half::Keys => {
+                for (chunk, from) in x.chunks(CONVERT_ELEMENTS).enumerate() {
+                    let mut converted = [E::zeroed(); CONVERT_ELEMENTS];
+                    convert(from, &mut converted[..from.len()]);
+                    scatter(&converted[..from.len()], page, chunk * CONVERT_ELEMENTS * block_size + offset, block_size);
+                }
             }
-            convert(v, &mut values[offset * head_dim..(offset + 1) * head_dim]);
+            Half::Values => convert(x, &mut page[offset * head_dim..(offset + 1) * head_dim]),
         });
     }
 
@@ -67,22 +69,23 @@ impl Cpu {
     /// it is stored.
     fn write_codes(&self, cache: &mut KvCache, layer: usize, k: &[f32], v: &[f32], slots: &[u32]) {
         let KvShape { head_dim, block_size, .. } = *cache.shape();
-        self.each_head::<i8>(cache, layer, k, v, slots, |Head { k, v, keys, values, offset }| {
-            for (group, (k, v)) in k.chunks(SCALE_GROUP).zip(v.chunks(SCALE_GROUP)).enumerate() {
+        self.each_head::<i8>(cache, layer, k, v, slots, |Head { half, x, page, offset }| {
+            for (group, x) in x.chunks(SCALE_GROUP).enumerate() {
                 let first = group * SCALE_GROUP;
                 let scale_at = head_dim * block_size + (group * block_size + offset) * size_of::<bf16>();
                 let mut codes = [0; SCALE_GROUP];
-                let codes = &mut codes[..k.len()];
-                put_scale(keys, scale_at, encode(k, codes));
-                scatter(codes, keys, first * block_size + offset, block_size);
-                let codes = &mut values[offset * head_dim + first..][..v.len()];
-                let scale = encode(v, codes);
-                put_scale(values, scale_at, scale);
+                let codes = &mut codes[..x.len()];
+                put_scale(page, scale_at, encode(x, codes));
+                match half {
+                    Half::Keys => scatter(codes, page, first * block_size + offset, block_size),
+                    Half::Values => page[offset * head_dim + first..][..codes.len()].copy_from_slice(codes),
+                }
             }
         });
     }
 
-    /// Calls `write` for every key/value head of every row; heads are shared out over threads.
+    /// Calls `write` for the key and for the value of every head of every row. Both halves of the heads are shared out over threads:
+    /// three heads alone would be two for one of two threads.
     fn each_head<E: Pod + Send>(
         &self,
         cache: &mut KvCache,
@@ -97,32 +100,36 @@ impl Cpu {
         let elements = SharedMut::new(cache.elements_mut::<E>());
         let (page, places) = (shape.page_elements(), shape.layer_places(layer));
         let min_heads = MIN_PIECE_ELEMENTS.div_ceil((slots.len() * head_dim).max(1));
-        self.split(num_kv_heads, min_heads, |heads| {
+        self.split(2 * num_kv_heads, min_heads, |heads| {
             for (row, &slot) in slots.iter().enumerate() {
                 let (block, offset) = (slot as usize / block_size, slot as usize % block_size);
                 for head in heads.clone() {
-                    let [keys, values] = places.map(|place| block * shape.block_stride() + place + head * page);
+                    let (half, head) = (head / num_kv_heads, head % num_kv_heads);
+                    let first = block * shape.block_stride() + places[half] + head * page;
                     let source = (row * num_kv_heads + head) * head_dim;
-                    let source = source..source + head_dim;
-                    // SAFETY: pages of one head belong to one piece, and those of keys and values are two.
-                    let (keys, values) =
-                        unsafe { (elements.slice(keys..keys + page), elements.slice(values..values + page)) };
-                    write(Head { k: &k[source.clone()], v: &v[source], keys, values, offset });
+                    let (half, x) = [(Half::Keys, k), (Half::Values, v)][half];
+                    // SAFETY: pages of one head's keys, or values, belong to one piece.
+                    let page = unsafe { elements.slice(first..first + page) };
+                    write(Head { half, x: &x[source..source + head_dim], page, offset });
                 }
             }
         });
     }
 }
 
-/// One row's key and value in one head, and the pages they go to.
+/// What a page holds, which says how: keys are `[head_dim, block_size]`, values `[block_size, head_dim]`; scales follow.
+#[derive(Clone, Copy)]
+enum Half {
+    Keys,
+    Values,
+}
+
+/// One row's key or value in one head, and the page it goes to.
 struct Head<'a, E> {
+    half: Half,
     /// `[head_dim]`
-    k: &'a [f32],
-    v: &'a [f32],
-    /// `[head_dim, block_size]` and scales.
-    keys: &'a mut [E],
-    /// `[block_size, head_dim]` and scales.
-    values: &'a mut [E],
+    x: &'a [f32],
+    page: &'a mut [E],
     /// The token's place in the block.
     offset: usize,
 }
