@@ -620,6 +620,16 @@ macro_rules! properties {
                 }
             }
 
+            /// A last panel of one row, of three and of nine: what lies behind it is read with it where panels have sixteen.
+            #[test]
+            fn products_of_a_short_last_panel_match_scalar() {
+                for family in Family::all() {
+                    for (m, groups) in [(241, 3), (99, 1), (57, 2)] {
+                        check_product($isa, family, m, 17, groups, m == 241, m as u64);
+                    }
+                }
+            }
+
             /// Codes and activations of largest magnitude: no integer sum may saturate.
             #[test]
             fn extreme_codes_are_exact() {

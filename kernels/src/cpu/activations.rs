@@ -2,12 +2,13 @@
 //!
 //! f32, int8 groups with scales and sums, or both, as the matrices that will read them want. Buffers only grow, and what
 //! lies beyond the rows at hand is left as it is: a step after warm-up allocates nothing, and nothing is cleared that is
-//! written next. Invariant: the buffers of the form at hand hold at least `num_rows` whole rows of the same input.
+//! written next. Invariant: the buffers of the form at hand hold at least `num_rows` whole rows of the same input, and those of int8
+//! groups [`SPARE_GROUPS`] more, which are read with the last panel.
 
 use std::ops::Range;
 
 use super::pool::SharedMut;
-use super::task::{ActivationsOut, Panels, QuantGroup, QuantRows};
+use super::task::{ActivationsOut, GroupCodes, GroupScales, Panels, QuantRows, QuantRowsMut, SPARE_GROUPS};
 use crate::matrix::Matrix;
 use crate::memory::make_room;
 use crate::quant_format::GROUP;
@@ -58,8 +59,10 @@ pub struct Activations {
     panels: Panels,
     /// `[num_rows, cols]`, and more; left over where not asked for.
     rows: Vec<f32>,
-    /// As `panels` says, and more; left over where not asked for.
-    groups: Vec<QuantGroup>,
+    /// As `panels` says, and spare ones; left over where not asked for.
+    codes: Vec<GroupCodes>,
+    /// Likewise.
+    scales: Vec<GroupScales>,
 }
 
 impl Activations {
@@ -94,37 +97,41 @@ impl Activations {
         let panels = Panels::new(num_rows, cols / GROUP, panel_rows);
         (self.num_rows, self.cols, self.form, self.panels) = (num_rows, cols, form, panels);
         grow(&mut self.rows, num_elements);
-        grow(&mut self.groups, num_groups);
+        if form.has_int8() {
+            grow(&mut self.codes, num_groups + SPARE_GROUPS);
+            grow(&mut self.scales, num_groups + SPARE_GROUPS);
+        }
         ActivationsOut {
             cols,
             rows: form.has_f32().then(|| SharedMut::new(&mut self.rows[..num_elements])),
-            groups: form.has_int8().then(|| (panels, SharedMut::new(&mut self.groups[..num_groups]))),
+            groups: form.has_int8().then(|| QuantRowsMut {
+                panels,
+                codes: SharedMut::new(&mut self.codes[..num_groups]),
+                scales: SharedMut::new(&mut self.scales[..num_groups]),
+            }),
         }
     }
 
     /// All rows, as products read them.
     pub(crate) fn inputs(&self) -> Inputs<'_> {
-        Inputs {
-            num_rows: self.num_rows,
-            cols: self.cols,
-            form: self.form,
-            panels: self.panels,
-            rows: if self.form.has_f32() { &self.rows[..self.num_rows * self.cols] } else { &[] },
-            groups: if self.form.has_int8() { &self.groups[..self.num_rows * self.panels.groups] } else { &[] },
-        }
+        self.part(0..self.num_rows, self.panels)
     }
 
     /// Some rows that were written by themselves, see [`ActivationsOut::segment`].
     pub(crate) fn segment(&self, rows: Range<usize>, panel_rows: usize) -> Inputs<'_> {
-        let groups = self.cols / GROUP;
-        Inputs {
-            num_rows: rows.len(),
-            cols: self.cols,
-            form: self.form,
-            panels: Panels::new(rows.len(), groups, panel_rows),
-            rows: if self.form.has_f32() { &self.rows[rows.start * self.cols..rows.end * self.cols] } else { &[] },
-            groups: if self.form.has_int8() { &self.groups[rows.start * groups..rows.end * groups] } else { &[] },
-        }
+        let panels = Panels::new(rows.len(), self.cols / GROUP, panel_rows);
+        self.part(rows, panels)
+    }
+
+    /// Some rows, whose groups lie as `panels` says.
+    fn part(&self, rows: Range<usize>, panels: Panels) -> Inputs<'_> {
+        let Self { cols, form, .. } = *self;
+        let groups = rows.start * panels.groups..rows.end * panels.groups + SPARE_GROUPS;
+        let (codes, scales): (&[_], &[_]) =
+            if form.has_int8() { (&self.codes[groups.clone()], &self.scales[groups]) } else { (&[], &[]) };
+        let num_rows = rows.len();
+        let rows = if form.has_f32() { &self.rows[rows.start * cols..rows.end * cols] } else { &[] };
+        Inputs { num_rows, cols, form, rows, groups: QuantRows { panels, codes, scales } }
     }
 }
 
@@ -141,9 +148,8 @@ pub(crate) struct Inputs<'a> {
     pub(super) num_rows: usize,
     pub(super) cols: usize,
     pub(super) form: Form,
-    pub(super) panels: Panels,
     pub(super) rows: &'a [f32],
-    pub(super) groups: &'a [QuantGroup],
+    pub(super) groups: QuantRows<'a>,
 }
 
 impl<'a> Inputs<'a> {
@@ -157,7 +163,7 @@ impl<'a> Inputs<'a> {
 
     /// How rows are shared out over panels, whatever their form.
     pub(crate) fn panels(&self) -> Panels {
-        self.panels
+        self.groups.panels
     }
 
     /// `[num_rows, cols]`; panics where they are kept in int8 alone.
@@ -172,6 +178,6 @@ impl<'a> Inputs<'a> {
             self.form.has_int8(),
             "a quantised matrix met activations in f32 alone: prepare them as Form::Int8 or Form::Both"
         );
-        QuantRows { panels: self.panels, elements: self.groups }
+        self.groups
     }
 }

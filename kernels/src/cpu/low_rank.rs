@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use super::Cpu;
 use super::activations::{Activations, Form, Inputs};
 use super::pool::{SharedMut, share_of, wait_until};
-use super::task::{ActivationsOut, Output, Panels, QuantRows};
+use super::task::{ActivationsOut, Output, Panels, QuantRows, SPARE_GROUPS};
 use crate::matrix::{DENSE_TILE_ROWS, Matrix};
 
 /// `x -> up (down x)`.
@@ -279,21 +279,23 @@ pub(super) fn copy_groups(x: &Inputs<'_>, from: usize, out: &ActivationsOut, to:
     let x = x.quantized_rows();
     for group in 0..x.panels.groups {
         // SAFETY: every row is one task's.
-        unsafe { groups.set(group, *x.group(from, group)) };
+        unsafe { groups.set(group, x.group(from, group)) };
     }
 }
 
 impl<'a> Inputs<'a> {
     /// Rows in f32.
     fn dense(num_rows: usize, cols: usize, rows: &'a [f32]) -> Self {
-        Self { num_rows, cols, form: Form::F32, panels: Panels::new(num_rows, 0, num_rows.max(1)), rows, groups: &[] }
+        let panels = Panels::new(num_rows, 0, num_rows.max(1));
+        Self { num_rows, cols, form: Form::F32, rows, groups: QuantRows { panels, codes: &[], scales: &[] } }
     }
 
     /// The int8 groups of some rows where they lie; none if they share a panel with others.
     fn whole_panels(&self, rows: &Range<usize>) -> Option<Self> {
-        let QuantRows { panels, elements } = self.quantized_rows();
+        let QuantRows { panels, codes, scales } = self.quantized_rows();
         let part = panels.part(rows)?;
-        let groups = &elements[rows.start * panels.groups..rows.end * panels.groups];
-        Some(Self { num_rows: rows.len(), cols: self.cols, form: Form::Int8, panels: part, rows: &[], groups })
+        let range = rows.start * panels.groups..rows.end * panels.groups + SPARE_GROUPS;
+        let groups = QuantRows { panels: part, codes: &codes[range.clone()], scales: &scales[range] };
+        Some(Self { num_rows: rows.len(), cols: self.cols, form: Form::Int8, rows: &[], groups })
     }
 }

@@ -9,7 +9,7 @@ use std::ops::Range;
 use super::activations::{Activations, Inputs};
 use super::low_rank::Addends;
 use super::pool::{SharedMut, share_of};
-use super::task::{DenseTask, Line, Output, QuantGroup, QuantTask};
+use super::task::{DenseTask, GroupCodes, GroupScales, Line, Output, QuantTask};
 use super::{Cpu, PIECES_PER_THREAD};
 use crate::matrix::{DENSE_TILE_ROWS, Dense, DenseElement, Matrix};
 
@@ -172,7 +172,7 @@ impl Cpu {
         match weights {
             Matrix::Quantized(w) => {
                 let x = x.quantized_rows();
-                let row_bytes = x.panels.groups * size_of::<QuantGroup>();
+                let row_bytes = x.panels.groups * (size_of::<GroupCodes>() + size_of::<GroupScales>());
                 let block = (ROW_BLOCK_BYTES / row_bytes.max(1)).max(MIN_BLOCK_ROWS).div_ceil(x.panels.panel_rows);
                 for panels in even_parts(panels.clone(), block) {
                     let tiles = tiles.clone();

@@ -18,18 +18,28 @@ use crate::matrix::{Dense, DenseElement};
 use crate::pack::Quantized;
 use crate::quant_format::GROUP;
 
-/// A group of 32 activations in int8: x is about `scale * code`. What a kernel needs of a group lies together, so that
-/// one pointer serves a row.
+/// A group of 32 activations in int8: x is about `scale * code`.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct QuantGroup {
+    pub(crate) codes: GroupCodes,
+    pub(crate) scales: GroupScales,
+}
+
+/// A group's codes, each -127..=127. Those of a panel's rows follow each other without gaps, so that a matrix unit takes them as
+/// they lie; half a cache line, so none crosses two.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C, align(32))]
+pub(crate) struct GroupCodes(pub(crate) [i8; GROUP]);
+
+/// What goes with a group's codes.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C, align(16))]
-pub(crate) struct QuantGroup {
-    /// Each -127..=127
-    pub(crate) codes: [i8; GROUP],
+pub(crate) struct GroupScales {
     pub(crate) scale: f32,
-    /// The sum of the codes.
-    pub(crate) sum: i32,
     /// scale * sum, what a weight group's minimum is multiplied with.
     pub(crate) scaled_sum: f32,
+    /// The sum of the codes.
+    pub(crate) sum: i32,
     /// The sum of the first 16 codes, for weights whose groups are that long.
     pub(crate) first_sum: i32,
 }
@@ -80,32 +90,81 @@ impl Panels {
     }
 }
 
+/// Groups behind those of the last panel that may be read with it, whatever they hold: a matrix unit takes sixteen rows of each
+/// group, however many the panel has.
+pub(crate) const SPARE_GROUPS: usize = 15;
+
 /// Activation rows in int8 groups.
 #[derive(Clone, Copy)]
 pub(crate) struct QuantRows<'a> {
     pub(crate) panels: Panels,
-    pub(crate) elements: &'a [QuantGroup],
+    /// Of the panels, and [`SPARE_GROUPS`]; empty where there are none.
+    pub(crate) codes: &'a [GroupCodes],
+    /// Likewise.
+    pub(crate) scales: &'a [GroupScales],
 }
 
-impl<'a> QuantRows<'a> {
+impl QuantRows<'_> {
     /// One group of one row.
-    pub(crate) fn group(&self, row: usize, group: usize) -> &'a QuantGroup {
+    pub(crate) fn group(&self, row: usize, group: usize) -> QuantGroup {
         let (first, stride) = self.panels.place(row);
-        &self.elements[first + group * stride]
+        let at = first + group * stride;
+        QuantGroup { codes: self.codes[at], scales: self.scales[at] }
     }
 
-    /// A whole panel, `[groups, rows]`.
-    pub(crate) fn panel(&self, panel: usize) -> &'a [QuantGroup] {
+    /// Where a panel's groups begin, `[groups, rows]`. All of them and [`SPARE_GROUPS`] may be read there.
+    #[inline(always)]
+    pub(crate) fn panel(&self, panel: usize) -> GroupPointers {
         let rows = self.panels.rows_of(panel);
-        &self.elements[rows.start * self.panels.groups..rows.end * self.panels.groups]
+        let range = rows.start * self.panels.groups..rows.end * self.panels.groups + SPARE_GROUPS;
+        GroupPointers { codes: self.codes[range.clone()].as_ptr(), scales: self.scales[range].as_ptr() }
+    }
+}
+
+/// Where groups of activations lie that follow each other.
+#[derive(Clone, Copy)]
+pub(crate) struct GroupPointers {
+    pub(crate) codes: *const GroupCodes,
+    pub(crate) scales: *const GroupScales,
+}
+
+impl GroupPointers {
+    /// From so many groups further on.
+    ///
+    /// # Safety
+    /// There are so many groups, or they end there.
+    #[inline(always)]
+    pub(crate) unsafe fn add(self, groups: usize) -> Self {
+        // SAFETY: the caller's duty.
+        unsafe { Self { codes: self.codes.add(groups), scales: self.scales.add(groups) } }
+    }
+}
+
+/// Where activation rows in int8 groups go.
+pub(crate) struct QuantRowsMut {
+    pub(crate) panels: Panels,
+    pub(crate) codes: SharedMut<GroupCodes>,
+    pub(crate) scales: SharedMut<GroupScales>,
+}
+
+impl QuantRowsMut {
+    /// Some rows with panels of their own, as if there were no others.
+    fn segment(&self, rows: &Range<usize>, panel_rows: usize) -> Self {
+        let groups = self.panels.groups;
+        let range = rows.start * groups..rows.end * groups;
+        Self {
+            panels: Panels::new(rows.len(), groups, panel_rows),
+            codes: self.codes.part(range.clone()),
+            scales: self.scales.part(range),
+        }
     }
 }
 
 /// Where one row's int8 groups go: `stride` apart.
 pub(crate) struct GroupsMut<'a> {
-    pub(crate) elements: &'a SharedMut<QuantGroup>,
-    pub(crate) first: usize,
-    pub(crate) stride: usize,
+    rows: &'a QuantRowsMut,
+    first: usize,
+    stride: usize,
 }
 
 impl GroupsMut<'_> {
@@ -115,8 +174,10 @@ impl GroupsMut<'_> {
     pub(crate) unsafe fn set(&self, group: usize, value: QuantGroup) {
         let at = self.first + group * self.stride;
         // SAFETY: passed on to the caller.
-        let element = unsafe { self.elements.slice(at..at + 1) };
-        element[0] = value;
+        unsafe {
+            self.rows.codes.slice(at..at + 1)[0] = value.codes;
+            self.rows.scales.slice(at..at + 1)[0] = value.scales;
+        }
     }
 }
 
@@ -195,7 +256,7 @@ pub(crate) struct DenseTask<'a, E: DenseElement> {
 pub(crate) struct ActivationsOut {
     pub(crate) cols: usize,
     pub(crate) rows: Option<SharedMut<f32>>,
-    pub(crate) groups: Option<(Panels, SharedMut<QuantGroup>)>,
+    pub(crate) groups: Option<QuantRowsMut>,
 }
 
 impl ActivationsOut {
@@ -205,19 +266,16 @@ impl ActivationsOut {
         Self {
             cols,
             rows: self.rows.as_ref().map(|all| all.part(rows.start * cols..rows.end * cols)),
-            groups: self.groups.as_ref().map(|(panels, all)| {
-                let groups = panels.groups;
-                (Panels::new(rows.len(), groups, panel_rows), all.part(rows.start * groups..rows.end * groups))
-            }),
+            groups: self.groups.as_ref().map(|all| all.segment(&rows, panel_rows)),
         }
     }
 
     /// Where a row's groups go, from number `first_group` on.
     #[inline(always)]
     pub(crate) fn groups_of(&self, row: usize, first_group: usize) -> Option<GroupsMut<'_>> {
-        self.groups.as_ref().map(|(panels, elements)| {
-            let (first, stride) = panels.place(row);
-            GroupsMut { elements, first: first + first_group * stride, stride }
+        self.groups.as_ref().map(|rows| {
+            let (first, stride) = rows.panels.place(row);
+            GroupsMut { rows, first: first + first_group * stride, stride }
         })
     }
 }

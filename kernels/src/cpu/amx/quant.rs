@@ -1,19 +1,22 @@
 //! Quantised products of many rows in the matrix unit: 16 activation rows by a weight tile in one instruction.
 //!
 //! ```text
-//! once a task: activations laid out as tiles, 16 rows each      the last one filled up with zeros
 //! for each weight tile, for some groups at a time:
 //!     unpack codes (signed) and scales
-//!     for each 16 activation rows:
+//!     for each panel of up to 16 activation rows:
 //!         for group in ascending order:
-//!             sums[16, 16] = x tile . weight tile                the unit, two groups ahead
+//!             sums[16, 16] = x . weight tile                     the unit, two groups ahead
 //!             for n in 0..16: acc[n] += float(sums[n]) * (scale * x_scale[n]) [+ min * x_scaled_sum[n]]
 //! ```
 //!
 //! The sums are exact integers and the last line is that of `generic/quant.rs`, so the bits are the same; which of both
 //! computes a row is a question of speed alone. A group has 32 inputs (or 16) and the unit takes 64 at a time, but it needs as long
 //! for fewer: the unit is half idle, and most of the time goes to the last line. Sums get to the vector registers through
-//! memory, hence the distance between a product and its use.
+//! memory, hence the distance between a product and its use. Activations are taken as they lie; of a panel with fewer rows, sixteen
+//! all the same, of which the last ones are what lies behind it and their sums are nobody's.
+//!
+//! Tried: activations laid out anew for the unit, pairs of groups in a line and scales by themselves. Each task does that again, and a
+//! quarter of a long prompt's products went there.
 //!
 //! It knows tasks and formats; the instructions are `tiles.rs`'s.
 
@@ -25,7 +28,7 @@ use crate::cpu::generic::QuantLanes;
 use crate::cpu::generic::codes::{Codes, Part};
 use crate::cpu::generic::quant::{prefetch_group, store};
 use crate::cpu::generic::scales::{Pointers, Scales, TileLens};
-use crate::cpu::task::{Line, QuantGroup, QuantTask};
+use crate::cpu::task::{GroupCodes, GroupPointers, GroupScales, Line, QuantTask, SPARE_GROUPS};
 use crate::quant_format::{CodeBits, GROUP};
 
 /// Activation groups whose weights are unpacked together, an even number; with their scales and the sums under way they stay in the first-level cache.
@@ -35,17 +38,11 @@ const TILE_SUMS: usize = TILE_ROWS * 16;
 
 /// Where the parts of a task's scratch begin.
 struct Places {
-    /// `[panels, pairs, 16, 2, weight group]`
-    x: *mut i8,
-    /// `[panels, 2 pairs, 16]`: of activation groups whose halves are weight groups twice each.
-    x_scales: *mut f32,
-    /// Likewise; not touched where the format has no minimums.
-    x_sums: *mut f32,
     /// `[2 pairs of some groups, weight group / 4, 16, 4]`; not touched where codes are bytes already.
     codes: *mut u8,
     /// `[2 pairs of some groups, 16]`
     scales: *mut f32,
-    /// Likewise.
+    /// Likewise; not touched where the format has no minimums.
     mins: *mut f32,
     /// `[2, 16, 16]`
     sums: *mut i32,
@@ -53,10 +50,12 @@ struct Places {
     waiting: *mut f32,
 }
 
-/// Sizes of a task. Its weight groups go by pairs, with one of zeros where their number is odd.
+/// Sizes of a task. Its weight groups go by pairs, of which the last has one where their number is odd.
 #[derive(Clone, Copy)]
 struct Sizes {
     panels: usize,
+    /// Weight groups.
+    groups: usize,
     pairs: usize,
     /// Pairs that are unpacked together.
     part_pairs: usize,
@@ -64,20 +63,18 @@ struct Sizes {
 
 impl Sizes {
     fn new<C: Codes>(task: &QuantTask<'_>) -> Self {
-        let pairs = (task.weights.groups() * (GROUP / C::GROUP)).div_ceil(2);
+        let groups = task.weights.groups() * (GROUP / C::GROUP);
+        let pairs = groups.div_ceil(2);
         let part_pairs = (PANEL_GROUPS * GROUP / C::GROUP / 2).min(pairs);
-        Self { panels: task.panels.len(), pairs, part_pairs }
+        Self { panels: task.panels.len(), groups, pairs, part_pairs }
     }
 
     /// Divides scratch memory, which grows where it is too small. All parts are whole lines.
-    fn places<C: Codes, S: Scales>(self, scratch: &mut Vec<Line>) -> Places {
-        let x = self.panels * self.pairs * pair_bytes::<C>() / 64;
-        let x_scales = self.panels * 2 * self.pairs;
-        let x_sums = if S::WITH_MINS { x_scales } else { 0 };
+    fn places<C: Codes>(self, scratch: &mut Vec<Line>) -> Places {
         let codes = self.part_pairs * 2 * C::GROUP * 16 / 64;
         let scales = self.part_pairs * 2;
         let (sums, waiting) = (2 * TILE_ROWS, self.panels * TILE_ROWS);
-        let lines = x + x_scales + x_sums + codes + 2 * scales + sums + waiting;
+        let lines = codes + 2 * scales + sums + waiting;
         if scratch.len() < lines {
             scratch.resize(lines, Line::default());
         }
@@ -88,9 +85,6 @@ impl Sizes {
             start
         };
         Places {
-            x: take(x).cast(),
-            x_scales: take(x_scales).cast(),
-            x_sums: take(x_sums).cast(),
             codes: take(codes).cast(),
             scales: take(scales).cast(),
             mins: take(scales).cast(),
@@ -100,11 +94,6 @@ impl Sizes {
     }
 }
 
-/// Bytes of two weight groups' worth of 16 activation rows.
-const fn pair_bytes<C: Codes>() -> usize {
-    TILE_ROWS * 2 * C::GROUP
-}
-
 /// Product with codes of one width and one kind of scales; `Q` and `N` are the other products' and not used.
 ///
 /// # Safety
@@ -112,11 +101,10 @@ const fn pair_bytes<C: Codes>() -> usize {
 #[inline(always)]
 pub(super) unsafe fn multiply<Q: QuantLanes, C: Codes, S: Scales, const N: usize>(task: &mut QuantTask<'_>) {
     let sizes = Sizes::new::<C>(task);
-    let places = sizes.places::<C, S>(task.scratch);
+    let places = sizes.places::<C>(task.scratch);
     let lens = TileLens::new(task.weights);
     // SAFETY: the scratch has room for what `Sizes` says; the rest is the caller's duty.
     unsafe {
-        lay_out::<C, S>(task, sizes, &places);
         tiles::shape(C::GROUP);
         for tile in task.tiles.clone() {
             let weights = Pointers::new(task, &lens, tile);
@@ -135,65 +123,6 @@ pub(super) unsafe fn multiply<Q: QuantLanes, C: Codes, S: Scales, const N: usize
             }
         }
         tiles::release();
-    }
-}
-
-/// Lays the activations out as tiles.
-///
-/// # Safety
-/// As [`multiply`]; the scratch has room.
-#[inline(always)]
-unsafe fn lay_out<C: Codes, S: Scales>(task: &QuantTask<'_>, sizes: Sizes, places: &Places) {
-    let groups = task.weights.groups();
-    // Where there is no such row or group, zeros: what is multiplied with them must not be slow, nor change a sum.
-    let nothing = [QuantGroup::default(); TILE_ROWS];
-    for (index, panel) in task.panels.clone().enumerate() {
-        let num_rows = task.x.panels.rows_of(panel).len();
-        let from = task.x.panel(panel);
-        for group in 0..sizes.pairs * 2 * C::GROUP / GROUP {
-            let rows = if group < groups { &from[group * num_rows..(group + 1) * num_rows] } else { &[] };
-            // SAFETY: panels and groups are those that `Sizes` counts; rows are at most 16.
-            unsafe {
-                lay_out_rows::<C, S>(rows, 0, sizes, places, index, group);
-                lay_out_rows::<C, S>(&nothing[rows.len()..], rows.len(), sizes, places, index, group);
-            }
-        }
-    }
-}
-
-/// Some rows of an activation group, from number `first` of a panel on.
-///
-/// # Safety
-/// As [`lay_out`]; there are such rows, groups and panels.
-#[inline(always)]
-unsafe fn lay_out_rows<C: Codes, S: Scales>(
-    rows: &[QuantGroup],
-    first: usize,
-    sizes: Sizes,
-    places: &Places,
-    panel: usize,
-    group: usize,
-) {
-    let unit = panel * 2 * sizes.pairs + group * (GROUP / C::GROUP);
-    // SAFETY: the caller's duties.
-    unsafe {
-        let codes = places.x.add(unit / 2 * pair_bytes::<C>() + unit % 2 * C::GROUP);
-        let (scales, sums) = (places.x_scales.add(unit * TILE_ROWS), places.x_sums.wrapping_add(unit * TILE_ROWS));
-        for (n, x) in (first..).zip(rows) {
-            codes.add(n * 2 * C::GROUP).cast::<[i8; GROUP]>().write_unaligned(x.codes);
-            scales.add(n).write(x.scale);
-            if C::GROUP == GROUP {
-                if S::WITH_MINS {
-                    sums.add(n).write(Part::Whole.scaled_sum(x));
-                }
-            } else {
-                scales.add(TILE_ROWS + n).write(x.scale);
-                if S::WITH_MINS {
-                    sums.add(n).write(Part::First.scaled_sum(x));
-                    sums.add(TILE_ROWS + n).write(Part::Second.scaled_sum(x));
-                }
-            }
-        }
     }
 }
 
@@ -218,8 +147,7 @@ unsafe fn unpack<C: Codes, S: Scales>(
     places: &Places,
 ) -> PanelPart {
     let per_group = GROUP / C::GROUP;
-    let all = task.weights.groups() * per_group;
-    let count = (2 * pairs).min(all - 2 * first);
+    let count = (2 * pairs).min(task.weights.groups() * per_group - 2 * first);
     // SAFETY: the caller's duties.
     unsafe {
         for at in 0..count {
@@ -228,18 +156,12 @@ unsafe fn unpack<C: Codes, S: Scales>(
                 Lanes::store(S::mins::<Lanes, C>(weights, 2 * first + at), places.mins.add(at * 16));
             }
         }
-        if count < 2 * pairs {
-            // Of zeros; whatever the codes beside them are.
-            Lanes::store(Lanes::zero(), places.scales.add(count * 16));
-            Lanes::store(Lanes::zero(), places.mins.add(count * 16));
-        }
         let codes = weights.codes.add(2 * first / per_group * C::BITS.count() * 64);
-        // The last group of an odd number has none behind it, so it must be a copy.
-        if C::BITS == CodeBits::Eight && count == 2 * pairs {
+        if C::BITS == CodeBits::Eight {
             return PanelPart { first, pairs, codes };
         }
-        // What was added to make short codes unsigned; what is looked up is signed, and so are bytes.
-        let offset = if C::HAS_BOOK || C::BITS == CodeBits::Eight { 0 } else { C::offset::<Lanes>(S::WITH_MINS) };
+        // What was added to make short codes unsigned; what is looked up is signed.
+        let offset = if C::HAS_BOOK { 0 } else { C::offset::<Lanes>(S::WITH_MINS) };
         for group in 0..count / per_group {
             let to = places.codes.add(group * GROUP * 16);
             C::unpack::<Lanes>(codes.add(group * C::BITS.count() * 64), weights.book, to);
@@ -259,7 +181,7 @@ unsafe fn unpack<C: Codes, S: Scales>(
 /// taken in, the unit multiplies the next.
 ///
 /// # Safety
-/// As [`multiply`]; tiles are shaped; the scratch holds what `part` and `lay_out` say.
+/// As [`multiply`]; tiles are shaped; the scratch holds what `part` says.
 #[inline(always)]
 unsafe fn all_rows<C: Codes, S: Scales>(
     task: &QuantTask<'_>,
@@ -269,19 +191,26 @@ unsafe fn all_rows<C: Codes, S: Scales>(
     places: &Places,
     tile: usize,
 ) {
-    // Two weight groups of each row follow each other.
-    let (group_bytes, x_stride) = (C::GROUP * 16, 2 * C::GROUP);
+    let first_panel = task.panels.start;
     let (is_first_part, is_last_part) = (part.first == 0, part.first + part.pairs == sizes.pairs);
-    // SAFETY: the caller's duties; pairs and panels are those counted.
+    let is_odd = is_last_part && !sizes.groups.is_multiple_of(2);
+    // SAFETY: the caller's duties; pairs and panels are those counted; what is read behind a panel is there.
     unsafe {
-        let x_of = |panel: usize| places.x.add((panel * sizes.pairs + part.first) * pair_bytes::<C>()).cast_const();
         let (first_sums, second_sums) = (places.sums, places.sums.add(TILE_SUMS));
-        let (mut x, mut codes) = (x_of(0), part.codes);
-        tiles::multiply::<0>(x, x_stride, codes);
-        tiles::multiply::<1>(x.add(C::GROUP), x_stride, codes.add(group_bytes));
+        let has_second = |pair: usize| !is_odd || pair + 1 < part.pairs;
+        let start_first = |x: XPair, pair: usize| {
+            tiles::multiply::<0>(x.at.codes.cast(), part.codes.add(2 * pair * C::GROUP * 16));
+        };
+        let start_second = |x: XPair, pair: usize| {
+            if has_second(pair) {
+                tiles::multiply::<1>(x.second::<C>().0, part.codes.add((2 * pair + 1) * C::GROUP * 16));
+            }
+        };
+        let mut next = (XPair::new::<C>(task, first_panel, part.first), 0);
+        start_first(next.0, 0);
+        start_second(next.0, 0);
         tiles::store::<0>(first_sums);
         for index in 0..sizes.panels {
-            let mut at = (index * sizes.pairs + part.first) * 2 * TILE_ROWS;
             let waiting = places.waiting.add(index * TILE_SUMS);
             let mut acc = [Lanes::zero(); TILE_ROWS];
             if !is_first_part {
@@ -297,26 +226,28 @@ unsafe fn all_rows<C: Codes, S: Scales>(
                         prefetch_group::<Lanes, C, S>(weights, ahead + 1);
                     }
                 }
-                (x, codes) = if pair + 1 < part.pairs {
-                    (x.add(pair_bytes::<C>()), codes.add(2 * group_bytes))
+                let x = next.0;
+                next = if pair + 1 < part.pairs {
+                    (x.next::<C>(), pair + 1)
                 } else {
                     // Past the end the last panel comes again, for nobody: cheaper than to ask.
-                    (x_of((index + 1).min(sizes.panels - 1)), part.codes)
+                    (XPair::new::<C>(task, first_panel + (index + 1).min(sizes.panels - 1), part.first), 0)
                 };
-                tiles::multiply::<0>(x, x_stride, codes);
+                start_first(next.0, next.1);
                 tiles::store::<1>(second_sums);
-                finish::<S>(places, 2 * pair, at, first_sums, &mut acc);
-                tiles::multiply::<1>(x.add(C::GROUP), x_stride, codes.add(group_bytes));
+                finish::<C, S>(places, 2 * pair, x.at.scales, false, &mut acc);
+                start_second(next.0, next.1);
                 tiles::store::<0>(first_sums);
-                finish::<S>(places, 2 * pair + 1, at + TILE_ROWS, second_sums, &mut acc);
-                at += 2 * TILE_ROWS;
+                if has_second(pair) {
+                    finish::<C, S>(places, 2 * pair + 1, x.second::<C>().1, true, &mut acc);
+                }
             }
             // Also on the way out: a loop as long as this one would keep the accumulators in memory all the time.
             for n in 0..TILE_ROWS {
                 Lanes::store(acc[n], waiting.add(n * 16));
             }
             if is_last_part {
-                for (n, row) in task.x.panels.rows_of(task.panels.start + index).enumerate() {
+                for (n, row) in task.x.panels.rows_of(first_panel + index).enumerate() {
                     store::<Lanes>(task.out, row, tile, Lanes::load(waiting.add(n * 16)));
                 }
             }
@@ -324,26 +255,86 @@ unsafe fn all_rows<C: Codes, S: Scales>(
     }
 }
 
-/// Takes a weight group's sums into 16 rows' accumulators.
+/// A panel's activations that meet a pair of weight groups: two groups, or one whose halves they meet.
+#[derive(Clone, Copy)]
+struct XPair {
+    at: GroupPointers,
+    /// Rows of the panel.
+    rows: usize,
+}
+
+impl XPair {
+    /// Those that meet pair number `pair`.
+    ///
+    /// # Safety
+    /// There is such a pair.
+    #[inline(always)]
+    unsafe fn new<C: Codes>(task: &QuantTask<'_>, panel: usize, pair: usize) -> Self {
+        let rows = task.x.panels.rows_of(panel).len();
+        // SAFETY: the caller's duty.
+        unsafe { Self { at: task.x.panel(panel).add(pair * 2 * C::GROUP / GROUP * rows), rows } }
+    }
+
+    /// Those that meet the next pair.
+    ///
+    /// # Safety
+    /// There is one.
+    #[inline(always)]
+    unsafe fn next<C: Codes>(self) -> Self {
+        // SAFETY: the caller's duty.
+        unsafe { Self { at: self.at.add(2 * C::GROUP / GROUP * self.rows), ..self } }
+    }
+
+    /// The codes and the scales that meet the pair's second group.
+    ///
+    /// # Safety
+    /// It has one.
+    #[inline(always)]
+    unsafe fn second<C: Codes>(self) -> (*const i8, *const GroupScales) {
+        // SAFETY: the caller's duty; a half of a group has as many codes as a group of such weights.
+        unsafe {
+            if C::GROUP == GROUP {
+                let second = self.at.add(self.rows);
+                (second.codes.cast(), second.scales)
+            } else {
+                (self.at.codes.cast::<i8>().add(C::GROUP), self.at.scales)
+            }
+        }
+    }
+}
+
+/// Takes the sums of a pair's first or second group into 16 rows' accumulators.
 ///
 /// # Safety
-/// As [`multiply`]; `weights` and `x` are places of a group in what was unpacked and laid out; `sums` is `[16, 16]`.
+/// As [`multiply`]; `weights` is the number of the group among those unpacked; its sums are stored; `x` is what it meets, of 16 rows.
 #[inline(always)]
-unsafe fn finish<S: Scales>(
+unsafe fn finish<C: Codes, S: Scales>(
     places: &Places,
     weights: usize,
-    x: usize,
-    sums: *const i32,
+    x: *const GroupScales,
+    is_second: bool,
     acc: &mut [__m512; TILE_ROWS],
 ) {
+    const { assert!(size_of::<GroupScales>() == tiles::SCALE_STRIDE && size_of::<GroupCodes>() == tiles::X_STRIDE) };
+    const { assert!(TILE_ROWS - 1 <= SPARE_GROUPS) };
     // SAFETY: the caller's duties.
     unsafe {
-        let (scales, x_scales) = (Lanes::load(places.scales.add(weights * 16)), places.x_scales.add(x));
-        if S::WITH_MINS {
-            let (mins, x_sums) = (Lanes::load(places.mins.add(weights * 16)), places.x_sums.add(x));
-            tiles::finish_with_mins(sums, scales, x_scales, mins, x_sums, acc);
-        } else {
-            tiles::finish(sums, scales, x_scales, acc);
+        let sums = if is_second { places.sums.add(TILE_SUMS) } else { places.sums };
+        let (scales, x_scales) = (Lanes::load(places.scales.add(weights * 16)), &raw const (*x).scale);
+        if !S::WITH_MINS {
+            return tiles::finish(sums, scales, x_scales, acc);
         }
+        let mins = Lanes::load(places.mins.add(weights * 16));
+        let mut halves = [GroupScales::default(); TILE_ROWS];
+        let x_sums = if C::GROUP == GROUP {
+            &raw const (*x).scaled_sum
+        } else {
+            let half = if is_second { Part::Second } else { Part::First };
+            for n in 0..TILE_ROWS {
+                halves[n].scaled_sum = half.scaled_sum(&*x.add(n));
+            }
+            &raw const halves[0].scaled_sum
+        };
+        tiles::finish_with_mins(sums, scales, x_scales, mins, x_sums, acc);
     }
 }

@@ -16,6 +16,11 @@ pub(super) const TILE_ROWS: usize = 16;
 /// Bytes from one row of weights or sums to the next.
 const STRIDE: usize = 64;
 
+/// Bytes from one row of activations to the next, whatever of it is read.
+pub(super) const X_STRIDE: usize = 32;
+/// Bytes from what goes with one row of activations to the next row's.
+pub(super) const SCALE_STRIDE: usize = 16;
+
 /// What `ldtilecfg` reads.
 #[repr(C, align(64))]
 struct Shapes {
@@ -58,13 +63,13 @@ pub(super) unsafe fn release() {
 /// Two sets of registers, used in turns so that one product's loads do not wait for another's.
 macro_rules! tile_sets {
     ($($set:literal: $sums:literal, $x:literal, $weights:literal;)*) => {
-        /// Begins the sums of set number `SET` anew, with the product of 16 rows of activations, `x_stride` bytes from each other, and
-        /// a group of a weight tile.
+        /// Begins the sums of set number `SET` anew, with the product of 16 rows of activations, [`X_STRIDE`] from each other, and a
+        /// group of a weight tile.
         ///
         /// # Safety
         /// As [`shape`], which was called for such groups; both are valid for all rows.
         #[inline(always)]
-        pub(super) unsafe fn multiply<const SET: usize>(x: *const i8, x_stride: usize, weights: *const u8) {
+        pub(super) unsafe fn multiply<const SET: usize>(x: *const i8, weights: *const u8) {
             // SAFETY: the caller's duties.
             unsafe {
                 match SET {
@@ -73,7 +78,7 @@ macro_rules! tile_sets {
                         concat!("tileloadd tmm", $x, ", [{x} + {x_stride}]"),
                         concat!("tilezero tmm", $sums),
                         concat!("tdpbssd tmm", $sums, ", tmm", $x, ", tmm", $weights),
-                        x = in(reg) x, weights = in(reg) weights, stride = in(reg) STRIDE, x_stride = in(reg) x_stride,
+                        x = in(reg) x, weights = in(reg) weights, stride = in(reg) STRIDE, x_stride = in(reg) X_STRIDE,
                         options(nostack, preserves_flags, readonly)
                     ),)*
                     _ => unreachable!("there are two sets"),
@@ -118,7 +123,7 @@ macro_rules! finish_row {
             "]\n",
             "vmulps ",
             $scale,
-            ", {scales}, dword ptr [{x_scales} + 4*",
+            ", {scales}, dword ptr [{x_scales} + {scale_stride}*",
             $n,
             "]{{1to16}}\n",
             "vfmadd231ps {a",
@@ -139,7 +144,7 @@ macro_rules! finish_row_with_mins {
             "\n",
             "vfmadd231ps {a",
             $n,
-            "}, {mins}, dword ptr [{x_sums} + 4*",
+            "}, {mins}, dword ptr [{x_sums} + {scale_stride}*",
             $n,
             "]{{1to16}}"
         )
@@ -155,6 +160,7 @@ macro_rules! finish_rows {
             $row!("8", "zmm24", "zmm28"), $row!("9", "zmm25", "zmm29"), $row!("10", "zmm26", "zmm30"), $row!("11", "zmm27", "zmm31"),
             $row!("12", "zmm24", "zmm28"), $row!("13", "zmm25", "zmm29"), $row!("14", "zmm26", "zmm30"), $row!("15", "zmm27", "zmm31"),
             $($operand)*
+            scale_stride = const SCALE_STRIDE,
             a0 = inout(zmm_reg) $acc[0], a1 = inout(zmm_reg) $acc[1], a2 = inout(zmm_reg) $acc[2], a3 = inout(zmm_reg) $acc[3],
             a4 = inout(zmm_reg) $acc[4], a5 = inout(zmm_reg) $acc[5], a6 = inout(zmm_reg) $acc[6], a7 = inout(zmm_reg) $acc[7],
             a8 = inout(zmm_reg) $acc[8], a9 = inout(zmm_reg) $acc[9], a10 = inout(zmm_reg) $acc[10], a11 = inout(zmm_reg) $acc[11],
@@ -171,7 +177,7 @@ macro_rules! finish_rows {
 /// work took half as long again.
 ///
 /// # Safety
-/// The machine has AVX-512 F; `sums` is `[16, 16]`, `x_scales` 16.
+/// The machine has AVX-512 F; `sums` is `[16, 16]`; `x_scales` are 16, [`SCALE_STRIDE`] from each other.
 #[inline]
 #[target_feature(enable = "avx512f")]
 pub(super) unsafe fn finish(sums: *const i32, scales: __m512, x_scales: *const f32, acc: &mut [__m512; TILE_ROWS]) {
@@ -187,7 +193,7 @@ pub(super) unsafe fn finish(sums: *const i32, scales: __m512, x_scales: *const f
 /// As [`finish`], then `acc[n] += mins * x_sums[n]`.
 ///
 /// # Safety
-/// As [`finish`]; `x_sums` is 16.
+/// As [`finish`]; `x_sums` are 16, likewise.
 #[inline]
 #[target_feature(enable = "avx512f")]
 pub(super) unsafe fn finish_with_mins(

@@ -80,7 +80,16 @@ impl Lanes for Lanes256 {
             let one = _mm_max_epi32(two, _mm_shuffle_epi32::<0b00_00_00_01>(two));
             _mm_cvtss_f32(_mm_castsi128_ps(one))
         };
+        fn sum_i8(from: *const i8) -> i32 = sum_i8(_mm_loadu_si128(from.cast()));
     }
+}
+
+/// The sum of sixteen codes, by way of the one instruction that adds bytes, which takes them as unsigned.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(in crate::cpu) fn sum_i8(codes: __m128i) -> i32 {
+    let sums = _mm_sad_epu8(_mm_xor_si128(codes, _mm_set1_epi8(-128)), _mm_setzero_si128());
+    _mm_cvtsi128_si32(_mm_add_epi32(sums, _mm_unpackhi_epi64(sums, sums))) - 16 * 128
 }
 
 #[target_feature(enable = "avx2")]

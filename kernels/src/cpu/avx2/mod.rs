@@ -4,6 +4,7 @@ mod lanes;
 mod quant;
 
 use lanes::Lanes256;
+pub(super) use lanes::sum_i8;
 use quant::{Rows8, Rows8Vnni};
 
 use super::dispatch::Kernels;

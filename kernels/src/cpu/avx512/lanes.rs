@@ -5,6 +5,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
+use crate::cpu::avx2::sum_i8;
 use crate::cpu::generic::{Lanes, lane_functions};
 
 #[derive(Clone, Copy)]
@@ -54,5 +55,6 @@ impl Lanes for Lanes512 {
         fn join_max(self: Self) -> f32 = _mm512_reduce_max_ps(self.0);
         fn join_max_bits(self: Self) -> f32 =
             f32::from_bits(_mm512_reduce_max_epi32(_mm512_castps_si512(self.0)).cast_unsigned());
+        fn sum_i8(from: *const i8) -> i32 = sum_i8(_mm_loadu_si128(from.cast()));
     }
 }

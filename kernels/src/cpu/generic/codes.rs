@@ -7,7 +7,7 @@
 
 use super::QuantLanes;
 use super::scales::Scales;
-use crate::cpu::task::QuantGroup;
+use crate::cpu::task::GroupScales;
 use crate::quant_format::CodeBits;
 
 /// One width of codes.
@@ -66,7 +66,7 @@ impl<Q: QuantLanes, const N: usize> Sums<Q, N> {
     /// # Safety
     /// As [`QuantLanes`]; `x[n]` is valid.
     #[inline(always)]
-    pub(super) unsafe fn start<C: Codes, S: Scales>(x: &[*const QuantGroup; N], part: Part) -> Self {
+    pub(super) unsafe fn start<C: Codes, S: Scales>(x: &[*const GroupScales; N], part: Part) -> Self {
         let offset = C::offset::<Q>(S::WITH_MINS);
         // SAFETY: the caller's duty is the same.
         unsafe {
@@ -430,7 +430,7 @@ pub(in crate::cpu) enum Part {
 impl Part {
     /// The sum of those codes.
     #[inline(always)]
-    fn sum(self, x: &QuantGroup) -> i32 {
+    fn sum(self, x: &GroupScales) -> i32 {
         match self {
             Self::Whole => x.sum,
             Self::First => x.first_sum,
@@ -440,7 +440,7 @@ impl Part {
 
     /// The same times their scale.
     #[inline(always)]
-    pub(in crate::cpu) fn scaled_sum(self, x: &QuantGroup) -> f32 {
+    pub(in crate::cpu) fn scaled_sum(self, x: &GroupScales) -> f32 {
         match self {
             Self::Whole => x.scaled_sum,
             Self::First | Self::Second => x.scale * self.sum(x) as f32,

@@ -3,8 +3,8 @@
 //! [`Lanes`] is sixteen f32: one 512-bit register or two 256-bit ones. [`QuantLanes`] is a tile's rows: the integer dot
 //! products of quantised weights. An instruction set implements both in intrinsics and makes its table with
 //! `kernel_table!`, which compiles every algorithm once more with that set's features. Everything here is
-//! `inline(always)`, so that the intrinsics end up in functions that have the features; closures are avoided for the
-//! same reason.
+//! `inline(always)`, so that the intrinsics end up in functions that have the features; for the same reason closures hold
+//! no intrinsics.
 //!
 //! Invariant: the order of operations on every single output is that of the scalar twin, so the bits are too.
 
@@ -34,7 +34,7 @@ pub(super) trait Lanes: Copy {
     unsafe fn load_bf16(from: *const bf16) -> Self;
     unsafe fn load_i8(from: *const i8) -> Self;
     unsafe fn store(self, to: *mut f32);
-    /// Lanes are integers in -128..=127.
+    /// To nearest, ties to even; lanes are in -128..=127 then.
     unsafe fn store_i8(self, to: *mut i8);
     unsafe fn add(self, other: Self) -> Self;
     unsafe fn sub(self, other: Self) -> Self;
@@ -60,6 +60,8 @@ pub(super) trait Lanes: Copy {
     unsafe fn join_max(self) -> f32;
     /// The largest as integers.
     unsafe fn join_max_bits(self) -> f32;
+    /// The sum of sixteen codes.
+    unsafe fn sum_i8(from: *const i8) -> i32;
 }
 
 /// The rows of a quantised tile in integer registers.

@@ -17,7 +17,7 @@
 //!
 //! What pays (figures in `benches/RESULTS.md`): weights are asked for some groups ahead; N rows' sums advance in turns,
 //! held in place by `in_order`, because the chain of a single row's eight dependent products is longer than a core looks
-//! ahead; a panel's activations lie together, so one pointer and fixed distances serve N rows, where N pointers would not
+//! ahead; a panel's activations lie together, so two pointers and fixed distances serve N rows, where N pointers would not
 //! fit the registers; accumulators leave for memory before the long loop that stores outputs, which would keep them
 //! there throughout. The unpacking of a group is shared by N rows; codes are kept unsigned, as the instructions want
 //! them, and what was added to make them so is taken off by the activations' sum before a group's sums begin; pair sums of short
@@ -39,7 +39,7 @@ use super::QuantLanes;
 use super::codes::{Codes, Part, Sums};
 use super::scales::{Pointers, Scales, TileLens};
 use crate::cpu::prefetch::{LINE_BYTES, prefetch};
-use crate::cpu::task::{Line, Output, QuantGroup, QuantTask};
+use crate::cpu::task::{GroupPointers, GroupScales, Line, Output, QuantTask};
 use crate::quant_format::{CodeBook, GROUP, QuantFormat, Scaling};
 
 /// Calls `$body::<.., n>` for a count known only now.
@@ -110,16 +110,15 @@ unsafe fn rows<Q: QuantLanes, C: Codes, S: Scales, const N: usize>(
 ) {
     let groups = task.weights.groups();
     let pointers = Pointers::new(task, lens, tile);
-    let first_x = task.x.panel(panel)[..groups * N].as_ptr();
     // SAFETY: all pointers come from slices of exactly one tile or one row, and every offset stays below their
     // `groups`; the rest is the caller's duty.
     unsafe {
         let mut acc = [Q::zero(); N];
-        let mut x = first_x;
+        let mut x = task.x.panel(panel);
         for group in 0..groups {
             prefetch_group::<Q, C, S>(&pointers, group + AHEAD_GROUPS);
             add_group::<Q, C, S, N>(&pointers, group, x, &mut acc);
-            x = opaque(x.wrapping_add(N));
+            x = next::<N>(x);
         }
         let first_row = task.x.panels.rows_of(panel).start;
         // Through memory: a loop as long as this one would keep the accumulators there all the time.
@@ -131,6 +130,12 @@ unsafe fn rows<Q: QuantLanes, C: Codes, S: Scales, const N: usize>(
             store::<Q>(task.out, first_row + n, tile, Q::load(finished.as_ptr().add(n * Q::ROWS)));
         }
     }
+}
+
+/// The next group's N rows.
+#[inline(always)]
+fn next<const N: usize>(x: GroupPointers) -> GroupPointers {
+    GroupPointers { codes: opaque(x.codes.wrapping_add(N)), scales: opaque(x.scales.wrapping_add(N)) }
 }
 
 /// The same pointer, of which the compiler knows nothing more. It would otherwise keep several, for a group's first, third,
@@ -261,9 +266,8 @@ unsafe fn panel_rows<Q: QuantLanes, C: Codes, S: Scales, const T: usize, const N
     tile: usize,
     rows: usize,
 ) {
-    let first_x = task.x.panel(rows)[part.first * N..(part.first + part.count) * N].as_ptr();
     let first_row = task.x.panels.rows_of(rows).start;
-    // SAFETY: the pointer above has `count` groups of N rows, the panel too; the rest is the caller's duty.
+    // SAFETY: the panel's activations have all groups; the rest is the caller's duty.
     unsafe {
         let waiting = part.waiting.add((first_row - task.x.panels.rows_of(task.panels.start).start) * T * Q::ROWS);
         let mut acc = [[Q::zero(); N]; T];
@@ -274,7 +278,7 @@ unsafe fn panel_rows<Q: QuantLanes, C: Codes, S: Scales, const T: usize, const N
                 }
             }
         }
-        let mut x = first_x;
+        let mut x = task.x.panel(rows).add(part.first * N);
         for group in 0..part.count {
             if rows == task.panels.start {
                 for t in 0..T {
@@ -282,7 +286,7 @@ unsafe fn panel_rows<Q: QuantLanes, C: Codes, S: Scales, const T: usize, const N
                 }
             }
             add_panel_group::<Q, C, S, T, N>(panel, group, x, &mut acc);
-            x = opaque(x.wrapping_add(N));
+            x = next::<N>(x);
         }
         for n in 0..N {
             for t in 0..T {
@@ -317,17 +321,17 @@ pub(in crate::cpu) fn prefetch_group<Q: QuantLanes, C: Codes, S: Scales>(pointer
     }
 }
 
-/// An activation group of N rows as pointers: to the groups, and to their codes.
+/// An activation group of N rows as pointers: to what goes with their codes, and to their codes.
 ///
 /// # Safety
 /// `x` is valid for N groups.
 #[inline(always)]
-unsafe fn pointers_to<const N: usize>(x: *const QuantGroup) -> ([*const QuantGroup; N], [*const i8; N]) {
-    let (mut rows, mut codes) = ([x; N], [x.cast::<i8>(); N]);
+unsafe fn pointers_to<const N: usize>(x: GroupPointers) -> ([*const GroupScales; N], [*const i8; N]) {
+    let (mut rows, mut codes) = ([x.scales; N], [x.codes.cast::<i8>(); N]);
     for n in 0..N {
         // SAFETY: the caller's duty is the same.
-        rows[n] = unsafe { x.add(n) };
-        codes[n] = rows[n].cast();
+        let row = unsafe { x.add(n) };
+        (rows[n], codes[n]) = (row.scales, row.codes.cast());
     }
     (rows, codes)
 }
@@ -340,7 +344,7 @@ unsafe fn pointers_to<const N: usize>(x: *const QuantGroup) -> ([*const QuantGro
 unsafe fn add_group<Q: QuantLanes, C: Codes, S: Scales, const N: usize>(
     weights: &Pointers,
     group: usize,
-    x: *const QuantGroup,
+    x: GroupPointers,
     acc: &mut [Q::Floats; N],
 ) {
     // SAFETY: the caller's duties are the same.
@@ -375,7 +379,7 @@ unsafe fn add_group<Q: QuantLanes, C: Codes, S: Scales, const N: usize>(
 unsafe fn add_panel_group<Q: QuantLanes, C: Codes, S: Scales, const T: usize, const N: usize>(
     panel: &Panel,
     group: usize,
-    x: *const QuantGroup,
+    x: GroupPointers,
     acc: &mut [[Q::Floats; N]; T],
 ) {
     // SAFETY: the caller's duties are the same.
@@ -456,7 +460,7 @@ impl<Q: QuantLanes> Levels<Q> {
     unsafe fn finish<S: Scales, const N: usize>(
         self,
         part: Part,
-        x: &[*const QuantGroup; N],
+        x: &[*const GroupScales; N],
         sums: &Sums<Q, N>,
         acc: &mut [Q::Floats; N],
     ) {

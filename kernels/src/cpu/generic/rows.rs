@@ -9,7 +9,7 @@ use crate::cpu::rows::LayerNorm;
 use crate::cpu::scalar;
 use crate::cpu::scalar::quantize::SMALLEST_MAGNITUDE;
 use crate::cpu::scalar::rope::turn;
-use crate::cpu::task::{GroupsMut, QuantGroup, RopeRow};
+use crate::cpu::task::{GroupScales, GroupsMut, QuantGroup, RopeRow};
 use crate::quant_format::GROUP;
 
 pub(super) const WIDTH: usize = 16;
@@ -134,19 +134,16 @@ pub(super) unsafe fn group<L: Lanes>(first: L, second: L) -> QuantGroup {
         let magnitude = first.abs().max_bits(second.abs()).join_max_bits();
         if magnitude.is_finite() && magnitude >= SMALLEST_MAGNITUDE {
             let factor = L::splat(127.0 / magnitude);
-            let (first, second) = (first.mul(factor).round(), second.mul(factor).round());
-            first.store_i8(group.codes.as_mut_ptr());
-            second.store_i8(group.codes.as_mut_ptr().add(WIDTH));
-            // Whole numbers of at most 32 * 127: exact in f32.
-            let first_sum = first.join_add();
-            let sum = first_sum + second.join_add();
-            group.scale = magnitude / 127.0;
-            group.sum = sum as i32;
-            group.scaled_sum = group.scale * sum;
-            group.first_sum = first_sum as i32;
+            let codes = group.codes.0.as_mut_ptr();
+            first.mul(factor).store_i8(codes);
+            second.mul(factor).store_i8(codes.add(WIDTH));
+            let first_sum = L::sum_i8(codes);
+            let sum = first_sum + L::sum_i8(codes.add(WIDTH));
+            let scale = magnitude / 127.0;
+            group.scales = GroupScales { scale, scaled_sum: scale * sum as f32, sum, first_sum };
         } else {
-            group.scale = if magnitude.is_finite() { 0.0 } else { f32::NAN };
-            group.scaled_sum = group.scale * 0.0;
+            group.scales.scale = if magnitude.is_finite() { 0.0 } else { f32::NAN };
+            group.scales.scaled_sum = group.scales.scale * 0.0;
         }
     }
     group

@@ -98,6 +98,7 @@ impl Lanes for LanesNeon {
             let four = max_bits(max_bits(self.0, self.2), max_bits(self.1, self.3));
             f32::from_bits(vmaxvq_s32(vreinterpretq_s32_f32(four)) as u32)
         };
+        fn sum_i8(from: *const i8) -> i32 = i32::from(vaddlvq_s8(vld1q_s8(from)));
     }
 }
 

@@ -4,7 +4,7 @@
 //! exact, and so is the group's scale; it is multiplied with the activations' first, then one fused multiply-add takes
 //! the group in, and one more its minimum.
 
-use crate::cpu::task::QuantTask;
+use crate::cpu::task::{GroupCodes, QuantGroup, QuantTask};
 use crate::quant_format::GROUP;
 
 /// # Safety
@@ -17,9 +17,9 @@ pub(super) unsafe fn multiply(task: &mut QuantTask<'_>) {
         for m in task.panels.clone().flat_map(|panel| task.x.panels.rows_of(panel)) {
             let mut sum = 0.0_f32;
             for group in 0..w.groups() {
-                let x = task.x.group(m, group);
+                let QuantGroup { codes: GroupCodes(x_codes), scales: x } = task.x.group(m, group);
                 let values = w.values(row, group);
-                let parts_of_values = values.chunks(GROUP / parts).zip(x.codes.chunks(GROUP / parts));
+                let parts_of_values = values.chunks(GROUP / parts).zip(x_codes.chunks(GROUP / parts));
                 for (part, (values, x_codes)) in parts_of_values.enumerate() {
                     let index = group * parts + part;
                     let dot: i32 = values.iter().zip(x_codes).map(|(&w, &x)| i32::from(w) * i32::from(x)).sum();

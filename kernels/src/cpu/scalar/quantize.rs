@@ -1,6 +1,6 @@
 //! Activations to int8: a group's scale is max|x| / 127, its codes are x * (127 / max|x|), rounded to nearest even.
 
-use crate::cpu::task::{GroupsMut, QuantGroup};
+use crate::cpu::task::{GroupScales, GroupsMut, QuantGroup};
 use crate::quant_format::GROUP;
 
 /// Groups whose largest magnitude is below this count as zero: 127 / max|x| must be a number, and nothing so small can
@@ -31,13 +31,13 @@ pub(super) unsafe fn quantize(x: &[f32], out: &GroupsMut<'_>) {
     for (index, x) in x.chunks_exact(GROUP).enumerate() {
         let mut group = QuantGroup::default();
         let (scale, factor) = scale_and_factor(x);
-        for (target, &x) in group.codes.iter_mut().zip(x) {
+        let codes = &mut group.codes.0;
+        for (target, &x) in codes.iter_mut().zip(x) {
             *target = code(x, factor);
         }
-        group.scale = scale;
-        group.sum = group.codes.iter().map(|&code| i32::from(code)).sum();
-        group.scaled_sum = scale * group.sum as f32;
-        group.first_sum = group.codes[..GROUP / 2].iter().map(|&code| i32::from(code)).sum();
+        let sum = codes.iter().map(|&code| i32::from(code)).sum();
+        let first_sum = codes[..GROUP / 2].iter().map(|&code| i32::from(code)).sum();
+        group.scales = GroupScales { scale, scaled_sum: scale * sum as f32, sum, first_sum };
         // SAFETY: the caller's row.
         unsafe { out.set(index, group) };
     }
