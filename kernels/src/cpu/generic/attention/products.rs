@@ -173,32 +173,13 @@ unsafe fn score_vectors<L: Lanes, T: Element, const Q: usize, const V: usize, co
     // SAFETY: the caller's duties; scores have room for a tile.
     unsafe {
         let mut acc = [[L::splat(0.0); V]; Q];
-        let mut from = [tile.keys[vector]; V];
-        from.copy_from_slice(&tile.keys[vector..vector + V]);
-        let mut a = [queries[0]; Q];
-        a.copy_from_slice(&queries[..Q]);
-        let first_a = a[0];
-        let number = move |q: usize, i: usize| if STEP > 1 { first_a.add(i * STEP + q) } else { a[q].add(i) };
-        let (first_key, stride) = (from[0], tile.key_stride);
         if tile.key_scales.is_null() {
-            if tile.keys_follow {
-                let key = |v: usize, i: usize| first_key.add(i * TILE_KEYS + v * WIDTH);
-                multiply_add::<L, _, Q, V, 0>(number, head_dim, key, &mut acc);
-            } else {
-                multiply_add::<L, _, Q, V, 0>(number, head_dim, |v, i| from[v].add(i * stride), &mut acc);
-            }
+            add_dots::<L, T, Q, V, STEP>(tile, queries, 0..head_dim, vector, &mut acc);
         } else {
             for group in 0..head_dim.div_ceil(SCALE_GROUP) {
-                let first = group * SCALE_GROUP;
-                let len = (head_dim - first).min(SCALE_GROUP);
+                let components = group * SCALE_GROUP..((group + 1) * SCALE_GROUP).min(head_dim);
                 let mut sums = [[L::splat(0.0); V]; Q];
-                let number = |q: usize, i: usize| number(q, first + i);
-                if tile.keys_follow {
-                    let key = |v: usize, i: usize| first_key.add((first + i) * TILE_KEYS + v * WIDTH);
-                    multiply_add::<L, _, Q, V, 0>(number, len, key, &mut sums);
-                } else {
-                    multiply_add::<L, _, Q, V, 0>(number, len, |v, i| from[v].add((first + i) * stride), &mut sums);
-                }
+                add_dots::<L, T, Q, V, STEP>(tile, queries, components, vector, &mut sums);
                 for v in 0..V {
                     let scale = L::load(tile.key_scales.add(group * TILE_KEYS + (vector + v) * WIDTH));
                     for q in 0..Q {
@@ -211,6 +192,38 @@ unsafe fn score_vectors<L: Lanes, T: Element, const Q: usize, const V: usize, co
             for v in 0..V {
                 acc[q][v].store(scores[q].as_mut_ptr().add((vector + v) * WIDTH));
             }
+        }
+    }
+}
+
+/// Adds what some components give to the dot products.
+///
+/// # Safety
+/// As [`score_vectors`]; there are such components.
+#[inline(always)]
+unsafe fn add_dots<L: Lanes, T: Element, const Q: usize, const V: usize, const STEP: usize>(
+    tile: &Tile<T>,
+    queries: &[*const f32; MAX_QUERIES],
+    components: Range<usize>,
+    vector: usize,
+    sums: &mut [[L; V]; Q],
+) {
+    let (first, len, stride) = (components.start, components.len(), tile.key_stride);
+    // SAFETY: the caller's duties.
+    unsafe {
+        let mut from = [tile.keys[vector]; V];
+        from.copy_from_slice(&tile.keys[vector..vector + V]);
+        let mut a = [queries[0]; Q];
+        a.copy_from_slice(&queries[..Q]);
+        let (first_key, first_a) = (from[0], a[0]);
+        let number = |q: usize, i: usize| {
+            if STEP > 1 { first_a.add((first + i) * STEP + q) } else { a[q].add(first + i) }
+        };
+        if tile.keys_follow {
+            let key = |v: usize, i: usize| first_key.add((first + i) * TILE_KEYS + v * WIDTH);
+            multiply_add::<L, _, Q, V, 0>(number, len, key, sums);
+        } else {
+            multiply_add::<L, _, Q, V, 0>(number, len, |v, i| from[v].add((first + i) * stride), sums);
         }
     }
 }
