@@ -13,6 +13,7 @@ pub mod model;
 
 mod alibi;
 mod backend;
+mod caches;
 mod decoder;
 mod licence;
 mod rope;

@@ -27,6 +27,23 @@ pub(crate) fn prefetch(at: *const u8) {
     let _ = at;
 }
 
+/// Into the second-level cache, and not into the first. The address may lie outside of any buffer.
+#[inline(always)]
+pub(crate) fn prefetch_to_second(at: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: part of the architecture's base; a hint that never faults.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(at.cast());
+    }
+    #[cfg(all(target_arch = "aarch64", not(miri)))]
+    // SAFETY: as above.
+    unsafe {
+        std::arch::asm!("prfm pldl2keep, [{0}]", in(reg) at, options(readonly, nostack, preserves_flags));
+    }
+    #[cfg(not(any(target_arch = "x86_64", all(target_arch = "aarch64", not(miri)))))]
+    let _ = at;
+}
+
 /// A tile's part of a buffer that holds `num_tiles` of them, or the first `MOST_TILE_BYTES` of it.
 pub(crate) fn prefetch_tile<T>(buffer: &[T], tile: usize, num_tiles: usize) {
     let len = buffer.len() / num_tiles.max(1);

@@ -49,6 +49,7 @@ impl QuantLanes for Rows16 {
     /// Thirty-two 16-bit sums, two a row.
     type Narrow = __m512i;
     const BYTES_OFFSET: i32 = 0;
+    const ASKS_SECOND_CACHE: bool = true;
 
     #[inline(always)]
     unsafe fn in_order(narrow: __m512i) -> __m512i {
@@ -116,6 +117,7 @@ impl QuantLanes for Rows16Vnni {
     /// The 32-bit sums themselves.
     type Narrow = __m512i;
     const BYTES_OFFSET: i32 = 128;
+    const ASKS_SECOND_CACHE: bool = true;
 
     #[inline(always)]
     unsafe fn in_order(narrow: __m512i) -> __m512i {

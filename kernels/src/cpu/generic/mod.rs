@@ -86,6 +86,8 @@ pub(super) trait QuantLanes: Copy {
     const BYTES_OFFSET: i32;
     /// Unpacked tiles that meet many rows together: 1 or 2. Two share what is broadcast, and take twice the accumulators.
     const PANEL_TILES: usize = 1;
+    /// Weights are asked into the second-level cache, not the first: where that one is large, and its core has much under way.
+    const ASKS_SECOND_CACHE: bool = false;
 
     /// A vector of codes as it lies there.
     unsafe fn load_codes(from: *const u8) -> Self::Codes;

@@ -38,7 +38,7 @@ use std::mem::discriminant;
 use super::QuantLanes;
 use super::codes::{Codes, Part, Sums};
 use super::scales::{Pointers, Scales, TileLens};
-use crate::cpu::prefetch::{LINE_BYTES, prefetch};
+use crate::cpu::prefetch::{LINE_BYTES, prefetch, prefetch_to_second};
 use crate::cpu::task::{GroupPointers, GroupScales, Line, Output, QuantTask};
 use crate::quant_format::{CodeBook, GROUP, QuantFormat, Scaling};
 
@@ -116,7 +116,7 @@ unsafe fn rows<Q: QuantLanes, C: Codes, S: Scales, const N: usize>(
         let mut acc = [Q::zero(); N];
         let mut x = task.x.panel(panel);
         for group in 0..groups {
-            prefetch_group::<Q, C, S>(&pointers, group + AHEAD_GROUPS);
+            prefetch_group::<Q, C, S>(&pointers, group + AHEAD_BYTES / group_bytes::<Q, C>());
             add_group::<Q, C, S, N>(&pointers, group, x, &mut acc);
             x = next::<N>(x);
         }
@@ -234,7 +234,7 @@ unsafe fn unpack_group<Q: QuantLanes, C: Codes, S: Scales, const T: usize>(
     let per_group = GROUP / C::GROUP;
     // SAFETY: the caller's duties are the same.
     unsafe {
-        let codes = weights.codes.add(from * C::BITS.count() * 4 * Q::ROWS);
+        let codes = weights.codes.add(from * group_bytes::<Q, C>());
         C::unpack::<Q>(codes, weights.book, panel.codes.add((to * T + t) * 8 * 4 * Q::ROWS));
         for part in 0..per_group {
             let (index, at) = (from * per_group + part, ((to * per_group + part) * T + t) * Q::ROWS);
@@ -303,20 +303,26 @@ unsafe fn panel_rows<Q: QuantLanes, C: Codes, S: Scales, const T: usize, const N
     }
 }
 
-/// How many groups ahead of the one at hand weights are asked for.
-const AHEAD_GROUPS: usize = 16;
+/// How far ahead of the group at hand codes are asked for.
+const AHEAD_BYTES: usize = 4096;
+
+/// Bytes of a group's codes.
+const fn group_bytes<Q: QuantLanes, C: Codes>() -> usize {
+    C::BITS.count() * 4 * Q::ROWS
+}
 
 /// Asks for a group's codes and scales, of this tile or, where the number is too high, of the one behind it.
 #[inline(always)]
 pub(in crate::cpu) fn prefetch_group<Q: QuantLanes, C: Codes, S: Scales>(pointers: &Pointers, group: usize) {
-    let bytes = C::BITS.count() * 4 * Q::ROWS;
+    let ask = |at: *const u8| if Q::ASKS_SECOND_CACHE { prefetch_to_second(at) } else { prefetch(at) };
+    let bytes = group_bytes::<Q, C>();
     for line in 0..bytes.div_ceil(LINE_BYTES) {
-        prefetch(pointers.codes.wrapping_add(group * bytes + line * LINE_BYTES));
+        ask(pointers.codes.wrapping_add(group * bytes + line * LINE_BYTES));
     }
     if S::SCALING == Scaling::Single {
-        prefetch(pointers.scales.wrapping_add(group * Q::ROWS).cast());
+        ask(pointers.scales.wrapping_add(group * Q::ROWS).cast());
         if S::WITH_MINS {
-            prefetch(pointers.mins.wrapping_add(group * Q::ROWS).cast());
+            ask(pointers.mins.wrapping_add(group * Q::ROWS).cast());
         }
     }
 }
@@ -350,7 +356,7 @@ unsafe fn add_group<Q: QuantLanes, C: Codes, S: Scales, const N: usize>(
     // SAFETY: the caller's duties are the same.
     unsafe {
         let (rows, x) = pointers_to::<N>(x);
-        let (codes, book) = (weights.codes.add(group * C::BITS.count() * 4 * Q::ROWS), weights.book);
+        let (codes, book) = (weights.codes.add(group * group_bytes::<Q, C>()), weights.book);
         if C::GROUP == GROUP {
             let mut sums = Sums::<Q, N>::start::<C, S>(&rows, Part::Whole);
             C::add_pair::<Q, N, 0>(codes, book, &x, &mut sums);
