@@ -17,8 +17,9 @@
 //! They share the loads of those values that all of them see; what only some see, at the edges of the diagonal
 //! and of a window, goes one by one, so that none touches a value it must not see.
 //!
-//! Tried: asking for the next tile's pages ahead. It gave nothing at contexts of 128 and cost 5 per cent at 32 times 1024,
-//! where memory is busy anyway.
+//! A few queries would spend their time waiting for memory, since a block's page ends where the processors' own prefetchers
+//! have hardly begun: what is loaded from a page asks for what lies at the same place of the next tile, into the second-level
+//! cache (a tile's pages would fill the first). Measured: 1.3 to 1.7 (`benches/RESULTS.md`).
 //!
 //! It must not know where a tile lies (`tile.rs`) nor how products are computed (`products.rs`).
 
@@ -122,7 +123,7 @@ pub(in crate::cpu) unsafe fn attend<E: Element + KvElement>(task: &mut SpanTask<
         // lives as long as they.
         unsafe {
             if pages_serve {
-                (walks.pages)(task, &tile_of_pages(task, start, held, &mut scales));
+                (walks.pages)(task, &tile_of_pages(task, start, held, span.end, &mut scales));
             } else {
                 let mut room = std::mem::take(task.scratch);
                 let tile = lay_out(task, start, held, &mut room, &mut scales);
@@ -155,22 +156,33 @@ pub(in crate::cpu) unsafe fn walk_pages<
 ) {
     // SAFETY: the caller's duties are the same; the converted tile lies in `room`, which lives as long.
     unsafe {
-        if size_of::<E>() == size_of::<f32>() || task.num_queries() < MIN_CONVERT_QUERIES {
-            return walk_queries::<L, E, Q, V, W>(task, tile);
+        if task.num_queries() < MIN_CONVERT_QUERIES {
+            return walk_queries::<L, E, Q, V, W, true>(task, tile);
+        }
+        if size_of::<E>() == size_of::<f32>() {
+            return walk_queries::<L, E, Q, V, W, false>(task, tile);
         }
         let mut room = std::mem::take(task.scratch);
         let converted = convert::<L, E>(tile, task.head_dim, &mut room);
-        walk_queries::<L, f32, Q, V, W>(&mut task.without_pages(), &converted);
+        walk_queries::<L, f32, Q, V, W, false>(&mut task.without_pages(), &converted);
         *task.scratch = room;
     }
 }
 
-/// All queries of the task over one tile, at most `Q` at a time: `V` vectors at a time for several of them, `W` for one.
+/// All queries of the task over one tile, at most `Q` at a time: `V` vectors at a time for several of them, `W` for one. `ASKS`: the
+/// next tile is asked for, where the tile says where it lies.
 ///
 /// # Safety
 /// As [`Lanes`]; the tile holds every key of its positions that a query sees.
 #[inline(always)]
-pub(in crate::cpu) unsafe fn walk_queries<L: Lanes, T: Element, const Q: usize, const V: usize, const W: usize>(
+pub(in crate::cpu) unsafe fn walk_queries<
+    L: Lanes,
+    T: Element,
+    const Q: usize,
+    const V: usize,
+    const W: usize,
+    const ASKS: bool,
+>(
     task: &mut SpanTask<'_, T>,
     tile: &Tile<T>,
 ) {
@@ -208,7 +220,7 @@ pub(in crate::cpu) unsafe fn walk_queries<L: Lanes, T: Element, const Q: usize, 
                 let components = task.query_scratch[first / block * head_dim * MAX_QUERIES..].as_ptr();
                 score_interleaved::<L, T, V>(tile, components, count, head_dim, vectors, &mut scores);
             } else {
-                score::<L, T, Q, V, W>(tile, &queries, count, head_dim, vectors, &mut scores);
+                score::<L, T, Q, V, W, ASKS>(tile, &queries, count, head_dim, vectors, &mut scores);
             }
             // In two passes, so that no query waits for the maximum of the one before it.
             let mut maxes = [0.0; MAX_QUERIES];
@@ -224,13 +236,13 @@ pub(in crate::cpu) unsafe fn walk_queries<L: Lanes, T: Element, const Q: usize, 
             }
             let to = &mut task.partial.values[first * width..(first + count) * width];
             if tile.value_scales.is_null() {
-                add_queries::<L, T, Q, V, W>(tile, &scores, &visible[..count], to, 0..width);
+                add_queries::<L, T, Q, V, W, ASKS>(tile, &scores, &visible[..count], to, 0..width);
             } else {
                 for group in 0..head_dim.div_ceil(SCALE_GROUP) {
                     let scales = tile.value_scales.add(group * TILE_KEYS);
                     let weights = scaled::<L>(&scores, &visible[..count], scales);
                     let components = group * SCALE_GROUP..((group + 1) * SCALE_GROUP).min(width);
-                    add_queries::<L, T, Q, V, W>(tile, &weights, &visible[..count], to, components);
+                    add_queries::<L, T, Q, V, W, ASKS>(tile, &weights, &visible[..count], to, components);
                 }
             }
         }

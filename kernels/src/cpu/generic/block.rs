@@ -10,20 +10,21 @@
 //! takes 4 cycles where two can begin in one, so at least 8 registers of them are wanted (5 cycles and 10 registers on AMD's cores up to Zen 2).
 
 use super::{Element, Lanes};
-use crate::cpu::prefetch::prefetch;
 
 /// Adds to `acc`, see the head. `a(q, i)` and `b(v, i)` say where numbers and vectors lie: as closures, so that the compiler sees what
-/// distances are constant, and one register serves all that are. `AHEAD`: bytes from what is loaded to what memory is asked for, 0 for
-/// nothing.
+/// distances are constant, and one register serves all that are. `ask(v, at)` is told what was loaded, so that it can ask memory for what
+/// is going to be.
 ///
 /// # Safety
 /// - As [`Lanes`].
-/// - For every i below `len`, `a(q, i)` is valid, and `b(v, i)` for 16 elements; both hold no intrinsics.
+/// - For every i below `len`, `a(q, i)` is valid, and `b(v, i)` for 16 elements; they and `ask` hold no
+///   intrinsics of the set.
 #[inline(always)]
-pub(super) unsafe fn multiply_add<L: Lanes, E: Element, const Q: usize, const V: usize, const AHEAD: usize>(
+pub(super) unsafe fn multiply_add<L: Lanes, E: Element, const Q: usize, const V: usize>(
     a: impl Fn(usize, usize) -> *const f32,
     len: usize,
     b: impl Fn(usize, usize) -> *const E,
+    ask: impl Fn(usize, *const E),
     acc: &mut [[L; V]; Q],
 ) {
     // SAFETY: the caller's duties cover every pointer used here.
@@ -32,10 +33,9 @@ pub(super) unsafe fn multiply_add<L: Lanes, E: Element, const Q: usize, const V:
         for i in 0..len {
             let mut vectors = [L::splat(0.0); V];
             for v in 0..V {
-                vectors[v] = E::lanes::<L>(b(v, i));
-                if AHEAD > 0 {
-                    prefetch(b(v, i).cast::<u8>().wrapping_add(AHEAD));
-                }
+                let at = b(v, i);
+                vectors[v] = E::lanes::<L>(at);
+                ask(v, at);
             }
             for q in 0..Q {
                 let x = L::splat(*a(q, i));

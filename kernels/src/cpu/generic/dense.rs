@@ -5,6 +5,7 @@
 
 use super::block::multiply_add;
 use super::{Element, Lanes};
+use crate::cpu::prefetch::prefetch;
 use crate::cpu::task::{DenseTask, Output};
 use crate::matrix::{DENSE_TILE_ROWS, DenseElement};
 
@@ -115,7 +116,12 @@ unsafe fn rows<L: Lanes, E: Element + DenseElement, const Q: usize, const V: usi
             b[v] = weights.add(v * cols * DENSE_TILE_ROWS);
         }
         let mut acc = [[L::splat(0.0); V]; Q];
-        multiply_add::<L, E, Q, V, AHEAD>(|q, i| a[q].add(i), cols, |v, i| b[v].add(i * DENSE_TILE_ROWS), &mut acc);
+        let ask = |_, at: *const E| {
+            if AHEAD > 0 {
+                prefetch(at.cast::<u8>().wrapping_add(AHEAD));
+            }
+        };
+        multiply_add::<L, E, Q, V>(|q, i| a[q].add(i), cols, |v, i| b[v].add(i * DENSE_TILE_ROWS), ask, &mut acc);
         store(task.out, m, tile * DENSE_TILE_ROWS, acc);
     }
 }

@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use super::tile::{Run, Tile};
+use super::tile::{Run, Tile, ask};
 use super::{MAX_QUERIES, MIN_INTERLEAVED, Scores, WIDTH};
 use crate::cpu::attention::TILE_KEYS;
 use crate::cpu::generic::block::multiply_add;
@@ -13,14 +13,14 @@ use crate::kv::SCALE_GROUP;
 
 /// Calls `$body` with 1 to 6 queries; one alone takes `$wide` vectors at a time.
 macro_rules! with_queries {
-    ($count:expr, $body:ident::<$l:ty, $e:ty, $v:ident, $wide:ident>($($argument:expr),*)) => {
+    ($count:expr, $body:ident::<$l:ty, $e:ty, $v:ident, $wide:ident, $asks:ident>($($argument:expr),*)) => {
         match $count {
-            1 => $body::<$l, $e, 1, $wide>($($argument),*),
-            2 => $body::<$l, $e, 2, $v>($($argument),*),
-            3 => $body::<$l, $e, 3, $v>($($argument),*),
-            4 => $body::<$l, $e, 4, $v>($($argument),*),
-            5 if Q > 4 => $body::<$l, $e, 5, $v>($($argument),*),
-            _ if Q > 4 => $body::<$l, $e, 6, $v>($($argument),*),
+            1 => $body::<$l, $e, 1, $wide, $asks>($($argument),*),
+            2 => $body::<$l, $e, 2, $v, $asks>($($argument),*),
+            3 => $body::<$l, $e, 3, $v, $asks>($($argument),*),
+            4 => $body::<$l, $e, 4, $v, $asks>($($argument),*),
+            5 if Q > 4 => $body::<$l, $e, 5, $v, $asks>($($argument),*),
+            _ if Q > 4 => $body::<$l, $e, 6, $v, $asks>($($argument),*),
             count => unreachable!("{count} queries in a block of {Q}"),
         }
     };
@@ -32,7 +32,14 @@ macro_rules! with_queries {
 /// # Safety
 /// As [`Lanes`]; the tile holds the visible keys; `to` has as many floats for each query, and the components are whole vectors of these.
 #[inline(always)]
-pub(super) unsafe fn add_queries<L: Lanes, T: Element, const Q: usize, const V: usize, const W: usize>(
+pub(super) unsafe fn add_queries<
+    L: Lanes,
+    T: Element,
+    const Q: usize,
+    const V: usize,
+    const W: usize,
+    const ASKS: bool,
+>(
     tile: &Tile<T>,
     scores: &Scores,
     visible: &[Range<usize>],
@@ -51,14 +58,14 @@ pub(super) unsafe fn add_queries<L: Lanes, T: Element, const Q: usize, const V: 
         for q in 0..count {
             let own = visible[q].start..visible[q].end.min(shared.start);
             let to = Values { to: to[q * width..].as_mut_ptr(), width, components: components.clone() };
-            add_values::<L, T, 1, W>(tile, &scores[q..], own, to);
+            add_values::<L, T, 1, W, ASKS>(tile, &scores[q..], own, to);
         }
         let together = Values { to: to.as_mut_ptr(), width, components: components.clone() };
-        with_queries!(count, add_values::<L, T, V, W>(tile, scores, shared.clone(), together));
+        with_queries!(count, add_values::<L, T, V, W, ASKS>(tile, scores, shared.clone(), together));
         for q in 0..count {
             let own = visible[q].start.max(shared.end)..visible[q].end;
             let to = Values { to: to[q * width..].as_mut_ptr(), width, components: components.clone() };
-            add_values::<L, T, 1, W>(tile, &scores[q..], own, to);
+            add_values::<L, T, 1, W, ASKS>(tile, &scores[q..], own, to);
         }
     }
 }
@@ -78,7 +85,7 @@ struct Values {
 /// # Safety
 /// As [`score_by`], of so many queries.
 #[inline(always)]
-pub(super) unsafe fn score<L: Lanes, T: Element, const Q: usize, const V: usize, const W: usize>(
+pub(super) unsafe fn score<L: Lanes, T: Element, const Q: usize, const V: usize, const W: usize, const ASKS: bool>(
     tile: &Tile<T>,
     queries: &[*const f32; MAX_QUERIES],
     count: usize,
@@ -87,7 +94,7 @@ pub(super) unsafe fn score<L: Lanes, T: Element, const Q: usize, const V: usize,
     scores: &mut Scores,
 ) {
     // SAFETY: the caller's duties.
-    unsafe { with_queries!(count, score_plain::<L, T, V, W>(tile, queries, head_dim, vectors, scores)) }
+    unsafe { with_queries!(count, score_plain::<L, T, V, W, ASKS>(tile, queries, head_dim, vectors, scores)) }
 }
 
 /// The same of as many queries as a block has, whose components lie side by side, `[head_dim, MAX_QUERIES]` from `components` on.
@@ -108,9 +115,11 @@ pub(super) unsafe fn score_interleaved<L: Lanes, T: Element, const V: usize>(
     unsafe {
         match count {
             MIN_INTERLEAVED => {
-                score_by::<L, T, MIN_INTERLEAVED, V, MAX_QUERIES>(tile, queries, head_dim, vectors, scores);
+                score_by::<L, T, MIN_INTERLEAVED, V, MAX_QUERIES, false>(tile, queries, head_dim, vectors, scores);
             }
-            MAX_QUERIES => score_by::<L, T, MAX_QUERIES, V, MAX_QUERIES>(tile, queries, head_dim, vectors, scores),
+            MAX_QUERIES => {
+                score_by::<L, T, MAX_QUERIES, V, MAX_QUERIES, false>(tile, queries, head_dim, vectors, scores);
+            }
             count => unreachable!("{count} queries side by side"),
         }
     }
@@ -121,7 +130,7 @@ pub(super) unsafe fn score_interleaved<L: Lanes, T: Element, const V: usize>(
 /// # Safety
 /// As there.
 #[inline(always)]
-unsafe fn score_plain<L: Lanes, T: Element, const Q: usize, const V: usize>(
+unsafe fn score_plain<L: Lanes, T: Element, const Q: usize, const V: usize, const ASKS: bool>(
     tile: &Tile<T>,
     queries: &[*const f32; MAX_QUERIES],
     head_dim: usize,
@@ -129,7 +138,7 @@ unsafe fn score_plain<L: Lanes, T: Element, const Q: usize, const V: usize>(
     scores: &mut Scores,
 ) {
     // SAFETY: the caller's duties.
-    unsafe { score_by::<L, T, Q, V, 1>(tile, queries, head_dim, vectors, scores) }
+    unsafe { score_by::<L, T, Q, V, 1, ASKS>(tile, queries, head_dim, vectors, scores) }
 }
 
 /// Dot products of `Q` queries with the tile's key vectors. A query's components lie `STEP` floats apart; where that is more than one,
@@ -138,7 +147,7 @@ unsafe fn score_plain<L: Lanes, T: Element, const Q: usize, const V: usize>(
 /// # Safety
 /// As [`Lanes`]; every query is valid for its components, the vectors are held by the tile.
 #[inline(always)]
-unsafe fn score_by<L: Lanes, T: Element, const Q: usize, const V: usize, const STEP: usize>(
+unsafe fn score_by<L: Lanes, T: Element, const Q: usize, const V: usize, const STEP: usize, const ASKS: bool>(
     tile: &Tile<T>,
     queries: &[*const f32; MAX_QUERIES],
     head_dim: usize,
@@ -149,12 +158,12 @@ unsafe fn score_by<L: Lanes, T: Element, const Q: usize, const V: usize, const S
     unsafe {
         let mut vector = vectors.start;
         while vector + V <= vectors.end {
-            score_vectors::<L, T, Q, V, STEP>(tile, queries, head_dim, vector, scores);
+            score_vectors::<L, T, Q, V, STEP, ASKS>(tile, queries, head_dim, vector, scores);
             vector += V;
         }
         // With V = 1 nothing is left; the condition keeps the compiler from making the same loop twice.
         while V > 1 && vector < vectors.end {
-            score_vectors::<L, T, Q, 1, STEP>(tile, queries, head_dim, vector, scores);
+            score_vectors::<L, T, Q, 1, STEP, ASKS>(tile, queries, head_dim, vector, scores);
             vector += 1;
         }
     }
@@ -163,7 +172,7 @@ unsafe fn score_by<L: Lanes, T: Element, const Q: usize, const V: usize, const S
 /// # Safety
 /// As [`score_by`], for the vectors `vector..vector + V`.
 #[inline(always)]
-unsafe fn score_vectors<L: Lanes, T: Element, const Q: usize, const V: usize, const STEP: usize>(
+unsafe fn score_vectors<L: Lanes, T: Element, const Q: usize, const V: usize, const STEP: usize, const ASKS: bool>(
     tile: &Tile<T>,
     queries: &[*const f32; MAX_QUERIES],
     head_dim: usize,
@@ -174,12 +183,12 @@ unsafe fn score_vectors<L: Lanes, T: Element, const Q: usize, const V: usize, co
     unsafe {
         let mut acc = [[L::splat(0.0); V]; Q];
         if tile.key_scales.is_null() {
-            add_dots::<L, T, Q, V, STEP>(tile, queries, 0..head_dim, vector, &mut acc);
+            add_dots::<L, T, Q, V, STEP, ASKS>(tile, queries, 0..head_dim, vector, &mut acc);
         } else {
             for group in 0..head_dim.div_ceil(SCALE_GROUP) {
                 let components = group * SCALE_GROUP..((group + 1) * SCALE_GROUP).min(head_dim);
                 let mut sums = [[L::splat(0.0); V]; Q];
-                add_dots::<L, T, Q, V, STEP>(tile, queries, components, vector, &mut sums);
+                add_dots::<L, T, Q, V, STEP, ASKS>(tile, queries, components, vector, &mut sums);
                 for v in 0..V {
                     let scale = L::load(tile.key_scales.add(group * TILE_KEYS + (vector + v) * WIDTH));
                     for q in 0..Q {
@@ -201,7 +210,7 @@ unsafe fn score_vectors<L: Lanes, T: Element, const Q: usize, const V: usize, co
 /// # Safety
 /// As [`score_vectors`]; there are such components.
 #[inline(always)]
-unsafe fn add_dots<L: Lanes, T: Element, const Q: usize, const V: usize, const STEP: usize>(
+unsafe fn add_dots<L: Lanes, T: Element, const Q: usize, const V: usize, const STEP: usize, const ASKS: bool>(
     tile: &Tile<T>,
     queries: &[*const f32; MAX_QUERIES],
     components: Range<usize>,
@@ -221,9 +230,17 @@ unsafe fn add_dots<L: Lanes, T: Element, const Q: usize, const V: usize, const S
         };
         if tile.keys_follow {
             let key = |v: usize, i: usize| first_key.add((first + i) * TILE_KEYS + v * WIDTH);
-            multiply_add::<L, _, Q, V, 0>(number, len, key, sums);
+            multiply_add::<L, _, Q, V>(number, len, key, |_, _| (), sums);
         } else {
-            multiply_add::<L, _, Q, V, 0>(number, len, |v, i| from[v].add((first + i) * stride), sums);
+            let mut ahead = [0; V];
+            ahead.copy_from_slice(&tile.keys_ahead[vector..vector + V]);
+            let key = |v: usize, i: usize| from[v].add((first + i) * stride);
+            let ask = |v: usize, at| {
+                if ASKS {
+                    ask(at, ahead[v]);
+                }
+            };
+            multiply_add::<L, _, Q, V>(number, len, key, ask, sums);
         }
     }
 }
@@ -233,7 +250,7 @@ unsafe fn add_dots<L: Lanes, T: Element, const Q: usize, const V: usize, const S
 /// # Safety
 /// As [`Lanes`]; the tile holds the visible keys; `weights` are of Q queries at least, and `values` too; all of them see exactly the keys `visible`.
 #[inline(always)]
-unsafe fn add_values<L: Lanes, T: Element, const Q: usize, const V: usize>(
+unsafe fn add_values<L: Lanes, T: Element, const Q: usize, const V: usize, const ASKS: bool>(
     tile: &Tile<T>,
     weights: &[[f32; TILE_KEYS]],
     visible: Range<usize>,
@@ -244,7 +261,7 @@ unsafe fn add_values<L: Lanes, T: Element, const Q: usize, const V: usize>(
         return;
     }
     for run in 0..tile.num_runs {
-        let Run { keys: (begin, end), from } = tile.runs[run];
+        let Run { keys: (begin, end), from, ahead } = tile.runs[run];
         let keys = begin.max(visible.start)..end.min(visible.end);
         if keys.is_empty() {
             continue;
@@ -254,21 +271,26 @@ unsafe fn add_values<L: Lanes, T: Element, const Q: usize, const V: usize>(
         unsafe {
             let from = from.add((keys.start - begin) * tile.value_stride);
             let a = weights.as_ptr().cast::<f32>().add(keys.start);
+            let ask = |at| {
+                if ASKS {
+                    ask(at, ahead);
+                }
+            };
             let mut component = components.start;
             while component + V * WIDTH <= components.end {
                 let (from, to) = (from.add(component), to.add(component));
-                add_components::<L, T, Q, V>(a, keys.len(), from, tile.value_stride, to, width);
+                add_components::<L, T, Q, V>(a, keys.len(), from, tile.value_stride, to, width, ask);
                 component += V * WIDTH;
             }
             // What scales have in common is a pair of vectors, which one accumulator each would make wait.
             while V > 2 && component + 2 * WIDTH <= components.end {
                 let (from, to) = (from.add(component), to.add(component));
-                add_components::<L, T, Q, 2>(a, keys.len(), from, tile.value_stride, to, width);
+                add_components::<L, T, Q, 2>(a, keys.len(), from, tile.value_stride, to, width, ask);
                 component += 2 * WIDTH;
             }
             while V > 1 && component < components.end {
                 let (from, to) = (from.add(component), to.add(component));
-                add_components::<L, T, Q, 1>(a, keys.len(), from, tile.value_stride, to, width);
+                add_components::<L, T, Q, 1>(a, keys.len(), from, tile.value_stride, to, width, ask);
                 component += WIDTH;
             }
         }
@@ -288,6 +310,7 @@ unsafe fn add_components<L: Lanes, E: Element, const Q: usize, const V: usize>(
     stride: usize,
     to: *mut f32,
     width: usize,
+    ask: impl Fn(*const E),
 ) {
     // SAFETY: the caller's duties.
     unsafe {
@@ -298,7 +321,8 @@ unsafe fn add_components<L: Lanes, E: Element, const Q: usize, const V: usize>(
             }
         }
         let weight = |q: usize, key: usize| weights.add(q * TILE_KEYS + key);
-        multiply_add::<L, _, Q, V, 0>(weight, run, |v, key| from.add(key * stride + v * WIDTH), &mut acc);
+        let value = |v: usize, key: usize| from.add(key * stride + v * WIDTH);
+        multiply_add::<L, _, Q, V>(weight, run, value, |_, at| ask(at), &mut acc);
         for q in 0..Q {
             for v in 0..V {
                 acc[q][v].store(to.add(q * width + v * WIDTH));

@@ -8,6 +8,7 @@ use std::ops::Range;
 use super::{VECTORS, WIDTH};
 use crate::cpu::attention::TILE_KEYS;
 use crate::cpu::generic::{Element, Lanes};
+use crate::cpu::prefetch::prefetch_to_second;
 use crate::cpu::task::{KvElement, SpanTask};
 
 /// Some values of a tile.
@@ -16,6 +17,8 @@ pub(super) struct Run<E> {
     pub(super) keys: (usize, usize),
     /// Component 0 of the first one.
     pub(super) from: *const E,
+    /// Bytes from there to the values of the next tile, 0 where they are not asked for.
+    pub(super) ahead: isize,
 }
 
 impl<E> Clone for Run<E> {
@@ -32,6 +35,8 @@ pub(in crate::cpu) struct Tile<E> {
     pub(super) start: usize,
     /// Component 0 of each 16 keys; null where no key is held.
     pub(super) keys: [*const E; VECTORS],
+    /// Bytes from each to those of the next tile, 0 where they are not asked for.
+    pub(super) keys_ahead: [isize; VECTORS],
     /// From one component to the next.
     pub(super) key_stride: usize,
     /// Whether vectors of keys follow each other, and components are a tile apart.
@@ -52,9 +57,10 @@ impl<E> Tile<E> {
         Self {
             start,
             keys: [std::ptr::null(); VECTORS],
+            keys_ahead: [0; VECTORS],
             key_stride: 0,
             keys_follow: false,
-            runs: [Run { keys: (0, 0), from: std::ptr::null() }; VECTORS],
+            runs: [Run { keys: (0, 0), from: std::ptr::null(), ahead: 0 }; VECTORS],
             num_runs: 0,
             value_stride: 0,
             key_scales: std::ptr::null(),
@@ -87,18 +93,23 @@ impl<E> Tile<E> {
     }
 }
 
-/// A tile straight from the pages, whose rows fill vectors.
+/// A tile straight from the pages, whose rows fill vectors. Of positions below `ask_below` it says where they lie in the next tile.
 pub(super) fn tile_of_pages<E: Element + KvElement>(
     task: &SpanTask<'_, E>,
     start: usize,
     held: Range<usize>,
+    ask_below: usize,
     scales: &mut Vec<f32>,
 ) -> Tile<E> {
     let (block_size, head_dim) = (task.block_size, task.head_dim);
     let mut tile = Tile { key_stride: block_size, value_stride: head_dim, ..Tile::empty(start) };
     tile.take_scales(task, held.clone(), scales);
     for vector in (held.start - start) / WIDTH..(held.end - start).div_ceil(WIDTH) {
-        let at = task.key_index(start + vector * WIDTH);
+        let position = start + vector * WIDTH;
+        let at = task.key_index(position);
+        if position + TILE_KEYS < ask_below {
+            tile.keys_ahead[vector] = bytes_between::<E>(at, task.key_index(position + TILE_KEYS));
+        }
         tile.keys[vector] = task.keys[at..at + (head_dim - 1) * block_size + WIDTH].as_ptr();
     }
     let mut position = held.start;
@@ -106,12 +117,26 @@ pub(super) fn tile_of_pages<E: Element + KvElement>(
         let run = (block_size - position % block_size).min(held.end - position);
         let at = task.value_index(position);
         let first = position - start;
+        let mut ahead = 0;
+        if position + TILE_KEYS < ask_below {
+            ahead = bytes_between::<E>(at, task.value_index(position + TILE_KEYS));
+        }
         tile.runs[tile.num_runs] =
-            Run { keys: (first, first + run), from: task.values[at..at + run * head_dim].as_ptr() };
+            Run { keys: (first, first + run), from: task.values[at..at + run * head_dim].as_ptr(), ahead };
         tile.num_runs += 1;
         position += run;
     }
     tile
+}
+
+/// Asks memory for what lies so many bytes from what was loaded: the next tile's.
+#[inline(always)]
+pub(super) fn ask<E>(loaded: *const E, ahead: isize) {
+    prefetch_to_second(loaded.cast::<u8>().wrapping_offset(ahead));
+}
+
+fn bytes_between<E>(from: usize, to: usize) -> isize {
+    (to.wrapping_sub(from) as isize).wrapping_mul(size_of::<E>() as isize)
 }
 
 /// A tile copied to `room` in f32 (codes as they are): keys `[head_dim, 64]`, then values `[64, padded head_dim]`.
@@ -136,7 +161,7 @@ pub(super) fn lay_out<E: Element + KvElement>(
     let mut tile = Tile {
         key_stride: TILE_KEYS,
         keys_follow: true,
-        runs: [Run { keys: (0, TILE_KEYS), from: values.as_ptr() }; VECTORS],
+        runs: [Run { keys: (0, TILE_KEYS), from: values.as_ptr(), ahead: 0 }; VECTORS],
         num_runs: 1,
         value_stride: width,
         ..Tile::empty(start)
@@ -171,21 +196,78 @@ pub(super) unsafe fn convert<L: Lanes, E: Element>(tile: &Tile<E>, head_dim: usi
         for (vector, from) in tile.keys.iter().enumerate().filter(|(_, from)| !from.is_null()) {
             let to = keys.add(vector * WIDTH);
             for i in 0..head_dim {
-                E::lanes::<L>(from.add(i * tile.key_stride)).store(to.add(i * TILE_KEYS));
+                let from = from.add(i * tile.key_stride);
+                E::lanes::<L>(from).store(to.add(i * TILE_KEYS));
+                ask(from, tile.keys_ahead[vector]);
             }
             converted.keys[vector] = to.cast_const();
         }
-        for &Run { keys: (begin, end), from } in &tile.runs[..tile.num_runs] {
+        for &Run { keys: (begin, end), from, ahead } in &tile.runs[..tile.num_runs] {
             let to = values.add(begin * head_dim);
             for i in (0..(end - begin) * head_dim).step_by(WIDTH) {
                 E::lanes::<L>(from.add(i)).store(to.add(i));
+                ask(from.add(i), ahead);
             }
         }
         // They follow each other now.
         let (first, last) = (tile.runs[0], tile.runs[tile.num_runs - 1]);
         let from = values.add(first.keys.0 * head_dim).cast_const();
-        converted.runs[0] = Run { keys: (first.keys.0, last.keys.1), from };
+        converted.runs[0] = Run { keys: (first.keys.0, last.keys.1), from, ahead: 0 };
         converted.num_runs = 1;
     }
     converted
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::attention::AttentionArgs;
+    use crate::cpu::task::Partial;
+
+    /// What is asked for changes no result, so nothing else would tell that it is the wrong place.
+    #[test]
+    fn what_a_tile_asks_for_is_where_the_next_one_lies() {
+        let (context, block_size, head_dim) = (190, 16, 32);
+        let block_table: Vec<u32> = (0..12).map(|block| block * 5 % 12).collect();
+        let page_elements = head_dim * block_size;
+        let (keys, values) = (vec![0_u16; 12 * page_elements], vec![0_u16; 12 * page_elements]);
+        let (keys, values) = (bytemuck::cast_slice(&keys), bytemuck::cast_slice(&values));
+        let args = AttentionArgs { num_heads: 1, scale: 1.0, window: None, blocks: None, soft_cap: None, biases: None };
+        let task = SpanTask::<half::f16> {
+            args: &args,
+            q: &vec![0.0; head_dim],
+            rows: 0..1,
+            first_position: context - 1,
+            heads_per_kv: 1,
+            kv_head: 0,
+            head_dim,
+            block_size,
+            page_elements,
+            block_stride: page_elements,
+            keys,
+            values,
+            block_table: &block_table,
+            span: 0..context,
+            partial: Partial { max: &mut [0.0], sum: &mut [0.0], values: &mut vec![0.0; head_dim] },
+            scratch: &mut Vec::new(),
+            scale_scratch: &mut Vec::new(),
+            query_scratch: &mut Vec::new(),
+            interleaved: false,
+        };
+        let tile_at = |start: usize| {
+            let held = start..(start + TILE_KEYS).min(context);
+            tile_of_pages(&task, start, held, context, &mut Vec::new())
+        };
+        for start in [0, TILE_KEYS] {
+            let (tile, next) = (tile_at(start), tile_at(start + TILE_KEYS));
+            for vector in (0..VECTORS).filter(|&vector| !next.keys[vector].is_null()) {
+                assert_eq!(tile.keys[vector].wrapping_byte_offset(tile.keys_ahead[vector]), next.keys[vector]);
+            }
+            for (run, next) in tile.runs.iter().zip(&next.runs[..next.num_runs]) {
+                assert_eq!(run.from.wrapping_byte_offset(run.ahead), next.from);
+            }
+        }
+        let last = tile_at(2 * TILE_KEYS);
+        assert!(last.keys_ahead == [0; VECTORS] && last.runs.iter().all(|run| run.ahead == 0));
+    }
 }
