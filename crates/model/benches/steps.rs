@@ -174,8 +174,12 @@ fn part(phase: ModelPhase) -> usize {
     }
 }
 
-/// Steps for `MIN_ROUND` at least; means over them.
+/// Steps for `MIN_ROUND` at least; means over them. Decoding steps follow one that is not timed: on some machines weights that were
+/// not read for some seconds take half as long again once (RESULTS), and a stream decodes one step after the other.
 fn round(model: &mut Model, batch: &ForwardBatch, logits: &mut [f32]) -> Times {
+    if batch.logit_rows.len() == batch.tokens.len() {
+        model.forward(batch, &mut |_| ()).expect("a step");
+    }
     let mut times = Times::default();
     let begin = Instant::now();
     let mut steps = 0;

@@ -18,16 +18,16 @@ fn last_level_under(root: &Path) -> Option<usize> {
         let Ok(of_cpu) = fs::read_dir(cpu.path().join("cache")) else {
             continue;
         };
-        let last = of_cpu.flatten().filter_map(|cache| {
-            let read = |file| fs::read_to_string(cache.path().join(file)).ok();
-            let level: u32 = read("level")?.trim().parse().ok()?;
-            Some((level, read("shared_cpu_list")?, bytes(&read("size")?)?))
+        let read = |cache: &Path, file| fs::read_to_string(cache.join(file)).ok();
+        let levels = of_cpu.flatten().filter_map(|cache| {
+            let level: u32 = read(&cache.path(), "level")?.trim().parse().ok()?;
+            Some((level, cache.path()))
         });
-        if let Some((_, shared, bytes)) = last.max() {
-            caches.insert(shared, bytes);
+        if let Some((_, last)) = levels.max() {
+            caches.insert(read(&last, "shared_cpu_list")?, bytes(&read(&last, "size")?)?);
         }
     }
-    (!caches.is_empty()).then(|| caches.values().sum())
+    (!caches.is_empty()).then(|| caches.values().fold(0, |sum: usize, &bytes| sum.saturating_add(bytes)))
 }
 
 /// "32768K" to bytes.
@@ -75,6 +75,7 @@ mod tests {
     fn what_the_system_does_not_say_is_not_guessed() {
         check(&[], None);
         check(&[&[("3", "", "0")]], None);
+        check(&[&[("2", "1M", "0"), ("3", "", "0-1")]], None);
         check(&[&[("3", "32 apples", "0")], &[("three", "32M", "1")]], None);
         check(&[&[("3", "99999999999999999999K", "0")]], None);
         check(&[&[("3", "18446744073709551615K", "0")]], None);

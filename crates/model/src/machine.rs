@@ -9,18 +9,19 @@ use bindery_kernels::{Cpu, Isa, ReadTarget};
 
 use crate::{ModelError, ProductWeights, caches, memory::available_memory_bytes, threads::physical_cores};
 
-/// Each roof is taken in rounds of about this length, and the best of them counts: other work on the machine only ever
-/// lowers a figure.
+/// Each roof is taken in rounds of about this length (memory's in as long as it takes to read all), and the best of them
+/// counts: other work on the machine only ever lowers a figure.
 const ROUND: Duration = Duration::from_millis(40);
 const ROUNDS: usize = 12;
 /// Of a glance.
 const GLANCE_ROUNDS: usize = 2;
-/// Bytes to read at least, and what that is of the last caches together: of as much as these hold they would give a part
-/// quicker than memory does. (480 MB of cache: 36 GB/s of 256 MB, 29 of 1.5 GB, 24 of 6 GB.)
+/// How many times as much as the last caches hold is read: a part of it still comes from them, quicker than from memory. (480
+/// MB of cache: 36 GB/s of 256 MB, 29 of 1.5 GB, 24 of 6 GB.)
+const CACHE_MULTIPLE: usize = 4;
+/// A quarter of the memory that is left is enough to take.
+const MEMORY_DIVISOR: u64 = 4;
+/// Read at least, whatever the system says of caches and memory.
 const MIN_READ_BYTES: usize = 512 << 20;
-const CACHE_SHARE: usize = 4;
-/// Nor more than this part of what memory is left.
-const MEMORY_PART: u64 = 4;
 
 /// What the machine does at best, a second.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -71,7 +72,7 @@ impl Machine {
         Ok(Self { cpu: Cpu::new(isa, threads.unwrap_or_else(physical_cores)) })
     }
 
-    /// Takes some seconds of all threads. `clock` tells the time since some moment, always the same one.
+    /// Takes two seconds of all threads, and longer where caches are large. `clock` tells the time since some moment, always the same one.
     /// [`ModelError::OutOfMemory`] where there is no memory to read.
     pub fn roofs(self, clock: impl Fn() -> Duration) -> Result<Roofs, ModelError> {
         Ok(Gauge::new(self, &clock)?.take(&clock, ROUNDS))
@@ -107,33 +108,33 @@ impl Gauge {
         Ok(Self { machine, target, int8_rounds, f32_rounds })
     }
 
-    /// The roofs of this moment, in some tenths of a second.
+    /// The roofs of this moment, in two rounds of each.
     pub fn glance(&self, clock: impl Fn() -> Duration) -> Roofs {
         self.take(&clock, GLANCE_ROUNDS)
     }
 
     /// The best of some rounds of each.
     fn take(&self, clock: &impl Fn() -> Duration, rounds: usize) -> Roofs {
-        let best = |work: &dyn Fn() -> u64| {
-            let rate = || {
-                let (done, elapsed) = timed(clock, work);
+        let best = |work: &dyn Fn(usize) -> u64| {
+            let rate = |round| {
+                let (done, elapsed) = timed(clock, || work(round));
                 done / elapsed.as_secs_f64().max(1e-9)
             };
-            (0..rounds).map(|_| rate()).fold(0.0, f64::max)
+            (0..rounds).map(rate).fold(0.0, f64::max)
         };
         let cpu = &self.machine.cpu;
         Roofs {
-            read_bytes: best(&|| cpu.read(&self.target, true)).max(best(&|| cpu.read(&self.target, false))),
-            int8_operations: best(&|| cpu.spin_int8(self.int8_rounds)),
-            f32_operations: best(&|| cpu.spin_f32(self.f32_rounds)),
+            read_bytes: best(&|round| cpu.read(&self.target, round % 2 == 0)),
+            int8_operations: best(&|_| cpu.spin_int8(self.int8_rounds)),
+            f32_operations: best(&|_| cpu.spin_f32(self.f32_rounds)),
         }
     }
 }
 
 /// How much to read.
 fn read_bytes() -> usize {
-    let beyond_caches = caches::last_level_bytes().unwrap_or(0).saturating_mul(CACHE_SHARE);
-    let left = usize::try_from(available_memory_bytes() / MEMORY_PART).unwrap_or(usize::MAX);
+    let beyond_caches = caches::last_level_bytes().unwrap_or(0).saturating_mul(CACHE_MULTIPLE);
+    let left = usize::try_from(available_memory_bytes() / MEMORY_DIVISOR).unwrap_or(usize::MAX);
     beyond_caches.min(left).max(MIN_READ_BYTES)
 }
 

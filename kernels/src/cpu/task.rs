@@ -9,7 +9,7 @@ use std::ops::Range;
 use bytemuck::Pod;
 use half::{bf16, f16};
 
-use super::attention::AttentionArgs;
+use super::attention::{AttentionArgs, TILE_KEYS};
 use super::gated::Activation;
 use super::pool::SharedMut;
 use super::rope::RopeStyle;
@@ -449,6 +449,27 @@ impl<E> SpanTask<'_, E> {
         let row = self.rows.start + query / self.heads_per_kv;
         let start = (row * self.args.num_heads + self.head(query)) * self.head_dim;
         &self.q[start..start + self.head_dim]
+    }
+
+    /// First position that any query sees, in whatever span.
+    fn first_visible(&self) -> usize {
+        self.args.window.map_or(0, |window| (self.first_position + 1).saturating_sub(window))
+    }
+
+    /// Where what is likely to be read after the tile from `start` on lies, in place of what lies at its `position`: in the tile
+    /// behind it or, after a head's last, in the next head's first, which is the same thread's next piece unless pieces are
+    /// dealt out by their length. `None` where that is not known, or tiles are left out. `index` is [`Self::key_index`] or
+    /// [`Self::value_index`].
+    pub(crate) fn next_index(&self, start: usize, position: usize, index: impl Fn(usize) -> usize) -> Option<usize> {
+        if self.args.blocks.is_some() {
+            return None;
+        }
+        if position + TILE_KEYS < self.first_position + self.rows.len() {
+            return Some(index(position + TILE_KEYS));
+        }
+        let first = self.first_visible() / TILE_KEYS * TILE_KEYS;
+        let has_next_head = (self.kv_head + 1) * self.heads_per_kv < self.args.num_heads;
+        has_next_head.then(|| index(first + position - start) + self.page_elements)
     }
 
     /// Where the page of this head that holds a position begins.

@@ -18,8 +18,9 @@
 //! and of a window, goes one by one, so that none touches a value it must not see.
 //!
 //! A few queries would spend their time waiting for memory, since a block's page ends where the processors' own prefetchers
-//! have hardly begun: what is loaded from a page asks for what lies at the same place of the next tile, into the second-level
-//! cache (a tile's pages would fill the first). Measured: 1.3 to 1.7 (`benches/RESULTS.md`).
+//! have hardly begun: what is loaded from a page (but f32 for many queries) asks for what lies at the same place of the tile
+//! that comes next, into the second-level cache (a tile's pages would fill the first). Measured: 1.3 to 1.7
+//! (`benches/RESULTS.md`).
 //!
 //! It must not know where a tile lies (`tile.rs`) nor how products are computed (`products.rs`).
 
@@ -123,7 +124,7 @@ pub(in crate::cpu) unsafe fn attend<E: Element + KvElement>(task: &mut SpanTask<
         // lives as long as they.
         unsafe {
             if pages_serve {
-                (walks.pages)(task, &tile_of_pages(task, start, held, span.end, &mut scales));
+                (walks.pages)(task, &tile_of_pages(task, start, held, &mut scales));
             } else {
                 let mut room = std::mem::take(task.scratch);
                 let tile = lay_out(task, start, held, &mut room, &mut scales);

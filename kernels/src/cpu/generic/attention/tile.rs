@@ -17,7 +17,7 @@ pub(super) struct Run<E> {
     pub(super) keys: (usize, usize),
     /// Component 0 of the first one.
     pub(super) from: *const E,
-    /// Bytes from there to the values of the next tile, 0 where they are not asked for.
+    /// Bytes from there to the first of those values in the tile that comes next; 0, to itself, where there is none to ask for.
     pub(super) ahead: isize,
 }
 
@@ -35,7 +35,7 @@ pub(in crate::cpu) struct Tile<E> {
     pub(super) start: usize,
     /// Component 0 of each 16 keys; null where no key is held.
     pub(super) keys: [*const E; VECTORS],
-    /// Bytes from each to those of the next tile, 0 where they are not asked for.
+    /// Bytes from each to those of the tile that comes next; 0, to itself, where there are none to ask for.
     pub(super) keys_ahead: [isize; VECTORS],
     /// From one component to the next.
     pub(super) key_stride: usize,
@@ -93,12 +93,11 @@ impl<E> Tile<E> {
     }
 }
 
-/// A tile straight from the pages, whose rows fill vectors. Of positions below `ask_below` it says where they lie in the next tile.
+/// A tile straight from the pages, whose rows fill vectors.
 pub(super) fn tile_of_pages<E: Element + KvElement>(
     task: &SpanTask<'_, E>,
     start: usize,
     held: Range<usize>,
-    ask_below: usize,
     scales: &mut Vec<f32>,
 ) -> Tile<E> {
     let (block_size, head_dim) = (task.block_size, task.head_dim);
@@ -107,9 +106,7 @@ pub(super) fn tile_of_pages<E: Element + KvElement>(
     for vector in (held.start - start) / WIDTH..(held.end - start).div_ceil(WIDTH) {
         let position = start + vector * WIDTH;
         let at = task.key_index(position);
-        if position + TILE_KEYS < ask_below {
-            tile.keys_ahead[vector] = bytes_between::<E>(at, task.key_index(position + TILE_KEYS));
-        }
+        tile.keys_ahead[vector] = bytes_between::<E>(at, task.next_index(start, position, |at| task.key_index(at)));
         tile.keys[vector] = task.keys[at..at + (head_dim - 1) * block_size + WIDTH].as_ptr();
     }
     let mut position = held.start;
@@ -117,10 +114,7 @@ pub(super) fn tile_of_pages<E: Element + KvElement>(
         let run = (block_size - position % block_size).min(held.end - position);
         let at = task.value_index(position);
         let first = position - start;
-        let mut ahead = 0;
-        if position + TILE_KEYS < ask_below {
-            ahead = bytes_between::<E>(at, task.value_index(position + TILE_KEYS));
-        }
+        let ahead = bytes_between::<E>(at, task.next_index(start, position, |at| task.value_index(at)));
         tile.runs[tile.num_runs] =
             Run { keys: (first, first + run), from: task.values[at..at + run * head_dim].as_ptr(), ahead };
         tile.num_runs += 1;
@@ -129,14 +123,15 @@ pub(super) fn tile_of_pages<E: Element + KvElement>(
     tile
 }
 
-/// Asks memory for what lies so many bytes from what was loaded: the next tile's.
+/// Asks memory for what lies so many bytes from what was loaded: of the tile that comes next.
 #[inline(always)]
 pub(super) fn ask<E>(loaded: *const E, ahead: isize) {
     prefetch_to_second(loaded.cast::<u8>().wrapping_offset(ahead));
 }
 
-fn bytes_between<E>(from: usize, to: usize) -> isize {
-    (to.wrapping_sub(from) as isize).wrapping_mul(size_of::<E>() as isize)
+/// 0 where there is nothing to go to.
+fn bytes_between<E>(from: usize, to: Option<usize>) -> isize {
+    to.map_or(0, |to| (to.wrapping_sub(from) as isize).wrapping_mul(size_of::<E>() as isize))
 }
 
 /// A tile copied to `room` in f32 (codes as they are): keys `[head_dim, 64]`, then values `[64, padded head_dim]`.
@@ -220,54 +215,84 @@ pub(super) unsafe fn convert<L: Lanes, E: Element>(tile: &Tile<E>, head_dim: usi
 
 #[cfg(test)]
 mod tests {
+    use half::f16;
+
     use super::*;
     use crate::cpu::attention::AttentionArgs;
     use crate::cpu::task::Partial;
 
-    /// What is asked for changes no result, so nothing else would tell that it is the wrong place.
-    #[test]
-    fn what_a_tile_asks_for_is_where_the_next_one_lies() {
-        let (context, block_size, head_dim) = (190, 16, 32);
-        let block_table: Vec<u32> = (0..12).map(|block| block * 5 % 12).collect();
-        let page_elements = head_dim * block_size;
-        let (keys, values) = (vec![0_u16; 12 * page_elements], vec![0_u16; 12 * page_elements]);
-        let (keys, values) = (bytemuck::cast_slice(&keys), bytemuck::cast_slice(&values));
-        let args = AttentionArgs { num_heads: 1, scale: 1.0, window: None, blocks: None, soft_cap: None, biases: None };
-        let task = SpanTask::<half::f16> {
+    /// The last tile has two vectors of keys, so the third and fourth of the one before lead to the next head.
+    const CONTEXT: usize = 150;
+    const HEAD_DIM: usize = 32;
+    const BLOCK_SIZE: usize = 16;
+    const NUM_BLOCKS: usize = 10;
+    const NUM_KV_HEADS: usize = 2;
+    const HEADS_PER_KV: usize = 3;
+    const NUM_HEADS: usize = NUM_KV_HEADS * HEADS_PER_KV;
+
+    /// The tile from `start` on that the last position sees, of a sequence whose blocks lie about in `pages`.
+    fn tile(pages: &[f16], kv_head: usize, window: Option<usize>, start: usize) -> Tile<f16> {
+        let block_table: Vec<u32> = (0..NUM_BLOCKS as u32).map(|block| block * 3 % NUM_BLOCKS as u32).collect();
+        let args =
+            AttentionArgs { num_heads: NUM_HEADS, scale: 1.0, window, blocks: None, soft_cap: None, biases: None };
+        let task = SpanTask {
             args: &args,
-            q: &vec![0.0; head_dim],
+            q: &[0.0; NUM_HEADS * HEAD_DIM],
             rows: 0..1,
-            first_position: context - 1,
-            heads_per_kv: 1,
-            kv_head: 0,
-            head_dim,
-            block_size,
-            page_elements,
-            block_stride: page_elements,
-            keys,
-            values,
+            first_position: CONTEXT - 1,
+            heads_per_kv: HEADS_PER_KV,
+            kv_head,
+            head_dim: HEAD_DIM,
+            block_size: BLOCK_SIZE,
+            page_elements: HEAD_DIM * BLOCK_SIZE,
+            block_stride: NUM_KV_HEADS * HEAD_DIM * BLOCK_SIZE,
+            keys: pages,
+            values: pages,
             block_table: &block_table,
-            span: 0..context,
-            partial: Partial { max: &mut [0.0], sum: &mut [0.0], values: &mut vec![0.0; head_dim] },
+            span: 0..CONTEXT,
+            partial: Partial { max: &mut [], sum: &mut [], values: &mut [] },
             scratch: &mut Vec::new(),
             scale_scratch: &mut Vec::new(),
             query_scratch: &mut Vec::new(),
             interleaved: false,
         };
-        let tile_at = |start: usize| {
-            let held = start..(start + TILE_KEYS).min(context);
-            tile_of_pages(&task, start, held, context, &mut Vec::new())
-        };
-        for start in [0, TILE_KEYS] {
-            let (tile, next) = (tile_at(start), tile_at(start + TILE_KEYS));
-            for vector in (0..VECTORS).filter(|&vector| !next.keys[vector].is_null()) {
-                assert_eq!(tile.keys[vector].wrapping_byte_offset(tile.keys_ahead[vector]), next.keys[vector]);
-            }
-            for (run, next) in tile.runs.iter().zip(&next.runs[..next.num_runs]) {
-                assert_eq!(run.from.wrapping_byte_offset(run.ahead), next.from);
-            }
+        let visible = task.visible(0);
+        tile_of_pages(&task, start, visible.start.max(start)..visible.end.min(start + TILE_KEYS), &mut Vec::new())
+    }
+
+    /// Those of `vectors` lead from the first tile to the second, and values with them.
+    fn assert_lead(from: &Tile<f16>, to: &Tile<f16>, vectors: Range<usize>) {
+        for vector in vectors.clone() {
+            assert!(!from.keys[vector].is_null() && !to.keys[vector].is_null());
+            assert_eq!(from.keys[vector].wrapping_byte_offset(from.keys_ahead[vector]), to.keys[vector]);
         }
-        let last = tile_at(2 * TILE_KEYS);
-        assert!(last.keys_ahead == [0; VECTORS] && last.runs.iter().all(|run| run.ahead == 0));
+        let run_at = |tile: &Tile<f16>, key| tile.runs[..tile.num_runs].iter().copied().find(|run| run.keys.0 == key);
+        for key in vectors.map(|vector| vector * WIDTH) {
+            let (run, next) = (run_at(from, key).unwrap(), run_at(to, key).unwrap());
+            assert_eq!(run.from.wrapping_byte_offset(run.ahead), next.from);
+        }
+    }
+
+    /// What is asked for changes no result, so nothing else would tell that it is the wrong place.
+    #[test]
+    fn what_a_tile_asks_for_is_where_the_tile_that_comes_next_lies() {
+        let pages = vec![f16::ZERO; NUM_BLOCKS * NUM_KV_HEADS * HEAD_DIM * BLOCK_SIZE];
+        // A window of 76 begins in the second tile, in the middle of its first block.
+        for (window, starts) in [(None, &[0, 64, 128][..]), (Some(76), &[64, 128])] {
+            let tiles = [0, 1].map(|head| starts.iter().map(|&start| tile(&pages, head, window, start)).collect());
+            let [first, second]: [Vec<Tile<f16>>; NUM_KV_HEADS] = tiles;
+            if window.is_none() {
+                assert_lead(&first[0], &first[1], 0..VECTORS);
+                assert_lead(&second[0], &second[1], 0..VECTORS);
+                assert_lead(&first[2], &second[0], 0..2);
+            } else {
+                assert_lead(&first[0], &first[1], 1..2);
+                assert_lead(&first[1], &second[0], 1..2);
+            }
+            let [.., before, last] = &second[..] else { unreachable!() };
+            assert!(before.keys_ahead[2..] == [0; 2] && last.keys_ahead == [0; VECTORS]);
+            assert!(last.runs.iter().all(|run| run.ahead == 0));
+            assert_lead(&first[first.len() - 2], &second[0], 2..VECTORS);
+        }
     }
 }
