@@ -91,6 +91,11 @@ pub struct AttentionArgs<'a> {
 }
 
 impl AttentionArgs<'_> {
+    /// The first position that a query at `position` sees, but for blocks.
+    pub(crate) fn first_visible(&self, position: usize) -> usize {
+        self.window.map_or(0, |window| (position + 1).saturating_sub(window))
+    }
+
     /// Of one head.
     pub(crate) fn num_biases(&self) -> usize {
         self.biases.map_or(0, |biases| biases.len() / self.num_heads)
@@ -351,8 +356,7 @@ impl<E> Call<'_, E> {
             let rows = start..(start + PIECE_ROWS).min(sequence.rows.end);
             let first_position = first_position + (start - sequence.rows.start);
             let last_position = first_position + rows.len() - 1;
-            let first_key = self.args.window.map_or(0, |window| (first_position + 1).saturating_sub(window));
-            let first_span = first_key / SPAN_KEYS;
+            let first_span = self.args.first_visible(first_position) / SPAN_KEYS;
             for kv_head in 0..self.shape.num_kv_heads {
                 pieces.push(Piece {
                     sequence: index,

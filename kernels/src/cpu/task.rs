@@ -423,8 +423,7 @@ impl<E> SpanTask<'_, E> {
     /// Keys of the span that a query sees; empty where `start >= end`.
     pub(crate) fn visible(&self, query: usize) -> Range<usize> {
         let position = self.first_position + query / self.heads_per_kv;
-        let first = self.args.window.map_or(0, |window| (position + 1).saturating_sub(window));
-        first.max(self.span.start)..(position + 1).min(self.span.end)
+        self.args.first_visible(position).max(self.span.start)..(position + 1).min(self.span.end)
     }
 
     /// Whether a query sees none of these keys, which are of its visible ones.
@@ -451,11 +450,6 @@ impl<E> SpanTask<'_, E> {
         &self.q[start..start + self.head_dim]
     }
 
-    /// First position that any query sees, in whatever span.
-    fn first_visible(&self) -> usize {
-        self.args.window.map_or(0, |window| (self.first_position + 1).saturating_sub(window))
-    }
-
     /// Where what is likely to be read after the tile from `start` on lies, in place of what lies at its `position`: in the tile
     /// behind it or, after a head's last, in the next head's first, which is the same thread's next piece unless pieces are
     /// dealt out by their length. `None` where that is not known, or tiles are left out. `index` is [`Self::key_index`] or
@@ -467,7 +461,7 @@ impl<E> SpanTask<'_, E> {
         if position + TILE_KEYS < self.first_position + self.rows.len() {
             return Some(index(position + TILE_KEYS));
         }
-        let first = self.first_visible() / TILE_KEYS * TILE_KEYS;
+        let first = self.args.first_visible(self.first_position) / TILE_KEYS * TILE_KEYS;
         let has_next_head = (self.kv_head + 1) * self.heads_per_kv < self.args.num_heads;
         has_next_head.then(|| index(first + position - start) + self.page_elements)
     }
