@@ -1,7 +1,8 @@
 //! Each kernel alone, in GB/s or GOP/s (criterion's "elem/s": a multiply-add is two operations).
 //!
-//! `BINDERY_ISA` picks the instruction set, `BINDERY_BENCH_THREADS` the threads (2). Shapes are SmolLM2-135M's. Products
-//! of one row are counted in bytes of weights, since memory is their roof; larger ones in operations.
+//! `BINDERY_ISA` picks the instruction set, `BINDERY_BENCH_THREADS` the threads (2). Shapes are SmolLM2-135M's, but for what no
+//! cache holds (4 GB of memory; a filter of `beyond` runs it alone). Products of one row are counted in bytes of weights, since
+//! memory is their roof; larger ones in operations.
 
 use std::hint::black_box;
 
@@ -175,13 +176,18 @@ fn rows(c: &mut Criterion) {
     }
     let mut logits: Vec<f32> = (0..49_152).map(noise).collect();
     group.throughput(Throughput::Bytes(4 * 49_152));
-    group.bench_function("argmax", |b| b.iter(|| cpu.argmax(black_box(&logits))));
-    group.bench_function("log_sum_exp", |b| b.iter(|| cpu.log_sum_exp(black_box(&logits))));
-    group.bench_function("top_k 40", |b| {
-        let mut top = Vec::new();
-        b.iter(|| cpu.top_k(black_box(&logits), 40, &mut top));
-    });
-    group.bench_function("softmax", |b| b.iter(|| cpu.softmax(black_box(&mut logits))));
+    group.bench_function("cap", |b| b.iter(|| cpu.scale_and_cap(black_box(&mut logits), 1.0, Some(30.0))));
+    group.finish();
+    let mut group = c.benchmark_group(format!("{}/embedding", cpu.isa()));
+    for family in ["q8_0", "f16"] {
+        let table = matrix(&cpu, family, 49_152, 576);
+        let tokens: Vec<u32> = (0..512_u32).map(|token| token.wrapping_mul(2_654_435_761) % 49_152).collect();
+        let mut out = vec![0.0; 512 * 576];
+        group.throughput(Throughput::Bytes(4 * 512 * 576));
+        group.bench_function(BenchmarkId::new(family, 512), |b| {
+            b.iter(|| cpu.take_rows(&table, &tokens, 1.0, black_box(&mut out)));
+        });
+    }
     group.finish();
 }
 
@@ -282,5 +288,60 @@ fn attention(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, products, rows, experts, low_rank, attention);
+/// What no cache holds: 1 to 4 GB of weights of 8B's width, and 8B's KV cache. Both in bytes read.
+fn beyond_caches(c: &mut Criterion) {
+    const COLS: usize = 4096;
+    const ROWS: usize = 32 * 14_336;
+    let cpu = cpu();
+    let mut group = c.benchmark_group(format!("{}/beyond caches", cpu.isa()));
+    group.sample_size(10);
+    for family in ["int4_128", "q8_0", "f16"] {
+        let w = matrix(&cpu, family, ROWS, COLS);
+        group.throughput(Throughput::Bytes(w.size_bytes() as u64));
+        for m in [1, 8] {
+            let x: Vec<f32> = (0..m * COLS).map(noise).collect();
+            let mut activations = Activations::default();
+            cpu.prepare(&x, m, COLS, Form::of([&w]), &mut activations);
+            let mut out = vec![0.0; m * ROWS];
+            group.bench_function(BenchmarkId::new(format!("{ROWS}x{COLS} {family}"), m), |b| {
+                b.iter(|| cpu.matmul(&activations, &w, None, black_box(&mut out)));
+            });
+        }
+    }
+    const LAYERS: usize = 32;
+    const TOKENS: usize = 8192;
+    for dtype in [KvDtype::F16, KvDtype::Int8] {
+        let shape = KvShape { num_layers: LAYERS, num_kv_heads: 8, head_dim: 128, block_size: 16, dtype };
+        let mut cache = match KvCache::new(shape, TOKENS / 16) {
+            Ok(cache) => cache,
+            Err(error) => panic!("{error}"),
+        };
+        let k: Vec<f32> = (0..TOKENS * 1024).map(noise).collect();
+        let slots: Vec<u32> = (0..TOKENS as u32).collect();
+        (0..LAYERS).for_each(|layer| cpu.write_kv(&mut cache, layer, &k, &k, &slots));
+        let table: Vec<u32> = (0..(TOKENS / 16) as u32).collect();
+        group.throughput(Throughput::Bytes((LAYERS * 2 * 8 * TOKENS * dtype.head_bytes(128)) as u64));
+        for streams in [1, 8] {
+            let context = TOKENS / streams;
+            let sequences: Vec<_> = table
+                .chunks(context / 16)
+                .enumerate()
+                .map(|(at, block_table)| AttentionSequence { rows: at..at + 1, context_len: context, block_table })
+                .collect();
+            let q: Vec<f32> = (0..streams * 32 * 128).map(noise).collect();
+            let mut out = vec![0.0; streams * 32 * 128];
+            let args =
+                AttentionArgs { num_heads: 32, scale: 0.09, window: None, blocks: None, soft_cap: None, biases: None };
+            group.bench_function(BenchmarkId::new(format!("attention {dtype:?} at {context}"), streams), |b| {
+                b.iter(|| {
+                    (0..LAYERS)
+                        .for_each(|layer| cpu.attention(&q, &cache, layer, &sequences, &args, black_box(&mut out)));
+                });
+            });
+        }
+    }
+    group.finish();
+}
+
+criterion_group!(benches, products, rows, experts, low_rank, attention, beyond_caches);
 criterion_main!(benches);

@@ -19,7 +19,8 @@
 //!
 //! | path | what |
 //! |---|---|
-//! | `memory` | zeroed, lazily mapped, page-aligned buffers; failure is an error |
+//! | `memory` | zeroed buffers, the large ones mapped lazily; failure is an error |
+//! | `quant_format.rs` | what a quantised weight is made of, and where its bits lie |
 //! | `pack.rs`, `matrix.rs` | quantised and dense weights and their interleaved layouts |
 //! | `order.rs` | the order in which a matrix reads its inputs |
 //! | `kv.rs` | the paged key/value cache |
@@ -39,14 +40,19 @@
 //! ```text
 //! codes      [tiles, groups of 32, B, R, 4] bytes    B vectors of 4 R bytes for codes of B bits
 //! scales     [tiles, groups, R] f16                  minimums likewise, where the format has them
-//!            or, in two levels, [tiles, groups of 256, R] f16 and [tiles, groups, R] int8; likewise the minimums'
+//!            or, in two levels, [tiles, groups of 256, R] f16 and [tiles, groups of 32 or 16, R] int8; likewise the
+//!            minimums', which share a byte with the scales where both are of four bits
 //!            or, in spans, [tiles, spans, R] f16, with as many int8 zero points
-//!            or the first of these alone, or the second alone as bytes of exponents
+//!            or of two levels the upper one alone, or the lower one alone as bytes of exponents
 //! dense      [tiles, cols, 16] elements              element (k, r): weight[row r][k]
-//! int8 rows  [panels, groups, rows of the panel]     a group: 32 codes, scale, sums; a panel meets a tile together
-//! keys       [layers, blocks, kv_heads, head_dim, block_size]    a vector holds one component of 16 keys
-//! values     [layers, blocks, kv_heads, block_size, head_dim]    a vector holds 16 components of one value
+//! int8 rows  [panels, groups, rows of the panel]     twice: 32 codes, and apart from them a scale and sums
+//! cache      [blocks, layers, 2, kv_heads] pages     of keys, then of values
+//! keys       a page: [head_dim, block_size]          a vector holds one component of 16 keys
+//! values     a page: [block_size, head_dim]          a vector holds 16 components of one value
+//!            in int8 with a page's scales behind either: [groups of 32 components, block_size] bf16
 //! ```
+//!
+//! The rows of a panel meet a weight tile together. A block of the cache holds all layers of its tokens.
 //!
 //! A group of 32 codes of a row is eight quads, codes 4 q to 4 q + 3; byte (r, b) of a vector holds bits of code b of a
 //! quad of row r. Which quads' bits, from the lowest (0 to 7 are whole codes; 6.0 is the lowest bit of a code of quad 6):
@@ -63,8 +69,8 @@
 //!
 //! So most quads cost a load and a mask, or a shift more, to have R rows by 4 consecutive inputs as the four-way products
 //! want them; the few that are scattered pay for it. Codes with a book lie in the same way; what they stand for, -127 to
-//! 127, is looked up by a shuffle of 16 bytes as they are cut out. Codes of fewer than 8 bits are kept unsigned: what lies around zero
-//! has half the range added, and the kernels take that off again by the activations' sum.
+//! 127, is looked up by a shuffle of 16 bytes as they are cut out. Codes of fewer than 8 bits are kept unsigned: what lies
+//! around zero has half the range added, and the kernels take that off again by the activations' sum.
 //!
 //! # Instruction sets
 //!
@@ -102,7 +108,6 @@ pub use cpu::attention::{AttentionArgs, AttentionSequence, SparseBlocks};
 pub use cpu::dispatch::{ISA_VARIABLE, Isa};
 pub use cpu::experts::{ExpertWeights, Mixture, RoutingArgs, Shares};
 pub use cpu::gated::{Activation, GatedProduct, Projection};
-pub use cpu::logits::TopEntry;
 pub use cpu::low_rank::{Addends, LowRank, LowRankPair, LowRankSegment};
 pub use cpu::matmul::Product;
 pub use cpu::peak::ReadTarget;

@@ -146,8 +146,6 @@ pub(crate) struct Kernels {
     pub(crate) max: unsafe fn(&[f32]) -> f32,
     /// Row and its maximum: writes exp(x - max) over x, returns the sum.
     pub(crate) exp_sub_sum: unsafe fn(&mut [f32], f32) -> f32,
-    /// Row and its maximum: the sum of exp(x - max).
-    pub(crate) sum_exp_sub: unsafe fn(&[f32], f32) -> f32,
     /// Row, scale and cap: writes cap * tanh(scale * x / cap) over x.
     pub(crate) soft_cap: unsafe fn(&mut [f32], f32, f32),
     /// Rounds of f32 multiply-adds to operations.

@@ -1,9 +1,6 @@
-//! What sampling asks of a row of logits: maximum, log-sum-exp, softmax, the largest few.
+//! What is done to logits, a model's or a router's: scaled, capped, made probabilities. (Sampling is the engine's.)
 //!
-//! Knows nothing of tokens or of sampling rules. Invariant: results depend on the row alone; ties go to the lowest
-//! index, and NaN is never chosen.
-
-use std::cmp::Ordering;
+//! Knows nothing of tokens or experts. Invariant: results depend on the row alone.
 
 use super::Cpu;
 use super::pool::SharedMut;
@@ -13,49 +10,11 @@ const SUM_CHUNK: usize = 1024;
 /// Elements that are worth waking another thread for.
 const MIN_PIECE_ELEMENTS: usize = 8 * 1024;
 
-/// A logit and where it stands.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct TopEntry {
-    /// Index in the row.
-    pub index: u32,
-    /// The logit.
-    pub value: f32,
-}
-
-impl TopEntry {
-    /// Larger first, lower index first among equals (zeroes of both signs are); NaN never gets here.
-    #[expect(clippy::trivially_copy_pass_by_ref, reason = "the shape that sorting asks for")]
-    fn order(&self, other: &Self) -> Ordering {
-        other.value.partial_cmp(&self.value).unwrap_or(Ordering::Equal).then(self.index.cmp(&other.index))
-    }
-}
-
 impl Cpu {
     /// The largest logit, NaN aside; -inf where there is none.
     pub fn max(&self, row: &[f32]) -> f32 {
         // SAFETY: the table fits the machine.
         unsafe { (self.kernels.max)(row) }
-    }
-
-    /// Index of the largest logit, the lowest among equals, NaN aside; 0 where every logit is -inf or NaN; none for an
-    /// empty row.
-    pub fn argmax(&self, row: &[f32]) -> Option<usize> {
-        let max = self.max(row);
-        (!row.is_empty()).then(|| row.iter().position(|&x| x == max).unwrap_or(0))
-    }
-
-    /// ln(sum(exp(x))); a log-probability is `logit - log_sum_exp`. NaN if a logit is NaN; -inf for an empty row or
-    /// one of only -inf.
-    pub fn log_sum_exp(&self, row: &[f32]) -> f32 {
-        let max = self.max(row);
-        if max.is_infinite() {
-            // All -inf: no mass. Some +inf: the sum is.
-            return if row.iter().any(|x| x.is_nan()) { f32::NAN } else { max };
-        }
-        // SAFETY: the table fits the machine.
-        let sum = |chunk: &[f32]| f64::from(unsafe { (self.kernels.sum_exp_sub)(chunk, max) });
-        let total: f64 = row.chunks(SUM_CHUNK).map(sum).sum();
-        (f64::from(max) + total.ln()) as f32
     }
 
     /// Probabilities in place. A row of only -inf becomes NaN, as 0 / 0 is.
@@ -88,33 +47,5 @@ impl Cpu {
                 }
             }
         });
-    }
-
-    /// The `k` largest logits, largest first, into `out`; fewer where the row is shorter or holds NaN. One pass with a
-    /// rising threshold: no sort of the row.
-    pub fn top_k(&self, row: &[f32], k: usize, out: &mut Vec<TopEntry>) {
-        out.clear();
-        if k == 0 {
-            return;
-        }
-        let room = k.min(row.len()).saturating_mul(4).max(64);
-        // None until `k` entries are known: then what does not exceed the smallest of them cannot enter.
-        let mut threshold = None;
-        for (index, &value) in row.iter().enumerate() {
-            if value.is_nan() || threshold.is_some_and(|threshold| value <= threshold) {
-                continue;
-            }
-            out.push(TopEntry { index: index as u32, value });
-            if out.len() >= room && out.len() > k {
-                out.select_nth_unstable_by(k - 1, TopEntry::order);
-                out.truncate(k);
-                threshold = Some(out[k - 1].value);
-            }
-        }
-        if out.len() > k {
-            out.select_nth_unstable_by(k - 1, TopEntry::order);
-            out.truncate(k);
-        }
-        out.sort_unstable_by(TopEntry::order);
     }
 }

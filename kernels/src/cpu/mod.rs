@@ -82,7 +82,7 @@ impl Cpu {
     }
 
     /// Runs `task(0)` to `task(num_tasks - 1)`, each once, on any thread.
-    pub(crate) fn run(&self, num_tasks: usize, task: impl Fn(usize) + Sync) {
+    pub fn run(&self, num_tasks: usize, task: impl Fn(usize) + Sync) {
         self.pool.run(num_tasks, task);
     }
 

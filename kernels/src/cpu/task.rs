@@ -438,6 +438,19 @@ impl<E> SpanTask<'_, E> {
         self.args.blocks.is_none_or(|blocks| blocks.sees(self.head(query), position, key))
     }
 
+    /// Whether a tile may hold keys that a query's pattern hides beside such that it sees.
+    pub(crate) fn hides_within_tiles(&self) -> bool {
+        self.args.blocks.is_some_and(|blocks| !blocks.block_size.is_multiple_of(TILE_KEYS))
+    }
+
+    /// The next keys that follow each other and that a query sees, of `rest`, which counts from position `start` on and shrinks
+    /// to what comes behind them.
+    pub(crate) fn next_seen(&self, query: usize, start: usize, rest: &mut Range<usize>) -> Option<Range<usize>> {
+        let first = rest.find(|&key| self.sees(query, start + key))?;
+        let end = rest.find(|&key| !self.sees(query, start + key));
+        Some(first..end.unwrap_or(rest.end))
+    }
+
     /// The query head that a query belongs to.
     pub(crate) fn head(&self, query: usize) -> usize {
         self.kv_head * self.heads_per_kv + query % self.heads_per_kv

@@ -188,11 +188,15 @@ pub(crate) fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|x| if x.is_nan() { f32::NAN.to_bits() } else { x.to_bits() }).collect()
 }
 
-/// Sequences with contexts of their own in one cache, their blocks scattered.
+/// Sequences with contexts of their own in one layer of a cache, their blocks scattered.
 pub(crate) struct Paged {
     pub(crate) cache: KvCache,
+    /// The layer that attends; the others hold other numbers.
+    pub(crate) layer: usize,
     pub(crate) num_heads: usize,
     pub(crate) tables: Vec<Vec<u32>>,
+    /// A block that no sequence has.
+    pub(crate) unused_block: u32,
     pub(crate) contexts: Vec<usize>,
     /// Per sequence `[context, kv_heads * head_dim]`, rounded as the cache stores them.
     pub(crate) keys: Vec<Vec<f32>>,
@@ -202,34 +206,65 @@ pub(crate) struct Paged {
 }
 
 impl Paged {
-    pub(crate) fn new(cpu: &Cpu, shape: KvShape, num_heads: usize, contexts: &[usize], seed: u64) -> Self {
-        let mut random = Random(seed);
+    /// Tables, queries, keys and values are the same for equal seeds, whichever layer they are in and however many there are.
+    pub(crate) fn new(
+        cpu: &Cpu,
+        shape: KvShape,
+        layer: usize,
+        num_heads: usize,
+        contexts: &[usize],
+        seed: u64,
+    ) -> Self {
+        let (mut random, mut others) = (Random(seed), Random(!seed));
         let blocks: Vec<usize> = contexts.iter().map(|context| context.div_ceil(shape.block_size)).collect();
         let num_blocks = blocks.iter().sum::<usize>() + 1;
         let mut free: Vec<u32> = (0..num_blocks as u32).collect();
         let mut cache = KvCache::new(shape, num_blocks).unwrap();
         // What lies beyond a context must never matter: stale slots hold NaN.
         let width = shape.num_kv_heads * shape.head_dim;
-        let slots: Vec<u32> = (0..(num_blocks * shape.block_size) as u32).collect();
-        let stale = vec![f32::NAN; slots.len() * width];
-        for layer in 0..shape.num_layers {
-            cpu.write_kv(&mut cache, layer, &stale, &stale, &slots);
+        let all_slots: Vec<u32> = (0..(num_blocks * shape.block_size) as u32).collect();
+        let stale = vec![f32::NAN; all_slots.len() * width];
+        for each in 0..shape.num_layers {
+            cpu.write_kv(&mut cache, each, &stale, &stale, &all_slots);
         }
         let (mut tables, mut keys, mut values, mut queries) = (vec![], vec![], vec![], vec![]);
         for (&context, &num_blocks) in contexts.iter().zip(&blocks) {
             let table: Vec<u32> = (0..num_blocks).map(|_| free.swap_remove(random.below(free.len()))).collect();
             let k = random.vec(context * width);
             let v = random.vec(context * width);
-            let slots: Vec<u32> = (0..context)
-                .map(|p| table[p / shape.block_size] * shape.block_size as u32 + (p % shape.block_size) as u32)
-                .collect();
-            cpu.write_kv(&mut cache, 0, &k, &v, &slots);
+            let slots = slots(&table, shape.block_size, 0..context);
+            // Some layers are written before it and some after it: what one wrote in another's place would be found.
+            for each in 0..shape.num_layers {
+                if each == layer {
+                    cpu.write_kv(&mut cache, each, &k, &v, &slots);
+                } else {
+                    let [k, v] = [(); 2].map(|()| others.vec(context * width));
+                    cpu.write_kv(&mut cache, each, &k, &v, &slots);
+                }
+            }
             tables.push(table);
             keys.push(stored(&k, shape.dtype, shape.head_dim));
             values.push(stored(&v, shape.dtype, shape.head_dim));
             queries.push(random.vec(context * num_heads * shape.head_dim));
         }
-        Self { cache, num_heads, tables, contexts: contexts.to_vec(), keys, values, queries }
+        let unused_block = free[0];
+        Self { cache, layer, num_heads, tables, unused_block, contexts: contexts.to_vec(), keys, values, queries }
+    }
+
+    /// What a window does to a sequence as it moves on: keys and values of these positions turn to NaN, and where a whole
+    /// block lies before their end, the table names one that is not the sequence's.
+    pub(crate) fn leave_behind(&mut self, cpu: &Cpu, i: usize, positions: std::ops::Range<usize>) {
+        let left = positions.end / self.cache.shape().block_size;
+        self.spoil(cpu, i, positions);
+        self.tables[i][..left].fill(self.unused_block);
+    }
+
+    /// Keys and values of these positions of a sequence turn to NaN.
+    pub(crate) fn spoil(&mut self, cpu: &Cpu, i: usize, positions: impl Iterator<Item = usize>) {
+        let KvShape { num_kv_heads, head_dim, block_size, .. } = *self.cache.shape();
+        let slots = slots(&self.tables[i], block_size, positions);
+        let nan = vec![f32::NAN; slots.len() * num_kv_heads * head_dim];
+        cpu.write_kv(&mut self.cache, self.layer, &nan, &nan, &slots);
     }
 
     /// Attention of the last `rows[i]` tokens of each sequence i, all in one call; one output a sequence.
@@ -247,7 +282,7 @@ impl Paged {
             });
         }
         let mut out = vec![f32::NAN; q.len()];
-        cpu.attention(&q, &self.cache, 0, &sequences, args, &mut out);
+        cpu.attention(&q, &self.cache, self.layer, &sequences, args, &mut out);
         sequences.iter().map(|s| out[s.rows.start * width..s.rows.end * width].to_vec()).collect()
     }
 
@@ -263,9 +298,14 @@ impl Paged {
         let q = &self.queries[i][range.start * width..range.end * width];
         let mut out = vec![f32::NAN; q.len()];
         let sequence = AttentionSequence { rows: 0..range.len(), context_len: range.end, block_table: &self.tables[i] };
-        cpu.attention(q, &self.cache, 0, &[sequence], args, &mut out);
+        cpu.attention(q, &self.cache, self.layer, &[sequence], args, &mut out);
         out
     }
+}
+
+/// Where positions of a sequence lie in a cache.
+fn slots(table: &[u32], block_size: usize, positions: impl Iterator<Item = usize>) -> Vec<u32> {
+    positions.map(|p| table[p / block_size] * block_size as u32 + (p % block_size) as u32).collect()
 }
 
 /// Rows of heads as the cache gives them back.

@@ -29,7 +29,7 @@ mod tile;
 
 use std::ops::Range;
 
-use products::{add_queries, score, score_interleaved};
+use products::{add_one, add_queries, score, score_interleaved};
 pub(in crate::cpu) use tile::Tile;
 use tile::{convert, lay_out, tile_of_pages};
 
@@ -235,19 +235,49 @@ pub(in crate::cpu) unsafe fn walk_queries<
                     weigh::<L, T>(task, first + q, visible[q].clone(), maxes[q], &mut scores[q]);
                 }
             }
-            let to = &mut task.partial.values[first * width..(first + count) * width];
             if tile.value_scales.is_null() {
-                add_queries::<L, T, Q, V, W, ASKS>(tile, &scores, &visible[..count], to, 0..width);
+                add_block::<L, T, Q, V, W, ASKS>(task, tile, first, &scores, &visible[..count], 0..width);
             } else {
                 for group in 0..head_dim.div_ceil(SCALE_GROUP) {
                     let scales = tile.value_scales.add(group * TILE_KEYS);
                     let weights = scaled::<L>(&scores, &visible[..count], scales);
                     let components = group * SCALE_GROUP..((group + 1) * SCALE_GROUP).min(width);
-                    add_queries::<L, T, Q, V, W, ASKS>(tile, &weights, &visible[..count], to, components);
+                    add_block::<L, T, Q, V, W, ASKS>(task, tile, first, &weights, &visible[..count], components);
                 }
             }
         }
         first += count;
+    }
+}
+
+/// Adds some components of the tile's values, weighted, to the queries from `first` on that `visible` has.
+///
+/// # Safety
+/// As [`add_queries`].
+#[inline(always)]
+unsafe fn add_block<L: Lanes, T: Element, const Q: usize, const V: usize, const W: usize, const ASKS: bool>(
+    task: &mut SpanTask<'_, T>,
+    tile: &Tile<T>,
+    first: usize,
+    weights: &Scores,
+    visible: &[Range<usize>],
+    components: Range<usize>,
+) {
+    let width = task.head_dim.next_multiple_of(WIDTH);
+    if !task.hides_within_tiles() {
+        let to = &mut task.partial.values[first * width..(first + visible.len()) * width];
+        // SAFETY: the caller's duties.
+        unsafe { add_queries::<L, T, Q, V, W, ASKS>(tile, weights, visible, to, components) };
+        return;
+    }
+    // The weight of a hidden key is 0, but a value that is no finite number would make it none.
+    for (q, keys) in visible.iter().enumerate() {
+        let mut rest = keys.clone();
+        while let Some(keys) = task.next_seen(first + q, tile.start, &mut rest) {
+            let to = &mut task.partial.values[(first + q) * width..(first + q + 1) * width];
+            // SAFETY: the caller's duties; the keys are some of those that the query sees.
+            unsafe { add_one::<L, T, W, ASKS>(tile, &weights[q..], keys, to, components.clone()) };
+        }
     }
 }
 

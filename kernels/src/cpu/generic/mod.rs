@@ -350,11 +350,6 @@ macro_rules! kernel_table {
                 // SAFETY: the table's duty, as above.
                 unsafe { rows::exp_sub_sum::<$lanes>(row, max) }
             }
-            #[target_feature(enable = $features)]
-            unsafe fn sum_exp_sub(row: &[f32], max: f32) -> f32 {
-                // SAFETY: the table's duty, as above.
-                unsafe { rows::sum_exp_sub::<$lanes>(row, max) }
-            }
 
             #[target_feature(enable = $features)]
             unsafe fn spin_f32(rounds: usize) -> u64 {
@@ -378,7 +373,6 @@ macro_rules! kernel_table {
                 attention_i8,
                 max,
                 exp_sub_sum,
-                sum_exp_sub,
                 soft_cap,
                 spin_f32,
                 ..$rest

@@ -236,23 +236,6 @@ pub(in crate::cpu) unsafe fn exp_sub_sum<L: Lanes>(row: &mut [f32], max: f32) ->
 /// # Safety
 /// As [`Lanes`].
 #[inline(always)]
-pub(in crate::cpu) unsafe fn sum_exp_sub<L: Lanes>(row: &[f32], max: f32) -> f32 {
-    let whole = row.len() / WIDTH * WIDTH;
-    // SAFETY: every load lies below `whole <= len`, or in an array of 16.
-    unsafe {
-        let maxes = L::splat(max);
-        let mut sum = L::splat(0.0);
-        for i in (0..whole).step_by(WIDTH) {
-            sum = sum.add(exp(L::load(row.as_ptr().add(i)).sub(maxes)));
-        }
-        sum = sum.add(L::load(exp_sub_tail(row, maxes).as_ptr()));
-        sum.join_add()
-    }
-}
-
-/// # Safety
-/// As [`Lanes`].
-#[inline(always)]
 pub(in crate::cpu) unsafe fn soft_cap<L: Lanes>(row: &mut [f32], scale: f32, cap: f32) {
     let whole = row.len() / WIDTH * WIDTH;
     // SAFETY: every load and store lies below `whole <= len`.

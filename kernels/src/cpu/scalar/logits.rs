@@ -20,16 +20,6 @@ pub(super) unsafe fn exp_sub_sum(row: &mut [f32], max: f32) -> f32 {
     join_lanes(lanes)
 }
 
-/// # Safety
-/// Safe in fact; unsafe to fit the table.
-pub(super) unsafe fn sum_exp_sub(row: &[f32], max: f32) -> f32 {
-    let mut lanes = [0.0; LANES];
-    for (i, &x) in row.iter().enumerate() {
-        lanes[i % LANES] += exp(x - max);
-    }
-    join_lanes(lanes)
-}
-
 /// Writes cap * tanh(scale * x / cap) over x.
 ///
 /// # Safety

@@ -50,7 +50,6 @@ pub(super) const TABLE: Kernels = Kernels {
     attention_i8: attention::attend,
     max: logits::max,
     exp_sub_sum: logits::exp_sub_sum,
-    sum_exp_sub: logits::sum_exp_sub,
     soft_cap: logits::soft_cap,
     spin_f32: peak::spin_f32,
     spin_int8: peak::spin_int8,

@@ -57,17 +57,33 @@ pub(super) unsafe fn add_queries<
     unsafe {
         for q in 0..count {
             let own = visible[q].start..visible[q].end.min(shared.start);
-            let to = Values { to: to[q * width..].as_mut_ptr(), width, components: components.clone() };
-            add_values::<L, T, 1, W, ASKS>(tile, &scores[q..], own, to);
+            add_one::<L, T, W, ASKS>(tile, &scores[q..], own, &mut to[q * width..], components.clone());
         }
         let together = Values { to: to.as_mut_ptr(), width, components: components.clone() };
         with_queries!(count, add_values::<L, T, V, W, ASKS>(tile, scores, shared.clone(), together));
         for q in 0..count {
             let own = visible[q].start.max(shared.end)..visible[q].end;
-            let to = Values { to: to[q * width..].as_mut_ptr(), width, components: components.clone() };
-            add_values::<L, T, 1, W, ASKS>(tile, &scores[q..], own, to);
+            add_one::<L, T, W, ASKS>(tile, &scores[q..], own, &mut to[q * width..], components.clone());
         }
     }
+}
+
+/// Adds some components of the values of the tile's keys `visible`, weighted by the first of `weights`, to one query's.
+///
+/// # Safety
+/// As [`add_queries`].
+#[inline(always)]
+pub(super) unsafe fn add_one<L: Lanes, T: Element, const W: usize, const ASKS: bool>(
+    tile: &Tile<T>,
+    weights: &[[f32; TILE_KEYS]],
+    visible: Range<usize>,
+    to: &mut [f32],
+    components: Range<usize>,
+) {
+    // One query has no other to step to.
+    let to = Values { to: to.as_mut_ptr(), width: 0, components };
+    // SAFETY: the caller's duties.
+    unsafe { add_values::<L, T, 1, W, ASKS>(tile, weights, visible, to) };
 }
 
 /// Where weighted values are added to.
