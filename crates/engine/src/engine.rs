@@ -8,6 +8,7 @@
 //! This module must not know text, nor compute anything itself; [`crate::step`] does.
 
 pub(crate) mod admission;
+pub(crate) mod draws;
 pub(crate) mod live;
 pub(crate) mod outcome;
 pub(crate) mod pacing;

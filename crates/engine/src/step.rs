@@ -22,13 +22,14 @@ use crate::{
     engine::{
         Command, EngineConfig, EngineStats, Submission,
         admission::{Door, QueuePace, RETRY_AFTER_MIN},
+        draws::Draws,
         live::{Live, LiveRequests, key_of},
         outcome::Outcome,
         pacing,
         rows::{self, LogitRow},
         stats::{Phase, StatsRecorder},
     },
-    sample::{SampleError, Sampler},
+    sample::SampleError,
 };
 
 /// Bytes of logits that exist at one time. A vocabulary's rows are wide (a quarter million floats a row at worst), so a
@@ -66,7 +67,7 @@ pub(crate) struct EngineLoop {
     order: Vec<usize>,
     copies: Vec<(u32, u32)>,
     logits: Vec<f32>,
-    sampler: Sampler,
+    draws: Draws,
     outcome: Outcome,
 }
 
@@ -103,7 +104,7 @@ impl EngineLoop {
             order: Vec::new(),
             copies: Vec::new(),
             logits: Vec::new(),
-            sampler: Sampler::default(),
+            draws: Draws::default(),
             outcome: Outcome::default(),
         };
         (engine_loop, stats)
@@ -222,8 +223,11 @@ impl EngineLoop {
             let logits = &mut self.logits[..num_logits];
             self.model.logits(start..start + slice.len(), logits)?;
             self.recorder.lap(Phase::Head);
-            for (row, logits) in slice.iter().zip(logits.chunks_exact(vocab_size)) {
-                self.outcome.take_row(row, logits, &self.plan, &mut self.requests, &mut self.sampler);
+            let model = &*self.model;
+            let spread = |num_rows: usize, task: &(dyn Fn(usize) + Sync)| model.spread(num_rows, task);
+            self.draws.compute((slice, logits), vocab_size, &self.plan, &mut self.requests, &spread);
+            for (at, row) in slice.iter().enumerate() {
+                self.outcome.take_row(row, self.draws.row(at), &self.plan, &mut self.requests);
             }
             self.outcome.flush_scores(&mut self.requests);
             self.recorder.lap(Phase::Sample);

@@ -205,6 +205,15 @@ fn violation(what: &str) -> ModelError {
 }
 
 impl StepModel for FakeModel {
+    /// On two threads and from the far end, since a model owes no order.
+    fn spread(&self, num_tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        let half = num_tasks / 2;
+        std::thread::scope(|scope| {
+            scope.spawn(move || (0..half).rev().for_each(task));
+            (half..num_tasks).rev().for_each(task);
+        });
+    }
+
     fn vocab_size(&self) -> usize {
         VOCAB_SIZE
     }

@@ -267,6 +267,11 @@ pub trait StepModel: Send {
     /// Logits of rows `rows` (indices into the last batch's `logit_rows`), `out: [rows.len(), vocab_size]`.
     /// Called in slices, so that tokens x vocabulary never exists at once.
     fn logits(&mut self, rows: Range<usize>, out: &mut [f32]) -> Result<(), ModelError>;
+    /// Runs `task(0)` to `task(num_tasks - 1)`, each once, on the threads that the model computes with and that have nothing to
+    /// do between two calls; returns when all are done. A panic in a task is raised again here.
+    fn spread(&self, num_tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        (0..num_tasks).for_each(task);
+    }
 }
 
 /// A loaded model with its KV cache.
@@ -470,6 +475,13 @@ impl StepModel for Model {
 
     fn logits(&mut self, rows: Range<usize>, out: &mut [f32]) -> Result<(), ModelError> {
         on_decoder!(self, decoder => decoder.logits(rows, out))
+    }
+
+    fn spread(&self, num_tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        match &self.decoder {
+            AnyDecoder::Cpu(decoder) => decoder.backend().spread(num_tasks, task),
+            AnyDecoder::Reference(decoder) => decoder.backend().spread(num_tasks, task),
+        }
     }
 }
 

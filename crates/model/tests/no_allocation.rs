@@ -9,7 +9,7 @@ use std::{
 };
 
 use bindery_model::{
-    AdapterLimits, BackendKind, BatchSequence, ForwardBatch, LoadOptions, Model, Quantize, StepModel as _,
+    AdapterLimits, BackendKind, BatchSequence, ForwardBatch, KvCacheDtype, LoadOptions, Model, Quantize, StepModel as _,
 };
 use serde_json::{Value, json};
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
@@ -74,6 +74,52 @@ fn check(path: &Path, dummy: bool, adapters: &[(u32, &str)]) {
     }
 }
 
+/// Two threads over contexts of several spans: which worker first meets a piece of work is chance, and each makes room for its
+/// own, so all that can be said is that it comes to an end.
+fn check_threads(path: &Path, kv_cache_dtype: KvCacheDtype) {
+    const CONTEXT: usize = 1200;
+    const BLOCKS: usize = CONTEXT / BLOCK_SIZE;
+    let plain = LoadOptions::new(BackendKind::Cpu);
+    let options = LoadOptions {
+        threads: Some(2),
+        block_size: BLOCK_SIZE,
+        quantize: Quantize::Int8,
+        kv_cache_dtype,
+        dummy: true,
+        ..plain
+    };
+    let mut model = Model::load(path, &options, &mut |_, _| ()).unwrap();
+    model.allocate_kv(3 * BLOCKS).unwrap();
+    let mut logits = vec![0.0; 3 * model.vocab_size()];
+    let mut batch = ForwardBatch::default();
+    for sequence in 0..3 {
+        batch.block_tables.extend((0..BLOCKS).map(|block| (sequence * BLOCKS + block) as u32));
+        batch.tokens.push(sequence as u32);
+        batch.positions.push(CONTEXT as u32 - 1);
+        batch.slots.push(((sequence + 1) * CONTEXT) as u32 - 1);
+        batch.logit_rows.push(sequence as u32);
+        batch.sequences.push(BatchSequence {
+            rows: sequence..sequence + 1,
+            block_table: sequence * BLOCKS..(sequence + 1) * BLOCKS,
+            context_len: CONTEXT,
+            rope_len: 0,
+            adapter: None,
+        });
+    }
+    let mut num_quiet_steps = 0;
+    for _ in 0..2000 {
+        let region = Region::new(ALLOCATOR);
+        model.forward(&batch, &mut |_| ()).unwrap();
+        model.logits(0..3, &mut logits).unwrap();
+        let change = region.change();
+        num_quiet_steps = if change.allocations + change.reallocations == 0 { num_quiet_steps + 1 } else { 0 };
+        if num_quiet_steps == 50 {
+            return;
+        }
+    }
+    panic!("{kv_cache_dtype:?}: two threads still allocate after 2000 steps of one size");
+}
+
 /// A config.json of a small model of another family.
 fn config(folder: &Path, family: &Value) -> PathBuf {
     let mut config = json!({
@@ -125,6 +171,10 @@ fn a_step_allocates_nothing_after_the_first_of_its_size() {
     ];
     for family in &families {
         check(&config(folder.path(), family), true, &[]);
+    }
+    let long = config(folder.path(), &json!({"model_type": "llama", "max_position_embeddings": 2048}));
+    for kv_cache_dtype in [KvCacheDtype::F16, KvCacheDtype::Int8] {
+        check_threads(&long, kv_cache_dtype);
     }
     // Inputs in orders of their own, shared and not, in experts and where 32 does not divide them.
     for name in ["gptq4-act-order", "gptq4-act-order-112", "gptq4-act-order-experts"] {

@@ -188,6 +188,10 @@ impl LiveRequests {
         self.by_key.get_mut(&key_of(id))?.samples.get_mut(sample_of(id) as usize)?.as_mut()?.grammar.as_mut()
     }
 
+    pub(crate) fn get(&self, key: u64) -> Option<&Live> {
+        self.by_key.get(&key)
+    }
+
     pub(crate) fn get_mut(&mut self, key: u64) -> Option<&mut Live> {
         self.by_key.get_mut(&key)
     }

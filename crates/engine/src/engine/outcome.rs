@@ -6,18 +6,15 @@
 
 use std::sync::Arc;
 
-use bindery_scheduler::{Sampled, SeqId, StepPlan, TokenId};
+use bindery_scheduler::{Sampled, SeqId, StepPlan};
 
 use super::{
+    draws::{DrawnToken, RowDraws},
     live::{Live, LiveRequests, LiveSample, key_of, sample_of},
     rows::LogitRow,
     stream::Outbox,
 };
-use crate::{
-    TokenEvent, TokenLogprobs,
-    grammar::GrammarState,
-    sample::{RawDistribution, SampleError, Sampler},
-};
+use crate::{TokenEvent, TokenLogprobs, sample::SampleError};
 
 /// Reused from step to step.
 #[derive(Debug, Default)]
@@ -47,20 +44,19 @@ impl Outcome {
         self.failed.iter().any(|(failed, _)| *failed == key)
     }
 
-    /// Scores the prompt token and samples the tokens that `row` is wanted for.
+    /// Takes over what came of `row`: the prompt token's score, the samples' tokens.
     pub(crate) fn take_row(
         &mut self,
         row: &LogitRow,
-        logits: &[f32],
+        draws: &mut RowDraws,
         plan: &StepPlan,
         requests: &mut LiveRequests,
-        sampler: &mut Sampler,
     ) {
         if self.scores_key != row.key {
             self.flush_scores(requests);
         }
         let Some(live) = requests.get_mut(row.key).filter(|_| !self.has_failed(row.key)) else { return };
-        if let Err(error) = self.try_row(row, logits, plan, live, sampler) {
+        if let Err(error) = self.try_row(row, draws, plan, live) {
             self.failed.push((row.key, error));
         }
     }
@@ -68,36 +64,27 @@ impl Outcome {
     fn try_row(
         &mut self,
         row: &LogitRow,
-        logits: &[f32],
+        draws: &mut RowDraws,
         plan: &StepPlan,
         live: &mut Live,
-        sampler: &mut Sampler,
     ) -> Result<(), SampleError> {
-        let mut distribution = None;
-        if row.scored_prompt_index.is_some() || live.sampling.logprobs.is_some() {
-            let position = live.samples.iter().flatten().next().map_or(0, |sample| sample.state.num_generated_tokens());
-            distribution = Some(RawDistribution::new(logits).ok_or(SampleError::NotFinite { position })?);
+        if let Some(error) = draws.error.take() {
+            return Err(error);
         }
-        let logprobs_of = |sampler: &mut Sampler, token: TokenId, num_top: u32| {
-            distribution.as_ref().map(|distribution| sampler.logprobs(logits, distribution, token, num_top))
-        };
-        if let (Some(index), Some(scores)) = (row.scored_prompt_index, &live.prompt_scores) {
+        if row.scored_prompt_index.is_some() && live.prompt_scores.is_some() {
             self.scores_key = row.key;
-            self.scores.push(logprobs_of(sampler, scores.tokens[index], scores.num_top));
+            self.scores.push(draws.score.take());
         }
         if !row.samples.is_empty() {
             // A reader gets its prompt's scores before the first token.
             self.send_scores(live);
         }
+        let mut tokens = draws.tokens.drain(..);
         for &id in &plan.samples[row.samples.clone()] {
             let sample = sample_of(id);
             let Some(LiveSample { state, grammar }) = &mut live.samples[sample as usize] else { continue };
-            let mask = grammar.as_mut().map(GrammarState::mask).transpose();
-            let position = state.num_generated_tokens();
-            let param = live.grammar_param;
-            let mask = mask.map_err(|reason| SampleError::Grammar { param, position, reason })?;
-            let token = sampler.sample(logits, &live.sampling, state, mask)?;
-            let logprobs = live.sampling.logprobs.and_then(|num_top| logprobs_of(sampler, token, num_top));
+            let Some(drawn) = tokens.next() else { break };
+            let DrawnToken { token, logprobs } = drawn?;
             let finish = state.record(token, &live.sampling);
             if finish.is_some() {
                 live.samples[sample as usize] = None;

@@ -144,17 +144,18 @@ impl GrammarState {
         true
     }
 
-    /// What may come next; waits for the worker that computes it. An error says why the grammar cannot be followed any
-    /// further (it has become too large).
-    pub(crate) fn mask(&mut self) -> Result<&TokenMask, String> {
-        self.wait();
+    /// What may come next, once it has been [waited](GrammarState::wait) for. An error says why the grammar cannot be followed
+    /// any further (it has become too large).
+    pub(crate) fn mask(&self) -> Result<&TokenMask, String> {
         match &self.place {
             Place::Here(automaton) => automaton.mask.as_ref().map_err(Clone::clone),
-            Place::WithWorker(_) | Place::Lost => Err("the thread that computed its masks has ended".to_owned()),
+            Place::WithWorker(_) => Err("its mask is not there yet".to_owned()),
+            Place::Lost => Err("the thread that computed its masks has ended".to_owned()),
         }
     }
 
-    fn wait(&mut self) {
+    /// Until the worker that computes the mask has it.
+    pub(crate) fn wait(&mut self) {
         if let Place::WithWorker(done) = &self.place {
             self.place = done.recv().map_or(Place::Lost, Place::Here);
         }

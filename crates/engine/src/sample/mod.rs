@@ -208,11 +208,13 @@ impl Sampler {
         if !untouched {
             self.apply_changes(prepared, state, mask);
         }
-        let best = numeric::argmax(&self.work).ok_or(SampleError::NothingAllowed { position })?;
         if prepared.is_greedy() {
-            return Ok(TokenId(best));
+            return numeric::argmax(&self.work).map(TokenId).ok_or(SampleError::NothingAllowed { position });
         }
-        let max = self.work[best as usize];
+        let max = numeric::max(&self.work);
+        if max == f32::NEG_INFINITY {
+            return Err(SampleError::NothingAllowed { position });
+        }
         numeric::to_weights(&mut self.work, max, prepared.temperature);
         if let Some(cutoff) = prepared.filter.cutoff(&self.work, &mut self.filter) {
             cutoff.apply(&mut self.work);

@@ -1,32 +1,95 @@
-//! Passes over a whole row, written so that the compiler turns each into vector code.
+//! Passes over a whole row, written so that the compiler turns each into vector code, in the widest vectors of the machine.
 //!
 //! The vocabulary has up to some 260,000 entries and every sequence of a batch needs a row a step, so these loops are
-//! what sampling costs. Sums run in eight f64 lanes that are added in a fixed order: the result depends on the row
-//! alone. Nothing here knows what a logit means.
+//! what sampling costs. Sums run in sixteen f64 lanes that are added in a fixed order, and the compiler neither reorders nor
+//! fuses arithmetic of floats: the result depends on the row alone, and is the same on every machine. Nothing here knows what a
+//! logit means.
 
 use std::ops::Range;
 
-const LANES: usize = 8;
+/// Of sums in f64: two of the widest vectors, so that an addition need not wait for the one before it.
+const SUM_LANES: usize = 16;
+/// Of maxima in f32.
+const MAX_LANES: usize = 32;
+/// Entries that are compared before it is asked whether one was equal.
+const FIND_CHUNK: usize = 128;
 
 /// Entries whose sum [`draw`] keeps, so that the walk to the drawn entry is over sums first.
 const DRAW_CHUNK: usize = 256;
 
+/// Runs a block over variables of these names and types, which may borrow for `'a`, compiled for the widest vectors that this
+/// machine has. What is not inlined stays in the vectors that every machine has: functions that the block calls are
+/// `#[inline(always)]`, loops are plain ones, and there are no closures.
+macro_rules! vectorized {
+    (($($variable:ident: $type:ty),+) -> $result:ty $block:block) => {{
+        struct Pass<'a>($($type),+);
+
+        impl<'a> pulp::NullaryFnOnce for Pass<'a> {
+            type Output = $result;
+
+            #[inline(always)]
+            fn call(self) -> $result {
+                let Self($($variable),+) = self;
+                $block
+            }
+        }
+
+        pulp::Arch::new().dispatch(Pass($($variable),+))
+    }};
+}
+pub(super) use vectorized;
+
 /// No NaN and no plus infinity in the row (minus infinity is a forbidden token, and fine).
 pub(super) fn all_below_infinity(row: &[f32]) -> bool {
-    row.iter().map(|&value| u32::from(value < f32::INFINITY)).sum::<u32>() as usize == row.len()
+    let num_below = vectorized!((row: &'a [f32]) -> u32 {
+        let mut num_below = 0;
+        for &value in row {
+            num_below += u32::from(value < f32::INFINITY);
+        }
+        num_below
+    });
+    num_below as usize == row.len()
 }
 
 /// The largest value, minus infinity for an empty row. NaN is the caller's to exclude.
 pub(super) fn max(row: &[f32]) -> f32 {
-    let mut lanes = [f32::NEG_INFINITY; LANES];
-    let chunks = row.chunks_exact(LANES);
+    vectorized!((row: &'a [f32]) -> f32 { max_in_lanes::<MAX_LANES>(row) })
+}
+
+/// As [`max`], of the few entries of a chunk: to be called from within a pass.
+#[inline(always)]
+pub(super) fn max_of_chunk(chunk: &[f32]) -> f32 {
+    max_in_lanes::<8>(chunk)
+}
+
+/// `N` is a power of two.
+#[inline(always)]
+fn max_in_lanes<const N: usize>(row: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; N];
+    let chunks = row.chunks_exact(N);
     let rest = chunks.remainder();
     for chunk in chunks {
         for (lane, &value) in lanes.iter_mut().zip(chunk) {
-            *lane = if value > *lane { value } else { *lane };
+            *lane = larger(*lane, value);
         }
     }
-    lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |best, &value| if value > best { value } else { best })
+    let mut width = N / 2;
+    while width > 0 {
+        for lane in 0..width {
+            lanes[lane] = larger(lanes[lane], lanes[lane + width]);
+        }
+        width /= 2;
+    }
+    let mut max = lanes[0];
+    for &value in rest {
+        max = larger(max, value);
+    }
+    max
+}
+
+#[inline(always)]
+fn larger(a: f32, b: f32) -> f32 {
+    if b > a { b } else { a }
 }
 
 /// Index of the largest value, the lowest of equal ones; `None` where every value is minus infinity.
@@ -35,14 +98,28 @@ pub(super) fn argmax(row: &[f32]) -> Option<u32> {
     if max == f32::NEG_INFINITY {
         return None;
     }
-    row.iter().position(|&value| value == max).map(|index| index as u32)
+    let chunk = vectorized!((row: &'a [f32], max: f32) -> Option<usize> {
+        for (index, chunk) in row.chunks(FIND_CHUNK).enumerate() {
+            let mut num_equal = 0;
+            for &value in chunk {
+                num_equal += u32::from(value == max);
+            }
+            if num_equal > 0 {
+                return Some(index);
+            }
+        }
+        None
+    });
+    let start = chunk? * FIND_CHUNK;
+    let found = row[start..].iter().position(|&value| value == max)?;
+    Some((start + found) as u32)
 }
 
 /// `exp(x)` for x <= 0, within 2 units in the last place; 0 below -87, where f32's normal numbers end.
 ///
 /// Cephes' `expf`: x = n ln 2 + r with |r| <= ln(2) / 2, and a polynomial for exp(r). The rounding of n is done by adding
 /// 1.5 * 2^23, which leaves n in the low bits of the sum, from where it moves into the exponent.
-#[inline]
+#[inline(always)]
 fn exp(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0;
     const LN_2_HIGH: f32 = 0.693_359_4;
@@ -66,51 +143,75 @@ fn exp(x: f32) -> f32 {
 /// Logits to weights in place: `exp((logit - max) / temperature)`, so that the likeliest token has weight 1. The
 /// difference is taken first: with a temperature near zero it becomes 0 or minus infinity, never NaN.
 pub(super) fn to_weights(row: &mut [f32], max: f32, temperature: f32) {
-    for value in row {
-        *value = exp((*value - max) / temperature);
-    }
+    vectorized!((row: &'a mut [f32], max: f32, temperature: f32) -> () {
+        for value in row {
+            *value = exp((*value - max) / temperature);
+        }
+    });
 }
 
-/// Sum in f64 over eight lanes.
+/// Sum in f64.
 pub(super) fn sum(row: &[f32]) -> f64 {
-    let mut lanes = [0.0_f64; LANES];
-    let chunks = row.chunks_exact(LANES);
+    vectorized!((row: &'a [f32]) -> f64 { sum_in_lanes(row) })
+}
+
+#[inline(always)]
+fn sum_in_lanes(row: &[f32]) -> f64 {
+    let mut lanes = [0.0_f64; SUM_LANES];
+    let chunks = row.chunks_exact(SUM_LANES);
     let rest = chunks.remainder();
     for chunk in chunks {
         for (lane, &value) in lanes.iter_mut().zip(chunk) {
             *lane += f64::from(value);
         }
     }
-    lanes.iter().sum::<f64>() + rest.iter().map(|&value| f64::from(value)).sum::<f64>()
+    let mut sum = 0.0;
+    for lane in lanes {
+        sum += lane;
+    }
+    for &value in rest {
+        sum += f64::from(value);
+    }
+    sum
 }
 
 /// Sum of `exp(x - max)` over the row, in f64.
 pub(super) fn sum_exp(row: &[f32], max: f32) -> f64 {
-    let mut lanes = [0.0_f64; LANES];
-    let chunks = row.chunks_exact(LANES);
-    let rest = chunks.remainder();
-    for chunk in chunks {
-        let mut weights = [0.0_f32; LANES];
-        for (weight, &value) in weights.iter_mut().zip(chunk) {
-            *weight = exp(value - max);
+    vectorized!((row: &'a [f32], max: f32) -> f64 {
+        let mut sum = 0.0;
+        let mut weights = [0.0_f32; DRAW_CHUNK];
+        for chunk in row.chunks(DRAW_CHUNK) {
+            let weights = &mut weights[..chunk.len()];
+            for (weight, &value) in weights.iter_mut().zip(chunk) {
+                *weight = exp(value - max);
+            }
+            sum += sum_in_lanes(weights);
         }
-        for (lane, &weight) in lanes.iter_mut().zip(&weights) {
-            *lane += f64::from(weight);
-        }
-    }
-    lanes.iter().sum::<f64>() + rest.iter().map(|&value| f64::from(exp(value - max))).sum::<f64>()
+        sum
+    })
 }
 
 /// How many values are greater.
 pub(super) fn count_above(row: &[f32], value: f32) -> u32 {
-    row.iter().map(|&other| u32::from(other > value)).sum()
+    vectorized!((row: &'a [f32], value: f32) -> u32 {
+        let mut num_above = 0;
+        for &other in row {
+            num_above += u32::from(other > value);
+        }
+        num_above
+    })
 }
 
 /// The entry at which the running sum of `weights` passes `uniform` (in [0, 1)) of the whole. At least one weight is
 /// positive, and only an entry of positive weight is ever drawn.
 pub(super) fn draw(weights: &[f32], uniform: f64, sums: &mut Vec<f64>) -> u32 {
-    sums.clear();
-    sums.extend(weights.chunks(DRAW_CHUNK).map(sum));
+    sums.resize(weights.len().div_ceil(DRAW_CHUNK), 0.0);
+    let of_chunks = &mut sums[..];
+    vectorized!((weights: &'a [f32], of_chunks: &'a mut [f64]) -> () {
+        for (sum, chunk) in of_chunks.iter_mut().zip(weights.chunks(DRAW_CHUNK)) {
+            *sum = sum_in_lanes(chunk);
+        }
+    });
     let total: f64 = sums.iter().sum();
     let mut left = uniform * total;
     let mut last_positive = None;
@@ -172,6 +273,13 @@ mod tests {
         let mut row = vec![0.0; 100];
         row[97] = 1.0;
         assert_eq!(argmax(&row), Some(97));
+        // Each place of a row that is longer than all chunks and a multiple of none.
+        let mut row = vec![-1.0; 3 * FIND_CHUNK + 5];
+        for index in (0..row.len()).rev() {
+            row[index] = 2.0;
+            assert_eq!(argmax(&row), Some(index as u32));
+            assert_eq!(max(&row), 2.0);
+        }
     }
 
     #[test]

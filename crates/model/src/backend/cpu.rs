@@ -331,6 +331,10 @@ impl Backend for CpuBackend {
         self.cpu.threads()
     }
 
+    fn spread(&self, num_tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        self.cpu.run(num_tasks, task);
+    }
+
     fn import_matrix(&self, tensor: &TensorView<'_>) -> Result<Matrix, ModelError> {
         if self.import.dequantize {
             return self.import_dense_matrix(tensor);

@@ -193,6 +193,10 @@ pub(crate) trait Backend: Send + Sized + 'static {
     fn device(&self) -> String;
     /// Threads that compute.
     fn threads(&self) -> usize;
+    /// See [`crate::StepModel::spread`].
+    fn spread(&self, num_tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        (0..num_tasks).for_each(task);
+    }
 
     // --- loading ---
 
