@@ -270,6 +270,9 @@ pub(crate) struct BenchArgs {
     /// Tokens in an answer
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub(crate) output_tokens: u32,
+    /// 0 always takes the likeliest token; most applications send none, which is 1
+    #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = parse_temperature)]
+    pub(crate) temperature: f32,
     /// Which route to test
     #[arg(long, value_enum, default_value_t = Endpoint::Completions)]
     pub(crate) endpoint: Endpoint,

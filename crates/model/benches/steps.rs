@@ -3,7 +3,8 @@
 //!
 //! `cargo bench --bench steps -- --model FILE`, or `--shape 1b --quantize int4` for random weights of a LLaMA's shapes.
 //! Every load is timed in turns, so that what disturbs the machine disturbs all alike; rates are medians. Roofs are
-//! taken before and after every round of a load, and its share is the median of its rounds' own (see `Gauge`).
+//! taken before and after every round of a load, and its share is the median of its rounds' own (see `Gauge`); memory's is read
+//! from as much as the step that reads most.
 //! `--json` for programs.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, clippy::expect_used, reason = "a tool for people who measure")]
@@ -226,19 +227,37 @@ impl Timed {
     }
 }
 
+/// Bytes of keys and values that a step reads.
+fn kv_bytes(model: &Model, load: Load) -> usize {
+    load.num_cached_tokens() * model.info().kv_bytes_per_token
+}
+
 /// Seconds that a step's products and its attention take at least, and what bounds them.
 fn least(roofs: &Roofs, model: &Model, load: Load) -> (f64, &'static str) {
     let info = model.info();
-    let kv_bytes = load.num_cached_tokens() as f64 * info.kv_bytes_per_token as f64;
     // A multiply-add of each element of a head for the score, and one for the sum of values.
     let operations = 4.0 * load.num_scores() as f64 * (info.num_layers * info.num_heads * info.head_dim) as f64;
-    let (mut reading, mut computing) = (kv_bytes / roofs.read_bytes, operations / roofs.f32_operations);
+    let (mut reading, mut computing) =
+        (kv_bytes(model, load) as f64 / roofs.read_bytes, operations / roofs.f32_operations);
     for product in &info.products {
         let rows = if product.part == "head" { load.num_sampled() } else { load.num_tokens() };
         let seconds = roofs.seconds(product, 1.0, rows as f64);
         (reading, computing) = (reading + seconds.0, computing + seconds.1);
     }
     machine::bound(reading, computing)
+}
+
+/// Writes into every block. One that never was is a page of zeroes to the system, the same for all of them, which lies in the
+/// first caches: contexts would be read from there.
+fn fill_kv(model: &mut Model, num_blocks: usize, vocab_size: usize) {
+    const BLOCKS_PER_STEP: usize = 512;
+    for first in (0..num_blocks).step_by(BLOCKS_PER_STEP) {
+        let load = Load::Decode { batch: BLOCKS_PER_STEP.min(num_blocks - first), context: BLOCK_SIZE };
+        let mut batch = load.batch(vocab_size, 0);
+        batch.block_tables.iter_mut().for_each(|block| *block += first as u32);
+        batch.slots.iter_mut().for_each(|slot| *slot += (first * BLOCK_SIZE) as u32);
+        model.forward(&batch, &mut |_| ()).expect("a step");
+    }
 }
 
 /// A config.json with a published LLaMA's shapes.
@@ -300,12 +319,13 @@ fn main() {
 
     let start = Instant::now();
     let clock = || start.elapsed();
-    let gauge = Gauge::new(Machine::new(args.threads).expect("the instruction set"), clock).expect("the roofs");
     let begin = Instant::now();
     let mut model = Model::load(&path, &options, &mut |_, _| ()).expect("the model");
     let loading = begin.elapsed();
-    model.allocate_kv(loads.iter().map(|load| load.num_blocks()).max().unwrap_or(1)).expect("the cache");
     let vocab_size = model.info().vocab_size;
+    let num_blocks = loads.iter().map(|load| load.num_blocks()).max().unwrap_or(1);
+    model.allocate_kv(num_blocks).expect("the cache");
+    fill_kv(&mut model, num_blocks, vocab_size);
     let most_adapters = args.adapters.iter().copied().max().unwrap_or(0);
     for id in 0..most_adapters {
         let path = folder.path().join(format!("adapter-{id}"));
@@ -321,6 +341,11 @@ fn main() {
     let mut logits = Vec::new();
     bindery_model::make_room(&mut logits, most_rows * vocab_size).expect("room for the logits");
 
+    // Once all that the steps need is taken, so that half of what is left can be read.
+    let product_bytes: u64 = model.info().products.iter().map(|product| product.num_bytes).sum();
+    let most_kv_bytes = loads.iter().map(|&load| kv_bytes(&model, load)).max().unwrap_or(0);
+    let machine = Machine::new(args.threads).expect("the instruction set");
+    let gauge = Gauge::new(machine, product_bytes + most_kv_bytes as u64, clock).expect("the roofs");
     let mut results: Vec<Timed> = cases.iter().map(|_| Timed::default()).collect();
     for index in 0..=args.rounds.max(1) {
         let mut before = gauge.glance(clock);
@@ -348,6 +373,7 @@ fn report(args: &Args, model: &Model, loading: Duration, cases: &[(Load, usize)]
     let read = range(results, |roofs| roofs.read_bytes);
     let int8 = range(results, |roofs| roofs.int8_operations);
     let f32 = range(results, |roofs| roofs.f32_operations);
+    let int8_note = results.iter().flat_map(|result| &result.0).find_map(|(_, roofs)| roofs.int8_note);
     if args.json {
         let loads: Vec<Value> = cases
             .iter()
@@ -367,6 +393,7 @@ fn report(args: &Args, model: &Model, loading: Duration, cases: &[(Load, usize)]
             "load_seconds": loading.as_secs_f64(),
             "roofs": {
                 "read_bytes_per_second": read, "int8_operations_per_second": int8, "f32_operations_per_second": f32,
+                "int8_note": int8_note,
             },
             "loads": loads,
         });
@@ -391,6 +418,9 @@ fn report(args: &Args, model: &Model, loading: Duration, cases: &[(Load, usize)]
         f32[0] / 1e9,
         f32[1] / 1e9
     );
+    if let Some(note) = int8_note {
+        println!("({note})");
+    }
     print!("{:<28} {:>9} {:>9}  {:<14}", "", "tok/s", "ms", "of the roof");
     for part in PARTS {
         print!(" {part:>9}");

@@ -18,10 +18,16 @@ const GLANCE_ROUNDS: usize = 2;
 /// How many times as much as the last caches hold is read: a part of it still comes from them, quicker than from memory. (480
 /// MB of cache: 36 GB/s of 256 MB, 29 of 1.5 GB, 24 of 6 GB.)
 const CACHE_MULTIPLE: usize = 4;
-/// A quarter of the memory that is left is enough to take.
+/// A quarter of the memory that is left is enough to take for that.
 const MEMORY_DIVISOR: u64 = 4;
+/// What is compared reads more than the caches' multiple where a model is large, and the more is read the slower it comes: half of
+/// the memory that is left may be taken for as much.
+const COMPARED_MEMORY_DIVISOR: u64 = 2;
 /// Read at least, whatever the system says of caches and memory.
 const MIN_READ_BYTES: usize = 512 << 20;
+/// Beside the roofs of a machine that computes with its matrix unit.
+const MATRIX_UNIT_NOTE: &str = "int8 is the peak of avx512vnni, which a share may pass: the matrix unit's own, several times as high, \
+    is not to be had with weights in groups of 32";
 
 /// What the machine does at best, a second.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -32,6 +38,8 @@ pub struct Roofs {
     pub int8_operations: f64,
     /// f32 operations, two a multiply-add.
     pub f32_operations: f64,
+    /// What a reader of `int8_operations` and of shares of it has to know, if anything.
+    pub int8_note: Option<&'static str>,
 }
 
 impl Roofs {
@@ -42,6 +50,7 @@ impl Roofs {
             read_bytes: self.read_bytes.max(other.read_bytes),
             int8_operations: self.int8_operations.max(other.int8_operations),
             f32_operations: self.f32_operations.max(other.f32_operations),
+            int8_note: self.int8_note.or(other.int8_note),
         }
     }
 
@@ -62,6 +71,7 @@ pub fn bound(reading: f64, computing: f64) -> (f64, &'static str) {
 #[derive(Debug)]
 pub struct Machine {
     cpu: Cpu,
+    int8_note: Option<&'static str>,
 }
 
 impl Machine {
@@ -69,13 +79,18 @@ impl Machine {
     /// `BINDERY_ISA` asks for and the machine lacks is [`ModelError::BadOption`].
     pub fn new(threads: Option<usize>) -> Result<Self, ModelError> {
         let isa = Isa::from_env().map_err(|error| ModelError::BadOption(error.to_string()))?;
-        Ok(Self { cpu: Cpu::new(isa, threads.unwrap_or_else(physical_cores)) })
+        // All but products of many rows is the same there, so its roofs are, too.
+        let (isa, int8_note) = match isa {
+            Isa::Amx => (Isa::Avx512Vnni, Some(MATRIX_UNIT_NOTE)),
+            isa => (isa, None),
+        };
+        Ok(Self { cpu: Cpu::new(isa, threads.unwrap_or_else(physical_cores)), int8_note })
     }
 
-    /// Takes two seconds of all threads, and longer where caches are large. `clock` tells the time since some moment, always the same one.
-    /// [`ModelError::OutOfMemory`] where there is no memory to read.
-    pub fn roofs(self, clock: impl Fn() -> Duration) -> Result<Roofs, ModelError> {
-        Ok(Gauge::new(self, &clock)?.take(&clock, ROUNDS))
+    /// Takes two seconds of all threads, and longer where caches are large. `compared_bytes`, `clock` and errors as for
+    /// [`Gauge::new`]; the memory is given back.
+    pub fn roofs(self, compared_bytes: u64, clock: impl Fn() -> Duration) -> Result<Roofs, ModelError> {
+        Ok(Gauge::new(self, compared_bytes, &clock)?.take(&clock, ROUNDS))
     }
 }
 
@@ -91,10 +106,12 @@ pub struct Gauge {
 }
 
 impl Gauge {
-    /// Takes half a gigabyte, or more where caches are large; [`ModelError::OutOfMemory`] where there is none. `clock` as for
-    /// [`Machine::roofs`].
-    pub fn new(machine: Machine, clock: impl Fn() -> Duration) -> Result<Self, ModelError> {
-        let target = ReadTarget::new(read_bytes()).map_err(|error| ModelError::OutOfMemory(error.to_string()))?;
+    /// For what reads `compared_bytes` again and again, as a model that is loaded already does its weights: memory's roof is read
+    /// from as many if half of what is left of memory holds them. Keeps that memory: half a gigabyte at least, more where caches
+    /// are large; [`ModelError::OutOfMemory`] where there is none. `clock` tells the time since some moment, always the same one.
+    pub fn new(machine: Machine, compared_bytes: u64, clock: impl Fn() -> Duration) -> Result<Self, ModelError> {
+        let num_bytes = read_bytes(caches::last_level_bytes(), compared_bytes, available_memory_bytes());
+        let target = ReadTarget::new(num_bytes).map_err(|error| ModelError::OutOfMemory(error.to_string()))?;
         let cpu = &machine.cpu;
         let rounds_of = |work: &dyn Fn(usize) -> u64| {
             let mut rounds = 1000;
@@ -127,15 +144,17 @@ impl Gauge {
             read_bytes: best(&|round| cpu.read(&self.target, round % 2 == 0)),
             int8_operations: best(&|_| cpu.spin_int8(self.int8_rounds)),
             f32_operations: best(&|_| cpu.spin_f32(self.f32_rounds)),
+            int8_note: self.machine.int8_note,
         }
     }
 }
 
-/// How much to read.
-fn read_bytes() -> usize {
-    let beyond_caches = caches::last_level_bytes().unwrap_or(0).saturating_mul(CACHE_MULTIPLE);
-    let left = usize::try_from(available_memory_bytes() / MEMORY_DIVISOR).unwrap_or(usize::MAX);
-    beyond_caches.min(left).max(MIN_READ_BYTES)
+/// How much to read: beyond the last caches, and as much as is read by what the roof is compared with.
+fn read_bytes(last_cache_bytes: Option<usize>, compared_bytes: u64, available_bytes: u64) -> usize {
+    let at_most = |bytes: u64, divisor| usize::try_from(bytes.min(available_bytes / divisor)).unwrap_or(usize::MAX);
+    let beyond_caches = last_cache_bytes.unwrap_or(0).saturating_mul(CACHE_MULTIPLE);
+    let beyond_caches = at_most(beyond_caches as u64, MEMORY_DIVISOR);
+    beyond_caches.max(at_most(compared_bytes, COMPARED_MEMORY_DIVISOR)).max(MIN_READ_BYTES)
 }
 
 /// What was done, and in what time.
@@ -143,4 +162,23 @@ fn timed(clock: impl Fn() -> Duration, work: impl Fn() -> u64) -> (f64, Duration
     let start = clock();
     let done = work();
     (done as f64, clock().saturating_sub(start))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn as_much_is_read_as_the_weights_have_but_half_of_what_is_left_at_most() {
+        const GB: u64 = 1_000_000_000;
+        let read = |caches: Option<usize>, compared, available| read_bytes(caches, compared, available) as u64;
+        let caches = Some(480_000_000);
+        assert_eq!(read(caches, 97_000_000, 20 * GB), 1_920_000_000, "a small model: four times the caches");
+        assert_eq!(read(caches, 97_000_000, 4 * GB), GB, "of which a quarter of the memory is enough");
+        assert_eq!(read(caches, 5 * GB, 17 * GB), 5 * GB);
+        assert_eq!(read(caches, 9 * GB, 12 * GB), 6 * GB);
+        assert_eq!(read(None, 0, 20 * GB), MIN_READ_BYTES as u64);
+        assert_eq!(read(None, 5 * GB, 0), MIN_READ_BYTES as u64, "what the system says is not to be trusted so far");
+        assert_eq!(read(Some(usize::MAX), u64::MAX, u64::MAX), u64::MAX / 2);
+    }
 }

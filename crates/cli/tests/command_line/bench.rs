@@ -42,7 +42,7 @@ fn every_request_is_sent_once_and_counted_by_usage() {
     for (route, body) in &asked {
         assert_eq!(route, "completions");
         assert_eq!(body["prompt"].as_str().unwrap().split(' ').count(), 5);
-        assert_eq!((&body["temperature"], &body["max_tokens"]), (&0.into(), &4.into()));
+        assert_eq!((&body["temperature"], &body["max_tokens"]), (&0.0.into(), &4.into()));
         assert_eq!((&body["ignore_eos"], &body["stream"]), (&true.into(), &true.into()));
         assert_eq!(body["model"], "scripted");
     }
@@ -64,8 +64,12 @@ fn requests_are_spread_over_adapters_in_turns() {
 #[test]
 fn without_usage_pieces_are_counted() {
     let server = Server::start(Script { usage: None, ..script() });
-    let ended = bench(&server, "--concurrency 1 --num-requests 2 --rounds 1 --output-tokens 3 --json");
-    assert_eq!(report_of(&ended)["rows"][0]["mean_output_tokens"], 3.0);
+    let ended =
+        bench(&server, "--concurrency 1 --num-requests 2 --rounds 1 --output-tokens 3 --temperature 0.5 --json");
+    let report = report_of(&ended);
+    assert_eq!(report["rows"][0]["mean_output_tokens"], 3.0);
+    assert_eq!(report["settings"]["temperature"], 0.5, "{report}");
+    assert!(server.asked().iter().all(|(_, body)| body["temperature"] == 0.5));
 }
 
 #[test]
@@ -214,6 +218,69 @@ fn a_model_in_this_process_is_served_measured_and_stopped() {
     for expected in ["OUT TOK/S", "tiny-llama at http://127.0.0.1:", "4 words in (", "5 tokens out"] {
         assert!(ended.stdout.contains(expected), "{expected}: {}", ended.stdout);
     }
+    let (header, phases) = phases_of(&ended.stdout);
+    assert_eq!(header, "PHASE 1 clients: ms a step, share 3 clients: ms a step, share");
+    assert_eq!(phases.iter().map(|(name, _)| *name).collect::<Vec<_>>(), STEP_PHASES, "{}", ended.stdout);
+    for column in 0..2 {
+        // "1.234 56.7 %", one after the other.
+        let shares = phases.iter().map(|(_, cells)| cells[3 * column + 1].parse::<f64>().unwrap());
+        let sum: f64 = shares.sum();
+        assert!((99.0..101.0).contains(&sum), "{sum} % of {}", ended.stdout);
+    }
+}
+
+const STEP_PHASES: [&str; 9] = ["schedule", "embed", "qkv", "attention", "output", "mlp", "head", "sample", "emit"];
+
+/// With single blanks.
+fn words_of(line: Option<&str>) -> String {
+    line.unwrap_or_default().split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// The header of the last table with a row for each phase, and the words of each row after its phase.
+fn phases_of(stdout: &str) -> (String, Vec<(&str, Vec<&str>)>) {
+    let start = stdout.rfind("PHASE").unwrap_or_else(|| panic!("no phases: {stdout}"));
+    let mut lines = stdout[start..].lines();
+    let header = words_of(lines.next());
+    let rows = lines.map_while(|line| {
+        let mut words = line.split_whitespace();
+        words.next().filter(|name| STEP_PHASES.contains(name)).map(|name| (name, words.collect()))
+    });
+    (header, rows.collect())
+}
+
+#[test]
+fn roofs_are_taken_beside_each_load_and_every_phase_has_its_share_or_none() {
+    let flags = "--load-format dummy --threads 1 --concurrency 1,2 --num-requests 4 --rounds 1 --input-words 4 \
+                 --output-tokens 5 --roofline";
+    let arguments =
+        |more| ["bench", TINY_LLAMA].into_iter().chain(flags.split_whitespace()).chain(more).collect::<Vec<_>>();
+    let ended = run(&arguments(None));
+    assert_eq!(ended.code, 0, "{}", ended.stderr);
+    let table = ended.stdout.split("what the machine could do").nth(1).unwrap_or_else(|| panic!("{}", ended.stdout));
+    let mut lines = table.lines().skip(2);
+    assert_eq!(words_of(lines.next()), "LOAD GB/s read GOP/s int8 GFLOP/s f32", "{table}");
+    for load in ["1 clients", "2 clients"] {
+        let roofs = lines.next().and_then(|line| line.strip_prefix(load)).unwrap_or_else(|| panic!("{load}: {table}"));
+        let roofs: Vec<f64> = roofs.split_whitespace().map(|roof| roof.parse().unwrap()).collect();
+        assert!(roofs.len() == 3 && roofs.iter().all(|roof| *roof > 0.0), "{load}: {table}");
+    }
+    let (header, phases) = phases_of(table);
+    assert_eq!(header, "PHASE MB 1 clients: share of 2 clients: share of");
+    assert_eq!(phases.iter().map(|(name, _)| *name).collect::<Vec<_>>(), STEP_PHASES, "{table}");
+    for (phase, cells) in phases {
+        if ["qkv", "output", "mlp", "head"].contains(&phase) {
+            // Its size, and "12 % memory" for each load.
+            assert!(cells.len() == 7 && cells[2] == "%" && cells[5] == "%", "{phase}: {table}");
+            assert!(["memory", "compute"].contains(&cells[3]), "{phase}: {table}");
+        } else {
+            assert_eq!(cells, ["–", "–"], "{phase}: {table}");
+        }
+    }
+    assert!(table.contains("–: nothing to hold it against"), "{table}");
+    let report = report_of(&run(&arguments(Some("--json"))));
+    let roofs = report["roofline"]["roofs"].as_array().unwrap();
+    assert_eq!(roofs.iter().map(|of| of["load"].as_str().unwrap()).collect::<Vec<_>>(), ["1 clients", "2 clients"]);
+    assert_eq!(report["roofline"]["shares"].as_array().unwrap().len(), 8, "four products under two loads: {report}");
 }
 
 /// A shape whose weights nobody has: its config.json is all there is of the folder.

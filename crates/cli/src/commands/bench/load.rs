@@ -57,6 +57,7 @@ pub(crate) struct Shape {
     pub(crate) endpoint: Endpoint,
     pub(crate) prompts: Prompts,
     pub(crate) output_tokens: u32,
+    pub(crate) temperature: f32,
     pub(crate) ignore_eos: bool,
     pub(crate) timeout: Duration,
     pub(crate) seed: u64,
@@ -84,7 +85,7 @@ pub(crate) struct Round {
 impl Shape {
     fn body(&self, model: &str, prompt: &str) -> (&'static str, Value) {
         let mut body = json!({
-            "model": model, "max_tokens": self.output_tokens, "temperature": 0, "stream": true,
+            "model": model, "max_tokens": self.output_tokens, "temperature": self.temperature, "stream": true,
             "stream_options": {"include_usage": true},
         });
         if self.ignore_eos {

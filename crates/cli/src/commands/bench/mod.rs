@@ -16,7 +16,7 @@ use std::{
 };
 
 use bindery_engine::{LocalModel, adapters::AdapterRoots};
-use bindery_model::Machine;
+use bindery_model::{Machine, ModelInfo, Roofs};
 use bindery_server::{ModelSlot, ServerConfig};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
@@ -59,6 +59,7 @@ async fn measure(args: BenchArgs) -> anyhow::Result<()> {
         endpoint: args.endpoint,
         prompts: Prompts::new(args.seed, args.input_words),
         output_tokens: args.output_tokens,
+        temperature: args.temperature,
         ignore_eos: !args.no_ignore_eos,
         timeout: args.timeout,
         seed: args.seed,
@@ -77,28 +78,23 @@ async fn measure(args: BenchArgs) -> anyhow::Result<()> {
     let mut next_number = 0;
     let mut rows = Vec::new();
     let mut profiles = Vec::new();
+    let mut roofline = match own.as_ref().filter(|_| args.roofline) {
+        Some(own) => Some(Roofline::begin(own.model.info.clone()).await?),
+        None => None,
+    };
     for arrivals in loads {
         let before = if args.profile || args.roofline { Some(profile_of(&targets[0]).await?) } else { None };
         rows.push(measure_load(&targets, &shape, arrivals, &args, &mut next_number).await);
         if let Some(before) = before {
             profiles.push((arrivals.name(), profile_of(&targets[0]).await?.since(&before)));
         }
+        if let Some(roofline) = &mut roofline {
+            roofline.load_ended().await?;
+        }
     }
-    let mut info = None;
     if let Some(own) = own {
-        info = args.roofline.then(|| own.model.info.clone());
         own.stop().await?;
     }
-    // After the loads, and with nothing else of ours running.
-    let roofline = match info {
-        Some(info) => {
-            let machine = Machine::new(Some(info.threads))?;
-            let start = Instant::now();
-            let roofs = tokio::task::spawn_blocking(move || machine.roofs(|| start.elapsed())).await??;
-            Some((roofs, info))
-        }
-        None => None,
-    };
     let report = Report {
         servers: ["A", "B"]
             .into_iter()
@@ -107,7 +103,7 @@ async fn measure(args: BenchArgs) -> anyhow::Result<()> {
             .collect(),
         rows,
         profiles,
-        roofline,
+        roofline: roofline.map(|roofline| (roofline.info, roofline.of_loads)),
         settings: settings_json(&args),
         output_tokens: args.output_tokens,
     };
@@ -116,6 +112,40 @@ async fn measure(args: BenchArgs) -> anyhow::Result<()> {
         return Err(Failure::new("no request was answered").into());
     }
     Ok(())
+}
+
+/// The machine's roofs right before and right after each load, while the server has nothing to do: a virtual machine's change by
+/// the minute, so a share says something only beside the roofs of its own time.
+struct Roofline {
+    info: ModelInfo,
+    last: Roofs,
+    /// The higher of both for each load: other work only ever lowers a figure.
+    of_loads: Vec<Roofs>,
+}
+
+impl Roofline {
+    /// Right before the first load.
+    async fn begin(info: ModelInfo) -> anyhow::Result<Self> {
+        let last = Self::now(&info).await?;
+        Ok(Self { info, last, of_loads: Vec::new() })
+    }
+
+    /// Right after a load, which is right before the next.
+    async fn load_ended(&mut self) -> anyhow::Result<()> {
+        let now = Self::now(&self.info).await?;
+        self.of_loads.push(self.last.max(now));
+        self.last = now;
+        Ok(())
+    }
+
+    /// Memory's over as many bytes as a step reads of the weights. What they are read from is not kept: under load the server's cache may
+    /// want that memory.
+    async fn now(info: &ModelInfo) -> anyhow::Result<Roofs> {
+        let machine = Machine::new(Some(info.threads))?;
+        let step_bytes = info.products.iter().map(|product| product.num_bytes).sum();
+        let start = Instant::now();
+        Ok(tokio::task::spawn_blocking(move || machine.roofs(step_bytes, || start.elapsed())).await??)
+    }
 }
 
 /// What the server has counted so far.
@@ -164,9 +194,13 @@ fn print(report: &Report, args: &BenchArgs) -> anyhow::Result<()> {
         let mut text = report.table();
         let prompt_tokens = report.rows.iter().flatten().map(|row| row.mean_prompt_tokens).find(|tokens| *tokens > 0.0);
         let tokens = prompt_tokens.map_or_else(String::new, |tokens| format!(" ({tokens:.0} tokens)"));
+        let draws = match args.temperature {
+            0.0 => "greedy".to_owned(),
+            temperature => format!("drawn at temperature {temperature}"),
+        };
         let _ = write!(
             text,
-            "\n{} words in{tokens}, {} tokens out, greedy; {} rounds, rates are their medians\n",
+            "\n{} words in{tokens}, {} tokens out, {draws}; {} rounds, rates are their medians\n",
             args.input_words, args.output_tokens, args.rounds
         );
         terminal::print(&text)?;
@@ -180,6 +214,7 @@ fn print(report: &Report, args: &BenchArgs) -> anyhow::Result<()> {
 fn settings_json(args: &BenchArgs) -> serde_json::Value {
     json!({
         "input_words": args.input_words, "output_tokens": args.output_tokens, "rounds": args.rounds, "seed": args.seed,
+        "temperature": args.temperature,
         "ignore_eos": !args.no_ignore_eos,
         "endpoint": match args.endpoint { Endpoint::Completions => "completions", Endpoint::Chat => "chat" },
     })

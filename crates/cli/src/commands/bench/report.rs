@@ -167,8 +167,8 @@ pub(crate) struct Report {
     pub(crate) rows: Vec<Vec<Row>>,
     /// Of the first server, by load; empty unless asked for.
     pub(crate) profiles: Vec<(String, Profile)>,
-    /// Where the model ran in this process and it was asked for.
-    pub(crate) roofline: Option<(Roofs, ModelInfo)>,
+    /// Where the model ran in this process and it was asked for: the roofs beside each of `profiles`.
+    pub(crate) roofline: Option<(ModelInfo, Vec<Roofs>)>,
     pub(crate) settings: Value,
     pub(crate) output_tokens: u32,
 }
@@ -229,8 +229,8 @@ impl Report {
         }
         let _ = writeln!(text, "\n{}", show(&mut table));
         text.push_str(&profile::table(&self.profiles));
-        if let Some((roofs, info)) = &self.roofline {
-            text.push_str(&roofline::table(roofs, info, &self.profiles));
+        if let Some((info, roofs)) = &self.roofline {
+            text.push_str(&roofline::table(info, &self.profiles, roofs));
         }
         text
     }
@@ -292,7 +292,7 @@ impl Report {
             "bindery": env!("CARGO_PKG_VERSION"), "settings": self.settings, "servers": servers, "rows": rows,
             "ratios_a_over_b": ratios,
             "profiles": self.profiles.iter().map(|(load, profile)| json!({"load": load, "steps_of_a": profile.json()})).collect::<Vec<_>>(),
-            "roofline": self.roofline.as_ref().map(|(roofs, info)| roofline::json(roofs, info, &self.profiles)),
+            "roofline": self.roofline.as_ref().map(|(info, roofs)| roofline::json(info, &self.profiles, roofs)),
         })
     }
 
