@@ -24,6 +24,12 @@ pub(crate) const TILE_KEYS: usize = 64;
 pub(crate) const SPAN_KEYS: usize = 512;
 /// Rows of one piece: their queries meet a tile while it is in the first-level cache.
 const PIECE_ROWS: usize = 32;
+/// Queries of a head from which on it is walked alone: they spend their time computing. With fewer, all heads of a tile are met
+/// before the next tile is, since they lie side by side in memory and tiles of one head far apart: the processors' own
+/// prefetchers run ahead then, which have more lines under way than a core can ask for. (Contexts of one span gain nothing.)
+const MIN_ALONE_QUERIES: usize = 12;
+/// Tasks for a thread that heads walked together must leave.
+const TASKS_PER_THREAD: usize = 4;
 /// Key visits (queries times keys) that are worth waking another thread for.
 const MIN_REGION_VISITS: usize = 1024;
 
@@ -102,12 +108,12 @@ impl AttentionArgs<'_> {
     }
 }
 
-/// Rows of a sequence that are computed together, for one key/value head.
+/// Rows of a sequence that are computed together, for some key/value heads.
 struct Piece {
     sequence: usize,
     rows: Range<usize>,
     first_position: usize,
-    kv_head: usize,
+    kv_heads: Range<usize>,
     /// Spans from this one to the one that holds the last row.
     first_span: usize,
     num_spans: usize,
@@ -196,9 +202,10 @@ impl Cpu {
         let CallScratch { pieces, tasks, states, .. } = scratch;
         pieces.clear();
         let mut visits = 0;
+        let heads_together = call.heads_together(self.threads());
         for (index, sequence) in call.sequences.iter().enumerate() {
             visits += sequence.rows.len() * sequence.context_len * call.args.num_heads;
-            call.pieces_of(index, sequence, pieces);
+            call.pieces_of(index, sequence, heads_together, pieces);
         }
         let out = &SharedMut::new(out);
         if visits < MIN_REGION_VISITS || self.threads() == 1 {
@@ -255,7 +262,7 @@ impl Cpu {
             let states = unsafe { shared.slice(first..first + piece.num_spans * queries * stride) };
             let (joined, others) = states.split_at_mut(queries * stride);
             for span in others.chunks_exact(queries * stride) {
-                call.join(queries, joined, span);
+                call.join(piece, joined, span);
             }
             call.finish(piece, joined, out);
         });
@@ -336,8 +343,29 @@ impl<E> Call<'_, E> {
         self.args.num_heads / self.shape.num_kv_heads
     }
 
+    /// Of all its heads.
     fn queries_of(&self, piece: &Piece) -> usize {
+        piece.kv_heads.len() * self.queries_of_head(piece)
+    }
+
+    /// Of each of its heads.
+    fn queries_of_head(&self, piece: &Piece) -> usize {
         piece.rows.len() * self.heads_per_kv()
+    }
+
+    /// Floats of the state of one of its heads.
+    fn head_state_len(&self, piece: &Piece) -> usize {
+        self.queries_of_head(piece) * self.state_len()
+    }
+
+    /// How many heads are walked together where a sequence has few queries: as many as leave every thread some tasks.
+    fn heads_together(&self, threads: usize) -> usize {
+        let num_heads = self.shape.num_kv_heads;
+        let num_spans = self.sequences.iter().filter(|sequence| !sequence.rows.is_empty()).map(|sequence| {
+            let first_position = sequence.context_len - sequence.rows.len();
+            (sequence.context_len - 1) / SPAN_KEYS + 1 - self.args.first_visible(first_position) / SPAN_KEYS
+        });
+        (num_spans.sum::<usize>() * num_heads / (threads * TASKS_PER_THREAD)).clamp(1, num_heads)
     }
 
     fn padded_head_dim(&self) -> usize {
@@ -349,7 +377,14 @@ impl<E> Call<'_, E> {
         self.padded_head_dim() + 2
     }
 
-    fn pieces_of(&self, index: usize, sequence: &AttentionSequence<'_>, pieces: &mut Vec<Piece>) {
+    fn pieces_of(
+        &self,
+        index: usize,
+        sequence: &AttentionSequence<'_>,
+        heads_together: usize,
+        pieces: &mut Vec<Piece>,
+    ) {
+        let num_heads = self.shape.num_kv_heads;
         let first_position = sequence.context_len - sequence.rows.len();
         let mut start = sequence.rows.start;
         while start < sequence.rows.end {
@@ -357,14 +392,17 @@ impl<E> Call<'_, E> {
             let first_position = first_position + (start - sequence.rows.start);
             let last_position = first_position + rows.len() - 1;
             let first_span = self.args.first_visible(first_position) / SPAN_KEYS;
-            for kv_head in 0..self.shape.num_kv_heads {
+            let num_spans = last_position / SPAN_KEYS + 1 - first_span;
+            let is_alone = num_spans == 1 || rows.len() * self.heads_per_kv() >= MIN_ALONE_QUERIES;
+            let heads_each = if is_alone { 1 } else { heads_together };
+            for kv_head in (0..num_heads).step_by(heads_each) {
                 pieces.push(Piece {
                     sequence: index,
                     rows: rows.clone(),
                     first_position,
-                    kv_head,
+                    kv_heads: kv_head..(kv_head + heads_each).min(num_heads),
                     first_span,
-                    num_spans: last_position / SPAN_KEYS + 1 - first_span,
+                    num_spans,
                     partial_query: 0,
                 });
             }
@@ -374,20 +412,20 @@ impl<E> Call<'_, E> {
 
     /// All spans of a piece, one after the other.
     fn run_piece(&self, kernel: unsafe fn(&mut SpanTask<'_, E>), piece: &Piece, out: &SharedMut<f32>) {
-        let queries = self.queries_of(piece);
-        let len = queries * self.state_len();
+        let len = self.queries_of(piece) * self.state_len();
         SCRATCH.with_borrow_mut(|Scratch { partials, pages }| {
             partials.resize(partials.len().max(2 * len), 0.0);
             let (joined, other) = partials[..2 * len].split_at_mut(len);
             self.run_span(kernel, piece, 0, joined, pages);
             for span in 1..piece.num_spans {
                 self.run_span(kernel, piece, span, other, pages);
-                self.join(queries, joined, other);
+                self.join(piece, joined, other);
             }
             self.finish(piece, joined, out);
         });
     }
 
+    /// One span of a piece: head by head or, where it has several, tile by tile.
     fn run_span(
         &self,
         kernel: unsafe fn(&mut SpanTask<'_, E>),
@@ -396,27 +434,52 @@ impl<E> Call<'_, E> {
         state: &mut [f32],
         pages: &mut Pages,
     ) {
-        let sequence = &self.sequences[piece.sequence];
-        let queries = self.queries_of(piece);
+        let start = (piece.first_span + span) * SPAN_KEYS;
+        let end = (start + SPAN_KEYS).min(piece.first_position + piece.rows.len());
+        let step = if piece.kv_heads.len() == 1 { SPAN_KEYS } else { TILE_KEYS };
+        // Tiles that a window has left behind hold nothing for anybody.
+        let first = self.args.first_visible(piece.first_position).max(start) / step * step;
+        for part in (first..end).step_by(step) {
+            let keys = part..(part + step).min(end);
+            for (kv_head, state) in piece.kv_heads.clone().zip(state.chunks_exact_mut(self.head_state_len(piece))) {
+                self.run_keys(kernel, piece, kv_head, keys.clone(), part == first, state, pages);
+            }
+        }
+    }
+
+    /// Some keys of a span, for one head; `begins`: the first of it.
+    #[expect(clippy::too_many_arguments, reason = "what a task is made of")]
+    fn run_keys(
+        &self,
+        kernel: unsafe fn(&mut SpanTask<'_, E>),
+        piece: &Piece,
+        kv_head: usize,
+        keys: Range<usize>,
+        begins: bool,
+        state: &mut [f32],
+        pages: &mut Pages,
+    ) {
+        let queries = self.queries_of_head(piece);
         let (values, rest) = state.split_at_mut(queries * self.padded_head_dim());
         let (max, sum) = rest.split_at_mut(queries);
-        let start = (piece.first_span + span) * SPAN_KEYS;
         let mut task = SpanTask {
             args: self.args,
             q: self.q,
             rows: piece.rows.clone(),
             first_position: piece.first_position,
             heads_per_kv: self.heads_per_kv(),
-            kv_head: piece.kv_head,
+            kv_head,
+            kv_heads: piece.kv_heads.clone(),
             head_dim: self.shape.head_dim,
             block_size: self.shape.block_size,
             page_elements: self.shape.page_elements(),
             block_stride: self.shape.block_stride(),
             keys: self.keys,
             values: self.values,
-            block_table: sequence.block_table,
-            span: start..(start + SPAN_KEYS).min(piece.first_position + piece.rows.len()),
+            block_table: self.sequences[piece.sequence].block_table,
+            span: keys,
             partial: Partial { max, sum, values },
+            begins,
             scratch: &mut pages.elements,
             scale_scratch: &mut pages.scales,
             query_scratch: &mut pages.queries,
@@ -426,9 +489,17 @@ impl<E> Call<'_, E> {
         unsafe { kernel(&mut task) };
     }
 
-    /// Joins a later span's state into an earlier one's. A span in which a query saw nothing leaves it as it was, and
+    /// Joins a later span's state into an earlier one's.
+    fn join(&self, piece: &Piece, joined: &mut [f32], other: &[f32]) {
+        let (queries, len) = (self.queries_of_head(piece), self.head_state_len(piece));
+        for (joined, other) in joined.chunks_exact_mut(len).zip(other.chunks_exact(len)) {
+            self.join_head(queries, joined, other);
+        }
+    }
+
+    /// Of one head. A span in which a query saw nothing leaves it as it was, and
     /// the first in which it saw something replaces it, so that where a piece began does not show.
-    fn join(&self, queries: usize, joined: &mut [f32], other: &[f32]) {
+    fn join_head(&self, queries: usize, joined: &mut [f32], other: &[f32]) {
         let width = self.padded_head_dim();
         let (values, rest) = joined.split_at_mut(queries * width);
         let (max, sum) = rest.split_at_mut(queries);
@@ -456,13 +527,19 @@ impl<E> Call<'_, E> {
 
     /// Divides by the sums and writes the piece's part of the output.
     fn finish(&self, piece: &Piece, state: &[f32], out: &SharedMut<f32>) {
+        for (kv_head, state) in piece.kv_heads.clone().zip(state.chunks_exact(self.head_state_len(piece))) {
+            self.finish_head(piece, kv_head, state, out);
+        }
+    }
+
+    fn finish_head(&self, piece: &Piece, kv_head: usize, state: &[f32], out: &SharedMut<f32>) {
         let (head_dim, width) = (self.shape.head_dim, self.padded_head_dim());
-        let queries = self.queries_of(piece);
+        let queries = self.queries_of_head(piece);
         let (values, rest) = state.split_at(queries * width);
         let sums = &rest[queries..2 * queries];
         for query in 0..queries {
             let row = piece.rows.start + query / self.heads_per_kv();
-            let head = piece.kv_head * self.heads_per_kv() + query % self.heads_per_kv();
+            let head = kv_head * self.heads_per_kv() + query % self.heads_per_kv();
             let start = (row * self.args.num_heads + head) * head_dim;
             // SAFETY: rows and heads of a piece are its own.
             let out = unsafe { out.slice(start..start + head_dim) };

@@ -353,6 +353,8 @@ pub(crate) struct SpanTask<'a, E> {
     /// Query heads that share a key/value head.
     pub(crate) heads_per_kv: usize,
     pub(crate) kv_head: usize,
+    /// Those that are walked together, tile by tile, this one among them.
+    pub(crate) kv_heads: Range<usize>,
     pub(crate) head_dim: usize,
     pub(crate) block_size: usize,
     /// Elements from one head's page to the next.
@@ -364,10 +366,13 @@ pub(crate) struct SpanTask<'a, E> {
     /// From its values on: `[kv_heads, block_size, head_dim]`, likewise.
     pub(crate) values: &'a [E],
     pub(crate) block_table: &'a [u32],
-    /// Absolute positions of keys, from a multiple of the span to its end or the context's.
+    /// Absolute positions of keys, from a multiple of a tile on: a span or, of heads that are walked together, one of its tiles;
+    /// the context may end before.
     pub(crate) span: Range<usize>,
     /// What comes out, a query each: `rows.len() * heads_per_kv` queries, row by row.
     pub(crate) partial: Partial<'a>,
+    /// Whether these are the first keys of it; else it holds what those before them gave.
+    pub(crate) begins: bool,
     /// Room for pages that a kernel must lay out anew; grown on use, contents meaningless.
     pub(crate) scratch: &'a mut Vec<f32>,
     /// Likewise for a tile's scales.
@@ -400,6 +405,7 @@ impl<E> SpanTask<'_, E> {
             first_position: self.first_position,
             heads_per_kv: self.heads_per_kv,
             kv_head: self.kv_head,
+            kv_heads: self.kv_heads.clone(),
             head_dim: self.head_dim,
             block_size: self.block_size,
             page_elements: self.page_elements,
@@ -409,6 +415,7 @@ impl<E> SpanTask<'_, E> {
             block_table: self.block_table,
             span: self.span.clone(),
             partial: Partial { max, sum, values },
+            begins: self.begins,
             scratch: self.scratch,
             scale_scratch: self.scale_scratch,
             query_scratch: self.query_scratch,
@@ -463,16 +470,19 @@ impl<E> SpanTask<'_, E> {
         &self.q[start..start + self.head_dim]
     }
 
-    /// Where what is likely to be read after the tile from `start` on lies, in place of what lies at its `position`: in the tile
-    /// behind it or, after a head's last, in the next head's first, which is the same thread's next piece unless pieces are
-    /// dealt out by their length. `None` where that is not known, or tiles are left out. `index` is [`Self::key_index`] or
+    /// Where what is likely to be read after the tile from `start` on lies, in place of what lies at its `position`: in the same
+    /// tile of the next of the heads that are walked together, in the tile behind it or, after a head's last, in the next head's
+    /// first, which is the same thread's next piece unless pieces are dealt out by their length. `None` where that is not known, or tiles are left out. `index` is [`Self::key_index`] or
     /// [`Self::value_index`].
     pub(crate) fn next_index(&self, start: usize, position: usize, index: impl Fn(usize) -> usize) -> Option<usize> {
         if self.args.blocks.is_some() {
             return None;
         }
+        if self.kv_head + 1 < self.kv_heads.end {
+            return Some(index(position) + self.page_elements);
+        }
         if position + TILE_KEYS < self.first_position + self.rows.len() {
-            return Some(index(position + TILE_KEYS));
+            return Some(index(position + TILE_KEYS) - (self.kv_heads.len() - 1) * self.page_elements);
         }
         let first = self.args.first_visible(self.first_position) / TILE_KEYS * TILE_KEYS;
         let has_next_head = (self.kv_head + 1) * self.heads_per_kv < self.args.num_heads;

@@ -88,9 +88,11 @@ fn interleave<E>(task: &SpanTask<'_, E>, block: usize, room: &mut Vec<f32>) {
 pub(in crate::cpu) unsafe fn attend<E: Element + KvElement>(task: &mut SpanTask<'_, E>, walks: &Walks<E>) {
     let num_queries = task.num_queries();
     let width = task.head_dim.next_multiple_of(WIDTH);
-    task.partial.max.fill(f32::NEG_INFINITY);
-    task.partial.sum.fill(0.0);
-    task.partial.values.fill(0.0);
+    if task.begins {
+        task.partial.max.fill(f32::NEG_INFINITY);
+        task.partial.sum.fill(0.0);
+        task.partial.values.fill(0.0);
+    }
     assert!(
         task.partial.max.len() == num_queries
             && task.partial.sum.len() == num_queries

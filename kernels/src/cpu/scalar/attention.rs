@@ -19,6 +19,10 @@ pub(super) unsafe fn attend<E: KvElement>(task: &mut SpanTask<'_, E>) {
         let visible = task.visible(query);
         let mut values = vec![0.0_f32; width];
         let (mut max, mut sum) = (f32::NEG_INFINITY, 0.0_f32);
+        if !task.begins {
+            values.copy_from_slice(&task.partial.values[query * width..(query + 1) * width]);
+            (max, sum) = (task.partial.max[query], task.partial.sum[query]);
+        }
         let mut tile = visible.start / TILE_KEYS * TILE_KEYS;
         while tile < visible.end && visible.start < visible.end {
             let keys = tile.max(visible.start)..(tile + TILE_KEYS).min(visible.end);

@@ -232,6 +232,17 @@ mod tests {
 
     /// The tile from `start` on that the last position sees, of a sequence whose blocks lie about in `pages`.
     fn tile(pages: &[f16], kv_head: usize, window: Option<usize>, start: usize) -> Tile<f16> {
+        tile_of(pages, kv_head, kv_head..kv_head + 1, window, start)
+    }
+
+    /// The same where `kv_heads` are walked together.
+    fn tile_of(
+        pages: &[f16],
+        kv_head: usize,
+        kv_heads: Range<usize>,
+        window: Option<usize>,
+        start: usize,
+    ) -> Tile<f16> {
         let block_table: Vec<u32> = (0..NUM_BLOCKS as u32).map(|block| block * 3 % NUM_BLOCKS as u32).collect();
         let args =
             AttentionArgs { num_heads: NUM_HEADS, scale: 1.0, window, blocks: None, soft_cap: None, biases: None };
@@ -242,6 +253,7 @@ mod tests {
             first_position: CONTEXT - 1,
             heads_per_kv: HEADS_PER_KV,
             kv_head,
+            kv_heads,
             head_dim: HEAD_DIM,
             block_size: BLOCK_SIZE,
             page_elements: HEAD_DIM * BLOCK_SIZE,
@@ -251,6 +263,7 @@ mod tests {
             block_table: &block_table,
             span: 0..CONTEXT,
             partial: Partial { max: &mut [], sum: &mut [], values: &mut [] },
+            begins: true,
             scratch: &mut Vec::new(),
             scale_scratch: &mut Vec::new(),
             query_scratch: &mut Vec::new(),
@@ -294,5 +307,15 @@ mod tests {
             assert!(last.runs.iter().all(|run| run.ahead == 0));
             assert_lead(&first[first.len() - 2], &second[0], 2..VECTORS);
         }
+    }
+
+    #[test]
+    fn heads_that_are_walked_together_ask_for_each_other() {
+        let pages = vec![f16::ZERO; NUM_BLOCKS * NUM_KV_HEADS * HEAD_DIM * BLOCK_SIZE];
+        let tile = |head, start| tile_of(&pages, head, 0..NUM_KV_HEADS, None, start);
+        assert_lead(&tile(0, 0), &tile(1, 0), 0..VECTORS);
+        assert_lead(&tile(1, 0), &tile(0, 64), 0..VECTORS);
+        assert_lead(&tile(0, 128), &tile(1, 128), 0..2);
+        assert_eq!(tile(1, 128).keys_ahead, [0; VECTORS]);
     }
 }
