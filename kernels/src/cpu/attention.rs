@@ -24,10 +24,11 @@ pub(crate) const TILE_KEYS: usize = 64;
 pub(crate) const SPAN_KEYS: usize = 512;
 /// Rows of one piece: their queries meet a tile while it is in the first-level cache.
 const PIECE_ROWS: usize = 32;
-/// Queries of a head from which on it is walked alone: they spend their time computing. With fewer, all heads of a tile are met
-/// before the next tile is, since they lie side by side in memory and tiles of one head far apart: the processors' own
-/// prefetchers run ahead then, which have more lines under way than a core can ask for. (Contexts of one span gain nothing.)
-const MIN_ALONE_QUERIES: usize = 12;
+/// Queries of a head from which on they spend their time computing: it is walked alone, and kernels convert a tile to f32 once,
+/// instead of for every few queries. With fewer, all heads of a tile are met before the next tile is, since they lie side by
+/// side in memory and tiles of one head far apart: the processors' own prefetchers run ahead then, which have more lines under
+/// way than a core can ask for. (Contexts of one span gain nothing.)
+pub(crate) const MANY_QUERIES: usize = 12;
 /// Tasks for a thread that heads walked together must leave.
 const TASKS_PER_THREAD: usize = 4;
 /// Key visits (queries times keys) that are worth waking another thread for.
@@ -358,12 +359,18 @@ impl<E> Call<'_, E> {
         self.queries_of_head(piece) * self.state_len()
     }
 
+    /// Spans of which rows, one at least, from `first_position` on see something.
+    fn spans_of(&self, first_position: usize, num_rows: usize) -> Range<usize> {
+        let last_position = first_position + num_rows - 1;
+        self.args.first_visible(first_position) / SPAN_KEYS..last_position / SPAN_KEYS + 1
+    }
+
     /// How many heads are walked together where a sequence has few queries: as many as leave every thread some tasks.
     fn heads_together(&self, threads: usize) -> usize {
         let num_heads = self.shape.num_kv_heads;
         let num_spans = self.sequences.iter().filter(|sequence| !sequence.rows.is_empty()).map(|sequence| {
-            let first_position = sequence.context_len - sequence.rows.len();
-            (sequence.context_len - 1) / SPAN_KEYS + 1 - self.args.first_visible(first_position) / SPAN_KEYS
+            let num_rows = sequence.rows.len();
+            self.spans_of(sequence.context_len - num_rows, num_rows).len()
         });
         (num_spans.sum::<usize>() * num_heads / (threads * TASKS_PER_THREAD)).clamp(1, num_heads)
     }
@@ -390,10 +397,8 @@ impl<E> Call<'_, E> {
         while start < sequence.rows.end {
             let rows = start..(start + PIECE_ROWS).min(sequence.rows.end);
             let first_position = first_position + (start - sequence.rows.start);
-            let last_position = first_position + rows.len() - 1;
-            let first_span = self.args.first_visible(first_position) / SPAN_KEYS;
-            let num_spans = last_position / SPAN_KEYS + 1 - first_span;
-            let is_alone = num_spans == 1 || rows.len() * self.heads_per_kv() >= MIN_ALONE_QUERIES;
+            let spans = self.spans_of(first_position, rows.len());
+            let is_alone = spans.len() == 1 || rows.len() * self.heads_per_kv() >= MANY_QUERIES;
             let heads_each = if is_alone { 1 } else { heads_together };
             for kv_head in (0..num_heads).step_by(heads_each) {
                 pieces.push(Piece {
@@ -401,8 +406,8 @@ impl<E> Call<'_, E> {
                     rows: rows.clone(),
                     first_position,
                     kv_heads: kv_head..(kv_head + heads_each).min(num_heads),
-                    first_span,
-                    num_spans,
+                    first_span: spans.start,
+                    num_spans: spans.len(),
                     partial_query: 0,
                 });
             }

@@ -228,12 +228,12 @@ impl Row {
                 false if is_at_roof && goal < 6.0 => {
                     format!("{goal}, or {:.0} % of the int8 roof (met)", 100.0 * COMPUTE_GOAL)
                 }
-                is_met => format!("{goal} {}", verdict(is_met)),
+                is_met => format!("{goal} ({})", verdict(is_met)),
             });
         }
         if self.load == Load::Streams(1) && self.pair.ours != Weights::F16 {
             let is_met = share_of("memory").map(|share| share >= MEMORY_GOAL);
-            goals.extend(is_met.map(|is_met| format!("{:.0} % of memory {}", 100.0 * MEMORY_GOAL, verdict(is_met))));
+            goals.extend(is_met.map(|is_met| format!("{:.0} % of memory ({})", 100.0 * MEMORY_GOAL, verdict(is_met))));
         }
         goals.join("; ")
     }
@@ -245,8 +245,7 @@ impl Row {
         let mut p95 = both(served.first_p95_ms);
         if self.load == Load::Streams(32) {
             let ratio = served.first_p95_ms[0] / served.first_p95_ms[1];
-            let is_met = if ratio <= FIRST_TOKEN_GOAL { "met" } else { "missed" };
-            let _ = write!(p95, " ({ratio:.2}, goal {FIRST_TOKEN_GOAL} {is_met})");
+            let _ = write!(p95, " ({ratio:.2}, goal {FIRST_TOKEN_GOAL} {})", verdict(ratio <= FIRST_TOKEN_GOAL));
         }
         [both(served.first_p50_ms), p95]
     }
@@ -292,7 +291,7 @@ impl ServerRow {
         // A goal of the small model alone.
         let goal = match self.weights {
             Weights::Gemma => String::new(),
-            _ => format!("{READY_GOAL} {}", verdict(self.ready_seconds[0] < READY_GOAL)),
+            _ => format!("{READY_GOAL} ({})", verdict(self.ready_seconds[0] < READY_GOAL)),
         };
         let ([ready, their_ready], [resident, their_resident]) = (self.ready_seconds, self.resident_mib);
         format!("| {} | {ready:.2} / {their_ready:.2} | {goal} | {resident} / {their_resident} | {held} |\n", self.name)
@@ -343,7 +342,7 @@ fn roofs(steps: &[(Weights, Value)]) -> String {
 }
 
 fn verdict(is_met: bool) -> &'static str {
-    if is_met { "(met)" } else { "(missed)" }
+    if is_met { "met" } else { "missed" }
 }
 
 /// Three digits or more.

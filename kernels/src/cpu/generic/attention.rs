@@ -35,7 +35,7 @@ use tile::{convert, lay_out, tile_of_pages};
 
 use super::exp::{exp_below_highest, exps_below_highest, tanh};
 use super::{Element, Lanes};
-use crate::cpu::attention::TILE_KEYS;
+use crate::cpu::attention::{MANY_QUERIES, TILE_KEYS};
 use crate::cpu::scalar;
 use crate::cpu::task::{KvElement, SpanTask};
 use crate::kv::SCALE_GROUP;
@@ -103,7 +103,7 @@ pub(in crate::cpu) unsafe fn attend<E: Element + KvElement>(task: &mut SpanTask<
         return;
     }
     let block = block_of(num_queries, walks.block_queries);
-    task.interleaved = block >= MIN_INTERLEAVED && num_queries >= MIN_CONVERT_QUERIES;
+    task.interleaved = block >= MIN_INTERLEAVED && num_queries >= MANY_QUERIES;
     if task.interleaved {
         let mut room = std::mem::take(task.query_scratch);
         interleave(task, block, &mut room);
@@ -139,9 +139,6 @@ pub(in crate::cpu) unsafe fn attend<E: Element + KvElement>(task: &mut SpanTask<
     }
 }
 
-/// Queries from which on a tile is converted to f32 once, instead of for every few of them.
-const MIN_CONVERT_QUERIES: usize = 12;
-
 /// All queries of the task over one tile of pages.
 ///
 /// # Safety
@@ -159,7 +156,7 @@ pub(in crate::cpu) unsafe fn walk_pages<
 ) {
     // SAFETY: the caller's duties are the same; the converted tile lies in `room`, which lives as long.
     unsafe {
-        if task.num_queries() < MIN_CONVERT_QUERIES {
+        if task.num_queries() < MANY_QUERIES {
             return walk_queries::<L, E, Q, V, W, true>(task, tile);
         }
         if size_of::<E>() == size_of::<f32>() {
