@@ -17,8 +17,8 @@ use std::{
 };
 
 use bindery_model::{
-    Adapter, AdapterFormat, AdapterInfo, AdapterLimits, BackendKind, ForwardBatch, KvCacheDtype, ModelError, ModelInfo,
-    ModelPhase, RopeRegimes, StepModel,
+    Adapter, AdapterFormat, AdapterInfo, AdapterLimits, AttentionShape, AttentionWork, BackendKind, BatchSequence,
+    ForwardBatch, KvCacheDtype, ModelError, ModelInfo, ModelPhase, RopeRegimes, StepModel,
 };
 use bindery_scheduler::{Limits, TokenId};
 
@@ -222,6 +222,13 @@ impl StepModel for FakeModel {
         self.options.rope_regimes
     }
 
+    /// One head of one element in one layer, a byte a key.
+    fn attention_work(&self, batch: &ForwardBatch) -> AttentionWork {
+        let num_keys = |sequence: &BatchSequence| sequence.context_len as u64;
+        let num_rows = batch.tokens.len() as u64;
+        AttentionWork { read_bytes: batch.sequences.iter().map(num_keys).sum(), operations: num_rows }
+    }
+
     fn add_adapter(&mut self, id: u32, adapter: &Arc<Adapter>) -> Result<(), ModelError> {
         if self.adapters.iter().any(|(known, _)| *known == id) {
             return Err(violation("an adapter was added twice"));
@@ -418,6 +425,7 @@ pub fn fake_info(limits: &Limits) -> ModelInfo {
         weight_format: "none".to_owned(),
         num_quantized_tensors: 0,
         products: Vec::new(),
+        attention: AttentionShape::default(),
         weight_bytes: 0,
         stored_weight_bytes: 0,
         kv_bytes_per_token: 8,

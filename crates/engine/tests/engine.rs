@@ -157,6 +157,9 @@ async fn tokens_are_those_of_the_naive_loop() {
     assert_eq!(stats.iteration_tokens_counts.iter().sum::<u64>(), stats.num_steps);
     assert_eq!(stats.iteration_tokens_counts.len(), stats.iteration_tokens_bounds.len() + 1);
     assert_eq!(stats.num_failed_steps, 0);
+    // The double counts a row as an operation and a context as its bytes; each token came of a context of 100 at least.
+    assert_eq!(stats.attention.operations, stats.iteration_tokens_sum);
+    assert!(stats.attention.read_bytes >= 100 * stats.generation_tokens, "{:?}", stats.attention);
     assert!(stats.phase_seconds.iter().all(|(_, seconds)| *seconds > 0.0), "{:?}", stats.phase_seconds);
 }
 

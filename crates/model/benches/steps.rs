@@ -19,8 +19,8 @@ use std::{
 };
 
 use bindery_model::{
-    AdapterLimits, BackendKind, BatchSequence, ForwardBatch, Gauge, KvCacheDtype, LoadOptions, Machine, Model,
-    ModelPhase, Quantize, Roofs, StepModel, machine,
+    AdapterLimits, AttentionWork, BackendKind, BatchSequence, ForwardBatch, Gauge, KvCacheDtype, LoadOptions, Machine,
+    Model, ModelPhase, Quantize, Roofs, StepModel, machine,
 };
 use clap::Parser;
 use serde_json::{Value, json};
@@ -101,19 +101,12 @@ impl Load {
         }
     }
 
-    /// Tokens whose keys and values are read.
-    fn num_cached_tokens(self) -> usize {
+    /// What attention has to do at least.
+    fn attention_work(self, model: &Model) -> AttentionWork {
+        let shape = &model.info().attention;
         match self {
-            Self::Prefill { len } => len,
-            Self::Decode { batch, context } => batch * context,
-        }
-    }
-
-    /// Pairs of a query and a key that it sees, for each head and layer.
-    fn num_scores(self) -> usize {
-        match self {
-            Self::Prefill { len } => len * (len + 1) / 2,
-            Self::Decode { batch, context } => batch * context,
+            Self::Prefill { len } => shape.work(len, len, 1),
+            Self::Decode { batch, context } => shape.work(context, 1, 1) * batch as u64,
         }
     }
 
@@ -227,21 +220,12 @@ impl Timed {
     }
 }
 
-/// Bytes of keys and values that a step reads.
-fn kv_bytes(model: &Model, load: Load) -> usize {
-    load.num_cached_tokens() * model.info().kv_bytes_per_token
-}
-
 /// Seconds that a step's products and its attention take at least, and what bounds them.
 fn least(roofs: &Roofs, model: &Model, load: Load) -> (f64, &'static str) {
     let info = model.info();
-    // A multiply-add of each element of a head for the score, and one for the sum of values.
-    let operations = 4.0 * load.num_scores() as f64 * (info.num_layers * info.num_heads * info.head_dim) as f64;
-    let (mut reading, mut computing) =
-        (kv_bytes(model, load) as f64 / roofs.read_bytes, operations / roofs.f32_operations);
+    let (mut reading, mut computing) = roofs.attention_seconds(load.attention_work(model));
     for product in &info.products {
-        let rows = if product.part == "head" { load.num_sampled() } else { load.num_tokens() };
-        let seconds = roofs.seconds(product, 1.0, rows as f64);
+        let seconds = roofs.seconds(product, 1.0, load.num_tokens() as f64, load.num_sampled() as f64);
         (reading, computing) = (reading + seconds.0, computing + seconds.1);
     }
     machine::bound(reading, computing)
@@ -343,9 +327,9 @@ fn main() {
 
     // Once all that the steps need is taken, so that half of what is left can be read.
     let product_bytes: u64 = model.info().products.iter().map(|product| product.num_bytes).sum();
-    let most_kv_bytes = loads.iter().map(|&load| kv_bytes(&model, load)).max().unwrap_or(0);
+    let most_kv_bytes = loads.iter().map(|load| load.attention_work(&model).read_bytes).max().unwrap_or(0);
     let machine = Machine::new(args.threads).expect("the instruction set");
-    let gauge = Gauge::new(machine, product_bytes + most_kv_bytes as u64, clock).expect("the roofs");
+    let gauge = Gauge::new(machine, product_bytes + most_kv_bytes, clock).expect("the roofs");
     let mut results: Vec<Timed> = cases.iter().map(|_| Timed::default()).collect();
     for index in 0..=args.rounds.max(1) {
         let mut before = gauge.glance(clock);

@@ -6,6 +6,7 @@
 
 mod adapters;
 mod check;
+mod kept;
 mod load;
 
 use std::{ops::Range, sync::Arc};
@@ -16,7 +17,7 @@ use crate::{
         AdapterRun, Adapters, AttentionWeights, Backend, FeedForwardWeights, HeadWeights, Layer, LoadedAdapter,
         NormWeights, Step,
     },
-    batch::{BatchChecker, BatchLimits, ForwardBatch},
+    batch::{BatchChecker, BatchLimits, BatchSequence, ForwardBatch},
     config::{Block, DecoderConfig},
     error::ModelError,
     model::{ModelPhase, ProductWeights},
@@ -40,7 +41,9 @@ pub(crate) struct Decoder<B: Backend> {
     adapters: Vec<LoadedAdapter<B>>,
     /// Which rows of the batch go through which of them.
     runs: Vec<AdapterRun>,
-    /// Likewise of the rows kept for logits, and of a slice of these.
+    /// The rows kept for logits as sequences.
+    kept_sequences: Vec<BatchSequence>,
+    /// Which of them go through which adapter, and of a slice of them.
     kept_runs: Vec<AdapterRun>,
     head_runs: Vec<AdapterRun>,
 }
@@ -88,6 +91,7 @@ impl<B: Backend> Decoder<B> {
             num_kept_rows: 0,
             adapters: Vec::new(),
             runs: Vec::new(),
+            kept_sequences: Vec::new(),
             kept_runs: Vec::new(),
             head_runs: Vec::new(),
         };
@@ -168,15 +172,37 @@ impl<B: Backend> Decoder<B> {
             return Ok(());
         }
         self.ropes.iter_mut().flatten().for_each(|rope| rope.compute(batch));
-        let adapters = Adapters { runs: &self.runs, loaded: &self.adapters };
-        let step = Step { batch, ropes: &self.ropes, adapters };
+        kept::sequences(batch, &mut self.kept_sequences);
+        adapters::kept_runs(&self.runs, &batch.logit_rows, &mut self.kept_runs);
+        let (num_rows, num_kept_rows) = (batch.num_tokens(), batch.logit_rows.len());
+        let adapters = |runs| Adapters { runs, loaded: &self.adapters };
+        let all =
+            Step { batch, num_rows, sequences: &batch.sequences, ropes: &self.ropes, adapters: adapters(&self.runs) };
+        let kept = Step {
+            num_rows: num_kept_rows,
+            sequences: &self.kept_sequences,
+            adapters: adapters(&self.kept_runs),
+            ..all
+        };
+        let mut step = all;
         let backend = &mut self.backend;
+        let num_layers = self.weights.layers.len();
+        let keeps_all = num_kept_rows == num_rows;
         backend.embed(&self.weights.embedding, step)?;
         passed(ModelPhase::Embed);
         for (index, (weights, config)) in self.weights.layers.iter().zip(&self.config.layers).enumerate() {
             let layer = Layer { index, config };
             backend.attention_inputs(layer, &weights.attention, step)?;
             passed(ModelPhase::AttentionInputs);
+            // Of most of a prompt's rows nothing is needed any more: their keys and values are in the cache.
+            if index + 1 == num_layers && !keeps_all && !backend.needs_every_row() {
+                backend.keep_rows(&batch.logit_rows)?;
+                passed(ModelPhase::Embed);
+                step = kept;
+                if num_kept_rows == 0 {
+                    break;
+                }
+            }
             backend.attention(layer, step)?;
             passed(ModelPhase::Attention);
             let mlp_norm = weights.feed_forward.norm.as_ref().unwrap_or(&weights.attention.norm);
@@ -196,10 +222,11 @@ impl<B: Backend> Decoder<B> {
                 }
             }
         }
-        backend.keep_rows(&batch.logit_rows)?;
-        adapters::kept_runs(&self.runs, &batch.logit_rows, &mut self.kept_runs);
-        passed(ModelPhase::Embed);
-        self.num_kept_rows = batch.logit_rows.len();
+        if !keeps_all && backend.needs_every_row() {
+            backend.keep_rows(&batch.logit_rows)?;
+            passed(ModelPhase::Embed);
+        }
+        self.num_kept_rows = num_kept_rows;
         Ok(())
     }
 

@@ -4,14 +4,15 @@
 //!
 //! Reading order: [`batch`] what comes in, [`model`] the door, `decoder` the computation written once, `backend` who
 //! carries it out, `rope` and `alibi` what positions do, [`config`] what a family is, [`weights`] where tensors come from,
-//! [`adapter`] what is added to them for one request and not for another, [`report`] what all that takes, [`threads`] and
-//! [`memory`] what the machine has.
+//! [`adapter`] what is added to them for one request and not for another, [`report`] what all that takes, `attention_work` what is
+//! compared with roofs, [`threads`] and [`memory`] what the machine has.
 
 pub mod adapter;
 pub mod batch;
 pub mod model;
 
 mod alibi;
+mod attention_work;
 mod backend;
 mod caches;
 mod decoder;
@@ -29,6 +30,7 @@ pub mod weights;
 pub use adapter::{
     Adapter, AdapterFormat, AdapterInfo, AdapterLimits, AdapterLoader, AdapterTarget, LowRank, OpenedAdapter,
 };
+pub use attention_work::{AttentionShape, AttentionWork};
 pub use batch::{BatchLimits, BatchSequence, ForwardBatch};
 pub use error::ModelError;
 pub use licence::declared_licence;

@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use bindery_kernels::{Cpu, Isa, ReadTarget};
 
-use crate::{ModelError, ProductWeights, caches, memory::available_memory_bytes, threads::physical_cores};
+use crate::{
+    AttentionWork, ModelError, ProductWeights, caches, memory::available_memory_bytes, threads::physical_cores,
+};
 
 /// Each roof is taken in rounds of about this length (memory's in as long as it takes to read all), and the best of them
 /// counts: other work on the machine only ever lowers a figure.
@@ -55,10 +57,18 @@ impl Roofs {
     }
 
     /// Seconds that these weights take at least, once a step and once a row: reading them, and multiplying with them.
-    pub fn seconds(&self, product: &ProductWeights, num_steps: f64, num_rows: f64) -> (f64, f64) {
+    /// `num_kept_rows`: those whose logits may be asked for.
+    pub fn seconds(&self, product: &ProductWeights, num_steps: f64, num_rows: f64, num_kept_rows: f64) -> (f64, f64) {
         let peak = if product.is_quantized { self.int8_operations } else { self.f32_operations };
         let reading = num_steps * product.num_bytes as f64 / self.read_bytes;
-        (reading, num_rows * 2.0 * product.num_parameters as f64 / peak)
+        let of_kept = num_kept_rows * product.num_kept_parameters as f64;
+        let of_all = num_rows * (product.num_parameters - product.num_kept_parameters) as f64;
+        (reading, 2.0 * (of_all + of_kept) / peak)
+    }
+
+    /// Seconds that attention takes at least: reading keys and values, and multiplying with them, which is done in f32.
+    pub fn attention_seconds(&self, work: AttentionWork) -> (f64, f64) {
+        (work.read_bytes as f64 / self.read_bytes, work.operations as f64 / self.f32_operations)
     }
 }
 

@@ -4,7 +4,7 @@
 //! Invariant: an option that cannot be honoured is refused here by name, before any weight is read.
 
 use std::{
-    ops::Range,
+    ops::{Add, Range},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -16,12 +16,13 @@ use crate::{
         Adapter, AdapterLoader,
         weights::{AnyAdapter, AnyLoader},
     },
+    attention_work::{AttentionShape, AttentionWork},
     backend::{
         Backend,
         cpu::{self, CpuBackend, ImportOptions},
         reference::ReferenceBackend,
     },
-    batch::ForwardBatch,
+    batch::{BatchSequence, ForwardBatch},
     config::DecoderConfig,
     decoder::{Decoder, LoadedWeights},
     error::ModelError,
@@ -192,6 +193,8 @@ pub struct ModelInfo {
     pub num_quantized_tensors: usize,
     /// What the parts of a forward pass multiply with, in the order of a pass; norms and biases are left out.
     pub products: Vec<ProductWeights>,
+    /// How much attention has to do.
+    pub attention: AttentionShape,
     /// Weights as they are held in memory.
     pub weight_bytes: u64,
     /// Weights as stored in the file.
@@ -234,6 +237,8 @@ pub struct ProductWeights {
     pub part: &'static str,
     /// Weights: multiply-adds for one row.
     pub num_parameters: u64,
+    /// Of them, those that only rows meet whose logits may be asked for: of the last layer, and the head.
+    pub num_kept_parameters: u64,
     /// As held in memory: what a step reads, however many rows it has.
     pub num_bytes: u64,
     /// Codes of at most 8 bits, multiplied with int8 activations (all matrices of the part).
@@ -267,6 +272,8 @@ pub trait StepModel: Send {
     /// Logits of rows `rows` (indices into the last batch's `logit_rows`), `out: [rows.len(), vocab_size]`.
     /// Called in slices, so that tokens x vocabulary never exists at once.
     fn logits(&mut self, rows: Range<usize>, out: &mut [f32]) -> Result<(), ModelError>;
+    /// What attention has to do at least for this batch.
+    fn attention_work(&self, batch: &ForwardBatch) -> AttentionWork;
     /// Runs `task(0)` to `task(num_tasks - 1)`, each once, on the threads that the model computes with and that have nothing to
     /// do between two calls; returns when all are done. A panic in a task is raised again here.
     fn spread(&self, num_tasks: usize, task: &(dyn Fn(usize) + Sync)) {
@@ -369,6 +376,12 @@ impl OpenedModel {
             },
             num_quantized_tensors,
             products: weights.products,
+            attention: AttentionShape::new(
+                &config.layers,
+                config.num_heads,
+                config.head_dim,
+                kv_bytes_per_layer(config, self.kv_cache_dtype),
+            ),
             weight_bytes: weights.num_bytes,
             stored_weight_bytes: store.num_bytes(),
             kv_bytes_per_token: self.kv_bytes_per_token(),
@@ -477,6 +490,16 @@ impl StepModel for Model {
         on_decoder!(self, decoder => decoder.logits(rows, out))
     }
 
+    fn attention_work(&self, batch: &ForwardBatch) -> AttentionWork {
+        let mut logit_rows = batch.logit_rows.iter().peekable();
+        let of = |sequence: &BatchSequence| {
+            let is_of_it = |row: &&u32| (**row as usize) < sequence.rows.end;
+            let num_kept = std::iter::from_fn(|| logit_rows.next_if(is_of_it)).count();
+            self.info.attention.work(sequence.context_len, sequence.rows.len(), num_kept)
+        };
+        batch.sequences.iter().map(of).fold(AttentionWork::default(), Add::add)
+    }
+
     fn spread(&self, num_tasks: usize, task: &(dyn Fn(usize) + Sync)) {
         match &self.decoder {
             AnyDecoder::Cpu(decoder) => decoder.backend().spread(num_tasks, task),
@@ -502,7 +525,12 @@ fn widest_window(config: &DecoderConfig) -> Option<usize> {
 
 /// Of one token, all layers: windows make no difference, for a layer's pages are those of all others.
 pub(crate) fn kv_bytes_per_token(config: &DecoderConfig, dtype: KvCacheDtype) -> usize {
-    2 * config.num_layers() * config.num_kv_heads * kv_head_bytes(dtype, config.head_dim)
+    config.num_layers() * kv_bytes_per_layer(config, dtype)
+}
+
+/// Of one token's key and value in one layer.
+fn kv_bytes_per_layer(config: &DecoderConfig, dtype: KvCacheDtype) -> usize {
+    2 * config.num_kv_heads * kv_head_bytes(dtype, config.head_dim)
 }
 
 /// Of one token's key (or value) in one head.

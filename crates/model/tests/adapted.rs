@@ -267,6 +267,8 @@ fn mixing_order_and_batch_never_change_a_bit() {
         let mut shuffle = Shuffle(7);
         for round in 0..6 {
             let mut harness = load(&threads(1 + round % 3));
+            // The last layer computes those rows alone whose logits are asked for.
+            let wanted = |position: usize| position % (1 + round % 3) == 0;
             let mut sequences: Vec<Sequence> =
                 prompts.iter().zip(&ways).map(|(tokens, way)| Sequence::through(tokens, *way)).collect();
             let mut found: Vec<Vec<(usize, Row)>> = vec![Vec::new(); ways.len()];
@@ -293,10 +295,12 @@ fn mixing_order_and_batch_never_change_a_bit() {
                         (sequence, num_tokens)
                     })
                     .collect();
-                for (at, position, row) in harness.step(&mut work, |_| true) {
+                for (at, position, row) in harness.step(&mut work, wanted) {
                     found[order[at]].push((position, row));
                 }
             }
+            let mut expected = expected.clone();
+            expected.iter_mut().for_each(|rows| rows.retain(|(position, _)| wanted(*position)));
             assert!(found == expected, "{:?}, round {round}", options.quantize);
         }
     }

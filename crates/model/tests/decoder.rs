@@ -92,7 +92,7 @@ fn together(
     harness: &mut Harness,
     prompts: &[Vec<u32>],
     chunks: &[usize],
-    wanted: fn(usize) -> bool,
+    wanted: impl Fn(usize) -> bool,
 ) -> Vec<Vec<(usize, Row)>> {
     let mut sequences: Vec<_> = prompts.iter().map(|prompt| Sequence::new(prompt)).collect();
     let mut rows: Vec<Vec<(usize, Row)>> = vec![Vec::new(); sequences.len()];
@@ -106,7 +106,7 @@ fn together(
                 who.push(index);
             }
         }
-        for (sequence, position, row) in harness.step(&mut work, wanted) {
+        for (sequence, position, row) in harness.step(&mut work, &wanted) {
             rows[who[sequence]].push((position, row));
         }
     }
@@ -116,13 +116,15 @@ fn together(
     rows
 }
 
-/// Sequences of `lengths`, each as if it were alone.
-fn check_batched(name: &str, backend: BackendKind, threads: usize, lengths: &[usize], chunks: &[usize]) {
+/// Sequences of `lengths`, each as if it were alone. Logits are asked for at every so-many-th position.
+fn check_batched(name: &str, backend: BackendKind, threads: usize, lengths: &[usize], chunks: &[usize], every: usize) {
+    let wanted = |position| position % every == every - 1;
     let mut harness = Harness::with_blocks(&checkpoint(name), &options(backend, threads), NUM_BLOCKS, scattered());
     let prompts: Vec<_> = lengths.iter().enumerate().map(|(seed, &len)| tokens(len, seed)).collect();
-    let rows = together(&mut harness, &prompts, chunks, |_| true);
+    let rows = together(&mut harness, &prompts, chunks, wanted);
     for (seed, (prompt, rows)) in prompts.iter().zip(&rows).enumerate() {
-        let expected = alone(name, backend, prompt);
+        let mut expected = alone(name, backend, prompt);
+        expected.retain(|(position, _)| wanted(*position));
         check_same(backend, &format!("{name}, sequence {seed} of {lengths:?}"), &expected, rows);
     }
 }
@@ -131,8 +133,34 @@ fn check_batched(name: &str, backend: BackendKind, threads: usize, lengths: &[us
 fn neighbours_change_no_row() {
     for backend in [BackendKind::Cpu, BackendKind::Reference] {
         for name in CHECKPOINTS {
-            check_batched(name, backend, 2, &[45, 3, 1, 30, 17], &[16, 1, 1, 9, 4]);
-            check_batched(name, backend, 1, &[8; 9], &[1]);
+            check_batched(name, backend, 2, &[45, 3, 1, 30, 17], &[16, 1, 1, 9, 4], 1);
+            check_batched(name, backend, 1, &[8; 9], &[1], 1);
+        }
+    }
+}
+
+/// The last layer computes those rows alone whose logits are asked for.
+#[test]
+fn rows_that_nobody_asks_for_change_no_other() {
+    let prompt = tokens(45, 1);
+    for backend in [BackendKind::Cpu, BackendKind::Reference] {
+        for name in CHECKPOINTS {
+            let expected = alone(name, backend, &prompt);
+            let some: [fn(usize) -> bool; 4] = [
+                |position| position == 44,
+                |position| position < 5 || position == 20,
+                |position| position % 3 == 1,
+                |position| position != 30,
+            ];
+            for (index, wanted) in some.into_iter().enumerate() {
+                for chunk in [16, 45] {
+                    let mut harness = Harness::load(&checkpoint(name), &options(backend, 2), NUM_BLOCKS);
+                    let rows = harness.prefill(&mut Sequence::new(&prompt), chunk, wanted);
+                    let mut expected = expected.clone();
+                    expected.retain(|(position, _)| wanted(*position));
+                    check_same(backend, &format!("{name}, rows {index}, chunks of {chunk}"), &expected, &rows);
+                }
+            }
         }
     }
 }
@@ -151,8 +179,9 @@ proptest! {
         chunks in proptest::collection::vec(1_usize..20, 1..8),
         checkpoint in 0..CHECKPOINTS.len(),
         threads in 1_usize..4,
+        every in 1_usize..5,
     ) {
-        check_batched(CHECKPOINTS[checkpoint], BackendKind::Cpu, threads, &lengths, &chunks);
+        check_batched(CHECKPOINTS[checkpoint], BackendKind::Cpu, threads, &lengths, &chunks, every);
     }
 }
 

@@ -242,6 +242,16 @@ impl Metrics {
             ),
             counter("bindery_steps_total", "Steps of the engine", stats.num_steps),
             counter("bindery_failed_steps_total", "Steps of the engine that failed", stats.num_failed_steps),
+            counter(
+                "bindery_attention_read_bytes_total",
+                "Bytes of keys and values that attention had to read",
+                stats.attention.read_bytes,
+            ),
+            counter(
+                "bindery_attention_operations_total",
+                "Operations of attention's products, two a multiply-add",
+                stats.attention.operations,
+            ),
             family(
                 "bindery_step_phase_seconds_total",
                 "Seconds the engine spent in each phase of its steps",
@@ -334,6 +344,8 @@ mod tests {
             "vllm:lora_requests_info{max_lora=\"0\",running_lora_adapters=\"\",waiting_lora_adapters=\"\"} ",
             "bindery_kv_slots_wasted{model_name=\"m\"} 0",
             "bindery_step_phase_seconds_total{model_name=\"m\",phase=\"attention\"} 0",
+            "bindery_attention_read_bytes_total{model_name=\"m\"} 0",
+            "bindery_attention_operations_total{model_name=\"m\"} 0",
             "bindery_http_requests_total{method=\"POST\",route=\"/v1/completions\",status=\"200\"} 0",
         ] {
             assert!(text.lines().any(|line| line.starts_with(name)), "{name} is not in\n{text}");

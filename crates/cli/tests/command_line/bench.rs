@@ -265,12 +265,12 @@ fn roofs_are_taken_beside_each_load_and_every_phase_has_its_share_or_none() {
         assert!(roofs.len() == 3 && roofs.iter().all(|roof| *roof > 0.0), "{load}: {table}");
     }
     let (header, phases) = phases_of(table);
-    assert_eq!(header, "PHASE MB 1 clients: share of 2 clients: share of");
+    assert_eq!(header, "PHASE 1 clients: MB, share of 2 clients: MB, share of");
     assert_eq!(phases.iter().map(|(name, _)| *name).collect::<Vec<_>>(), STEP_PHASES, "{table}");
     for (phase, cells) in phases {
-        if ["qkv", "output", "mlp", "head"].contains(&phase) {
-            // Its size, and "12 % memory" for each load.
-            assert!(cells.len() == 7 && cells[2] == "%" && cells[5] == "%", "{phase}: {table}");
+        if ["qkv", "attention", "output", "mlp", "head"].contains(&phase) {
+            // "1.5 12 % memory" for each load.
+            assert!(cells.len() == 8 && cells[2] == "%" && cells[6] == "%", "{phase}: {table}");
             assert!(["memory", "compute"].contains(&cells[3]), "{phase}: {table}");
         } else {
             assert_eq!(cells, ["–", "–"], "{phase}: {table}");
@@ -280,7 +280,11 @@ fn roofs_are_taken_beside_each_load_and_every_phase_has_its_share_or_none() {
     let report = report_of(&run(&arguments(Some("--json"))));
     let roofs = report["roofline"]["roofs"].as_array().unwrap();
     assert_eq!(roofs.iter().map(|of| of["load"].as_str().unwrap()).collect::<Vec<_>>(), ["1 clients", "2 clients"]);
-    assert_eq!(report["roofline"]["shares"].as_array().unwrap().len(), 8, "four products under two loads: {report}");
+    assert_eq!(
+        report["roofline"]["shares"].as_array().unwrap().len(),
+        10,
+        "four products and attention under two loads: {report}"
+    );
 }
 
 /// A shape whose weights nobody has: its config.json is all there is of the folder.

@@ -4,7 +4,7 @@
 
 use std::time::{Duration, Instant};
 
-use bindery_model::ModelPhase;
+use bindery_model::{AttentionWork, ModelPhase};
 use bindery_scheduler::SchedulerStats;
 
 use super::step_cost::{StepCost, StepCosts};
@@ -46,6 +46,8 @@ pub struct EngineStats {
     pub iteration_tokens_sum: u64,
     /// Seconds spent in each phase of the step since start, in the order of the step.
     pub phase_seconds: Vec<(&'static str, f64)>,
+    /// What attention had to do at least, over all steps that were computed.
+    pub attention: AttentionWork,
     /// What a step costs, by recent ones; None before the first.
     pub step_cost: Option<StepCost>,
     /// Sequences that the newest step gave a token and that go on.
@@ -105,6 +107,7 @@ pub(crate) struct StatsRecorder {
     num_steps: u64,
     iteration_tokens_counts: [u64; ITERATION_TOKENS_BOUNDS.len() + 1],
     iteration_tokens_sum: u64,
+    pub(crate) attention: AttentionWork,
     phase_times: [Duration; STEP_PHASES.len()],
     since: Instant,
     step_started: Instant,
@@ -121,6 +124,7 @@ impl StatsRecorder {
             num_steps: 0,
             iteration_tokens_counts: [0; ITERATION_TOKENS_BOUNDS.len() + 1],
             iteration_tokens_sum: 0,
+            attention: AttentionWork::default(),
             phase_times: [Duration::ZERO; STEP_PHASES.len()],
             since: Instant::now(),
             step_started: Instant::now(),
@@ -181,6 +185,7 @@ impl StatsRecorder {
             iteration_tokens_counts: self.iteration_tokens_counts.to_vec(),
             iteration_tokens_sum: self.iteration_tokens_sum,
             phase_seconds: STEP_PHASES.into_iter().zip(self.phase_times.iter().map(Duration::as_secs_f64)).collect(),
+            attention: self.attention,
             step_cost: self.step_costs.cost(),
             num_decoding: self.num_decoding,
             prefix_cache_queries: 0,

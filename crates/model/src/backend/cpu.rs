@@ -79,8 +79,6 @@ struct Buffers {
     mixture: Mixture,
     /// ALiBi's, `[num_heads, positions]`
     biases: Vec<f32>,
-    /// Rows for the head, `[kept rows, hidden_size]`.
-    kept: Vec<f32>,
     /// Empty between operations; keeps its memory.
     sequences: Vec<AttentionSequence<'static>>,
     /// Between the halves of the adapters' products.
@@ -255,7 +253,7 @@ impl CpuBackend {
     ) -> Result<(), ModelError> {
         let Self { cpu, config, buffers, .. } = self;
         let Buffers { hidden, activations, gated, branch, low_rank, segments: room, .. } = buffers;
-        let hidden = &mut hidden[..step.num_rows() * config.hidden_size];
+        let hidden = &mut hidden[..step.num_rows * config.hidden_size];
         let product = gated_product(mlp, config.mlp.activation);
         let form = Form::of([&mlp.down.weight]);
         let both = segments(step.adapters, |weights| &weights.layers[layer.index].gated, &mut room.1);
@@ -398,7 +396,7 @@ impl Backend for CpuBackend {
 
     fn embed(&mut self, table: &Matrix, step: Step<'_, Self>) -> Result<(), ModelError> {
         let DecoderConfig { hidden_size, embedding_scale, .. } = self.config;
-        let hidden = sized(&mut self.buffers.hidden, step.num_rows() * hidden_size)?;
+        let hidden = sized(&mut self.buffers.hidden, step.num_rows * hidden_size)?;
         self.cpu.take_rows(table, &step.batch.tokens, embedding_scale, hidden);
         Ok(())
     }
@@ -410,7 +408,7 @@ impl Backend for CpuBackend {
         step: Step<'_, Self>,
     ) -> Result<(), ModelError> {
         let DecoderConfig { num_heads, num_kv_heads, head_dim, hidden_size, .. } = self.config;
-        let (cpu, rows) = (&self.cpu, step.num_rows());
+        let (cpu, rows) = (&self.cpu, step.num_rows);
         let Buffers { hidden, activations, queries, keys, values, low_rank, segments: room, .. } = &mut self.buffers;
         let hidden = &hidden[..rows * hidden_size];
         let queries = sized(queries, rows * num_heads * head_dim)?;
@@ -442,7 +440,7 @@ impl Backend for CpuBackend {
 
     fn attention(&mut self, layer: Layer<'_>, step: Step<'_, Self>) -> Result<(), ModelError> {
         if self.config.alibi.is_some() {
-            let lengths = step.batch.sequences.iter().map(|sequence| sequence.context_len);
+            let lengths = step.sequences.iter().map(|sequence| sequence.context_len);
             self.make_biases(lengths.max().unwrap_or(0))?;
         }
         let width = self.config.num_heads * self.config.head_dim;
@@ -455,10 +453,10 @@ impl Backend for CpuBackend {
             soft_cap: self.config.attention_soft_cap,
             biases: self.config.alibi.is_some().then_some(biases.as_slice()),
         };
-        let queries = &queries[..step.num_rows() * width];
-        let attended = sized(attended, step.num_rows() * width)?;
+        let queries = &queries[..step.num_rows * width];
+        let attended = sized(attended, step.num_rows * width)?;
         let mut step_sequences = recycled(mem::take(sequences));
-        step_sequences.extend(step.batch.sequences.iter().map(|sequence| AttentionSequence {
+        step_sequences.extend(step.sequences.iter().map(|sequence| AttentionSequence {
             rows: sequence.rows.clone(),
             context_len: sequence.context_len,
             block_table: &step.batch.block_tables[sequence.block_table.clone()],
@@ -474,7 +472,7 @@ impl Backend for CpuBackend {
         weights: &AttentionWeights<Self>,
         step: Step<'_, Self>,
     ) -> Result<(), ModelError> {
-        let (rows, width) = (step.num_rows(), self.config.num_heads * self.config.head_dim);
+        let (rows, width) = (step.num_rows, self.config.num_heads * self.config.head_dim);
         let Buffers { hidden, activations, attended, branch, low_rank, segments: room, .. } = &mut self.buffers;
         let hidden = &mut hidden[..rows * self.config.hidden_size];
         let attended = &attended[..rows * width];
@@ -493,7 +491,7 @@ impl Backend for CpuBackend {
         weights: &FeedForwardWeights<Self>,
         step: Step<'_, Self>,
     ) -> Result<(), ModelError> {
-        let rows = step.num_rows();
+        let rows = step.num_rows;
         let Buffers { hidden, activations, .. } = &mut self.buffers;
         let hidden = &hidden[..rows * self.config.hidden_size];
         self.cpu.norm(hidden, rows, &self::norm(&self.config, norm), input_form(&weights.kind), activations);
@@ -504,11 +502,13 @@ impl Backend for CpuBackend {
     }
 
     fn keep_rows(&mut self, rows: &[u32]) -> Result<(), ModelError> {
-        let hidden_size = self.config.hidden_size;
-        let Buffers { hidden, kept, .. } = &mut self.buffers;
-        let kept = sized(kept, rows.len() * hidden_size)?;
-        for (&row, kept) in rows.iter().zip(kept.chunks_exact_mut(hidden_size)) {
-            kept.copy_from_slice(&hidden[row as usize * hidden_size..][..hidden_size]);
+        let DecoderConfig { num_heads, head_dim, hidden_size, .. } = self.config;
+        let Buffers { hidden, queries, .. } = &mut self.buffers;
+        for (values, width) in [(hidden, hidden_size), (queries, num_heads * head_dim)] {
+            for (to, &row) in rows.iter().enumerate() {
+                let from = row as usize * width;
+                values.copy_within(from..from + width, to * width);
+            }
         }
         Ok(())
     }
@@ -521,10 +521,10 @@ impl Backend for CpuBackend {
         out: &mut [f32],
     ) -> Result<(), ModelError> {
         let DecoderConfig { hidden_size, logit_scale, logit_soft_cap, .. } = self.config;
-        let Buffers { activations, kept, low_rank, segments: room, .. } = &mut self.buffers;
-        let kept = &kept[rows.start * hidden_size..rows.end * hidden_size];
+        let Buffers { hidden, activations, low_rank, segments: room, .. } = &mut self.buffers;
+        let hidden = &hidden[rows.start * hidden_size..rows.end * hidden_size];
         let HeadWeights { norm, weight, bias } = *weights;
-        self.cpu.norm(kept, rows.len(), &self::norm(&self.config, norm), Form::of([weight]), activations);
+        self.cpu.norm(hidden, rows.len(), &self::norm(&self.config, norm), Form::of([weight]), activations);
         let head = segments(adapters, |weights| &weights.head, &mut room.0);
         let product = Product { weights: weight, bias: bias.map(Vec::as_slice), out: &mut *out };
         self.cpu.matmul_all(activations, [product], addends(&self.cpu, activations, &head, low_rank));

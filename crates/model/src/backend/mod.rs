@@ -17,7 +17,7 @@ use crate::{
         LowRank,
         weights::{AdapterWeights, BaseForm, LowRankWeights},
     },
-    batch::ForwardBatch,
+    batch::{BatchSequence, ForwardBatch},
     config::LayerConfig,
     error::ModelError,
     rope::Rope,
@@ -26,8 +26,12 @@ use crate::{
 
 /// One step as every operation sees it.
 pub(crate) struct Step<'a, B: Backend> {
-    /// Checked.
+    /// Checked. Its tokens, slots and sequences are those of the step's rows until some are left out by [`Backend::keep_rows`].
     pub(crate) batch: &'a ForwardBatch,
+    /// Rows of the step.
+    pub(crate) num_rows: usize,
+    /// The step's rows as sequences, with block tables in the batch's.
+    pub(crate) sequences: &'a [BatchSequence],
     /// The batch's angles, one a rotary embedding; None for one that no layer uses.
     pub(crate) ropes: &'a [Option<Rope>],
     /// Rows that go through adapters: products with a base weight get those of the adapters beside them, in the same
@@ -82,11 +86,6 @@ impl<'a, B: Backend> Adapters<'a, B> {
 }
 
 impl<'a, B: Backend> Step<'a, B> {
-    /// Rows of the step.
-    pub(crate) fn num_rows(&self) -> usize {
-        self.batch.num_tokens()
-    }
-
     /// The angles of a layer's rotation, and the number of its embedding; None where it does not rotate.
     pub(crate) fn rope(&self, layer: Layer<'_>) -> Option<(usize, &'a Rope)> {
         let index = layer.config.rotary?;
@@ -175,7 +174,7 @@ pub(crate) struct HeadWeights<'a, B: Backend> {
 }
 
 /// Carries out the decoder's operations over its own buffers. Between operations it holds the residual stream
-/// (`[num_rows, hidden_size]`), the step's queries and attended values, and the rows kept for the head.
+/// (`[num_rows, hidden_size]`) and the step's queries and attended values.
 pub(crate) trait Backend: Send + Sized + 'static {
     /// A weight matrix as this backend computes with it.
     type Matrix: Send + Sync;
@@ -262,13 +261,18 @@ pub(crate) trait Backend: Send + Sized + 'static {
         weights: &FeedForwardWeights<Self>,
         step: Step<'_, Self>,
     ) -> Result<(), ModelError>;
-    /// Keeps these rows of the residual stream for the head, in place of those kept before.
+    /// Leaves out all rows of the residual stream and the queries but these, which ascend: from now on they are the step's.
+    /// Once a step at most, after the last layer's `attention_inputs` or after its end.
     fn keep_rows(&mut self, rows: &[u32]) -> Result<(), ModelError>;
+    /// Whether every row must go through the last layer, although nobody asks for its logits.
+    fn needs_every_row(&self) -> bool {
+        false
+    }
 
     // --- after a step, any number of times ---
 
-    /// Logits of some of the kept rows: head(norm(row)), scaled and capped. `out: [rows.len(), vocab_size]`; the adapters' runs
-    /// count from the first of these rows.
+    /// Logits of some of the step's last rows: head(norm(row)), scaled and capped. `out: [rows.len(), vocab_size]`; the adapters'
+    /// runs count from the first of these rows.
     fn head(
         &mut self,
         rows: Range<usize>,

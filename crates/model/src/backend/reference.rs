@@ -32,8 +32,6 @@ pub(crate) struct ReferenceBackend {
     cache: Vec<LayerCache>,
     /// Values between two operations; None before the first step.
     activations: Option<Activations>,
-    /// `[kept rows, hidden_size]`
-    kept: Option<Tensor>,
     /// The layer whose operations run.
     layer: usize,
     /// What went into each matrix, while somebody wants to know.
@@ -62,7 +60,6 @@ impl ReferenceBackend {
             block_size,
             cache: Vec::new(),
             activations: None,
-            kept: None,
             layer: 0,
             observed: None,
         }
@@ -475,7 +472,7 @@ impl Backend for ReferenceBackend {
         step: Step<'_, Self>,
     ) -> Result<(), ModelError> {
         let DecoderConfig { num_heads, num_kv_heads, head_dim, .. } = self.config;
-        let rows = step.num_rows();
+        let rows = step.num_rows;
         self.layer = layer.index;
         let hidden = self.activations().hidden.clone();
         let compute = || {
@@ -512,8 +509,8 @@ impl Backend for ReferenceBackend {
         let queries = self.activations().heads.clone();
         let pages = &self.cache[layer.index];
         let compute = || {
-            let mut attended = Vec::with_capacity(step.batch.sequences.len());
-            for sequence in &step.batch.sequences {
+            let mut attended = Vec::with_capacity(step.sequences.len());
+            for sequence in step.sequences {
                 let slots = self.slots(sequence, &step.batch.block_tables)?;
                 let keys = pages.keys.index_select(&slots, 0)?;
                 let values = pages.values.index_select(&slots, 0)?;
@@ -569,13 +566,20 @@ impl Backend for ReferenceBackend {
     }
 
     fn keep_rows(&mut self, rows: &[u32]) -> Result<(), ModelError> {
-        self.kept = None;
         if rows.is_empty() {
             return Ok(());
         }
         let rows = Tensor::new(rows, &self.device).map_err(failed)?;
-        self.kept = Some(self.activations().hidden.index_select(&rows, 0).map_err(failed)?);
+        let Activations { hidden, heads } = self.activations();
+        for values in [hidden, heads] {
+            *values = values.index_select(&rows, 0).map_err(failed)?;
+        }
         Ok(())
+    }
+
+    /// What goes into the last layer's matrices would be gathered of fewer rows.
+    fn needs_every_row(&self) -> bool {
+        self.observed.is_some()
     }
 
     fn head(
@@ -585,9 +589,9 @@ impl Backend for ReferenceBackend {
         adapters: Adapters<'_, Self>,
         out: &mut [f32],
     ) -> Result<(), ModelError> {
-        let kept = self.kept.as_ref().expect("the decoder asks for rows that were kept");
+        let hidden = self.activations().hidden.clone();
         let compute = || {
-            let x = self.norm(&kept.narrow(0, rows.start, rows.len())?, weights.norm)?;
+            let x = self.norm(&hidden.narrow(0, rows.start, rows.len())?, weights.norm)?;
             let role = if self.config.tied_embeddings { TensorRole::Embedding } else { TensorRole::Head };
             self.note_roles(&[role], &x)?;
             let mut logits = x.matmul(&weights.weight.t()?)?;

@@ -34,36 +34,40 @@ pub(super) fn weights<B: Backend>(
 /// The matrices of each part of a pass.
 fn products<B: Backend>(config: &DecoderConfig, weights: &DecoderWeights<B>) -> Vec<ProductWeights> {
     let of = |part, matrices: &mut dyn Iterator<Item = &B::Matrix>| {
-        let empty = ProductWeights { part, num_parameters: 0, num_bytes: 0, is_quantized: true };
+        let empty =
+            ProductWeights { part, num_parameters: 0, num_kept_parameters: 0, num_bytes: 0, is_quantized: true };
         matrices.fold(empty, |sum, matrix| ProductWeights {
-            part,
             num_parameters: sum.num_parameters + B::num_parameters(matrix) as u64,
             num_bytes: sum.num_bytes + B::matrix_bytes(matrix) as u64,
             is_quantized: sum.is_quantized && B::is_quantized(matrix),
+            ..sum
         })
     };
     let layers = &weights.layers;
     let in_attention = layers.iter().map(|layer| &layer.attention);
-    let mut mlp = of("mlp", &mut layers.iter().flat_map(|layer| always(&layer.feed_forward.kind)));
-    // Of the experts, what one row uses.
-    let experts = of("mlp", &mut layers.iter().flat_map(|layer| experts(&layer.feed_forward.kind)));
-    if let Some(Experts { num_experts, num_experts_per_token, .. }) = config.experts
-        && experts.num_parameters > 0
-    {
-        let share = |count: u64| count / num_experts as u64 * num_experts_per_token as u64;
-        mlp.num_parameters += share(experts.num_parameters);
-        mlp.num_bytes += share(experts.num_bytes);
-        // Routers are dense; what counts is what most is multiplied with.
-        mlp.is_quantized = experts.is_quantized;
-    }
+    let output = |layers: &[LayerWeights<B>]| of("output", &mut layers.iter().map(|layer| &layer.attention.o.weight));
+    let mlp = |layers: &[LayerWeights<B>]| {
+        let mut mlp = of("mlp", &mut layers.iter().flat_map(|layer| always(&layer.feed_forward.kind)));
+        // Of the experts, what one row uses.
+        let experts = of("mlp", &mut layers.iter().flat_map(|layer| experts(&layer.feed_forward.kind)));
+        if let Some(Experts { num_experts, num_experts_per_token, .. }) = config.experts
+            && experts.num_parameters > 0
+        {
+            let share = |count: u64| count / num_experts as u64 * num_experts_per_token as u64;
+            mlp.num_parameters += share(experts.num_parameters);
+            mlp.num_bytes += share(experts.num_bytes);
+            // Routers are dense; what counts is what most is multiplied with.
+            mlp.is_quantized = experts.is_quantized;
+        }
+        mlp
+    };
+    let last = &layers[layers.len().saturating_sub(1)..];
+    let head = of("head", &mut std::iter::once(weights.head.as_ref().unwrap_or(&weights.embedding)));
     vec![
-        of(
-            "qkv",
-            &mut in_attention.clone().flat_map(|attention| [&attention.q, &attention.k, &attention.v]).map(weight),
-        ),
-        of("output", &mut in_attention.map(|attention| &attention.o.weight)),
-        mlp,
-        of("head", &mut std::iter::once(weights.head.as_ref().unwrap_or(&weights.embedding))),
+        of("qkv", &mut in_attention.flat_map(|attention| [&attention.q, &attention.k, &attention.v]).map(weight)),
+        ProductWeights { num_kept_parameters: output(last).num_parameters, ..output(layers) },
+        ProductWeights { num_kept_parameters: mlp(last).num_parameters, ..mlp(layers) },
+        ProductWeights { num_kept_parameters: head.num_parameters, ..head },
     ]
 }
 

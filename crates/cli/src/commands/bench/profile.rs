@@ -4,6 +4,7 @@
 
 use std::fmt::Write as _;
 
+use bindery_model::AttentionWork;
 use comfy_table::{Cell, CellAlignment};
 use serde_json::{Value, json};
 
@@ -14,6 +15,8 @@ const PHASE_SECONDS: &str = "bindery_step_phase_seconds_total";
 const NUM_STEPS: &str = "vllm:iteration_tokens_total_count";
 const NUM_TOKENS: &str = "vllm:iteration_tokens_total_sum";
 const NUM_SAMPLED: &str = "vllm:generation_tokens_total";
+const ATTENTION_BYTES: &str = "bindery_attention_read_bytes_total";
+const ATTENTION_OPERATIONS: &str = "bindery_attention_operations_total";
 
 /// Time by phase, in the order of the server's text.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -24,6 +27,8 @@ pub(crate) struct Profile {
     pub(crate) num_tokens: f64,
     /// Tokens sampled: rows of logits, where no prompt is scored.
     pub(crate) num_sampled: f64,
+    /// What attention had to do at least; nothing for a server that does not count it.
+    pub(crate) attention: AttentionWork,
 }
 
 impl Profile {
@@ -43,6 +48,8 @@ impl Profile {
                 NUM_STEPS => profile.num_steps += value,
                 NUM_TOKENS => profile.num_tokens += value,
                 NUM_SAMPLED => profile.num_sampled += value,
+                ATTENTION_BYTES => profile.attention.read_bytes += value as u64,
+                ATTENTION_OPERATIONS => profile.attention.operations += value as u64,
                 _ => {}
             }
         }
@@ -61,6 +68,10 @@ impl Profile {
             num_steps: self.num_steps - before.num_steps,
             num_tokens: self.num_tokens - before.num_tokens,
             num_sampled: self.num_sampled - before.num_sampled,
+            attention: AttentionWork {
+                read_bytes: self.attention.read_bytes.saturating_sub(before.attention.read_bytes),
+                operations: self.attention.operations.saturating_sub(before.attention.operations),
+            },
         }
     }
 
@@ -114,16 +125,21 @@ mod tests {
         bindery_step_phase_seconds_total{model_name=\"m\",phase=\"schedule\"} 0.5\n\
         vllm:iteration_tokens_total_count{model_name=\"m\"} 10\n\
         vllm:iteration_tokens_total_sum{model_name=\"m\"} 100\n\
-        vllm:generation_tokens_total{model_name=\"m\"} 30\n";
+        vllm:generation_tokens_total{model_name=\"m\"} 30\n\
+        bindery_attention_read_bytes_total{model_name=\"m\"} 4096\n\
+        bindery_attention_operations_total{model_name=\"m\"} 2048\n";
 
     #[test]
     fn the_difference_of_two_texts_is_in_the_order_of_a_step() {
         let before = Profile::parse(BEFORE).unwrap();
         assert_eq!(before.phases, [("schedule".to_owned(), 0.5), ("attention".to_owned(), 1.5)]);
-        let after = BEFORE.replace(" 1.5", " 4.5").replace(" 0.5", " 1.5").replace(" 10\n", " 12\n");
+        let after =
+            BEFORE.replace(" 1.5", " 4.5").replace(" 0.5", " 1.5").replace(" 10\n", " 12\n").replace(" 4096", " 5000");
         let profile = Profile::parse(&after).unwrap().since(&before);
         assert_eq!(profile.phases, [("schedule".to_owned(), 1.0), ("attention".to_owned(), 3.0)]);
         assert_eq!((profile.num_steps, profile.num_tokens, before.num_sampled), (2.0, 0.0, 30.0));
+        assert_eq!(before.attention, AttentionWork { read_bytes: 4096, operations: 2048 });
+        assert_eq!(profile.attention, AttentionWork { read_bytes: 904, operations: 0 });
         let text = table(&[("8 clients".to_owned(), profile)]);
         assert!(text.contains("1500.000  75.0 %") && text.contains("2000.000 100.0 %"), "{text}");
     }

@@ -1,30 +1,51 @@
 //! How near the parts of a step come to what the machine can do at best (Williams, Waterman and Patterson 2009).
 //!
-//! A product with weights takes at least as long as reading them once a step, and as multiplying them with every row.
-//! The larger of the two over the time it took is its share of the roof. Attention and the rest have no share: their
-//! work depends on the contexts, which the counters do not tell.
+//! A product with weights takes at least as long as reading them once a step, and as multiplying them with every row;
+//! attention as reading the keys and values that a sequence sees once a step, and as its products. The larger of the two
+//! over the time it took is a phase's share of the roof. The rest have none: neither weights nor contexts tell their work.
 
 use std::fmt::Write as _;
 
-use bindery_model::{ModelInfo, ProductWeights, Roofs, machine};
+use bindery_model::{AttentionWork, ModelInfo, ProductWeights, Roofs, machine};
 use comfy_table::{Cell, CellAlignment};
 use serde_json::{Value, json};
 
 use super::profile::Profile;
 use crate::commands::models::{plain_table, show};
 
-/// A part's share of the roof under one load: of what, and how much.
-pub(crate) fn share(roofs: &Roofs, product: &ProductWeights, profile: &Profile) -> Option<(f64, &'static str)> {
-    let (_, seconds) = profile.phases.iter().find(|(phase, _)| phase == product.part)?;
-    let num_rows = if product.part == "head" { profile.num_sampled } else { profile.num_tokens };
-    let (reading, computing) = roofs.seconds(product, profile.num_steps, num_rows);
+/// The phase in which the pages are read.
+const ATTENTION: &str = "attention";
+
+/// A phase's share of the roof under one load: how much, and of what. None where no roof is known, or it took no time.
+pub(crate) fn share(
+    roofs: &Roofs,
+    products: &[ProductWeights],
+    profile: &Profile,
+    phase: &str,
+) -> Option<(f64, &'static str)> {
+    let (_, seconds) = profile.phases.iter().find(|(name, _)| name == phase)?;
+    let (reading, computing) = match products.iter().find(|product| product.part == phase) {
+        Some(product) => roofs.seconds(product, profile.num_steps, profile.num_tokens, profile.num_sampled),
+        None if phase == ATTENTION && profile.attention != AttentionWork::default() => {
+            roofs.attention_seconds(profile.attention)
+        }
+        None => return None,
+    };
     let (least, bound) = machine::bound(reading, computing);
     (*seconds > 0.0).then(|| (least / seconds, bound))
 }
 
+/// Megabytes that a phase has to read in a step, of the weights and of the cache.
+fn megabytes(products: &[ProductWeights], profile: &Profile, phase: &str) -> Option<f64> {
+    match products.iter().find(|product| product.part == phase) {
+        Some(product) => Some(product.num_bytes as f64 / 1e6),
+        None if phase == ATTENTION => Some(profile.attention.read_bytes as f64 / 1e6 / profile.num_steps.max(1.0)),
+        None => None,
+    }
+}
+
 /// Why a phase has none.
-const NO_SHARE: &str = "–: nothing to hold it against. What attention must read depends on the contexts, which the server does not count; \
-    the other phases multiply with no weights.";
+const NO_SHARE: &str = "MB: what a step has to read. –: nothing to hold it against.";
 
 /// The roofs beside each load, and the phases with one column a load.
 pub(crate) fn table(info: &ModelInfo, columns: &[(String, Profile)], roofs: &[Roofs]) -> String {
@@ -47,16 +68,16 @@ pub(crate) fn table(info: &ModelInfo, columns: &[(String, Profile)], roofs: &[Ro
         let _ = writeln!(text, "{note}\n");
     }
     let mut table = plain_table();
-    let mut header = vec![Cell::new("PHASE"), right("MB".to_owned())];
-    header.extend(columns.iter().map(|(name, _)| right(format!("{name}: share of"))));
+    let mut header = vec![Cell::new("PHASE")];
+    header.extend(columns.iter().map(|(name, _)| right(format!("{name}: MB, share of"))));
     table.set_header(header);
     for (phase, _) in &first.phases {
-        let product = info.products.iter().find(|product| product.part == phase);
-        let size = product.map_or_else(String::new, |product| format!("{:.1}", product.num_bytes as f64 / 1e6));
-        let mut cells = vec![Cell::new(phase), right(size)];
+        let mut cells = vec![Cell::new(phase)];
         cells.extend(columns.iter().zip(roofs).map(|((_, profile), roofs)| {
-            right(match product.and_then(|product| share(roofs, product, profile)) {
-                Some((share, bound)) => format!("{:.0} % {bound}", share * 100.0),
+            let size =
+                megabytes(&info.products, profile, phase).map_or_else(String::new, |size| format!("{size:.1}  "));
+            right(match share(roofs, &info.products, profile, phase) {
+                Some((share, bound)) => format!("{size}{:.0} % {bound}", share * 100.0),
                 None => "–".to_owned(),
             })
         }));
@@ -70,9 +91,9 @@ pub(crate) fn json(info: &ModelInfo, columns: &[(String, Profile)], roofs: &[Roo
     let loads = || columns.iter().zip(roofs);
     let shares: Vec<Value> = loads()
         .flat_map(|((load, profile), roofs)| {
-            info.products.iter().filter_map(move |product| {
-                let (share, bound) = share(roofs, product, profile)?;
-                Some(json!({"load": load, "product": product.part, "share": share, "bound": bound}))
+            profile.phases.iter().filter_map(move |(phase, _)| {
+                let (share, bound) = share(roofs, &info.products, profile, phase)?;
+                Some(json!({"load": load, "phase": phase, "share": share, "bound": bound}))
             })
         })
         .collect();
@@ -95,22 +116,49 @@ mod tests {
     #[test]
     fn the_nearer_roof_counts() {
         let roofs = Roofs { read_bytes: 100.0, int8_operations: 1000.0, f32_operations: 10.0, int8_note: None };
-        let product = ProductWeights { part: "mlp", num_parameters: 50, num_bytes: 25, is_quantized: true };
+        let product = ProductWeights {
+            part: "mlp",
+            num_parameters: 50,
+            num_kept_parameters: 0,
+            num_bytes: 25,
+            is_quantized: true,
+        };
         let profile = |num_steps, num_tokens| Profile {
             phases: vec![("mlp".to_owned(), 1.0)],
             num_steps,
             num_tokens,
             num_sampled: 0.0,
+            attention: AttentionWork::default(),
         };
+        let share = |product: ProductWeights, profile: &Profile| share(&roofs, &[product], profile, product.part);
         // One row a step: 0.25 s of reading, 0.1 s of products.
-        assert_eq!(share(&roofs, &product, &profile(1.0, 1.0)), Some((0.25, "memory")));
+        assert_eq!(share(product, &profile(1.0, 1.0)), Some((0.25, "memory")));
         // Eight rows a step: as much reading, 0.8 s of products.
-        assert_eq!(share(&roofs, &product, &profile(1.0, 8.0)), Some((0.8, "compute")));
+        assert_eq!(share(product, &profile(1.0, 8.0)), Some((0.8, "compute")));
         // Dense: multiplied in f32.
         let dense = ProductWeights { is_quantized: false, ..product };
-        assert_eq!(share(&roofs, &dense, &profile(1.0, 1.0)), Some((10.0, "compute")));
-        // The head computes sampled rows alone; a part that took no time has no share.
+        assert_eq!(share(dense, &profile(1.0, 1.0)), Some((10.0, "compute")));
+        // A fifth of it is of the last layer, which two rows in eight meet.
+        let last = ProductWeights { num_kept_parameters: 10, ..product };
+        assert_eq!(share(last, &Profile { num_sampled: 2.0, ..profile(1.0, 8.0) }), Some((0.68, "compute")));
+        // A part that took no time has no share.
         let head = ProductWeights { part: "head", ..product };
-        assert_eq!(share(&roofs, &head, &profile(1.0, 1.0)), None);
+        assert_eq!(share(head, &profile(1.0, 1.0)), None);
+    }
+
+    #[test]
+    fn attention_is_held_against_what_it_had_to_read_and_multiply_over_all_steps() {
+        let roofs = Roofs { read_bytes: 100.0, int8_operations: 1000.0, f32_operations: 10.0, int8_note: None };
+        let attention = |read_bytes, operations| Profile {
+            phases: vec![(ATTENTION.to_owned(), 4.0)],
+            num_steps: 2.0,
+            attention: AttentionWork { read_bytes, operations },
+            ..Profile::default()
+        };
+        let share = |profile: &Profile| share(&roofs, &[], profile, ATTENTION);
+        assert_eq!(share(&attention(200, 10)), Some((0.5, "memory")));
+        assert_eq!(share(&attention(200, 30)), Some((0.75, "compute")));
+        assert_eq!(share(&attention(0, 0)), None, "a server that does not count it");
+        assert_eq!(megabytes(&[], &attention(3_000_000, 0), ATTENTION), Some(1.5), "a step");
     }
 }
