@@ -14,10 +14,10 @@ use std::sync::OnceLock;
 use bindery_kernels::{
     Activation, Activations, AttentionArgs, Cpu, Form, Isa, KvDtype, KvShape, LayerNorm, Norm, RopeStyle, SparseBlocks,
 };
-use common::{Family, Paged, Random, bits, gate_and_up, gated, product};
+use common::{Family, Paged, Random, W4, W4_WITH_MINS, bits, gate_and_up, gated, product};
 use products::{
-    check_gated, check_leftovers, check_low_rank, check_mixture, check_product, check_product_independence,
-    extreme_codes, gated_case, low_rank_case, mixture_case,
+    check_gated, check_leftovers, check_low_rank, check_mixture, check_product, check_product_alone,
+    check_product_independence, extreme_codes, gated_case, low_rank_case, mixture_case,
 };
 use proptest::prelude::*;
 
@@ -409,6 +409,17 @@ macro_rules! properties {
                     for (m, groups) in [(40, 49), (37, 100), (13, 97)] {
                         check_product($isa, family, m, 19, groups, m == 40, m as u64);
                     }
+                }
+            }
+
+            /// Several tiles in a task, which go by turns; more of them than may wait at a time.
+            #[test]
+            fn long_products_of_many_tiles_match_scalar() {
+                for family in Family::all() {
+                    check_product_alone($isa, family, 37, 83, 100);
+                }
+                for family in [W4, W4_WITH_MINS] {
+                    check_product_alone($isa, family, 50, 1300, 49);
                 }
             }
 

@@ -289,7 +289,8 @@ fn chunks_change_no_bit_on_the_cpu_backend() {
             let longest = &golden.prompts.last().unwrap().tokens;
             let bits = |options: &LoadOptions, chunk: usize, every: usize| -> Vec<Vec<u32>> {
                 let mut harness = Harness::load(&checkpoint(name), options, NUM_BLOCKS);
-                let rows = harness.prefill(&mut Sequence::new(longest), chunk, |position| position % every == 0);
+                let rows =
+                    harness.prefill(&mut Sequence::new(longest), chunk, |position| position.is_multiple_of(every));
                 rows.iter().map(|(_, row)| row.iter().map(|x| x.to_bits()).collect()).collect()
             };
             for options in [cpu_f32(), LoadOptions::new(BackendKind::Cpu)] {

@@ -9,15 +9,15 @@ use std::ops::Range;
 use super::activations::{Activations, Inputs};
 use super::low_rank::Addends;
 use super::pool::{SharedMut, share_of};
-use super::task::{DenseTask, GroupCodes, GroupScales, Line, Output, QuantTask};
+use super::task::{DenseTask, GroupCodes, GroupScales, Line, Output, PART_GROUPS, QuantTask};
 use super::{Cpu, PIECES_PER_THREAD};
 use crate::matrix::{DENSE_TILE_ROWS, Dense, DenseElement, Matrix};
 
-/// Bytes of activations that a block of rows may take: it is read again for every weight tile, so it should stay in
-/// the second-level cache, which has 512 KiB and more on the machines in question.
+/// Bytes of activations that a block of rows may take, of codes those of one part of their groups: they are read again for every
+/// weight tile, so they should stay in the second-level cache, which has 512 KiB and more on the machines in question.
 const ROW_BLOCK_BYTES: usize = 256 * 1024;
-/// Rows of a block at least, so that an unpacked weight tile is used often enough.
-const MIN_BLOCK_ROWS: usize = 32;
+/// Rows of a block of a dense product at least, so that weights are read often enough for what they cost.
+const MIN_DENSE_ROWS: usize = 64;
 /// Multiply-adds that are worth waking another thread for: about two microseconds of one core.
 const MIN_PIECE_MACS: usize = 64 * 1024;
 
@@ -172,8 +172,9 @@ impl Cpu {
         match weights {
             Matrix::Quantized(w) => {
                 let x = x.quantized_rows();
-                let row_bytes = x.panels.groups * (size_of::<GroupCodes>() + size_of::<GroupScales>());
-                let block = (ROW_BLOCK_BYTES / row_bytes.max(1)).max(MIN_BLOCK_ROWS).div_ceil(x.panels.panel_rows);
+                let groups = x.panels.groups.min(PART_GROUPS);
+                let row_bytes = groups * (size_of::<GroupCodes>() + size_of::<GroupScales>());
+                let block = (ROW_BLOCK_BYTES / row_bytes.max(1)).div_ceil(x.panels.panel_rows);
                 for panels in even_parts(panels.clone(), block) {
                     let tiles = tiles.clone();
                     // SAFETY: the table fits the machine; the rest is checked, see above.
@@ -242,7 +243,7 @@ fn dense<E: DenseElement>(
     tiles: &Range<usize>,
     rows: Range<usize>,
 ) {
-    let block = (ROW_BLOCK_BYTES / (x.cols() * size_of::<f32>()).max(1)).max(MIN_BLOCK_ROWS);
+    let block = (ROW_BLOCK_BYTES / (x.cols() * size_of::<f32>()).max(1)).max(MIN_DENSE_ROWS);
     for m in even_parts(rows.clone(), block) {
         // SAFETY: the table fits the machine; the caller of `tiles` has checked the shapes.
         unsafe { kernel(&DenseTask { weights: w, x: x.rows(), m, tiles: tiles.clone(), out }) }

@@ -224,6 +224,18 @@ impl Output<'_> {
     }
 }
 
+/// Activation groups whose weights are unpacked together where many rows meet them, an even number; of two tiles at once half as
+/// many. With their scales they stay in the first-level cache.
+pub(crate) const PART_GROUPS: usize = 48;
+/// Bytes of sums that wait while the other tiles of a task meet the same groups of activations.
+const WAITING_BYTES: usize = 256 * 1024;
+
+/// How many of a task's tiles go by turns, part by part of their groups, where so many bytes of each one's sums wait meanwhile: the
+/// activations of a part are in the second-level cache for all of them. One where a part is all there is.
+pub(crate) fn tiles_by_turns(num_parts: usize, waiting_bytes: usize) -> usize {
+    if num_parts <= 1 { 1 } else { (WAITING_BYTES / waiting_bytes.max(1)).max(1) }
+}
+
 /// A part of a quantised product: some panels of activation rows by weight tiles `tiles`.
 pub(crate) struct QuantTask<'a> {
     pub(crate) weights: &'a Quantized,

@@ -40,6 +40,17 @@ pub(super) fn check_product(
     assert_eq!(bits(&ours), bits(&theirs));
 }
 
+/// On one thread: a product is one task.
+pub(super) fn check_product_alone(isa: Isa, family: Family, m: usize, rows_len: usize, groups: usize) {
+    let Some((_, scalar)) = pair(isa) else { return };
+    let mut random = Random(m as u64);
+    let cols = cols(&[family], groups, &mut random);
+    let x = random.vec(m * cols);
+    let ours = product(&Cpu::new(isa, 1), &x, m, &family.matrix(isa, rows_len, cols, 1), None);
+    let theirs = product(scalar, &x, m, &family.matrix(Isa::Scalar, rows_len, cols, 1), None);
+    assert_eq!(bits(&ours), bits(&theirs));
+}
+
 /// Of activations whose buffers have held more rows, of which none was a number.
 pub(super) fn check_leftovers(isa: Isa, family: Family, groups: usize) {
     let Some((cpu, _)) = pair(isa) else { return };

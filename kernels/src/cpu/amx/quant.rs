@@ -1,7 +1,7 @@
 //! Quantised products of many rows in the matrix unit: 16 activation rows by a weight tile in one instruction.
 //!
 //! ```text
-//! for each weight tile, for some groups at a time:
+//! for some groups at a time, for each weight tile:
 //!     unpack codes (signed) and scales
 //!     for each panel of up to 16 activation rows:
 //!         for group in ascending order:
@@ -28,11 +28,12 @@ use crate::cpu::generic::QuantLanes;
 use crate::cpu::generic::codes::{Codes, Part};
 use crate::cpu::generic::quant::{prefetch_group, store};
 use crate::cpu::generic::scales::{Pointers, Scales, TileLens};
-use crate::cpu::task::{GroupCodes, GroupPointers, GroupScales, Line, QuantTask, SPARE_GROUPS};
+use crate::cpu::matmul::even_parts;
+use crate::cpu::task::{
+    GroupCodes, GroupPointers, GroupScales, Line, PART_GROUPS, QuantTask, SPARE_GROUPS, tiles_by_turns,
+};
 use crate::quant_format::{CodeBits, GROUP};
 
-/// Activation groups whose weights are unpacked together, an even number; with their scales and the sums under way they stay in the first-level cache.
-const PANEL_GROUPS: usize = 48;
 /// Elements of a product's sums, or of a panel's accumulators.
 const TILE_SUMS: usize = TILE_ROWS * 16;
 
@@ -46,7 +47,7 @@ struct Places {
     mins: *mut f32,
     /// `[2, 16, 16]`
     sums: *mut i32,
-    /// `[panels, 16, 16]`: accumulators, where those of some groups wait for the next ones.
+    /// `[tiles, panels, 16, 16]`: accumulators, where those of some groups wait for the next ones.
     waiting: *mut f32,
 }
 
@@ -54,6 +55,8 @@ struct Places {
 #[derive(Clone, Copy)]
 struct Sizes {
     panels: usize,
+    /// Tiles that go by turns.
+    tiles: usize,
     /// Weight groups.
     groups: usize,
     pairs: usize,
@@ -65,15 +68,18 @@ impl Sizes {
     fn new<C: Codes>(task: &QuantTask<'_>) -> Self {
         let groups = task.weights.groups() * (GROUP / C::GROUP);
         let pairs = groups.div_ceil(2);
-        let part_pairs = (PANEL_GROUPS * GROUP / C::GROUP / 2).min(pairs);
-        Self { panels: task.panels.len(), groups, pairs, part_pairs }
+        let part_pairs = (PART_GROUPS * GROUP / C::GROUP / 2).min(pairs);
+        let panels = task.panels.len();
+        let num_parts = pairs.div_ceil(part_pairs.max(1));
+        let tiles = tiles_by_turns(num_parts, panels * TILE_SUMS * size_of::<f32>()).min(task.tiles.len());
+        Self { panels, tiles, groups, pairs, part_pairs }
     }
 
     /// Divides scratch memory, which grows where it is too small. All parts are whole lines.
     fn places<C: Codes>(self, scratch: &mut Vec<Line>) -> Places {
         let codes = self.part_pairs * 2 * C::GROUP * 16 / 64;
         let scales = self.part_pairs * 2;
-        let (sums, waiting) = (2 * TILE_ROWS, self.panels * TILE_ROWS);
+        let (sums, waiting) = (2 * TILE_ROWS, self.tiles * self.panels * TILE_ROWS);
         let lines = codes + 2 * scales + sums + waiting;
         if scratch.len() < lines {
             scratch.resize(lines, Line::default());
@@ -106,24 +112,41 @@ pub(super) unsafe fn multiply<Q: QuantLanes, C: Codes, S: Scales, const N: usize
     // SAFETY: the scratch has room for what `Sizes` says; the rest is the caller's duty.
     unsafe {
         tiles::shape(C::GROUP);
-        for tile in task.tiles.clone() {
-            let weights = Pointers::new(task, &lens, tile);
-            if sizes.pairs == 0 {
-                // Sums of nothing are stored like others.
+        if sizes.pairs == 0 {
+            // Sums of nothing are stored like others.
+            for tile in task.tiles.clone() {
                 for row in task.x.panels.rows_of_all(&task.panels) {
                     store::<Lanes>(task.out, row, tile, Lanes::zero());
                 }
             }
-            let mut first = 0;
-            while first < sizes.pairs {
+        }
+        for tiles in even_parts(task.tiles.clone(), sizes.tiles) {
+            for first in (0..sizes.pairs).step_by(sizes.part_pairs.max(1)) {
                 let pairs = sizes.part_pairs.min(sizes.pairs - first);
-                let part = unpack::<C, S>(task, &weights, first, pairs, &places);
-                all_rows::<C, S>(task, &weights, &part, sizes, &places, tile);
-                first += pairs;
+                for tile in tiles.clone() {
+                    let weights = Pointers::new(task, &lens, tile);
+                    let part = unpack::<C, S>(task, &weights, first, pairs, &places);
+                    // What comes next: the same part of the tile behind, the next part of the first one, or other tiles.
+                    let next = if tile + 1 < tiles.end {
+                        Ahead { weights, first: sizes.groups + 2 * first }
+                    } else if first + pairs < sizes.pairs {
+                        Ahead { weights: Pointers::new(task, &lens, tiles.start), first: 2 * (first + pairs) }
+                    } else {
+                        Ahead { weights, first: sizes.groups }
+                    };
+                    all_rows::<C, S>(task, &part, &next, sizes, &places, (tile, tile - tiles.start));
+                }
             }
         }
         tiles::release();
     }
+}
+
+/// Which weight groups are asked for while others are multiplied: from number `first` on, the groups of the tile behind being
+/// numbered on.
+struct Ahead {
+    weights: Pointers,
+    first: usize,
 }
 
 /// Some pairs of weight groups of a tile, unpacked.
@@ -177,7 +200,7 @@ unsafe fn unpack<C: Codes, S: Scales>(
     }
 }
 
-/// All activation rows by the groups that are unpacked. Pairs follow each other over the ends of panels: while the sums of one are
+/// All activation rows by the groups that are unpacked, of a tile, whose place among those that go by turns is told. Pairs follow each other over the ends of panels: while the sums of one are
 /// taken in, the unit multiplies the next.
 ///
 /// # Safety
@@ -185,11 +208,11 @@ unsafe fn unpack<C: Codes, S: Scales>(
 #[inline(always)]
 unsafe fn all_rows<C: Codes, S: Scales>(
     task: &QuantTask<'_>,
-    weights: &Pointers,
     part: &PanelPart,
+    next_weights: &Ahead,
     sizes: Sizes,
     places: &Places,
-    tile: usize,
+    (tile, turn): (usize, usize),
 ) {
     let first_panel = task.panels.start;
     let (is_first_part, is_last_part) = (part.first == 0, part.first + part.pairs == sizes.pairs);
@@ -211,7 +234,7 @@ unsafe fn all_rows<C: Codes, S: Scales>(
         start_second(next.0, 0);
         tiles::store::<0>(first_sums);
         for index in 0..sizes.panels {
-            let waiting = places.waiting.add(index * TILE_SUMS);
+            let waiting = places.waiting.add((turn * sizes.panels + index) * TILE_SUMS);
             let mut acc = [Lanes::zero(); TILE_ROWS];
             if !is_first_part {
                 for n in 0..TILE_ROWS {
@@ -220,7 +243,8 @@ unsafe fn all_rows<C: Codes, S: Scales>(
             }
             for pair in 0..part.pairs {
                 if index == 0 {
-                    let ahead = 2 * (part.first + part.pairs + pair) * C::GROUP / GROUP;
+                    let Ahead { weights, first } = next_weights;
+                    let ahead = (first + 2 * pair) * C::GROUP / GROUP;
                     prefetch_group::<Lanes, C, S>(weights, ahead);
                     if C::GROUP == GROUP {
                         prefetch_group::<Lanes, C, S>(weights, ahead + 1);

@@ -13,7 +13,8 @@
 //!
 //! For many rows (three panels of them and more) a tile's codes and scales are unpacked once, some groups at a time, into
 //! memory that stays in the first-level cache, and every panel passes over that; the sums are the same ones in the same
-//! order. Sets of few lanes take two tiles at once, so that an activation broadcast once meets both.
+//! order. Tiles go by turns, a part of their groups each, while that part of the activations is in the second-level cache. Sets of few
+//! lanes take two tiles at once, so that an activation broadcast once meets both.
 //!
 //! What pays (figures in `benches/RESULTS.md`): weights are asked for some groups ahead; N rows' sums advance in turns,
 //! held in place by `in_order`, because the chain of a single row's eight dependent products is longer than a core looks
@@ -34,12 +35,14 @@
 
 use std::arch::asm;
 use std::mem::discriminant;
+use std::ops::Range;
 
 use super::QuantLanes;
 use super::codes::{Codes, Part, Sums};
 use super::scales::{Pointers, Scales, TileLens};
+use crate::cpu::matmul::even_parts;
 use crate::cpu::prefetch::{LINE_BYTES, prefetch, prefetch_to_second};
-use crate::cpu::task::{GroupPointers, GroupScales, Line, Output, QuantTask};
+use crate::cpu::task::{GroupPointers, GroupScales, Line, Output, PART_GROUPS, QuantTask, tiles_by_turns};
 use crate::quant_format::{CodeBook, GROUP, QuantFormat, Scaling};
 
 /// Calls `$body::<.., n>` for a count known only now.
@@ -77,17 +80,15 @@ pub(in crate::cpu) unsafe fn multiply<Q: QuantLanes, C: Codes, S: Scales, const 
     let lens = TileLens::new(task.weights);
     // Without inputs there is nothing to unpack, and no last group to store the sums after.
     if task.panels.len() >= C::MIN_PANEL_PASSES && task.weights.groups() > 0 {
-        let mut tile = task.tiles.start;
-        while Q::PANEL_TILES == 2 && tile + 2 <= task.tiles.end {
+        let mut tiles = task.tiles.clone();
+        if Q::PANEL_TILES == 2 {
+            let in_twos = tiles.start..tiles.start + tiles.len() / 2 * 2;
+            tiles.start = in_twos.end;
             // SAFETY: the caller's duties are the same.
-            unsafe { by_panels::<Q, C, S, N, 2>(task, &lens, tile) };
-            tile += 2;
+            unsafe { by_panels::<Q, C, S, N, 2>(task, &lens, in_twos) };
         }
-        while tile < task.tiles.end {
-            // SAFETY: the caller's duties are the same.
-            unsafe { by_panels::<Q, C, S, N, 1>(task, &lens, tile) };
-            tile += 1;
-        }
+        // SAFETY: the caller's duties are the same.
+        unsafe { by_panels::<Q, C, S, N, 1>(task, &lens, tiles) };
         return;
     }
     for tile in task.tiles.clone() {
@@ -152,10 +153,6 @@ fn opaque<T>(mut pointer: *const T) -> *const T {
 /// Activation rows at a time at most.
 const MAX_COLUMNS: usize = 12;
 
-/// Activation groups that are unpacked together, of T tiles a T-th of them: with their scales they should stay in the
-/// first-level cache while the rows pass over them.
-const PANEL_GROUPS: usize = 48;
-
 /// Some groups of T tiles, unpacked.
 struct Panel {
     /// `[groups, T, 8, ROWS, 4]`
@@ -166,32 +163,36 @@ struct Panel {
     mins: *mut f32,
 }
 
-/// All of the task's rows by the tiles from `tile` on, whose groups are unpacked some at a time; between panels a row's sums
+/// All of the task's rows by `tiles`, T at once, whose groups are unpacked some at a time; between these parts a row's sums
 /// wait in memory.
 ///
 /// # Safety
-/// As [`multiply`]; the T tiles are the task's.
+/// As [`multiply`]; the tiles are the task's, a multiple of T.
 #[inline(always)]
 unsafe fn by_panels<Q: QuantLanes, C: Codes, S: Scales, const N: usize, const T: usize>(
     task: &mut QuantTask<'_>,
     lens: &TileLens,
-    tile: usize,
+    tiles: Range<usize>,
 ) {
     let groups = task.weights.groups();
     let per_group = GROUP / C::GROUP;
-    let panel_groups = (PANEL_GROUPS / T).min(groups);
+    let panel_groups = (PART_GROUPS / T).min(groups);
     let scale_lines = panel_groups * per_group * T * Q::ROWS / 16;
     let code_lines = panel_groups * T * 8 * Q::ROWS * 4 / 64;
     let all_rows = task.x.panels.rows_of_all(&task.panels);
     let sum_lines = all_rows.len() * T * Q::ROWS / 16 + 1;
-    let num_lines = code_lines + 2 * scale_lines + 2 + sum_lines;
+    let by_turns = tiles_by_turns(groups.div_ceil(panel_groups), sum_lines * size_of::<Line>()).min(tiles.len() / T);
+    let num_lines = code_lines + 2 * scale_lines + 2 + by_turns * sum_lines;
     if task.scratch.len() < num_lines {
         task.scratch.resize(num_lines, Line::default());
     }
-    let mut weights = [Pointers::new(task, lens, tile); T];
-    for t in 1..T {
-        weights[t] = Pointers::new(task, lens, tile + t);
-    }
+    let pointers_to = |task: &QuantTask<'_>, at: usize| {
+        let mut weights = [Pointers::new(task, lens, tiles.start + at * T); T];
+        for t in 1..T {
+            weights[t] = Pointers::new(task, lens, tiles.start + at * T + t);
+        }
+        weights
+    };
     // SAFETY: the scratch has room for all four parts, one after the other; groups are the tiles'; rows are the task's.
     unsafe {
         let lines = task.scratch.as_mut_ptr();
@@ -200,21 +201,34 @@ unsafe fn by_panels<Q: QuantLanes, C: Codes, S: Scales, const N: usize, const T:
             scales: lines.add(code_lines).cast(),
             mins: lines.add(code_lines + scale_lines + 1).cast(),
         };
-        let waiting: *mut f32 = lines.add(code_lines + 2 * scale_lines + 2).cast();
-        let mut first = 0;
-        while first < groups {
-            let count = panel_groups.min(groups - first);
-            for group in 0..count {
-                for t in 0..T {
-                    unpack_group::<Q, C, S, T>(&weights[t], first + group, &panel, group, t);
+        let waiting = lines.add(code_lines + 2 * scale_lines + 2);
+        for turns in even_parts(0..tiles.len() / T, by_turns) {
+            for first in (0..groups).step_by(panel_groups) {
+                let count = panel_groups.min(groups - first);
+                for at in turns.clone() {
+                    let weights = pointers_to(task, at);
+                    for group in 0..count {
+                        for t in 0..T {
+                            unpack_group::<Q, C, S, T>(&weights[t], first + group, &panel, group, t);
+                        }
+                    }
+                    // What comes next: the same part of the tiles behind, the next part of the first ones, or others.
+                    let ahead = if at + 1 < turns.end {
+                        (weights, groups * T + first)
+                    } else if first + count < groups {
+                        (pointers_to(task, turns.start), first + count)
+                    } else {
+                        (weights, groups * T)
+                    };
+                    let waiting = waiting.add((at - turns.start) * sum_lines).cast();
+                    let part = PanelPart { first, count, ahead, waiting };
+                    let tile = tiles.start + at * T;
+                    for rows in task.panels.clone() {
+                        let num_rows = task.x.panels.rows_of(rows).len();
+                        with_columns!(num_rows, N, panel_rows::<Q, C, S, T>(task, &panel, &part, tile, rows));
+                    }
                 }
             }
-            let part = PanelPart { first, count, waiting };
-            for rows in task.panels.clone() {
-                let num_rows = task.x.panels.rows_of(rows).len();
-                with_columns!(num_rows, N, panel_rows::<Q, C, S, T>(task, &weights, &panel, &part, tile, rows));
-            }
-            first += count;
         }
     }
 }
@@ -246,10 +260,12 @@ unsafe fn unpack_group<Q: QuantLanes, C: Codes, S: Scales, const T: usize>(
     }
 }
 
-/// Which groups a panel holds, and where sums wait for the next one, `[rows, T, ROWS]`.
-struct PanelPart {
+/// Which groups a panel holds, and where their sums wait for those of the next one, `[rows, T, ROWS]`.
+struct PanelPart<const T: usize> {
     first: usize,
     count: usize,
+    /// Which groups are asked for meanwhile: those from a number on, the groups of the tiles behind being numbered on.
+    ahead: ([Pointers; T], usize),
     waiting: *mut f32,
 }
 
@@ -260,9 +276,8 @@ struct PanelPart {
 #[inline(always)]
 unsafe fn panel_rows<Q: QuantLanes, C: Codes, S: Scales, const T: usize, const N: usize>(
     task: &QuantTask<'_>,
-    weights: &[Pointers; T],
     panel: &Panel,
-    part: &PanelPart,
+    part: &PanelPart<T>,
     tile: usize,
     rows: usize,
 ) {
@@ -282,7 +297,7 @@ unsafe fn panel_rows<Q: QuantLanes, C: Codes, S: Scales, const T: usize, const N
         for group in 0..part.count {
             if rows == task.panels.start {
                 for t in 0..T {
-                    prefetch_group::<Q, C, S>(&weights[t], part.first + part.count + group);
+                    prefetch_group::<Q, C, S>(&part.ahead.0[t], part.ahead.1 + group);
                 }
             }
             add_panel_group::<Q, C, S, T, N>(panel, group, x, &mut acc);
