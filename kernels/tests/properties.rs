@@ -16,8 +16,8 @@ use bindery_kernels::{
 };
 use common::{Family, Paged, Random, W4, W4_WITH_MINS, bits, gate_and_up, gated, product};
 use products::{
-    check_gated, check_leftovers, check_low_rank, check_mixture, check_product, check_product_alone,
-    check_product_independence, extreme_codes, gated_case, low_rank_case, mixture_case,
+    check_gated, check_gated_of, check_leftovers, check_low_rank, check_low_rank_of, check_mixture, check_product,
+    check_product_alone, check_product_independence, extreme_codes, gated_case, low_rank_case, mixture_case,
 };
 use proptest::prelude::*;
 
@@ -417,10 +417,21 @@ macro_rules! properties {
             fn long_products_of_many_tiles_match_scalar() {
                 for family in Family::all() {
                     check_product_alone($isa, family, 37, 83, 100);
+                    // Of several blocks of rows, too.
+                    check_product_alone($isa, family, 230, 37, 49);
                 }
                 for family in [W4, W4_WITH_MINS] {
                     check_product_alone($isa, family, 50, 1300, 49);
                 }
+            }
+
+            /// Several blocks of rows, by more outputs than one goes with.
+            #[test]
+            fn gated_products_of_many_rows_match_scalar() {
+                for family in Family::all() {
+                    check_gated_of($isa, family, 150, 192, 2);
+                }
+                check_low_rank_of($isa, [150, 131], 192);
             }
 
             /// A last panel of one row, of nine and of twelve: what lies behind it is read with it where panels have sixteen.

@@ -253,7 +253,7 @@ impl EngineLoop {
         let has_prompts = self.plan.sequences.iter().any(is_prompt);
         self.recorder.count_step(self.plan.num_batched_tokens());
         self.recorder.learn_cost(self.plan.num_batched_tokens(), has_prompts);
-        self.recorder.attention += self.model.attention_work(&self.batch);
+        self.recorder.count_work(self.batch.logit_rows.len(), self.model.attention_work(&self.batch));
         self.recorder.generation_tokens += self.outcome.sampled.len() as u64;
         self.recorder.num_decoding = self.outcome.sampled.iter().filter(|sampled| !sampled.finished).count();
         self.awaiting_masks.append(&mut self.outcome.advanced);

@@ -159,6 +159,9 @@ async fn tokens_are_those_of_the_naive_loop() {
     assert_eq!(stats.num_failed_steps, 0);
     // The double counts a row as an operation and a context as its bytes; each token came of a context of 100 at least.
     assert_eq!(stats.attention.operations, stats.iteration_tokens_sum);
+    // Alone, each token came of one row of a step of its own; a prompt's first chunk had none.
+    assert_eq!((stats.num_logit_rows, stats.num_logit_steps), (stats.generation_tokens, stats.generation_tokens));
+    assert!(stats.num_logit_steps < stats.num_steps, "{stats:?}");
     assert!(stats.attention.read_bytes >= 100 * stats.generation_tokens, "{:?}", stats.attention);
     assert!(stats.phase_seconds.iter().all(|(_, seconds)| *seconds > 0.0), "{:?}", stats.phase_seconds);
 }

@@ -278,10 +278,15 @@ fn the_observer_sees_the_inputs_of_every_matrix() {
         if !checkpoint.join("model.safetensors").exists() {
             continue;
         }
-        let mut model = Model::load(&checkpoint, &LoadOptions::new(BackendKind::Reference), &mut |_, _| ()).unwrap();
+        let load = || {
+            let options = LoadOptions::new(BackendKind::Reference);
+            let mut model = Model::load(&checkpoint, &options, &mut |_, _| ()).unwrap();
+            model.allocate_kv(2).unwrap();
+            model
+        };
+        let mut model = load();
         assert!(model.take_importance().is_none());
         model.observe_inputs().unwrap();
-        model.allocate_kv(2).unwrap();
         let mut batch = ForwardBatch::default();
         batch.tokens.extend([3, 1, 4, 1, 5]);
         batch.positions.extend(0..5);
@@ -290,10 +295,22 @@ fn the_observer_sees_the_inputs_of_every_matrix() {
         let rope_len = model.rope_regimes().map_or(0, |regimes| regimes.rope_len(5, 5));
         batch.sequences.push(BatchSequence { rows: 0..5, block_table: 0..1, context_len: 5, rope_len, adapter: None });
         batch.logit_rows.push(4);
-        model.forward(&batch, &mut |_| ()).unwrap();
         let mut logits = vec![0.0; model.vocab_size()];
-        model.logits(0..1, &mut logits).unwrap();
+        let mut compute = |model: &mut Model, batch: &ForwardBatch| {
+            model.forward(batch, &mut |_| ()).unwrap();
+            model.logits(batch.logit_rows.len() - 1..batch.logit_rows.len(), &mut logits).unwrap();
+            logits.clone()
+        };
+        let observed = compute(&mut model, &batch);
         let importance = model.take_importance().unwrap();
+        let difference = |other: &[f32]| observed.iter().zip(other).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(difference(&compute(&mut load(), &batch)) < 1e-4, "{name}: other logits than unobserved");
+        // Every row counts in the last layer, too, as it does where the logits of all are asked for.
+        batch.logit_rows = (0..5).collect();
+        let mut all_rows = load();
+        all_rows.observe_inputs().unwrap();
+        assert!(difference(&compute(&mut all_rows, &batch)) < 1e-4, "{name}");
+        let of_all_rows = all_rows.take_importance().unwrap();
         let store = WeightStore::open(&checkpoint).unwrap();
         let config = store.config();
         let head = if config.tied_embeddings { TensorRole::Embedding } else { TensorRole::Head };
@@ -303,6 +320,11 @@ fn the_observer_sees_the_inputs_of_every_matrix() {
             for tensor in [LayerTensor::Q, LayerTensor::K, LayerTensor::V, LayerTensor::O] {
                 let view = store.tensor(TensorRole::Layer(layer, tensor)).unwrap().unwrap();
                 let squares = importance.mean_squares(TensorRole::Layer(layer, tensor)).unwrap();
+                assert_eq!(
+                    squares,
+                    of_all_rows.mean_squares(TensorRole::Layer(layer, tensor)).unwrap(),
+                    "{name} {tensor:?}"
+                );
                 assert_eq!(squares.len(), view.cols, "{name} {tensor:?}");
                 assert!(squares.iter().any(|&square| square > 0.0));
             }

@@ -20,7 +20,7 @@ use std::{
 
 use bindery_model::{
     AdapterLimits, AttentionWork, BackendKind, BatchSequence, ForwardBatch, Gauge, KvCacheDtype, LoadOptions, Machine,
-    Model, ModelPhase, Quantize, Roofs, StepModel, machine,
+    Model, ModelPhase, Passes, Quantize, Roofs, StepModel, machine,
 };
 use clap::Parser;
 use serde_json::{Value, json};
@@ -225,7 +225,8 @@ fn least(roofs: &Roofs, model: &Model, load: Load) -> (f64, &'static str) {
     let info = model.info();
     let (mut reading, mut computing) = roofs.attention_seconds(load.attention_work(model));
     for product in &info.products {
-        let seconds = roofs.seconds(product, 1.0, load.num_tokens() as f64, load.num_sampled() as f64);
+        let (num_rows, num_logit_rows) = (load.num_tokens() as f64, load.num_sampled() as f64);
+        let seconds = roofs.seconds(product, Passes { num_steps: 1.0, num_rows, num_logit_steps: 1.0, num_logit_rows });
         (reading, computing) = (reading + seconds.0, computing + seconds.1);
     }
     machine::bound(reading, computing)

@@ -139,6 +139,7 @@ impl AlikeLayers {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::FeedForward;
 
     fn shape(layers: Vec<AlikeLayers>) -> AttentionShape {
         AttentionShape { layers, last: None, bytes_per_key: 1000, operations_per_score: 10 }
@@ -170,6 +171,15 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_models_layers_are_counted_by_what_they_see() {
+        let layer = |window| LayerConfig { window, blocks: None, rotary: None, feed_forward: FeedForward::Dense };
+        let shape = AttentionShape::new(&[layer(Some(4)), layer(None), layer(Some(4)), layer(None)], 2, 8, 100);
+        // Keys of a row at the end of ten: 4, 10, 4 and 10; two multiply-adds for each of 16 elements.
+        assert_eq!(shape.work(10, 1, 1), AttentionWork { read_bytes: 2_800, operations: 28 * 64 });
+        assert_eq!(shape.work(10, 1, 0), AttentionWork { read_bytes: 1_800, operations: 18 * 64 });
     }
 
     #[test]

@@ -172,9 +172,12 @@ impl<B: Backend> Decoder<B> {
             return Ok(());
         }
         self.ropes.iter_mut().flatten().for_each(|rope| rope.compute(batch));
-        kept::sequences(batch, &mut self.kept_sequences);
-        adapters::kept_runs(&self.runs, &batch.logit_rows, &mut self.kept_runs);
         let (num_rows, num_kept_rows) = (batch.num_tokens(), batch.logit_rows.len());
+        let keeps_some = num_kept_rows < num_rows;
+        if keeps_some {
+            kept::sequences(batch, &mut self.kept_sequences);
+        }
+        adapters::kept_runs(&self.runs, &batch.logit_rows, &mut self.kept_runs);
         let adapters = |runs| Adapters { runs, loaded: &self.adapters };
         let all =
             Step { batch, num_rows, sequences: &batch.sequences, ropes: &self.ropes, adapters: adapters(&self.runs) };
@@ -187,7 +190,7 @@ impl<B: Backend> Decoder<B> {
         let mut step = all;
         let backend = &mut self.backend;
         let num_layers = self.weights.layers.len();
-        let keeps_all = num_kept_rows == num_rows;
+        let keeps_early = keeps_some && !backend.needs_every_row();
         backend.embed(&self.weights.embedding, step)?;
         passed(ModelPhase::Embed);
         for (index, (weights, config)) in self.weights.layers.iter().zip(&self.config.layers).enumerate() {
@@ -195,7 +198,7 @@ impl<B: Backend> Decoder<B> {
             backend.attention_inputs(layer, &weights.attention, step)?;
             passed(ModelPhase::AttentionInputs);
             // Of most of a prompt's rows nothing is needed any more: their keys and values are in the cache.
-            if index + 1 == num_layers && !keeps_all && !backend.needs_every_row() {
+            if keeps_early && index + 1 == num_layers {
                 backend.keep_rows(&batch.logit_rows)?;
                 passed(ModelPhase::Embed);
                 step = kept;
@@ -222,7 +225,7 @@ impl<B: Backend> Decoder<B> {
                 }
             }
         }
-        if !keeps_all && backend.needs_every_row() {
+        if keeps_some && !keeps_early {
             backend.keep_rows(&batch.logit_rows)?;
             passed(ModelPhase::Embed);
         }

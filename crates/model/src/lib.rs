@@ -34,7 +34,7 @@ pub use attention_work::{AttentionShape, AttentionWork};
 pub use batch::{BatchLimits, BatchSequence, ForwardBatch};
 pub use error::ModelError;
 pub use licence::declared_licence;
-pub use machine::{Gauge, Machine, Roofs};
+pub use machine::{Gauge, Machine, Passes, Roofs};
 pub use model::{
     BackendKind, Dtype, KvCacheDtype, LoadOptions, Model, ModelInfo, ModelPhase, OpenedModel, ProductWeights, Quantize,
     StepModel, make_room,

@@ -44,6 +44,19 @@ pub struct Roofs {
     pub int8_note: Option<&'static str>,
 }
 
+/// How often weights are read, and how many rows meet them.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Passes {
+    /// Steps.
+    pub num_steps: f64,
+    /// Rows in all of them.
+    pub num_rows: f64,
+    /// Steps with rows whose logits could be asked for: in the others nothing goes through the head.
+    pub num_logit_steps: f64,
+    /// Those rows.
+    pub num_logit_rows: f64,
+}
+
 impl Roofs {
     /// The higher of each: other work only ever lowers a figure.
     #[must_use]
@@ -57,13 +70,14 @@ impl Roofs {
     }
 
     /// Seconds that these weights take at least, once a step and once a row: reading them, and multiplying with them.
-    /// `num_kept_rows`: those whose logits may be asked for.
-    pub fn seconds(&self, product: &ProductWeights, num_steps: f64, num_rows: f64, num_kept_rows: f64) -> (f64, f64) {
+    pub fn seconds(&self, product: &ProductWeights, passes: Passes) -> (f64, f64) {
         let peak = if product.is_quantized { self.int8_operations } else { self.f32_operations };
-        let reading = num_steps * product.num_bytes as f64 / self.read_bytes;
-        let of_kept = num_kept_rows * product.num_kept_parameters as f64;
-        let of_all = num_rows * (product.num_parameters - product.num_kept_parameters) as f64;
-        (reading, 2.0 * (of_all + of_kept) / peak)
+        let Passes { num_steps, num_rows, num_logit_steps, num_logit_rows } = passes;
+        let of =
+            |all: u64, kept: u64, times: f64, kept_times: f64| times * (all - kept) as f64 + kept_times * kept as f64;
+        let bytes = of(product.num_bytes, product.num_kept_bytes, num_steps, num_logit_steps);
+        let macs = of(product.num_parameters, product.num_kept_parameters, num_rows, num_logit_rows);
+        (bytes / self.read_bytes, 2.0 * macs / peak)
     }
 
     /// Seconds that attention takes at least: reading keys and values, and multiplying with them, which is done in f32.

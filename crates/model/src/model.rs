@@ -218,7 +218,7 @@ pub struct ModelInfo {
 /// A part of the forward pass; see [`StepModel::forward`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ModelPhase {
-    /// Embedding rows of the tokens, rotary angles, and the rows kept for the head.
+    /// Embedding rows of the tokens, rotary angles, and leaving out rows that nobody asks for logits of.
     Embed,
     /// Norm, queries, keys and values, rotary embedding, writing to the pages.
     AttentionInputs,
@@ -241,6 +241,8 @@ pub struct ProductWeights {
     pub num_kept_parameters: u64,
     /// As held in memory: what a step reads, however many rows it has.
     pub num_bytes: u64,
+    /// Of them, those of `num_kept_parameters`.
+    pub num_kept_bytes: u64,
     /// Codes of at most 8 bits, multiplied with int8 activations (all matrices of the part).
     pub is_quantized: bool,
 }

@@ -294,6 +294,20 @@ fn narrower_caches_stay_near_the_f32_one() {
     }
 }
 
+#[test]
+fn a_batchs_attention_is_counted_by_rows_contexts_and_who_has_logits() {
+    let mut harness = Harness::load(&checkpoint("tiny-llama"), &options(BackendKind::Cpu, 1), NUM_BLOCKS);
+    let (mut chunk, mut other) = (Sequence::new(&tokens(9, 1)), Sequence::new(&tokens(1, 2)));
+    harness.step(&mut [(&mut chunk, 4)], |_| false);
+    // Positions 4 to 6 of one sequence, none with logits, and position 0 of another, which has them.
+    let (batch, _) = harness.batch(&mut [(&mut chunk, 3), (&mut other, 1)], |position| position == 0);
+    let (work, info) = (harness.model.attention_work(&batch), harness.model.info());
+    let key_visits = (info.num_layers - 1) * (7 + 1) + 1;
+    assert_eq!(work.read_bytes as usize, key_visits * info.kv_bytes_per_token / info.num_layers);
+    let scores = (info.num_layers - 1) * (5 + 6 + 7 + 1) + 1;
+    assert_eq!(work.operations as usize, scores * info.num_heads * 2 * 2 * info.head_dim);
+}
+
 fn step_message(result: Result<(), ModelError>) -> String {
     match result {
         Err(ModelError::Step(message)) => message,

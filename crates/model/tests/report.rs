@@ -86,6 +86,15 @@ fn check(path: &Path, options: &LoadOptions) {
     let table = if info.tied_embeddings { 0 } else { (info.vocab_size * info.hidden_size) as u64 };
     let multiplied: u64 = info.products.iter().map(|product| product.num_parameters).sum();
     assert_eq!(report.num_active_parameters, multiplied + vectors + table, "{what}");
+    // What only rows with logits meet: the last layer behind its keys and values, and the head.
+    let (qkv, output, mlp, head) = (product("qkv"), product("output"), product("mlp"), product("head"));
+    assert_eq!((qkv.num_kept_parameters, qkv.num_kept_bytes), (0, 0), "{what}");
+    assert_eq!(output.num_kept_parameters * info.num_layers as u64, output.num_parameters, "{what}");
+    assert_eq!((head.num_kept_parameters, head.num_kept_bytes), (head.num_parameters, head.num_bytes), "{what}");
+    for product in [output, mlp] {
+        assert!(product.num_kept_parameters > 0 && product.num_kept_bytes > 0, "{what}");
+        assert!(product.num_kept_bytes <= product.num_bytes, "{what}");
+    }
 }
 
 #[test]

@@ -243,6 +243,12 @@ impl Metrics {
             counter("bindery_steps_total", "Steps of the engine", stats.num_steps),
             counter("bindery_failed_steps_total", "Steps of the engine that failed", stats.num_failed_steps),
             counter(
+                "bindery_logit_steps_total",
+                "Steps with rows whose logits could be asked for",
+                stats.num_logit_steps,
+            ),
+            counter("bindery_logit_rows_total", "Rows whose logits could be asked for", stats.num_logit_rows),
+            counter(
                 "bindery_attention_read_bytes_total",
                 "Bytes of keys and values that attention had to read",
                 stats.attention.read_bytes,
@@ -315,6 +321,8 @@ fn iteration_tokens(labels: Vec<LabelPair>, stats: &EngineStats) -> proto::Metri
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "tests")]
 mod tests {
+    use bindery_model::AttentionWork;
+
     use super::*;
 
     #[test]
@@ -346,6 +354,8 @@ mod tests {
             "bindery_step_phase_seconds_total{model_name=\"m\",phase=\"attention\"} 0",
             "bindery_attention_read_bytes_total{model_name=\"m\"} 0",
             "bindery_attention_operations_total{model_name=\"m\"} 0",
+            "bindery_logit_steps_total{model_name=\"m\"} 0",
+            "bindery_logit_rows_total{model_name=\"m\"} 0",
             "bindery_http_requests_total{method=\"POST\",route=\"/v1/completions\",status=\"200\"} 0",
         ] {
             assert!(text.lines().any(|line| line.starts_with(name)), "{name} is not in\n{text}");
@@ -368,6 +378,18 @@ mod tests {
             "vllm:iteration_tokens_total_sum{model_name=\"m\"} 40",
             "vllm:iteration_tokens_total_count{model_name=\"m\"} 6",
         ] {
+            assert!(text.lines().any(|have| have == line), "{line} is not in\n{text}");
+        }
+    }
+
+    #[test]
+    fn what_steps_had_to_do_is_told_apart() {
+        let attention = AttentionWork { read_bytes: 3, operations: 4 };
+        let stats = EngineStats { num_logit_steps: 1, num_logit_rows: 2, attention, ..EngineStats::default() };
+        let text = Metrics::new("m").render(Some(&stats), &AdapterLabels::default(), None).unwrap();
+        let names = ["logit_steps", "logit_rows", "attention_read_bytes", "attention_operations"];
+        for (index, name) in names.into_iter().enumerate() {
+            let line = format!("bindery_{name}_total{{model_name=\"m\"}} {}", index + 1);
             assert!(text.lines().any(|have| have == line), "{line} is not in\n{text}");
         }
     }

@@ -142,7 +142,7 @@ impl Cpu {
                     let stride = cols.len().next_multiple_of(GROUP);
                     let len = rows.len() * stride;
                     // What is left over in it is beyond the last output.
-                    scratch.resize(scratch.len().max(2 * len), 0.0);
+                    scratch.resize(scratch.len().max(2 * len).max(2 * SCRATCH_ELEMENTS), 0.0);
                     let (gate, up) = scratch[..2 * len].split_at_mut(len);
                     let piece = Piece { panels: block.clone(), rows: rows.clone(), cols: cols.clone(), stride };
                     let GatedProduct { gate: gate_weights, up: up_weights, activation } = &call.product;

@@ -13,8 +13,9 @@ use super::task::{DenseTask, GroupCodes, GroupScales, Line, Output, PART_GROUPS,
 use super::{Cpu, PIECES_PER_THREAD};
 use crate::matrix::{DENSE_TILE_ROWS, Dense, DenseElement, Matrix};
 
-/// Bytes of activations that a block of rows may take, of codes those of one part of their groups: they are read again for every
-/// weight tile, so they should stay in the second-level cache, which has 512 KiB and more on the machines in question.
+/// Bytes of activations that a block of rows takes, more or less by a panel, of codes those of one part of their groups: they are
+/// read again for every weight tile, so they should stay in the second-level cache, which has 512 KiB and more on the machines in
+/// question.
 const ROW_BLOCK_BYTES: usize = 256 * 1024;
 /// Rows of a block of a dense product at least, so that weights are read often enough for what they cost.
 const MIN_DENSE_ROWS: usize = 64;

@@ -227,13 +227,19 @@ impl Output<'_> {
 /// Activation groups whose weights are unpacked together where many rows meet them, an even number; of two tiles at once half as
 /// many. With their scales they stay in the first-level cache.
 pub(crate) const PART_GROUPS: usize = 48;
-/// Bytes of sums that wait while the other tiles of a task meet the same groups of activations.
-const WAITING_BYTES: usize = 256 * 1024;
+/// Lines of sums that wait while the other tiles of a task meet the same groups of activations: 256 KB, beside a part of the
+/// activations in the second-level cache (measured where that has 2 MB).
+const WAITING_LINES: usize = 4096;
 
-/// How many of a task's tiles go by turns, part by part of their groups, where so many bytes of each one's sums wait meanwhile: the
+/// How many of a task's tiles go by turns, part by part of their groups, where so many lines of each one's sums wait meanwhile: the
 /// activations of a part are in the second-level cache for all of them. One where a part is all there is.
-pub(crate) fn tiles_by_turns(num_parts: usize, waiting_bytes: usize) -> usize {
-    if num_parts <= 1 { 1 } else { (WAITING_BYTES / waiting_bytes.max(1)).max(1) }
+pub(crate) fn tiles_by_turns(num_parts: usize, waiting_lines: usize) -> usize {
+    if num_parts <= 1 { 1 } else { (WAITING_LINES / waiting_lines.max(1)).max(1) }
+}
+
+/// Room for the sums of as many tiles as go by turns. More than they need: fewer rows may come in larger blocks, and must find it.
+pub(crate) fn room_to_wait(num_tiles: usize, waiting_lines: usize) -> usize {
+    WAITING_LINES.max(num_tiles * waiting_lines)
 }
 
 /// A part of a quantised product: some panels of activation rows by weight tiles `tiles`.

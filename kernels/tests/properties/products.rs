@@ -9,7 +9,7 @@ use bindery_kernels::{
 use half::f16;
 use proptest::prelude::*;
 
-use super::common::{ACTIVATIONS, Family, Random, bits, gate_and_up, gated, product};
+use super::common::{ACTIVATIONS, Family, Random, W4, W8, bits, gate_and_up, gated, product};
 use super::{family, pair, rows};
 
 /// About `32 * groups` inputs, as the families take them: dense matrices and those in spans take any number.
@@ -151,6 +151,12 @@ pub(super) fn check_gated(
         let part = case.run(&Cpu::new(isa, threads), &x[start * cols..end * cols], end - start, outputs, seed);
         assert_eq!(bits(&part), bits(&whole[start * outputs..end * outputs]));
     }
+}
+
+/// Gate and up of one family, with biases.
+pub(super) fn check_gated_of(isa: Isa, family: Family, m: usize, outputs: usize, groups: usize) {
+    let case = GatedCase { families: [family; 2], has_up: true, has_biases: true, activation: Activation::Silu };
+    check_gated(isa, &case, m, outputs, groups, false, m as u64);
 }
 
 /// Experts of some families (several in one mixture are possible), their router's logits random.
@@ -304,6 +310,13 @@ pub(super) fn check_low_rank(isa: Isa, case: &LowRankCase, seed: u64) {
             assert_eq!(bits(own), bits(&whole[(case.num_plain + skipped) * width..]));
         }
     }
+}
+
+/// Segments of so many rows.
+pub(super) fn check_low_rank_of(isa: Isa, rows: [usize; 2], outputs: usize) {
+    let segments = rows.map(|rows| (rows, 8)).to_vec();
+    let case = LowRankCase { base: W4, down: W8, up: Family::F16, segments, num_plain: 3, sizes: (2, outputs) };
+    check_low_rank(isa, &case, 1);
 }
 
 /// Two products and a gated one, with the segments numbered `range`.

@@ -46,6 +46,10 @@ pub struct EngineStats {
     pub iteration_tokens_sum: u64,
     /// Seconds spent in each phase of the step since start, in the order of the step.
     pub phase_seconds: Vec<(&'static str, f64)>,
+    /// Steps with rows whose logits could be asked for.
+    pub num_logit_steps: u64,
+    /// Those rows, over all steps.
+    pub num_logit_rows: u64,
     /// What attention had to do at least, over all steps that were computed.
     pub attention: AttentionWork,
     /// What a step costs, by recent ones; None before the first.
@@ -107,7 +111,9 @@ pub(crate) struct StatsRecorder {
     num_steps: u64,
     iteration_tokens_counts: [u64; ITERATION_TOKENS_BOUNDS.len() + 1],
     iteration_tokens_sum: u64,
-    pub(crate) attention: AttentionWork,
+    num_logit_steps: u64,
+    num_logit_rows: u64,
+    attention: AttentionWork,
     phase_times: [Duration; STEP_PHASES.len()],
     since: Instant,
     step_started: Instant,
@@ -124,6 +130,8 @@ impl StatsRecorder {
             num_steps: 0,
             iteration_tokens_counts: [0; ITERATION_TOKENS_BOUNDS.len() + 1],
             iteration_tokens_sum: 0,
+            num_logit_steps: 0,
+            num_logit_rows: 0,
             attention: AttentionWork::default(),
             phase_times: [Duration::ZERO; STEP_PHASES.len()],
             since: Instant::now(),
@@ -149,6 +157,13 @@ impl StatsRecorder {
         self.iteration_tokens_sum += num_batched_tokens as u64;
         let bucket = ITERATION_TOKENS_BOUNDS.partition_point(|&bound| bound < num_batched_tokens as f64);
         self.iteration_tokens_counts[bucket] += 1;
+    }
+
+    /// What a step that was computed had to do at least.
+    pub(crate) fn count_work(&mut self, num_logit_rows: usize, attention: AttentionWork) {
+        self.num_logit_steps += u64::from(num_logit_rows > 0);
+        self.num_logit_rows += num_logit_rows as u64;
+        self.attention += attention;
     }
 
     /// What the step has cost up to its last lap.
@@ -185,6 +200,8 @@ impl StatsRecorder {
             iteration_tokens_counts: self.iteration_tokens_counts.to_vec(),
             iteration_tokens_sum: self.iteration_tokens_sum,
             phase_seconds: STEP_PHASES.into_iter().zip(self.phase_times.iter().map(Duration::as_secs_f64)).collect(),
+            num_logit_steps: self.num_logit_steps,
+            num_logit_rows: self.num_logit_rows,
             attention: self.attention,
             step_cost: self.step_costs.cost(),
             num_decoding: self.num_decoding,

@@ -26,7 +26,8 @@ use crate::{
 
 /// One step as every operation sees it.
 pub(crate) struct Step<'a, B: Backend> {
-    /// Checked. Its tokens, slots and sequences are those of the step's rows until some are left out by [`Backend::keep_rows`].
+    /// Checked. Once rows are left out by [`Backend::keep_rows`], nothing in it but its block tables is the step's any more, nor are
+    /// the angles below.
     pub(crate) batch: &'a ForwardBatch,
     /// Rows of the step.
     pub(crate) num_rows: usize,

@@ -34,8 +34,14 @@ pub(super) fn weights<B: Backend>(
 /// The matrices of each part of a pass.
 fn products<B: Backend>(config: &DecoderConfig, weights: &DecoderWeights<B>) -> Vec<ProductWeights> {
     let of = |part, matrices: &mut dyn Iterator<Item = &B::Matrix>| {
-        let empty =
-            ProductWeights { part, num_parameters: 0, num_kept_parameters: 0, num_bytes: 0, is_quantized: true };
+        let empty = ProductWeights {
+            part,
+            num_parameters: 0,
+            num_kept_parameters: 0,
+            num_bytes: 0,
+            num_kept_bytes: 0,
+            is_quantized: true,
+        };
         matrices.fold(empty, |sum, matrix| ProductWeights {
             num_parameters: sum.num_parameters + B::num_parameters(matrix) as u64,
             num_bytes: sum.num_bytes + B::matrix_bytes(matrix) as u64,
@@ -62,12 +68,17 @@ fn products<B: Backend>(config: &DecoderConfig, weights: &DecoderWeights<B>) -> 
         mlp
     };
     let last = &layers[layers.len().saturating_sub(1)..];
+    let with_kept = |all: ProductWeights, kept: ProductWeights| ProductWeights {
+        num_kept_parameters: kept.num_parameters,
+        num_kept_bytes: kept.num_bytes,
+        ..all
+    };
     let head = of("head", &mut std::iter::once(weights.head.as_ref().unwrap_or(&weights.embedding)));
     vec![
         of("qkv", &mut in_attention.flat_map(|attention| [&attention.q, &attention.k, &attention.v]).map(weight)),
-        ProductWeights { num_kept_parameters: output(last).num_parameters, ..output(layers) },
-        ProductWeights { num_kept_parameters: mlp(last).num_parameters, ..mlp(layers) },
-        ProductWeights { num_kept_parameters: head.num_parameters, ..head },
+        with_kept(output(layers), output(last)),
+        with_kept(mlp(layers), mlp(last)),
+        with_kept(head, head),
     ]
 }
 

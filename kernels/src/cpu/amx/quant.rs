@@ -30,7 +30,7 @@ use crate::cpu::generic::quant::{prefetch_group, store};
 use crate::cpu::generic::scales::{Pointers, Scales, TileLens};
 use crate::cpu::matmul::even_parts;
 use crate::cpu::task::{
-    GroupCodes, GroupPointers, GroupScales, Line, PART_GROUPS, QuantTask, SPARE_GROUPS, tiles_by_turns,
+    GroupCodes, GroupPointers, GroupScales, Line, PART_GROUPS, QuantTask, SPARE_GROUPS, room_to_wait, tiles_by_turns,
 };
 use crate::quant_format::{CodeBits, GROUP};
 
@@ -71,7 +71,7 @@ impl Sizes {
         let part_pairs = (PART_GROUPS * GROUP / C::GROUP / 2).min(pairs);
         let panels = task.panels.len();
         let num_parts = pairs.div_ceil(part_pairs.max(1));
-        let tiles = tiles_by_turns(num_parts, panels * TILE_SUMS * size_of::<f32>()).min(task.tiles.len());
+        let tiles = tiles_by_turns(num_parts, panels * TILE_ROWS).min(task.tiles.len());
         Self { panels, tiles, groups, pairs, part_pairs }
     }
 
@@ -79,7 +79,7 @@ impl Sizes {
     fn places<C: Codes>(self, scratch: &mut Vec<Line>) -> Places {
         let codes = self.part_pairs * 2 * C::GROUP * 16 / 64;
         let scales = self.part_pairs * 2;
-        let (sums, waiting) = (2 * TILE_ROWS, self.tiles * self.panels * TILE_ROWS);
+        let (sums, waiting) = (2 * TILE_ROWS, room_to_wait(self.tiles, self.panels * TILE_ROWS));
         let lines = codes + 2 * scales + sums + waiting;
         if scratch.len() < lines {
             scratch.resize(lines, Line::default());

@@ -42,7 +42,9 @@ use super::codes::{Codes, Part, Sums};
 use super::scales::{Pointers, Scales, TileLens};
 use crate::cpu::matmul::even_parts;
 use crate::cpu::prefetch::{LINE_BYTES, prefetch, prefetch_to_second};
-use crate::cpu::task::{GroupPointers, GroupScales, Line, Output, PART_GROUPS, QuantTask, tiles_by_turns};
+use crate::cpu::task::{
+    GroupPointers, GroupScales, Line, Output, PART_GROUPS, QuantTask, room_to_wait, tiles_by_turns,
+};
 use crate::quant_format::{CodeBook, GROUP, QuantFormat, Scaling};
 
 /// Calls `$body::<.., n>` for a count known only now.
@@ -181,8 +183,8 @@ unsafe fn by_panels<Q: QuantLanes, C: Codes, S: Scales, const N: usize, const T:
     let code_lines = panel_groups * T * 8 * Q::ROWS * 4 / 64;
     let all_rows = task.x.panels.rows_of_all(&task.panels);
     let sum_lines = all_rows.len() * T * Q::ROWS / 16 + 1;
-    let by_turns = tiles_by_turns(groups.div_ceil(panel_groups), sum_lines * size_of::<Line>()).min(tiles.len() / T);
-    let num_lines = code_lines + 2 * scale_lines + 2 + by_turns * sum_lines;
+    let by_turns = tiles_by_turns(groups.div_ceil(panel_groups), sum_lines).min(tiles.len() / T);
+    let num_lines = code_lines + 2 * scale_lines + 2 + room_to_wait(by_turns, sum_lines);
     if task.scratch.len() < num_lines {
         task.scratch.resize(num_lines, Line::default());
     }

@@ -4,7 +4,7 @@
 
 use std::fmt::Write as _;
 
-use bindery_model::AttentionWork;
+use bindery_model::{AttentionWork, Passes};
 use comfy_table::{Cell, CellAlignment};
 use serde_json::{Value, json};
 
@@ -14,7 +14,8 @@ const PHASE_SECONDS: &str = "bindery_step_phase_seconds_total";
 /// A histogram of tokens a step: its count is the number of steps, its sum the tokens in them.
 const NUM_STEPS: &str = "vllm:iteration_tokens_total_count";
 const NUM_TOKENS: &str = "vllm:iteration_tokens_total_sum";
-const NUM_SAMPLED: &str = "vllm:generation_tokens_total";
+const NUM_LOGIT_STEPS: &str = "bindery_logit_steps_total";
+const NUM_LOGIT_ROWS: &str = "bindery_logit_rows_total";
 const ATTENTION_BYTES: &str = "bindery_attention_read_bytes_total";
 const ATTENTION_OPERATIONS: &str = "bindery_attention_operations_total";
 
@@ -22,11 +23,8 @@ const ATTENTION_OPERATIONS: &str = "bindery_attention_operations_total";
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Profile {
     pub(crate) phases: Vec<(String, f64)>,
-    pub(crate) num_steps: f64,
-    /// Rows computed.
-    pub(crate) num_tokens: f64,
-    /// Tokens sampled: rows of logits, where no prompt is scored.
-    pub(crate) num_sampled: f64,
+    /// Steps and the rows in them.
+    pub(crate) passes: Passes,
     /// What attention had to do at least; nothing for a server that does not count it.
     pub(crate) attention: AttentionWork,
 }
@@ -45,9 +43,10 @@ impl Profile {
                     let (phase, _) = rest.split_once('"')?;
                     profile.phases.push((phase.to_owned(), value));
                 }
-                NUM_STEPS => profile.num_steps += value,
-                NUM_TOKENS => profile.num_tokens += value,
-                NUM_SAMPLED => profile.num_sampled += value,
+                NUM_STEPS => profile.passes.num_steps += value,
+                NUM_TOKENS => profile.passes.num_rows += value,
+                NUM_LOGIT_STEPS => profile.passes.num_logit_steps += value,
+                NUM_LOGIT_ROWS => profile.passes.num_logit_rows += value,
                 ATTENTION_BYTES => profile.attention.read_bytes += value as u64,
                 ATTENTION_OPERATIONS => profile.attention.operations += value as u64,
                 _ => {}
@@ -65,9 +64,12 @@ impl Profile {
             |phase: &str| before.phases.iter().find(|(name, _)| name == phase).map_or(0.0, |(_, value)| *value);
         Self {
             phases: self.phases.iter().map(|(phase, value)| (phase.clone(), value - earlier(phase))).collect(),
-            num_steps: self.num_steps - before.num_steps,
-            num_tokens: self.num_tokens - before.num_tokens,
-            num_sampled: self.num_sampled - before.num_sampled,
+            passes: Passes {
+                num_steps: self.passes.num_steps - before.passes.num_steps,
+                num_rows: self.passes.num_rows - before.passes.num_rows,
+                num_logit_steps: self.passes.num_logit_steps - before.passes.num_logit_steps,
+                num_logit_rows: self.passes.num_logit_rows - before.passes.num_logit_rows,
+            },
             attention: AttentionWork {
                 read_bytes: self.attention.read_bytes.saturating_sub(before.attention.read_bytes),
                 operations: self.attention.operations.saturating_sub(before.attention.operations),
@@ -82,7 +84,7 @@ impl Profile {
     pub(crate) fn json(&self) -> Value {
         let phases: serde_json::Map<String, Value> =
             self.phases.iter().map(|(phase, seconds)| (phase.clone(), json!(seconds))).collect();
-        json!({"steps": self.num_steps, "tokens": self.num_tokens, "seconds": phases})
+        json!({"steps": self.passes.num_steps, "tokens": self.passes.num_rows, "seconds": phases})
     }
 }
 
@@ -95,7 +97,7 @@ pub(crate) fn table(columns: &[(String, Profile)]) -> String {
     header.extend(columns.iter().map(|(name, _)| right(format!("{name}: ms a step, share"))));
     table.set_header(header);
     let cell = |profile: &Profile, seconds: f64| {
-        let (steps, all) = (profile.num_steps.max(1.0), profile.seconds().max(1e-12));
+        let (steps, all) = (profile.passes.num_steps.max(1.0), profile.seconds().max(1e-12));
         right(format!("{:.3} {:5.1} %", seconds * 1e3 / steps, seconds / all * 100.0))
     };
     for (index, (phase, _)) in first.phases.iter().enumerate() {
@@ -108,7 +110,8 @@ pub(crate) fn table(columns: &[(String, Profile)]) -> String {
     table.add_row(cells);
     let mut cells = vec![Cell::new("steps, tokens a step")];
     cells.extend(columns.iter().map(|(_, profile)| {
-        right(format!("{}, {:.1}", profile.num_steps, profile.num_tokens / profile.num_steps.max(1.0)))
+        let Passes { num_steps, num_rows, .. } = profile.passes;
+        right(format!("{num_steps}, {:.1}", num_rows / num_steps.max(1.0)))
     }));
     table.add_row(cells);
     let mut text = String::from("where the steps of A spent their time\n");
@@ -125,7 +128,8 @@ mod tests {
         bindery_step_phase_seconds_total{model_name=\"m\",phase=\"schedule\"} 0.5\n\
         vllm:iteration_tokens_total_count{model_name=\"m\"} 10\n\
         vllm:iteration_tokens_total_sum{model_name=\"m\"} 100\n\
-        vllm:generation_tokens_total{model_name=\"m\"} 30\n\
+        bindery_logit_steps_total{model_name=\"m\"} 9\n\
+        bindery_logit_rows_total{model_name=\"m\"} 30\n\
         bindery_attention_read_bytes_total{model_name=\"m\"} 4096\n\
         bindery_attention_operations_total{model_name=\"m\"} 2048\n";
 
@@ -137,7 +141,13 @@ mod tests {
             BEFORE.replace(" 1.5", " 4.5").replace(" 0.5", " 1.5").replace(" 10\n", " 12\n").replace(" 4096", " 5000");
         let profile = Profile::parse(&after).unwrap().since(&before);
         assert_eq!(profile.phases, [("schedule".to_owned(), 1.0), ("attention".to_owned(), 3.0)]);
-        assert_eq!((profile.num_steps, profile.num_tokens, before.num_sampled), (2.0, 0.0, 30.0));
+        let passes = |num_steps, num_rows, num_logit_steps, num_logit_rows| Passes {
+            num_steps,
+            num_rows,
+            num_logit_steps,
+            num_logit_rows,
+        };
+        assert_eq!((before.passes, profile.passes), (passes(10.0, 100.0, 9.0, 30.0), passes(2.0, 0.0, 0.0, 0.0)));
         assert_eq!(before.attention, AttentionWork { read_bytes: 4096, operations: 2048 });
         assert_eq!(profile.attention, AttentionWork { read_bytes: 904, operations: 0 });
         let text = table(&[("8 clients".to_owned(), profile)]);

@@ -25,7 +25,7 @@ pub(crate) fn share(
 ) -> Option<(f64, &'static str)> {
     let (_, seconds) = profile.phases.iter().find(|(name, _)| name == phase)?;
     let (reading, computing) = match products.iter().find(|product| product.part == phase) {
-        Some(product) => roofs.seconds(product, profile.num_steps, profile.num_tokens, profile.num_sampled),
+        Some(product) => roofs.seconds(product, profile.passes),
         None if phase == ATTENTION && profile.attention != AttentionWork::default() => {
             roofs.attention_seconds(profile.attention)
         }
@@ -39,13 +39,15 @@ pub(crate) fn share(
 fn megabytes(products: &[ProductWeights], profile: &Profile, phase: &str) -> Option<f64> {
     match products.iter().find(|product| product.part == phase) {
         Some(product) => Some(product.num_bytes as f64 / 1e6),
-        None if phase == ATTENTION => Some(profile.attention.read_bytes as f64 / 1e6 / profile.num_steps.max(1.0)),
+        None if phase == ATTENTION => {
+            Some(profile.attention.read_bytes as f64 / 1e6 / profile.passes.num_steps.max(1.0))
+        }
         None => None,
     }
 }
 
-/// Why a phase has none.
-const NO_SHARE: &str = "MB: what a step has to read. –: nothing to hold it against.";
+/// What the table's columns are.
+const LEGEND: &str = "MB: what a step has to read. –: nothing to hold it against.";
 
 /// The roofs beside each load, and the phases with one column a load.
 pub(crate) fn table(info: &ModelInfo, columns: &[(String, Profile)], roofs: &[Roofs]) -> String {
@@ -83,7 +85,7 @@ pub(crate) fn table(info: &ModelInfo, columns: &[(String, Profile)], roofs: &[Ro
         }));
         table.add_row(cells);
     }
-    let _ = writeln!(text, "{}\n{NO_SHARE}", show(&mut table));
+    let _ = writeln!(text, "{}\n{LEGEND}", show(&mut table));
     text
 }
 
@@ -111,6 +113,8 @@ pub(crate) fn json(info: &ModelInfo, columns: &[(String, Profile)], roofs: &[Roo
 
 #[cfg(test)]
 mod tests {
+    use bindery_model::Passes;
+
     use super::*;
 
     #[test]
@@ -121,13 +125,12 @@ mod tests {
             num_parameters: 50,
             num_kept_parameters: 0,
             num_bytes: 25,
+            num_kept_bytes: 0,
             is_quantized: true,
         };
-        let profile = |num_steps, num_tokens| Profile {
+        let profile = |num_steps, num_rows| Profile {
             phases: vec![("mlp".to_owned(), 1.0)],
-            num_steps,
-            num_tokens,
-            num_sampled: 0.0,
+            passes: Passes { num_steps, num_rows, ..Passes::default() },
             attention: AttentionWork::default(),
         };
         let share = |product: ProductWeights, profile: &Profile| share(&roofs, &[product], profile, product.part);
@@ -138,9 +141,13 @@ mod tests {
         // Dense: multiplied in f32.
         let dense = ProductWeights { is_quantized: false, ..product };
         assert_eq!(share(dense, &profile(1.0, 1.0)), Some((10.0, "compute")));
-        // A fifth of it is of the last layer, which two rows in eight meet.
-        let last = ProductWeights { num_kept_parameters: 10, ..product };
-        assert_eq!(share(last, &Profile { num_sampled: 2.0, ..profile(1.0, 8.0) }), Some((0.68, "compute")));
+        // A fifth of it is of the last layer, which two rows in eight meet, and one step in two.
+        let last = ProductWeights { num_kept_parameters: 10, num_kept_bytes: 5, ..product };
+        let mut some = profile(2.0, 8.0);
+        (some.passes.num_logit_steps, some.passes.num_logit_rows) = (1.0, 2.0);
+        assert_eq!(share(last, &some), Some((0.68, "compute")));
+        some.passes.num_rows = 2.0;
+        assert_eq!(share(last, &some), Some((0.45, "memory")));
         // A part that took no time has no share.
         let head = ProductWeights { part: "head", ..product };
         assert_eq!(share(head, &profile(1.0, 1.0)), None);
@@ -151,9 +158,8 @@ mod tests {
         let roofs = Roofs { read_bytes: 100.0, int8_operations: 1000.0, f32_operations: 10.0, int8_note: None };
         let attention = |read_bytes, operations| Profile {
             phases: vec![(ATTENTION.to_owned(), 4.0)],
-            num_steps: 2.0,
+            passes: Passes { num_steps: 2.0, ..Passes::default() },
             attention: AttentionWork { read_bytes, operations },
-            ..Profile::default()
         };
         let share = |profile: &Profile| share(&roofs, &[], profile, ATTENTION);
         assert_eq!(share(&attention(200, 10)), Some((0.5, "memory")));
