@@ -288,6 +288,42 @@ fn attention(c: &mut Criterion) {
     }
 }
 
+/// A prompt of 512 rows by LLaMA's layers of 1B to 8B, whose activations no second-level cache holds: down projections, and gates
+/// with their up projections. A filter of `wide` runs it alone.
+fn wide_layers(c: &mut Criterion) {
+    const M: usize = 512;
+    let cpu = cpu();
+    let mut group = c.benchmark_group(format!("{}/wide", cpu.isa()));
+    group.sample_size(10);
+    for family in ["q4_0", "q4_1", "q8_0", "f16", "f32"] {
+        for (hidden, inner) in [(2048, 8192), (3072, 8192), (4096, 14_336)] {
+            let prepared = |w: &Matrix, cols: usize| {
+                let x: Vec<f32> = (0..M * cols).map(noise).collect();
+                let mut activations = Activations::default();
+                cpu.prepare(&x, M, cols, Form::of([w]), &mut activations);
+                activations
+            };
+            let down = matrix(&cpu, family, hidden, inner);
+            let x = prepared(&down, inner);
+            let mut out = vec![0.0; M * hidden];
+            group.throughput(Throughput::Elements(2 * (M * hidden * inner) as u64));
+            group.bench_function(BenchmarkId::new(format!("{hidden}x{inner} {family}"), M), |b| {
+                b.iter(|| cpu.matmul(&x, &down, None, black_box(&mut out)));
+            });
+            let [gate, up] = [0, 1].map(|_| matrix(&cpu, family, inner, hidden));
+            let projection = |weights| Projection { weights, bias: None };
+            let product =
+                GatedProduct { gate: projection(&gate), up: Some(projection(&up)), activation: Activation::Silu };
+            let (x, mut gated) = (prepared(&gate, hidden), Activations::default());
+            group.throughput(Throughput::Elements(4 * (M * hidden * inner) as u64));
+            group.bench_function(BenchmarkId::new(format!("gated {inner}x{hidden} {family}"), M), |b| {
+                b.iter(|| cpu.gated_matmul(&x, &product, None, Form::of([&down]), black_box(&mut gated)));
+            });
+        }
+    }
+    group.finish();
+}
+
 /// What no cache holds: 1 to 4 GB of weights of 8B's width, and 8B's KV cache. Both in bytes read.
 fn beyond_caches(c: &mut Criterion) {
     const COLS: usize = 4096;
@@ -343,5 +379,5 @@ fn beyond_caches(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, products, rows, experts, low_rank, attention, beyond_caches);
+criterion_group!(benches, products, rows, experts, low_rank, attention, wide_layers, beyond_caches);
 criterion_main!(benches);
