@@ -1,5 +1,6 @@
 //! What attention has to do at least, for shares of the machine's roofs. Arithmetic alone: it knows no kernel and no clock.
 
+use std::iter::Sum;
 use std::ops::{Add, AddAssign, Mul, Range};
 
 use bindery_kernels::SparseBlocks;
@@ -35,6 +36,12 @@ impl Mul<u64> for AttentionWork {
 impl AddAssign for AttentionWork {
     fn add_assign(&mut self, other: Self) {
         *self = *self + other;
+    }
+}
+
+impl Sum for AttentionWork {
+    fn sum<I: Iterator<Item = Self>>(parts: I) -> Self {
+        parts.fold(Self::default(), Add::add)
     }
 }
 
@@ -85,12 +92,7 @@ impl AttentionShape {
             let read_bytes = seen.keys * self.bytes_per_key;
             AttentionWork { read_bytes, operations: seen.scores * self.operations_per_score } * layers.number
         };
-        self.layers
-            .iter()
-            .map(|layers| (layers, num_rows))
-            .chain(last)
-            .map(of_layers)
-            .fold(AttentionWork::default(), Add::add)
+        self.layers.iter().map(|layers| (layers, num_rows)).chain(last).map(of_layers).sum()
     }
 }
 

@@ -4,7 +4,7 @@
 //! Invariant: an option that cannot be honoured is refused here by name, before any weight is read.
 
 use std::{
-    ops::{Add, Range},
+    ops::Range,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -499,7 +499,7 @@ impl StepModel for Model {
             let num_kept = std::iter::from_fn(|| logit_rows.next_if(is_of_it)).count();
             self.info.attention.work(sequence.context_len, sequence.rows.len(), num_kept)
         };
-        batch.sequences.iter().map(of).fold(AttentionWork::default(), Add::add)
+        batch.sequences.iter().map(of).sum()
     }
 
     fn spread(&self, num_tasks: usize, task: &(dyn Fn(usize) + Sync)) {

@@ -200,8 +200,8 @@ unsafe fn unpack<C: Codes, S: Scales>(
     }
 }
 
-/// All activation rows by the groups that are unpacked, of a tile, whose place among those that go by turns is told. Pairs follow each other over the ends of panels: while the sums of one are
-/// taken in, the unit multiplies the next.
+/// All activation rows by the groups that are unpacked, of a tile, whose place among those that go by turns is told. Pairs follow
+/// each other over the ends of panels: while the sums of one are taken in, the unit multiplies the next.
 ///
 /// # Safety
 /// As [`multiply`]; tiles are shaped; the scratch holds what `part` says.

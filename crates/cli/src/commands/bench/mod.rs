@@ -138,8 +138,8 @@ impl Roofline {
         Ok(())
     }
 
-    /// Memory's over as many bytes as a step reads of the weights (of keys and values, nobody knows before). What they are read from is not kept: under load the server's cache may
-    /// want that memory.
+    /// Memory's over as many bytes as a step reads of the weights (of keys and values, nobody knows before). What they are read
+    /// from is not kept: under load the server's cache may want that memory.
     async fn now(info: &ModelInfo) -> anyhow::Result<Roofs> {
         let machine = Machine::new(Some(info.threads))?;
         let step_bytes = info.products.iter().map(|product| product.num_bytes).sum();
