@@ -173,7 +173,11 @@ impl AttentionCase {
     fn with<R>(&self, cpu: &Cpu, check: impl FnOnce(&mut Paged, &AttentionArgs<'_>, &mut Random) -> R) -> R {
         let num_heads = self.num_heads();
         let num_positions = self.contexts.iter().max().unwrap().next_multiple_of(64);
-        let biases: Vec<f32> = Random(self.seed).vec(num_heads * num_positions).iter().map(|x| 5.0 * x).collect();
+        // Scores that rise with the position, from one tile to the next by less than what moves a query's reference, and by more.
+        let slope = [0.0, 0.1, 0.4][(self.seed % 3) as usize];
+        let noise = Random(self.seed).vec(num_heads * num_positions);
+        let biases: Vec<f32> =
+            noise.iter().enumerate().map(|(i, x)| 5.0 * x + slope * (i % num_positions) as f32).collect();
         let args = AttentionArgs {
             num_heads,
             scale: 1.0 / (self.shape.head_dim as f32).sqrt(),

@@ -3,7 +3,8 @@
 //! A query's keys are walked in spans of [`SPAN_KEYS`] absolute positions, each span in tiles of [`TILE_KEYS`]; spans
 //! are computed each for itself and joined in ascending order. So a long context can be computed by many threads, and
 //! chunking, batching and threads change nothing: the pieces depend on the position alone. Within a span the softmax is
-//! online (Milakov and Gimelshein 2018): a running maximum, a running sum, values rescaled when the maximum grows.
+//! online (Milakov and Gimelshein 2018), but sums and values are rescaled only when a tile's highest score is much above what
+//! is taken from scores ([`MAX_RISE`]): any reference that is near enough to the maximum gives the same quotient.
 //! Invariant: a query sees the keys `max(0, p + 1 - window)..=p`, of these those that its head's pattern lets through, and
 //! no others.
 
@@ -15,6 +16,7 @@ use half::{bf16, f16};
 use super::Cpu;
 use super::pool::SharedMut;
 use super::scalar::exp::exp;
+use super::scalar::{LANES, join_lanes};
 use super::task::{Partial, SpanTask};
 use crate::kv::{KvCache, KvDtype, KvShape};
 
@@ -22,8 +24,12 @@ use crate::kv::{KvCache, KvDtype, KvShape};
 pub(crate) const TILE_KEYS: usize = 64;
 /// Keys of a span: the unit in which a long context is split over threads.
 pub(crate) const SPAN_KEYS: usize = 512;
-/// Rows of one piece: their queries meet a tile while it is in the first-level cache.
+/// How far a score may be above what is taken from it before exp: f32 holds sums of e^16 as it holds those of 1.
+pub(crate) const MAX_RISE: f32 = 16.0;
+/// Rows of one piece: their queries meet a tile while it is in a core's caches.
 const PIECE_ROWS: usize = 32;
+/// Queries of a piece with more rows than that: they share what bringing and converting a tile takes.
+const PIECE_QUERIES: usize = 256;
 /// Queries of a head from which on they spend their time computing: it is walked alone, and kernels convert a tile to f32 once,
 /// instead of for every few queries. With fewer, all heads of a tile are met before the next tile is, since they lie side by
 /// side in memory and tiles of one head far apart: the processors' own prefetchers run ahead then, which have more lines under
@@ -125,7 +131,7 @@ struct Piece {
 /// Memory a thread keeps between calls.
 #[derive(Default)]
 struct Scratch {
-    /// Joined state and one span's: maximum, sum and values of every query of a piece, twice.
+    /// Joined state and one span's: values, reference and sums of every query of a piece, twice.
     partials: Vec<f32>,
     pages: Pages,
 }
@@ -204,9 +210,10 @@ impl Cpu {
         pieces.clear();
         let mut visits = 0;
         let heads_together = call.heads_together(self.threads());
+        let piece_rows = call.piece_rows(self.threads());
         for (index, sequence) in call.sequences.iter().enumerate() {
             visits += sequence.rows.len() * sequence.context_len * call.args.num_heads;
-            call.pieces_of(index, sequence, heads_together, pieces);
+            call.pieces_of(index, sequence, piece_rows, heads_together, pieces);
         }
         let out = &SharedMut::new(out);
         if visits < MIN_REGION_VISITS || self.threads() == 1 {
@@ -253,7 +260,7 @@ impl Cpu {
             let first = piece.partial_query + span * queries;
             // SAFETY: every task has queries of its own.
             let state = unsafe { shared.slice(first * stride..(first + queries) * stride) };
-            SCRATCH.with_borrow_mut(|scratch| call.run_span(kernel, piece, span, state, &mut scratch.pages));
+            SCRATCH.with_borrow_mut(|scratch| call.run_span(kernel, piece, span, false, state, &mut scratch.pages));
         });
         self.pool.run(pieces.len(), |index| {
             let piece = &pieces[index];
@@ -375,19 +382,32 @@ impl<E> Call<'_, E> {
         (num_spans.sum::<usize>() * num_heads / (threads * TASKS_PER_THREAD)).clamp(1, num_heads)
     }
 
+    /// Rows of a piece: more than the least where that leaves every thread some tasks.
+    fn piece_rows(&self, threads: usize) -> usize {
+        let num_rows: usize = self.sequences.iter().map(|sequence| sequence.rows.len()).sum();
+        let mut rows = PIECE_ROWS;
+        while 2 * rows * self.heads_per_kv() <= PIECE_QUERIES
+            && 2 * rows * threads * TASKS_PER_THREAD <= num_rows * self.shape.num_kv_heads
+        {
+            rows *= 2;
+        }
+        rows
+    }
+
     fn padded_head_dim(&self) -> usize {
         self.shape.head_dim.next_multiple_of(16)
     }
 
-    /// Floats of one query's state: values, maximum, sum.
+    /// Floats of one query's state: values, reference, sums.
     fn state_len(&self) -> usize {
-        self.padded_head_dim() + 2
+        self.padded_head_dim() + 1 + LANES
     }
 
     fn pieces_of(
         &self,
         index: usize,
         sequence: &AttentionSequence<'_>,
+        piece_rows: usize,
         heads_together: usize,
         pieces: &mut Vec<Piece>,
     ) {
@@ -395,7 +415,7 @@ impl<E> Call<'_, E> {
         let first_position = sequence.context_len - sequence.rows.len();
         let mut start = sequence.rows.start;
         while start < sequence.rows.end {
-            let rows = start..(start + PIECE_ROWS).min(sequence.rows.end);
+            let rows = start..(start + piece_rows).min(sequence.rows.end);
             let first_position = first_position + (start - sequence.rows.start);
             let spans = self.spans_of(first_position, rows.len());
             let is_alone = spans.len() == 1 || rows.len() * self.heads_per_kv() >= MANY_QUERIES;
@@ -421,21 +441,22 @@ impl<E> Call<'_, E> {
         SCRATCH.with_borrow_mut(|Scratch { partials, pages }| {
             partials.resize(partials.len().max(2 * len), 0.0);
             let (joined, other) = partials[..2 * len].split_at_mut(len);
-            self.run_span(kernel, piece, 0, joined, pages);
+            self.run_span(kernel, piece, 0, false, joined, pages);
             for span in 1..piece.num_spans {
-                self.run_span(kernel, piece, span, other, pages);
+                self.run_span(kernel, piece, span, true, other, pages);
                 self.join(piece, joined, other);
             }
             self.finish(piece, joined, out);
         });
     }
 
-    /// One span of a piece: head by head or, where it has several, tile by tile.
+    /// One span of a piece: head by head or, where it has several, tile by tile. `again`: `pages` are those of the span before it.
     fn run_span(
         &self,
         kernel: unsafe fn(&mut SpanTask<'_, E>),
         piece: &Piece,
         span: usize,
+        again: bool,
         state: &mut [f32],
         pages: &mut Pages,
     ) {
@@ -447,12 +468,12 @@ impl<E> Call<'_, E> {
         for part in (first..end).step_by(step) {
             let keys = part..(part + step).min(end);
             for (kv_head, state) in piece.kv_heads.clone().zip(state.chunks_exact_mut(self.head_state_len(piece))) {
-                self.run_keys(kernel, piece, kv_head, keys.clone(), part == first, state, pages);
+                self.run_keys(kernel, piece, kv_head, keys.clone(), part == first, again, state, pages);
             }
         }
     }
 
-    /// Some keys of a span, for one head; `begins`: the first of it.
+    /// Some keys of a span, for one head; `begins`: the first of it. `again`: `pages` have served these queries before.
     #[expect(clippy::too_many_arguments, reason = "what a task is made of")]
     fn run_keys(
         &self,
@@ -461,12 +482,13 @@ impl<E> Call<'_, E> {
         kv_head: usize,
         keys: Range<usize>,
         begins: bool,
+        again: bool,
         state: &mut [f32],
         pages: &mut Pages,
     ) {
         let queries = self.queries_of_head(piece);
         let (values, rest) = state.split_at_mut(queries * self.padded_head_dim());
-        let (max, sum) = rest.split_at_mut(queries);
+        let (references, sums) = rest.split_at_mut(queries);
         let mut task = SpanTask {
             args: self.args,
             q: self.q,
@@ -483,12 +505,12 @@ impl<E> Call<'_, E> {
             values: self.values,
             block_table: self.sequences[piece.sequence].block_table,
             span: keys,
-            partial: Partial { max, sum, values },
+            partial: Partial { references, sums, values },
             begins,
             scratch: &mut pages.elements,
             scale_scratch: &mut pages.scales,
             query_scratch: &mut pages.queries,
-            interleaved: false,
+            interleaved: again && piece.kv_heads.len() == 1,
         };
         // SAFETY: the table fits the machine; `check` has measured rows, heads, block tables and blocks.
         unsafe { kernel(&mut task) };
@@ -507,26 +529,32 @@ impl<E> Call<'_, E> {
     fn join_head(&self, queries: usize, joined: &mut [f32], other: &[f32]) {
         let width = self.padded_head_dim();
         let (values, rest) = joined.split_at_mut(queries * width);
-        let (max, sum) = rest.split_at_mut(queries);
+        let (references, sums) = rest.split_at_mut(queries);
         let (other_values, rest) = other.split_at(queries * width);
-        let (other_max, other_sum) = rest.split_at(queries);
+        let (other_references, other_sums) = rest.split_at(queries);
         for query in 0..queries {
-            let elements = query * width..(query + 1) * width;
-            if is_empty(other_max[query], other_sum[query]) {
+            let (values, other_values) =
+                (&mut values[query * width..][..width], &other_values[query * width..][..width]);
+            let (sums, other_sums) = (&mut sums[query * LANES..][..LANES], &other_sums[query * LANES..][..LANES]);
+            let (reference, other_reference) = (&mut references[query], other_references[query]);
+            if is_empty(other_reference, other_sums) {
                 continue;
             }
-            if is_empty(max[query], sum[query]) {
-                values[elements.clone()].copy_from_slice(&other_values[elements]);
-                (max[query], sum[query]) = (other_max[query], other_sum[query]);
+            if is_empty(*reference, sums) {
+                values.copy_from_slice(other_values);
+                sums.copy_from_slice(other_sums);
+                *reference = other_reference;
                 continue;
             }
-            let new_max = if other_max[query] > max[query] { other_max[query] } else { max[query] };
-            let (ours, theirs) = (exp(max[query] - new_max), exp(other_max[query] - new_max));
-            for (value, &other) in values[elements.clone()].iter_mut().zip(&other_values[elements]) {
+            let higher = if other_reference > *reference { other_reference } else { *reference };
+            let (ours, theirs) = (exp(*reference - higher), exp(other_reference - higher));
+            for (value, &other) in values.iter_mut().zip(other_values) {
                 *value = *value * ours + other * theirs;
             }
-            sum[query] = sum[query] * ours + other_sum[query] * theirs;
-            max[query] = new_max;
+            for (sum, &other) in sums.iter_mut().zip(other_sums) {
+                *sum = *sum * ours + other * theirs;
+            }
+            *reference = higher;
         }
     }
 
@@ -541,14 +569,14 @@ impl<E> Call<'_, E> {
         let (head_dim, width) = (self.shape.head_dim, self.padded_head_dim());
         let queries = self.queries_of_head(piece);
         let (values, rest) = state.split_at(queries * width);
-        let sums = &rest[queries..2 * queries];
+        let sums = rest[queries..].as_chunks().0;
         for query in 0..queries {
             let row = piece.rows.start + query / self.heads_per_kv();
             let head = kv_head * self.heads_per_kv() + query % self.heads_per_kv();
             let start = (row * self.args.num_heads + head) * head_dim;
             // SAFETY: rows and heads of a piece are its own.
             let out = unsafe { out.slice(start..start + head_dim) };
-            let factor = 1.0 / sums[query];
+            let factor = 1.0 / join_lanes(sums[query]);
             for (out, &value) in out.iter_mut().zip(&values[query * width..]) {
                 *out = value * factor;
             }
@@ -557,6 +585,6 @@ impl<E> Call<'_, E> {
 }
 
 /// Whether a query has seen no key yet.
-fn is_empty(max: f32, sum: f32) -> bool {
-    max == f32::NEG_INFINITY && sum == 0.0
+fn is_empty(reference: f32, sums: &[f32]) -> bool {
+    reference == f32::NEG_INFINITY && sums.iter().all(|&sum| sum == 0.0)
 }

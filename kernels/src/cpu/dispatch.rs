@@ -1,4 +1,4 @@
-//! Chooses the kernels: the only place that asks the CPU what it can do, and asks once.
+//! Chooses the kernels: the only place of this crate that asks the CPU what it can do, and asks once.
 //!
 //! Every instruction set fills one table of function pointers; what a set has no version of is the scalar twin's
 //! entry. Invariant: a table is handed out only if the machine has every feature its functions were compiled for,

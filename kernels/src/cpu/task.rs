@@ -397,17 +397,18 @@ pub(crate) struct SpanTask<'a, E> {
     pub(crate) scale_scratch: &'a mut Vec<f32>,
     /// Likewise for queries laid out anew.
     pub(crate) query_scratch: &'a mut Vec<f32>,
-    /// Whether they are.
+    /// Whether this task's are.
     pub(crate) interleaved: bool,
 }
 
-/// Softmax over some keys, before division: for each query the maximum score, the sum of exp(score - maximum), and the
-/// values weighted so.
+/// Softmax over some keys, before division: for each query the reference that is taken from scores, the sums of
+/// exp(score - reference), and the values weighted so.
 pub(crate) struct Partial<'a> {
-    /// `[queries]`, -inf where a query sees no key of the span.
-    pub(crate) max: &'a mut [f32],
-    /// `[queries]`
-    pub(crate) sum: &'a mut [f32],
+    /// `[queries]`: the highest score of some tile, and at most `MAX_RISE` below the highest of all; -inf where a query sees no
+    /// key of the span.
+    pub(crate) references: &'a mut [f32],
+    /// `[queries, 16]`: a key's weight is in the lane of its position mod 16.
+    pub(crate) sums: &'a mut [f32],
     /// `[queries, padded_head_dim]`
     pub(crate) values: &'a mut [f32],
 }
@@ -415,7 +416,7 @@ pub(crate) struct Partial<'a> {
 impl<E> SpanTask<'_, E> {
     /// The same task for keys and values that lie elsewhere, in f32.
     pub(crate) fn without_pages(&mut self) -> SpanTask<'_, f32> {
-        let Partial { max, sum, values } = &mut self.partial;
+        let Partial { references, sums, values } = &mut self.partial;
         SpanTask {
             args: self.args,
             q: self.q,
@@ -432,7 +433,7 @@ impl<E> SpanTask<'_, E> {
             values: &[],
             block_table: self.block_table,
             span: self.span.clone(),
-            partial: Partial { max, sum, values },
+            partial: Partial { references, sums, values },
             begins: self.begins,
             scratch: self.scratch,
             scale_scratch: self.scale_scratch,

@@ -5,8 +5,11 @@
 //!     for 4 or 6 queries (rows and heads that share the key/value head):
 //!         scores[q][key]  = sum over components of q * key       vectors of 16 keys, from the transposed key pages
 //!         scale, cap, bias; -inf where not visible
-//!         maximum, weights = exp(score - maximum), their sum
-//!         values[q][c]    = values * rescale + sum over keys of weight * value    vectors of 16 components
+//!     where the highest score of any of them is more than MAX_RISE above its query's reference:
+//!         that becomes the reference; sums and values are rescaled                seldom but in the first tile
+//!     for the same queries:
+//!         weights = exp(score - reference), and their sums                        sixteen lanes of them
+//!         values[q][c]    = values + sum over keys of weight * value              vectors of 16 components
 //! ```
 //!
 //! Both products are the block of `block.rs`, straight from the pages in the cache's own type; a dozen queries and more
@@ -33,11 +36,11 @@ use products::{add_one, add_queries, score, score_interleaved};
 pub(in crate::cpu) use tile::Tile;
 use tile::{convert, lay_out, tile_of_pages};
 
-use super::exp::{exp_below_highest, exps_below_highest, tanh};
+use super::exp::{exps_below_highest, tanh};
 use super::{Element, Lanes};
-use crate::cpu::attention::{MANY_QUERIES, TILE_KEYS};
+use crate::cpu::attention::{MANY_QUERIES, MAX_RISE, TILE_KEYS};
 use crate::cpu::scalar;
-use crate::cpu::task::{KvElement, SpanTask};
+use crate::cpu::task::{KvElement, Partial, SpanTask};
 use crate::kv::SCALE_GROUP;
 
 const WIDTH: usize = 16;
@@ -74,9 +77,13 @@ fn interleave<E>(task: &SpanTask<'_, E>, block: usize, room: &mut Vec<f32>) {
     let num_queries = task.num_queries();
     let len = task.head_dim * MAX_QUERIES;
     room.resize(room.len().max(num_queries.div_ceil(block) * len), 0.0);
-    for query in 0..num_queries {
-        let to = room[query / block * len + query % block..].iter_mut().step_by(MAX_QUERIES);
-        to.zip(task.query(query)).for_each(|(to, &component)| *to = component);
+    for (first, to) in (0..num_queries).step_by(block).zip(room.chunks_exact_mut(len)) {
+        let to = to.as_chunks_mut::<MAX_QUERIES>().0;
+        for q in 0..block.min(num_queries - first).min(MAX_QUERIES) {
+            for (to, &component) in to.iter_mut().zip(task.query(first + q)) {
+                to[q] = component;
+            }
+        }
     }
 }
 
@@ -89,13 +96,13 @@ pub(in crate::cpu) unsafe fn attend<E: Element + KvElement>(task: &mut SpanTask<
     let num_queries = task.num_queries();
     let width = task.head_dim.next_multiple_of(WIDTH);
     if task.begins {
-        task.partial.max.fill(f32::NEG_INFINITY);
-        task.partial.sum.fill(0.0);
+        task.partial.references.fill(f32::NEG_INFINITY);
+        task.partial.sums.fill(0.0);
         task.partial.values.fill(0.0);
     }
     assert!(
-        task.partial.max.len() == num_queries
-            && task.partial.sum.len() == num_queries
+        task.partial.references.len() == num_queries
+            && task.partial.sums.len() == num_queries * WIDTH
             && task.partial.values.len() == num_queries * width,
         "room for another number of queries"
     );
@@ -103,12 +110,13 @@ pub(in crate::cpu) unsafe fn attend<E: Element + KvElement>(task: &mut SpanTask<
         return;
     }
     let block = block_of(num_queries, walks.block_queries);
-    task.interleaved = block >= MIN_INTERLEAVED && num_queries >= MANY_QUERIES;
-    if task.interleaved {
+    let interleaves = block >= MIN_INTERLEAVED && num_queries >= MANY_QUERIES;
+    if interleaves && !task.interleaved {
         let mut room = std::mem::take(task.query_scratch);
         interleave(task, block, &mut room);
         *task.query_scratch = room;
     }
+    task.interleaved = interleaves;
     let span = task.visible(0).start..task.visible(num_queries - 1).end;
     let nobody_sees = |task: &SpanTask<'_, E>, keys: &Range<usize>| {
         task.args.blocks.is_some() && (0..num_queries).all(|query| task.sees_none(query, keys))
@@ -222,16 +230,23 @@ pub(in crate::cpu) unsafe fn walk_queries<
             } else {
                 score::<L, T, Q, V, W, ASKS>(tile, &queries, count, head_dim, vectors, &mut scores);
             }
-            // In two passes, so that no query waits for the maximum of the one before it.
-            let mut maxes = [0.0; MAX_QUERIES];
+            // In passes, so that no query waits for the one before it.
+            let lowest = L::splat(f32::NEG_INFINITY);
+            let (mut highest, mut rise) = ([lowest; MAX_QUERIES], lowest);
             for q in 0..count {
                 if !visible[q].is_empty() {
-                    maxes[q] = finish_scores::<L, T>(task, tile, first + q, visible[q].clone(), &mut scores[q]);
+                    highest[q] = finish_scores::<L, T>(task, tile, first + q, visible[q].clone(), &mut scores[q]);
+                    rise = highest[q].sub(L::splat(task.partial.references[first + q])).max(rise);
+                }
+            }
+            if rise.join_max() > MAX_RISE {
+                for q in 0..count {
+                    raise::<L, T>(task, first + q, highest[q].join_max());
                 }
             }
             for q in 0..count {
                 if !visible[q].is_empty() {
-                    weigh::<L, T>(task, first + q, visible[q].clone(), maxes[q], &mut scores[q]);
+                    weigh::<L, T, V>(task, first + q, visible[q].clone(), &mut scores[q]);
                 }
             }
             if tile.value_scales.is_null() {
@@ -299,8 +314,7 @@ unsafe fn scaled<L: Lanes>(weights: &Scores, visible: &[Range<usize>], scales: *
     scaled
 }
 
-/// One query's dot products to scores: scaled, capped, biased, -inf where not visible. Gives the largest of them and of
-/// those before.
+/// One query's dot products to scores: scaled, capped, biased, -inf where not visible. Gives the highest of them in each lane.
 ///
 /// # Safety
 /// As [`walk_queries`]; `visible` is not empty and lies within the tile.
@@ -311,8 +325,9 @@ unsafe fn finish_scores<L: Lanes, E: Element>(
     query: usize,
     visible: Range<usize>,
     scores: &mut [f32; TILE_KEYS],
-) -> f32 {
-    let args = *task.args;
+) -> L {
+    // Not copied: what is read from a copy in other pieces than it was written in waits until it has left the core.
+    let args = task.args;
     let vectors = visible.start / WIDTH..visible.end.div_ceil(WIDTH);
     let to = scores.as_mut_ptr();
     // SAFETY: vectors lie within the tile.
@@ -340,57 +355,90 @@ unsafe fn finish_scores<L: Lanes, E: Element>(
         }
 
         let to = scores.as_mut_ptr();
-        let mut maxes = L::splat(task.partial.max[query]);
+        let mut highest = L::splat(f32::NEG_INFINITY);
         for vector in vectors {
-            maxes = L::load(to.add(vector * WIDTH)).max(maxes);
+            highest = L::load(to.add(vector * WIDTH)).max(highest);
         }
-        maxes.join_max()
+        highest
     }
 }
 
-/// One query's scores to softmax weights; brings maximum, sum and values to the new maximum.
+/// Makes a tile's highest score a query's reference, if it is too far above the one that it has.
+///
+/// # Safety
+/// As [`Lanes`]; a query's values are a multiple of 16.
+#[inline(always)]
+unsafe fn raise<L: Lanes, E: Element>(task: &mut SpanTask<'_, E>, query: usize, highest: f32) {
+    let width = task.head_dim.next_multiple_of(WIDTH);
+    let Partial { references, sums, values } = &mut task.partial;
+    let reference = references[query];
+    // Not where both are -inf, either: a query that sees nothing, or no number.
+    if highest - reference > MAX_RISE {
+        references[query] = highest;
+        if reference == f32::NEG_INFINITY {
+            // Nothing has been added to them yet.
+            return;
+        }
+        let rescale = scalar::exp::exp(reference - highest);
+        let (sums, values) = (&mut sums[query * WIDTH..][..WIDTH], &mut values[query * width..][..width]);
+        for x in [sums, values].into_iter().flat_map(|x| x.chunks_exact_mut(WIDTH)) {
+            // SAFETY: a chunk has 16 floats.
+            unsafe { L::load(x.as_ptr()).mul(L::splat(rescale)).store(x.as_mut_ptr()) };
+        }
+    }
+}
+
+/// One query's scores to softmax weights, which are added to its sums.
 ///
 /// # Safety
 /// As [`walk_queries`]; `visible` lies within the tile.
 #[inline(always)]
-unsafe fn weigh<L: Lanes, E: Element>(
+unsafe fn weigh<L: Lanes, E: Element, const V: usize>(
     task: &mut SpanTask<'_, E>,
     query: usize,
     visible: Range<usize>,
-    new_max: f32,
     scores: &mut [f32; TILE_KEYS],
 ) {
     let vectors = visible.start / WIDTH..visible.end.div_ceil(WIDTH);
     let to = scores.as_mut_ptr();
-    let old_max = task.partial.max[query];
-    // SAFETY: vectors lie within the tile; a query's values are `width` floats, a multiple of 16.
+    let sums = task.partial.sums[query * WIDTH..][..WIDTH].as_mut_ptr();
+    // SAFETY: vectors lie within the tile; `sums` are 16 floats.
     unsafe {
-        let (mut sums, highest) = (L::splat(0.0), L::splat(new_max));
+        let (mut sum, reference) = (L::load(sums), L::splat(task.partial.references[query]));
         let mut vector = vectors.start;
+        // As many together as there are registers for.
+        while V >= 4 && vector + 4 <= vectors.end {
+            sum = weigh_vectors::<L, 4>(to.add(vector * WIDTH), reference, sum);
+            vector += 4;
+        }
         while vector + 2 <= vectors.end {
-            let to = to.add(vector * WIDTH);
-            let weights = exps_below_highest([L::load(to).sub(highest), L::load(to.add(WIDTH)).sub(highest)]);
-            sums = sums.add(weights[0]).add(weights[1]);
-            weights[0].store(to);
-            weights[1].store(to.add(WIDTH));
+            sum = weigh_vectors::<L, 2>(to.add(vector * WIDTH), reference, sum);
             vector += 2;
         }
         if vector < vectors.end {
-            let to = to.add(vector * WIDTH);
-            let weights = exp_below_highest(L::load(to).sub(highest));
-            sums = sums.add(weights);
-            weights.store(to);
+            sum = weigh_vectors::<L, 1>(to.add(vector * WIDTH), reference, sum);
         }
-        // exp(0) is exactly 1.
-        let rescale = if new_max == old_max { 1.0 } else { scalar::exp::exp(old_max - new_max) };
-        task.partial.sum[query] = task.partial.sum[query].mul_add(rescale, sums.join_add());
-        task.partial.max[query] = new_max;
-        if rescale != 1.0 {
-            let width = task.head_dim.next_multiple_of(WIDTH);
-            let values = task.partial.values[query * width..(query + 1) * width].as_mut_ptr();
-            for i in (0..width).step_by(WIDTH) {
-                L::load(values.add(i)).mul(L::splat(rescale)).store(values.add(i));
-            }
+        sum.store(sums);
+    }
+}
+
+/// Some vectors of scores to weights. Gives `sum` with these added.
+///
+/// # Safety
+/// As [`Lanes`]; `scores` are N vectors.
+#[inline(always)]
+unsafe fn weigh_vectors<L: Lanes, const N: usize>(scores: *mut f32, reference: L, mut sum: L) -> L {
+    // SAFETY: the caller's duties.
+    unsafe {
+        let mut weights = [reference; N];
+        for n in 0..N {
+            weights[n] = L::load(scores.add(n * WIDTH)).sub(reference);
         }
+        weights = exps_below_highest(weights);
+        for n in 0..N {
+            sum = sum.add(weights[n]);
+            weights[n].store(scores.add(n * WIDTH));
+        }
+        sum
     }
 }

@@ -1,13 +1,13 @@
 //! Attention of one span, one query after the other, straight from the pages.
 //!
 //! Tiles start at multiples of 64 absolute positions. A score's one accumulator walks the components in order; a
-//! value's one accumulator walks the keys in order; a tile's sum has sixteen lanes, by position mod 16. Codes are summed as
+//! value's one accumulator walks the keys in order; a sum has sixteen lanes, by position mod 16. Codes are summed as
 //! they are, a group of components at a time: a key's scale multiplies the group's dot product, which then joins the
 //! score; a value's scale multiplies its weight.
 
+use super::LANES;
 use super::exp::{exp, tanh};
-use super::{LANES, join_lanes};
-use crate::cpu::attention::TILE_KEYS;
+use crate::cpu::attention::{MAX_RISE, TILE_KEYS};
 use crate::cpu::task::{KvElement, SpanTask};
 use crate::kv::SCALE_GROUP;
 
@@ -18,10 +18,11 @@ pub(super) unsafe fn attend<E: KvElement>(task: &mut SpanTask<'_, E>) {
     for query in 0..task.num_queries() {
         let visible = task.visible(query);
         let mut values = vec![0.0_f32; width];
-        let (mut max, mut sum) = (f32::NEG_INFINITY, 0.0_f32);
+        let (mut reference, mut sums) = (f32::NEG_INFINITY, [0.0_f32; LANES]);
         if !task.begins {
             values.copy_from_slice(&task.partial.values[query * width..(query + 1) * width]);
-            (max, sum) = (task.partial.max[query], task.partial.sum[query]);
+            reference = task.partial.references[query];
+            sums.copy_from_slice(&task.partial.sums[query * LANES..(query + 1) * LANES]);
         }
         let mut tile = visible.start / TILE_KEYS * TILE_KEYS;
         while tile < visible.end && visible.start < visible.end {
@@ -32,26 +33,25 @@ pub(super) unsafe fn attend<E: KvElement>(task: &mut SpanTask<'_, E>) {
                 continue;
             }
             let scores: Vec<f32> = keys.iter().map(|&key| score(task, query, key)).collect();
-            let new_max = scores.iter().fold(max, |max, &score| if score > max { score } else { max });
-            let rescale = exp(max - new_max);
-            let weights: Vec<f32> = scores.iter().map(|score| exp(score - new_max)).collect();
-
-            let mut lanes = [0.0_f32; LANES];
-            for (&key, weight) in keys.iter().zip(&weights) {
-                lanes[key % LANES] += weight;
+            let highest = scores.iter().fold(f32::NEG_INFINITY, |max, &score| if score > max { score } else { max });
+            if highest - reference > MAX_RISE {
+                let rescale = exp(reference - highest);
+                sums.iter_mut().chain(&mut values).for_each(|x| *x *= rescale);
+                reference = highest;
             }
-            sum = sum.mul_add(rescale, join_lanes(lanes));
-            max = new_max;
+            let weights: Vec<f32> = scores.iter().map(|score| exp(score - reference)).collect();
+            for (&key, weight) in keys.iter().zip(&weights) {
+                sums[key % LANES] += weight;
+            }
             for (i, value) in values[..task.head_dim].iter_mut().enumerate() {
-                *value *= rescale;
                 for (&key, &weight) in keys.iter().zip(&weights) {
                     let scale = scale(task, task.values, key, i / SCALE_GROUP);
                     *value = (weight * scale).mul_add(task.values[task.value_index(key) + i].widen(), *value);
                 }
             }
         }
-        task.partial.max[query] = max;
-        task.partial.sum[query] = sum;
+        task.partial.references[query] = reference;
+        task.partial.sums[query * LANES..(query + 1) * LANES].copy_from_slice(&sums);
         task.partial.values[query * width..(query + 1) * width].copy_from_slice(&values);
     }
 }

@@ -262,7 +262,7 @@ mod tests {
             values: pages,
             block_table: &block_table,
             span: 0..CONTEXT,
-            partial: Partial { max: &mut [], sum: &mut [], values: &mut [] },
+            partial: Partial { references: &mut [], sums: &mut [], values: &mut [] },
             begins: true,
             scratch: &mut Vec::new(),
             scale_scratch: &mut Vec::new(),
