@@ -32,7 +32,7 @@ use self::{
     stream::Outbox,
 };
 pub use self::{
-    stats::{EngineStats, STEP_PHASES},
+    stats::{EngineStats, ITERATION_TOKENS_BOUNDS, STEP_PHASES},
     step_cost::StepCost,
     stream::TokenStream,
 };
@@ -70,7 +70,7 @@ pub struct Engine {
 pub struct EngineHandle {
     commands: mpsc::Sender<Command>,
     door: Arc<Door>,
-    stats: watch::Receiver<Arc<EngineStats>>,
+    stats: watch::Receiver<EngineStats>,
     shared: Arc<Shared>,
 }
 
@@ -343,14 +343,14 @@ impl EngineHandle {
     }
 
     /// The state after the newest step.
-    pub fn stats(&self) -> Arc<EngineStats> {
-        Arc::clone(&self.stats.borrow())
+    pub fn stats(&self) -> EngineStats {
+        *self.stats.borrow()
     }
 
     /// Waits for a snapshot of which `wanted` is true, and returns it; the newest one if the engine ends before.
-    pub async fn stats_when(&self, mut wanted: impl FnMut(&EngineStats) -> bool) -> Arc<EngineStats> {
+    pub async fn stats_when(&self, mut wanted: impl FnMut(&EngineStats) -> bool) -> EngineStats {
         let mut stats = self.stats.clone();
-        let found = stats.wait_for(|stats| wanted(stats)).await.map(|found| Arc::clone(&found));
+        let found = stats.wait_for(|stats| wanted(stats)).await.map(|found| *found);
         found.unwrap_or_else(|_| self.stats())
     }
 

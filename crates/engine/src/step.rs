@@ -54,7 +54,7 @@ pub(crate) struct EngineLoop {
     door: Arc<Door>,
     pace: QueuePace,
     recorder: StatsRecorder,
-    published: watch::Sender<Arc<EngineStats>>,
+    published: watch::Sender<EngineStats>,
     paces_prompts: bool,
     /// The scheduler has work and could not plan any of it: nothing changes until a command or a deadline comes.
     is_stalled: bool,
@@ -78,12 +78,11 @@ impl EngineLoop {
         config: &EngineConfig,
         inbox: mpsc::Receiver<Command>,
         door: Arc<Door>,
-    ) -> (Self, watch::Receiver<Arc<EngineStats>>) {
+    ) -> (Self, watch::Receiver<EngineStats>) {
         let limits = config.limits.clone();
         let scheduler = Scheduler::new(limits.clone());
         let recorder = StatsRecorder::new();
-        let (published, stats) =
-            watch::channel(Arc::new(recorder.snapshot(&scheduler.stats(), limits.block_size, 0, 0)));
+        let (published, stats) = watch::channel(recorder.snapshot(&scheduler.stats(), limits.block_size, 0, 0));
         let engine_loop = Self {
             rope_regimes: model.rope_regimes(),
             model,
@@ -130,13 +129,14 @@ impl EngineLoop {
     fn turn(&mut self) -> Option<()> {
         self.take_commands()?;
         self.expire_deadlines();
+        self.recorder.lap(Phase::Commands);
         self.step();
         Some(())
     }
 
     /// One step.
     fn step(&mut self) {
-        self.recorder.start();
+        self.recorder.begin_step();
         self.schedule();
         self.recorder.lap(Phase::Schedule);
         if self.plan.is_empty() {
@@ -332,10 +332,14 @@ impl EngineLoop {
                 None => self.inbox.recv().ok()?,
                 Some(deadline) => match self.inbox.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
                     Ok(command) => command,
-                    Err(mpsc::RecvTimeoutError::Timeout) => return Some(()),
+                    Err(mpsc::RecvTimeoutError::Timeout) => {
+                        self.recorder.wake();
+                        return Some(());
+                    }
                     Err(mpsc::RecvTimeoutError::Disconnected) => return None,
                 },
             };
+            self.recorder.wake();
             self.carry_out(first)?;
             num_taken = 1;
         }
@@ -437,7 +441,7 @@ impl EngineLoop {
             self.requests.num_started(),
             self.door.num_queued(),
         );
-        self.published.send_replace(Arc::new(snapshot));
+        self.published.send_replace(snapshot);
     }
 }
 

@@ -124,7 +124,7 @@ async fn run(engine: &EngineHandle, request: TokenRequest) -> Collected {
 }
 
 /// Everything has been given back.
-async fn assert_idle(engine: &EngineHandle) -> Arc<EngineStats> {
+async fn assert_idle(engine: &EngineHandle) -> EngineStats {
     engine.idle().await;
     let stats = engine.stats();
     assert_eq!((stats.num_requests_running, stats.num_requests_waiting), (0, 0));
@@ -155,7 +155,6 @@ async fn tokens_are_those_of_the_naive_loop() {
     let stats = assert_idle(&handle).await;
     assert_eq!(stats.prompt_tokens, 600);
     assert_eq!(stats.iteration_tokens_counts.iter().sum::<u64>(), stats.num_steps);
-    assert_eq!(stats.iteration_tokens_counts.len(), stats.iteration_tokens_bounds.len() + 1);
     assert_eq!(stats.num_failed_steps, 0);
     // The double counts a row as an operation and a context as its bytes; each token came of a context of 100 at least.
     assert_eq!(stats.attention.operations, stats.iteration_tokens_sum);
@@ -163,7 +162,7 @@ async fn tokens_are_those_of_the_naive_loop() {
     assert_eq!((stats.num_logit_rows, stats.num_logit_steps), (stats.generation_tokens, stats.generation_tokens));
     assert!(stats.num_logit_steps < stats.num_steps, "{stats:?}");
     assert!(stats.attention.read_bytes >= 100 * stats.generation_tokens, "{:?}", stats.attention);
-    assert!(stats.phase_seconds.iter().all(|(_, seconds)| *seconds > 0.0), "{:?}", stats.phase_seconds);
+    assert!(stats.phase_seconds.iter().all(|seconds| *seconds > 0.0), "{:?}", stats.phase_seconds);
 }
 
 /// 32 different requests at once, each of them like it is alone.

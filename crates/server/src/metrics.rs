@@ -7,7 +7,11 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::http::Method;
-use bindery_engine::{EngineStats, adapters::AdapterUse, engine::STEP_PHASES};
+use bindery_engine::{
+    EngineStats,
+    adapters::AdapterUse,
+    engine::{ITERATION_TOKENS_BOUNDS, STEP_PHASES},
+};
 use bindery_gateway::{
     families::{counter_of, family, gauge_of, label},
     gateway::Gateway,
@@ -28,9 +32,6 @@ const REQUEST_LATENCY_BOUNDS: &[f64] = &[
     0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
     1920.0, 7680.0,
 ];
-/// Shown while there is no engine; the engine brings its own.
-const ITERATION_TOKENS_BOUNDS: &[f64] =
-    &[1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0];
 
 /// The routes and methods whose counters exist from the start.
 const ROUTES: &[(&str, &str)] = &[
@@ -271,10 +272,7 @@ impl Metrics {
         let of = |phase: &str, seconds| {
             counter_of(vec![label("model_name", &self.model_name), label("phase", phase)], seconds)
         };
-        if stats.phase_seconds.is_empty() {
-            return STEP_PHASES.iter().map(|phase| of(phase, 0.0)).collect();
-        }
-        stats.phase_seconds.iter().map(|(phase, seconds)| of(phase, *seconds)).collect()
+        STEP_PHASES.iter().zip(stats.phase_seconds).map(|(phase, seconds)| of(phase, seconds)).collect()
     }
 }
 
@@ -296,14 +294,10 @@ fn registered<C: prometheus::core::Collector + Clone + 'static>(
 }
 
 fn iteration_tokens(labels: Vec<LabelPair>, stats: &EngineStats) -> proto::Metric {
-    let (bounds, counts): (&[f64], &[u64]) = if stats.iteration_tokens_bounds.is_empty() {
-        (ITERATION_TOKENS_BOUNDS, &[])
-    } else {
-        (&stats.iteration_tokens_bounds, &stats.iteration_tokens_counts)
-    };
+    let counts = &stats.iteration_tokens_counts;
     let mut cumulative = 0;
-    let buckets = bounds.iter().enumerate().map(|(at, bound)| {
-        cumulative += counts.get(at).copied().unwrap_or(0);
+    let buckets = ITERATION_TOKENS_BOUNDS.iter().zip(counts).map(|(bound, count)| {
+        cumulative += count;
         let mut bucket = proto::Bucket::default();
         bucket.set_upper_bound(*bound);
         bucket.set_cumulative_count(cumulative);
@@ -364,16 +358,15 @@ mod tests {
 
     #[test]
     fn the_step_histogram_is_cumulative_and_includes_what_is_over_all_bounds() {
-        let stats = EngineStats {
-            iteration_tokens_bounds: vec![1.0, 8.0],
-            iteration_tokens_counts: vec![3, 2, 1],
-            iteration_tokens_sum: 40,
-            ..EngineStats::default()
-        };
+        let mut iteration_tokens_counts = [0; ITERATION_TOKENS_BOUNDS.len() + 1];
+        iteration_tokens_counts[..2].copy_from_slice(&[3, 2]);
+        iteration_tokens_counts[ITERATION_TOKENS_BOUNDS.len()] = 1;
+        let stats = EngineStats { iteration_tokens_counts, iteration_tokens_sum: 40, ..EngineStats::default() };
         let text = Metrics::new("m").render(Some(&stats), &AdapterLabels::default(), None).unwrap();
         for line in [
             "vllm:iteration_tokens_total_bucket{model_name=\"m\",le=\"1\"} 3",
             "vllm:iteration_tokens_total_bucket{model_name=\"m\",le=\"8\"} 5",
+            "vllm:iteration_tokens_total_bucket{model_name=\"m\",le=\"16384\"} 5",
             "vllm:iteration_tokens_total_bucket{model_name=\"m\",le=\"+Inf\"} 6",
             "vllm:iteration_tokens_total_sum{model_name=\"m\"} 40",
             "vllm:iteration_tokens_total_count{model_name=\"m\"} 6",

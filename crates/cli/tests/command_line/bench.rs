@@ -229,7 +229,8 @@ fn a_model_in_this_process_is_served_measured_and_stopped() {
     }
 }
 
-const STEP_PHASES: [&str; 9] = ["schedule", "embed", "qkv", "attention", "output", "mlp", "head", "sample", "emit"];
+const STEP_PHASES: [&str; 10] =
+    ["commands", "schedule", "embed", "qkv", "attention", "output", "mlp", "head", "sample", "emit"];
 
 /// With single blanks.
 fn words_of(line: Option<&str>) -> String {

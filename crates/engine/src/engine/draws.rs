@@ -49,9 +49,13 @@ pub(crate) struct Draws {
     rows: Vec<Mutex<RowDraws>>,
     /// Not in use; as many as have been at work at a time.
     samplers: Mutex<Vec<Sampler>>,
+    /// Empty between slices: their memory.
+    jobs: Vec<Option<Job<'static>>>,
+    wanting: Vec<Wanting<'static>>,
 }
 
 /// What there is to do with one row.
+#[derive(Debug)]
 struct Job<'a> {
     logits: &'a [f32],
     sampling: &'a PreparedSampling,
@@ -79,14 +83,14 @@ impl Draws {
                 grammar.wait();
             }
         }
-        let mut wanting = Vec::new();
-        let jobs: Vec<Option<Job<'_>>> = rows
-            .iter()
-            .zip(logits.chunks_exact(vocab_size))
-            .map(|(row, logits)| Some(Job::new(row, logits, plan, requests.get(row.key)?, &mut wanting)))
-            .collect();
+        let mut wanting = emptied(std::mem::take(&mut self.wanting));
+        let mut jobs = emptied(std::mem::take(&mut self.jobs));
+        let each_row = rows.iter().zip(logits.chunks_exact(vocab_size));
+        jobs.extend(
+            each_row.map(|(row, logits)| Some(Job::new(row, logits, plan, requests.get(row.key)?, &mut wanting))),
+        );
         self.rows.resize_with(self.rows.len().max(rows.len()), Mutex::default);
-        let Self { rows: results, samplers } = self;
+        let Self { rows: results, samplers, .. } = self;
         spread(jobs.len(), &|at| {
             let mut sampler = lock(samplers).pop().unwrap_or_default();
             let result = &mut *lock(&results[at]);
@@ -97,6 +101,8 @@ impl Draws {
             }
             lock(samplers).push(sampler);
         });
+        self.jobs = emptied(jobs);
+        self.wanting = emptied(wanting);
     }
 
     /// Of the slice's row `at`.
@@ -153,6 +159,14 @@ impl<'a> Job<'a> {
             }
         }
     }
+}
+
+/// The same memory for what borrows from elsewhere: the two types differ in lifetimes alone, for which the standard library collects
+/// in place. (Not promised there, but counted in `tests/no_allocation.rs`.)
+fn emptied<A, B>(mut vec: Vec<A>) -> Vec<B> {
+    const { assert!(size_of::<A>() == size_of::<B>() && align_of::<A>() == align_of::<B>()) };
+    vec.clear();
+    vec.into_iter().map(|_| unreachable!("nothing is left in it")).collect()
 }
 
 /// What a panic leaves in a result or a sampler is cleared before it is used again.

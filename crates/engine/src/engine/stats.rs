@@ -9,12 +9,13 @@ use bindery_scheduler::SchedulerStats;
 
 use super::step_cost::{StepCost, StepCosts};
 
-/// Upper bounds of the buckets of tokens per step; powers of two up to the largest usual token budget.
-const ITERATION_TOKENS_BOUNDS: [f64; 13] =
+/// Upper bounds of the buckets of tokens per step, ascending; powers of two up to the largest usual token budget.
+pub const ITERATION_TOKENS_BOUNDS: [f64; 13] =
     [1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0];
 
-/// A snapshot, refreshed after every step; monotonic counters and current levels.
-#[derive(Clone, Debug, Default, PartialEq)]
+/// A snapshot, refreshed after every step; monotonic counters and current levels. Plain data, so that a step that tells of itself
+/// allocates nothing.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct EngineStats {
     /// Requests that have been scheduled and have not ended (preempted ones among them).
     pub num_requests_running: usize,
@@ -38,14 +39,12 @@ pub struct EngineStats {
     pub num_steps: u64,
     /// Of them, those that failed.
     pub num_failed_steps: u64,
-    /// Upper bounds of the histogram of tokens per step, ascending.
-    pub iteration_tokens_bounds: Vec<f64>,
-    /// Steps in each bucket (not cumulative); the last one, beyond all bounds, makes it one longer than the bounds.
-    pub iteration_tokens_counts: Vec<u64>,
+    /// Steps in each bucket of [`ITERATION_TOKENS_BOUNDS`] (not cumulative), and in a last one beyond all bounds.
+    pub iteration_tokens_counts: [u64; ITERATION_TOKENS_BOUNDS.len() + 1],
     /// Tokens over all steps.
     pub iteration_tokens_sum: u64,
-    /// Seconds spent in each phase of the step since start, in the order of the step.
-    pub phase_seconds: Vec<(&'static str, f64)>,
+    /// Seconds spent in each phase of the step since start, in the order of [`STEP_PHASES`].
+    pub phase_seconds: [f64; STEP_PHASES.len()],
     /// Steps with rows whose logits could be asked for.
     pub num_logit_steps: u64,
     /// Those rows, over all steps.
@@ -65,7 +64,7 @@ pub struct EngineStats {
 impl EngineStats {
     /// Of all steps so far; None before the first.
     pub fn seconds_per_token(&self) -> Option<f64> {
-        let busy: f64 = self.phase_seconds.iter().map(|(_, seconds)| seconds).sum();
+        let busy: f64 = self.phase_seconds.iter().sum();
         (busy > 0.0 && self.iteration_tokens_sum > 0).then(|| busy / self.iteration_tokens_sum as f64)
     }
 }
@@ -73,6 +72,7 @@ impl EngineStats {
 /// A phase of the step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Phase {
+    Commands,
     Schedule,
     Model(ModelPhase),
     Head,
@@ -80,22 +80,25 @@ pub(crate) enum Phase {
     Emit,
 }
 
-/// Names of the phases of a step, in its order.
-pub const STEP_PHASES: [&str; 9] = ["schedule", "embed", "qkv", "attention", "output", "mlp", "head", "sample", "emit"];
+/// Names of the phases of a step, in its order: together all the time that the engine's thread does not sleep. What comes between
+/// two steps counts to the second: "commands" are requests that come and go, and deadlines.
+pub const STEP_PHASES: [&str; 10] =
+    ["commands", "schedule", "embed", "qkv", "attention", "output", "mlp", "head", "sample", "emit"];
 
 impl Phase {
     /// In [`STEP_PHASES`].
     fn index(self) -> usize {
         match self {
-            Self::Schedule => 0,
-            Self::Model(ModelPhase::Embed) => 1,
-            Self::Model(ModelPhase::AttentionInputs) => 2,
-            Self::Model(ModelPhase::Attention) => 3,
-            Self::Model(ModelPhase::AttentionOutput) => 4,
-            Self::Model(ModelPhase::Mlp) => 5,
-            Self::Head => 6,
-            Self::Sample => 7,
-            Self::Emit => 8,
+            Self::Commands => 0,
+            Self::Schedule => 1,
+            Self::Model(ModelPhase::Embed) => 2,
+            Self::Model(ModelPhase::AttentionInputs) => 3,
+            Self::Model(ModelPhase::Attention) => 4,
+            Self::Model(ModelPhase::AttentionOutput) => 5,
+            Self::Model(ModelPhase::Mlp) => 6,
+            Self::Head => 7,
+            Self::Sample => 8,
+            Self::Emit => 9,
         }
     }
 }
@@ -139,9 +142,13 @@ impl StatsRecorder {
         }
     }
 
-    /// Starts the watch: time until the next [`StatsRecorder::lap`] counts.
-    pub(crate) fn start(&mut self) {
+    /// The time since the last lap was slept: what counts begins anew.
+    pub(crate) fn wake(&mut self) {
         self.since = Instant::now();
+    }
+
+    /// What comes from the last lap on is the next step.
+    pub(crate) fn begin_step(&mut self) {
         self.step_started = self.since;
     }
 
@@ -196,10 +203,9 @@ impl StatsRecorder {
             generation_tokens: self.generation_tokens,
             num_steps: self.num_steps,
             num_failed_steps: self.num_failed_steps,
-            iteration_tokens_bounds: ITERATION_TOKENS_BOUNDS.to_vec(),
-            iteration_tokens_counts: self.iteration_tokens_counts.to_vec(),
+            iteration_tokens_counts: self.iteration_tokens_counts,
             iteration_tokens_sum: self.iteration_tokens_sum,
-            phase_seconds: STEP_PHASES.into_iter().zip(self.phase_times.iter().map(Duration::as_secs_f64)).collect(),
+            phase_seconds: self.phase_times.map(|time| time.as_secs_f64()),
             num_logit_steps: self.num_logit_steps,
             num_logit_rows: self.num_logit_rows,
             attention: self.attention,

@@ -63,7 +63,7 @@ pub(crate) async fn metrics(State(state): State<SharedState>, headers: HeaderMap
         adapters.in_use.running.retain(is_everyones);
         adapters.in_use.waiting.retain(is_everyones);
     }
-    match state.metrics.render(stats.as_deref(), &adapters, gateway) {
+    match state.metrics.render(stats.as_ref(), &adapters, gateway) {
         Ok(text) => ([(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], text).into_response(),
         Err(error) => {
             tracing::error!(%error, "the metrics could not be written");

@@ -152,7 +152,7 @@ impl Server {
         events(&response.text().await.unwrap())
     }
 
-    pub(crate) fn stats(&self) -> Arc<EngineStats> {
+    pub(crate) fn stats(&self) -> EngineStats {
         self.model.engine.stats()
     }
 
