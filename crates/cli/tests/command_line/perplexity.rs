@@ -90,6 +90,29 @@ fn what_cannot_be_scored_is_told_before_weights_are_read() {
     }
 }
 
+/// What is computed with is what `BINDERY_ISA` says, and gives the same bits.
+#[test]
+fn an_instruction_set_can_be_forced_and_changes_no_result() {
+    let score = |isa: &str| {
+        let home = tempfile::tempdir().unwrap();
+        let mut command = bindery(home.path());
+        command.args(["perplexity", TINY_LLAMA, "--load-format", "dummy", "--quantize", "int8", "--file", ASCII]);
+        command.args(["--ctx-size", "64", "--chunks", "2", "--json"]);
+        Ended::from(command.env("BINDERY_ISA", isa).output().unwrap())
+    };
+    let [best, scalar] = ["", "scalar"].map(|isa| {
+        let ended = score(isa);
+        assert_eq!(ended.code, 0, "{}", ended.stderr);
+        serde_json::from_str::<Value>(&ended.stdout).unwrap()
+    });
+    assert_eq!(scalar["model"]["device"], "cpu (scalar)", "{scalar}");
+    assert_eq!(best["perplexity"], scalar["perplexity"], "on {}", best["model"]["device"]);
+    let refused = score("sse9");
+    assert_eq!((refused.code, refused.stdout.as_str()), (2, ""), "{}", refused.stderr);
+    assert!(refused.stderr.contains("unknown instruction set 'sse9' in BINDERY_ISA: use one of"), "{}", refused.stderr);
+    assert!(refused.stderr.contains("scalar, "), "it names them: {}", refused.stderr);
+}
+
 #[test]
 fn a_base_with_other_tokens_is_refused() {
     let folder = tempfile::tempdir().unwrap();

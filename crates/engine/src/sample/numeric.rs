@@ -34,10 +34,20 @@ macro_rules! vectorized {
             }
         }
 
-        pulp::Arch::new().dispatch(Pass($($variable),+))
+        $crate::sample::numeric::arch().dispatch(Pass($($variable),+))
     }};
 }
 pub(super) use vectorized;
+
+/// The widest vectors of this machine. `BINDERY_ISA` does not reach here: it chooses kernels.
+#[inline]
+pub(super) fn arch() -> pulp::Arch {
+    #[cfg(test)]
+    if let Some(arch) = tests::FORCED.get() {
+        return arch;
+    }
+    pulp::Arch::new()
+}
 
 /// No NaN and no plus infinity in the row (minus infinity is a forbidden token, and fine).
 pub(super) fn all_below_infinity(row: &[f32]) -> bool {
@@ -248,8 +258,60 @@ fn draw_in(weights: &[f32], chunk: Range<usize>, mut left: f64) -> u32 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
+    use std::cell::Cell;
+
     use super::*;
+
+    thread_local! {
+        /// Vectors to compute in, instead of the widest.
+        pub(super) static FORCED: Cell<Option<pulp::Arch>> = const { Cell::new(None) };
+    }
+
+    /// What `compute` gives in vectors of every width that this machine has; the first in none at all.
+    pub(in crate::sample) fn on_every_width<T>(mut compute: impl FnMut() -> T) -> Vec<T> {
+        let mut archs = vec![pulp::Arch::Scalar];
+        #[cfg(target_arch = "x86_64")]
+        {
+            archs.extend(pulp::x86::V3::try_new().map(pulp::Arch::V3));
+            archs.extend(pulp::x86::V4::try_new().map(pulp::Arch::V4));
+        }
+        let compute_in = |arch| {
+            FORCED.set(Some(arch));
+            let computed = compute();
+            FORCED.set(None);
+            computed
+        };
+        archs.into_iter().map(compute_in).collect()
+    }
+
+    /// Every pass over rows of all lengths, tails among them: the bits of what comes out.
+    #[test]
+    fn vectors_of_every_width_give_the_same_bits() {
+        for len in [1, 7, 8, 15, 16, 17, 31, 33, 127, 128, 129, 255, 256, 257, 1000, 5003] {
+            // Logits of no pattern, from -12 to 12.
+            let logits: Vec<f32> =
+                (0..len as u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 8) as f32 / 699_050.0 - 12.0).collect();
+            let passes = || {
+                let highest = max(&logits);
+                let mut weights = logits.clone();
+                to_weights(&mut weights, highest, 0.7);
+                let mut bits: Vec<u64> = weights.iter().map(|weight| u64::from(weight.to_bits())).collect();
+                bits.push(u64::from(highest.to_bits()));
+                bits.push(u64::from(all_below_infinity(&logits)));
+                bits.push(u64::from(argmax(&logits).unwrap()));
+                bits.push(u64::from(count_above(&logits, 1.5)));
+                bits.push(sum(&weights).to_bits());
+                bits.push(sum_exp(&logits, highest).to_bits());
+                let mut sums = Vec::new();
+                bits.extend((0..50).map(|i| u64::from(draw(&weights, f64::from(i) * 0.02, &mut sums))));
+                bits.extend(sums.iter().map(|sum| sum.to_bits()));
+                bits
+            };
+            let [first, others @ ..] = &on_every_width(passes)[..] else { unreachable!() };
+            assert!(others.iter().all(|other| other == first), "{len} logits");
+        }
+    }
 
     #[test]
     fn exp_is_within_two_units_in_the_last_place() {

@@ -221,6 +221,22 @@ proptest! {
         }
     }
 
+    /// Filters and penalties, too, have their own passes.
+    #[test]
+    fn every_vector_width_draws_the_same(logits in row(), params in some_params(), output in history()) {
+        let prepared = PreparedSampling::new(&params, &[], &[EOS]);
+        let state = state_after(&output, &prepared);
+        let distribution = RawDistribution::new(&logits).unwrap();
+        let drawn = numeric::tests::on_every_width(|| {
+            let mut sampler = Sampler::default();
+            let token = sampler.sample(&logits, &prepared, &state, None).unwrap();
+            let logprobs = sampler.logprobs(&logits, &distribution, token, 20);
+            let bits: Vec<u32> = logprobs.top.iter().map(|(_, logprob)| logprob.to_bits()).collect();
+            (token, logprobs.logprob.to_bits(), logprobs.rank, bits)
+        });
+        prop_assert!(drawn.iter().all(|other| other == &drawn[0]), "{drawn:?}");
+    }
+
     /// What a sampler keeps in its buffers from one row to the next does not show.
     #[test]
     fn rows_do_not_influence_each_other(rows in prop::collection::vec((row(), some_params()), 1..8)) {
