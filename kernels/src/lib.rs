@@ -117,7 +117,7 @@ pub use cpu::{Cpu, MAX_THREADS};
 pub use error::KernelError;
 pub use kv::{KvCache, KvDtype, KvShape};
 pub use matrix::{Dense, DenseBf16, DenseElement, DenseF16, DenseF32, Matrix};
-pub use memory::{make_room, pack_together, pack_together_within};
+pub use memory::{give_back_freed, make_room, pack_together, pack_together_within};
 pub use order::InputOrder;
 pub use pack::{QuantRow, Quantized};
 pub use quant_format::{CodeBits, CodeBook, GROUP, QuantFormat, SUPER_GROUP, Scaling};

@@ -13,7 +13,7 @@ use std::ptr::NonNull;
 
 use bytemuck::Pod;
 
-pub use self::maps::{pack_together, pack_together_within};
+pub use self::maps::{give_back_freed, pack_together, pack_together_within};
 use crate::KernelError;
 
 /// Alignment of the small ones: a cache line, the widest vector.

@@ -8,7 +8,7 @@ use std::{path::Path, time::Instant};
 
 use bindery_model::{
     Model, ModelInfo, OpenedModel, Quantize,
-    memory::{TotalMemory, available_memory_bytes, total_memory},
+    memory::{TotalMemory, available_memory_bytes, give_back_freed, total_memory},
     weights::gguf::GgufFile,
 };
 use bindery_scheduler::Limits;
@@ -72,6 +72,8 @@ pub(crate) fn load(
         adapters: (config.adapters.clone(), reader),
     };
     let local_model = LocalModel::from_parts(Box::new(model), parts)?;
+    // What reading a vocabulary took for a while would stay with the process.
+    give_back_freed();
     let kv_tokens = size.num_blocks * wanted.block_size;
     let report = LoadReport {
         load_time: start.elapsed(),

@@ -10,6 +10,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+pub use bindery_kernels::give_back_freed;
+
 /// Believed where the system does not say (no /proc/meminfo): small enough for any machine that can load a model.
 const UNKNOWN_BYTES: u64 = 2 << 30;
 

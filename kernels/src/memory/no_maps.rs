@@ -23,6 +23,9 @@ pub(super) fn take(_bytes: usize, _usage: Use) -> std::io::Result<Option<(NonNul
 /// There are none.
 pub(super) fn prefer_large_pages<T>(_memory: &mut [MaybeUninit<T>]) {}
 
+/// The allocator cannot be asked.
+pub fn give_back_freed() {}
+
 /// As in `maps.rs`, without anything to share.
 pub fn pack_together<R>(work: impl FnOnce() -> R) -> R {
     work()
